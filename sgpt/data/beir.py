@@ -1,0 +1,139 @@
+"""BEIR folders: `corpus.jsonl[.gz]`, `queries.jsonl[.gz]`, `qrels/<split>.tsv`; and files of scored sentence pairs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sgpt.data.example import Example, checked_example
+from sgpt.data.jsonl import read_rows
+from sgpt.errors import InputError
+from sgpt.metrics import Qrels
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """corpus and queries: id -> text (title and text joined by a blank); qrels: query id -> document id -> relevance."""
+
+    name: str
+    corpus: dict[str, str]
+    queries: dict[str, str]
+    qrels: Qrels
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Sentence pairs with a gold score each, any range."""
+
+    name: str
+    first: list[str]
+    second: list[str]
+    scores: list[float]
+
+
+def read_retrieval(folder: Path, split: str) -> RetrievalSet:
+    """The judged queries of a split and the whole corpus. Every id in the qrels must exist."""
+    qrels = read_qrels(folder, split)
+    corpus = read_corpus(folder)
+    queries = {identifier: row["text"] for identifier, row in _by_id(_table(folder, "queries")).items()}
+    file = folder / "qrels" / f"{split}.tsv"
+    for query, documents in qrels.items():
+        if query not in queries:
+            raise InputError(f"{file}: query id {query!r} is not in {folder}/queries.jsonl; the files do not belong together")
+        for document in documents:
+            if document not in corpus:
+                raise InputError(f"{file}: document id {document!r} is not in {folder}/corpus.jsonl; the files do not belong together")
+    return RetrievalSet(folder.name, corpus, {query: queries[query] for query in qrels}, qrels)
+
+
+def read_corpus(folder: Path) -> dict[str, str]:
+    """id -> title and text. Titles are optional; a document may be empty, as some are in the old test collections."""
+    rows = _by_id(_table(folder, "corpus"))
+    return {identifier: f"{row.get('title') or ''} {row['text']}".strip() for identifier, row in rows.items()}
+
+
+def read_qrels(folder: Path, split: str) -> dict[str, dict[str, int]]:
+    file = folder / "qrels" / f"{split}.tsv"
+    if not file.is_file():
+        there = ", ".join(sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))) or "none"
+        raise InputError(f"{file}: no such file; {folder} has the splits: {there}")
+    qrels: dict[str, dict[str, int]] = {}
+    for where, (query, document, score) in _tsv(file, 3):
+        try:
+            qrels.setdefault(query, {})[document] = int(score)
+        except ValueError:
+            raise InputError(f"{where}: relevance {score!r} is no whole number") from None
+    if not qrels:
+        raise InputError(f"{file}: no judgements; the file is empty")
+    return qrels
+
+
+def read_examples(folder: Path, split: str, triples: str | None, num_hard_negatives: int) -> Iterator[Example]:
+    """Training examples: a line of `triples` (query-id, positive-id, negative-id …) each, else a relevant pair of the qrels each."""
+    corpus = read_corpus(folder)
+    queries = {identifier: row["text"] for identifier, row in _by_id(_table(folder, "queries")).items()}
+    if triples:
+        rows = _tsv(folder / triples, 2 + num_hard_negatives)
+    elif num_hard_negatives:
+        raise InputError(f"{folder}: qrels name no hard negatives; set data.num_hard_negatives=0 or data.triples=<file>")
+    else:
+        judged = ((query, document) for query, documents in read_qrels(folder, split).items() for document, score in documents.items() if score > 0)
+        rows = ((f"{folder}/qrels/{split}.tsv", pair) for pair in judged)
+    for where, (query, *documents) in rows:
+        if query not in queries:
+            raise InputError(f"{where}: query id {query!r} is not in {folder}/queries.jsonl")
+        for document in documents:
+            if document not in corpus:
+                raise InputError(f"{where}: document id {document!r} is not in {folder}/corpus.jsonl")
+        texts = [corpus[document] for document in documents]
+        yield checked_example(queries[query], texts[0], texts[1:], where)
+
+
+def read_pairs(file: Path, split: str) -> PairSet:
+    """`sentence1`, `sentence2`, `score` a line; lines of another `split` are left out. A `label` may stand for the score."""
+    pairs = PairSet(file.parent.name if file.name.startswith("pairs.") else file.name.split(".")[0], [], [], [])
+    for where, row in read_rows(file):
+        if row.get("split", split) != split:
+            continue
+        score = row.get("score", row.get("duplicate", row.get("label")))
+        first, second = row.get("sentence1", row.get("question1")), row.get("sentence2", row.get("question2"))
+        if not isinstance(score, int | float) or not isinstance(first, str) or not isinstance(second, str):
+            raise InputError(f"{where}: needs sentence1, sentence2 and a numeric score; it has {', '.join(row)}")
+        pairs.first.append(first)
+        pairs.second.append(second)
+        pairs.scores.append(float(score))
+    if len(set(pairs.scores)) < 2:
+        raise InputError(f"{file}: {len(pairs.scores)} pairs in split {split!r} with fewer than two different scores; nothing to correlate")
+    return pairs
+
+
+def _table(folder: Path, name: str) -> Path:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; a BEIR folder with corpus.jsonl, queries.jsonl and qrels/ is needed")
+    return next((file for file in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if file.is_file()), folder / f"{name}.jsonl")
+
+
+def _by_id(file: Path) -> dict[str, dict]:
+    rows: dict[str, dict] = {}
+    for where, row in read_rows(file):
+        identifier, text = row.get("_id"), row.get("text")
+        if not isinstance(identifier, str) or not isinstance(text, str):
+            raise InputError(f"{where}: needs text columns _id and text; it has {', '.join(f'{k}: {type(v).__name__}' for k, v in row.items())}")
+        if identifier in rows:
+            raise InputError(f"{where}: id {identifier!r} was used before; ids must be unique")
+        rows[identifier] = row
+    if not rows:
+        raise InputError(f"{file}: no rows; the file is empty")
+    return rows
+
+
+def _tsv(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
+    """("file, line n", fields) below the header line."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; check the path")
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            fields = line.rstrip("\n").split("\t")
+            if len(fields) < columns:
+                raise InputError(f"{file}, line {number}: {len(fields)} tab-separated fields, {columns} are needed: {line.strip()[:80]!r}")
+            if number > 1:
+                yield f"{file}, line {number}", fields[:columns]

@@ -1,0 +1,35 @@
+"""What every reader yields, and the checks that hold for all of them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sgpt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Example:
+    """Plain strings. Every example of a run has the same number of hard negatives, H; 0 is allowed."""
+
+    query: str
+    positive: str
+    hard_negatives: tuple[str, ...] = ()
+
+
+def checked_text(value: object, where: str) -> str:
+    """`value` if it is text with something in it; InputError naming `where` otherwise."""
+    if not isinstance(value, str):
+        raise InputError(f"{where}: expected text, got {type(value).__name__} {value!r:.80}; give a string")
+    if not value.strip():
+        raise InputError(f"{where}: the text is blank; remove the row or give it text")
+    return value
+
+
+def checked_example(query: object, positive: object, hard_negatives: Iterable[object], where: str) -> Example:
+    made = Example(
+        checked_text(query, f"{where}, query"),
+        checked_text(positive, f"{where}, positive"),
+        tuple(checked_text(text, f"{where}, hard negative {i + 1}") for i, text in enumerate(hard_negatives)),
+    )
+    if made.positive in made.hard_negatives:
+        raise InputError(f"{where}: a hard negative equals the positive {made.positive!r:.80}; remove one of them")
+    return made

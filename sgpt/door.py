@@ -1,0 +1,104 @@
+"""The door of every script: Hydra's command line, and errors as one clear sentence with exit code 2.
+
+Imports nothing heavy, so that `--help` and a misspelt key answer at once.
+"""
+
+import difflib
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sgpt.errors import InputError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def script(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Makes `main(composed)` a script whose configuration is `configs/<config_name>.yaml`."""
+
+    def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def run() -> None:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints its own report and exits with 1
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # "Loading weights" of a few milliseconds
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(_refusing(main))()
+            except (HydraException, OmegaConfBaseException) as error:
+                _refuse(explain(error, config_name, [argument for argument in sys.argv[1:] if "=" in argument]))
+
+        return run
+
+    return decorate
+
+
+def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
+    """One sentence; for a key or group option that does not exist, with the nearest ones that do."""
+    message = " ".join(str(error).split())
+    if missing := re.search(r"Could not find '([\w/]+)/([^/']+)'", message):
+        group, option = missing.groups()
+        options = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+        return f"{group}={option}: there is no {option!r} in configs/{group}/; {_nearest(option, options, 'it has ' + ', '.join(options))}"
+    for override in overrides:
+        key = override.split("=")[0].lstrip("+~")
+        if f"'{key}'" in message or re.search(rf"Key '{re.escape(key.split('.')[-1])}' is not in struct", message):
+            keys = known_keys(config_name, [other for other in overrides if other != override])
+            return f"{override}: there is no key {key!r}; {_nearest(key, keys, 'see --help for the keys')}"
+    return message
+
+
+def known_keys(config_name: str, overrides: list[str]) -> list[str]:
+    """Every key and group of the configuration as composed with these overrides, or without any when they fail too."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    groups = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        for kept in (overrides, []):
+            try:
+                return sorted({*groups, *_flat(OmegaConf.to_container(compose(config_name, overrides=kept), resolve=False))})
+            except (HydraException, OmegaConfBaseException):
+                continue
+    return groups
+
+
+def _nearest(word: str, known: list[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
+
+
+def _flat(tree: dict, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in tree.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += _flat(value, f"{prefix}{key}.")
+    return keys
+
+
+def _refusing(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Refuses inside of Hydra's job: an exception that reaches Hydra makes it print a line of its own first."""
+
+    @functools.wraps(main)
+    def guarded(composed: DictConfig) -> None:
+        try:
+            main(composed)
+        except InputError as error:
+            _refuse(str(error))
+
+    return guarded
+
+
+def _refuse(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # once, not once a process
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

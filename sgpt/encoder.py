@@ -1,0 +1,203 @@
+"""The encoder: tokenizer, markers, trunk and pooling joined. One road for training, encoding and evaluation.
+
+    encoder = Encoder.from_pretrained("runs/pydocs/export")
+    encoder.encode_queries(["parse a date from a string"])  # [1, D]
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sgpt import contract as contracts
+from sgpt.adapter import is_adapter, open_trunk
+from sgpt.contract import Contract
+from sgpt.data.collate import Rows, content_ids, length_groups
+from sgpt.errors import InputError
+from sgpt.markers import Frame, MarkersConfig, Role, frames
+from sgpt.model import ModelConfig, embedding_size, is_causal, load_tokenizer, load_trunk, position_limit, token_embeddings
+from sgpt.pooling import POOLINGS
+
+TOKENS_PER_GROUP = 4096
+ST_POOLINGS = {"weightedmean": "weighted_mean", "mean": "mean", "lasttoken": "last_token", "cls": "cls", "max": "max"}
+LEGACY_POOLINGS = {  # sentence-transformers before 6, and every published SGPT model
+    "pooling_mode_weightedmean_tokens": "weighted_mean", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last_token",
+    "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
+}
+
+
+class Encoder(nn.Module):
+    """trunk: any decoder or BERT-like encoder. contract: markers, limits, pooling. `forward` is what training calls."""
+
+    def __init__(self, trunk: nn.Module, tokenizer, contract: Contract, *, tokens_per_group: int = TOKENS_PER_GROUP) -> None:
+        super().__init__()
+        self.trunk, self.tokenizer, self.contract = trunk, tokenizer, contract
+        self.tokens_per_group = tokens_per_group
+        self.frames: dict[Role, Frame] = frames(contract.markers, tokenizer)
+        self.causal = is_causal(trunk)
+        _check_limits(contract.markers, trunk)
+
+    def forward(self, rows: Rows) -> Tensor:
+        """Token ids of any lengths -> embeddings [rows, D], with gradient, in the order given.
+
+        Computed in groups of like length, so hardly any padding is; exact, as no row sees another.
+        """
+        pooled, order = [], []
+        for group in length_groups(rows, self.tokenizer.pad_token_id, self.tokens_per_group):
+            pooled.append(self.embed(group.input_ids.to(self.device), group.attention_mask.to(self.device), right_padded=True))
+            order += group.rows
+        return torch.cat(pooled)[torch.tensor(order, device=self.device).argsort()]
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor, *, right_padded: bool = False) -> Tensor:
+        """[rows, T] with padding on either side -> [rows, D]. `right_padded` promises that side and saves the mask."""
+        hidden = token_embeddings(self.trunk, input_ids, None if right_padded and self.causal else attention_mask)
+        return POOLINGS[self.contract.pooling](hidden, attention_mask)
+
+    def token_ids(self, texts: Sequence[str], role: Role) -> Rows:
+        """Marked and truncated ids; the content is tokenised alone, so nothing merges with a marker."""
+        return [self.frames[role].put_around(ids) for ids in content_ids(texts, self.tokenizer)]
+
+    def encode_queries(self, texts: Sequence[str], **options) -> np.ndarray | Tensor:
+        """As `encode` with role="query"."""
+        return self.encode(texts, "query", **options)
+
+    def encode_documents(self, texts: Sequence[str], **options) -> np.ndarray | Tensor:
+        """As `encode` with role="document"."""
+        return self.encode(texts, "document", **options)
+
+    @torch.inference_mode()
+    def encode(
+        self, texts: Sequence[str], role: Role, *, normalize: bool | None = None, as_tensor: bool = False, progress: bool | None = None
+    ) -> np.ndarray | Tensor:
+        """Embeddings [texts, D] in float32, on the CPU, in the order given.
+
+        normalize: length 1; None takes the contract's word. progress: a bar; None shows one when the work is longer than
+        a few seconds and the output is a terminal. A text without any token (empty, without markers) gives zeros.
+        """
+        if isinstance(texts, str):
+            raise InputError(f"encode takes a list of texts, got one string {texts!r:.60}; put it in a list")
+        for place, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"encode: text {place} is {type(text).__name__} {text!r:.60}; give strings")
+        was_training = self.training
+        self.eval()
+        rows = self.token_ids(texts, role)
+        embeddings = torch.zeros(len(rows), self.embedding_size)
+        with _progress(progress, sum(map(len, rows)), f"encoding {len(texts):,} {role} texts") as advance:
+            for group in length_groups(rows, self.tokenizer.pad_token_id, self.tokens_per_group):
+                pooled = self.embed(group.input_ids.to(self.device), group.attention_mask.to(self.device), right_padded=True)
+                embeddings[group.rows] = pooled.float().cpu()
+                advance(int(group.attention_mask.sum()))
+        self.train(was_training)
+        if self.contract.normalize if normalize is None else normalize:
+            embeddings = F.normalize(embeddings, dim=1)
+        return embeddings if as_tensor else embeddings.numpy()
+
+    def truncation_share(self, texts: Sequence[str], role: Role) -> float:
+        """Share of texts longer than the limit, 0 to 1."""
+        room = self.frames[role].content_tokens
+        return sum(len(ids) > room for ids in content_ids(texts, self.tokenizer)) / max(1, len(texts))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.trunk.parameters()).device
+
+    @property
+    def embedding_size(self) -> int:
+        return embedding_size(self.trunk)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, markers: MarkersConfig | None = None, pooling: str | None = None, dtype: str = "float32"
+    ) -> "Encoder":
+        """Opens an export, adapter or run of ours, a sentence-transformers folder (Transformer, Pooling, Normalize), or a bare base.
+
+        markers, pooling: only for models that do not carry a contract; stating them against one is refused.
+        """
+        folder = Path(path)
+        folder = next((folder / part for part in ("export", "adapter") if (folder / part / contracts.FILE).is_file()), folder)
+        if (folder / contracts.FILE).is_file():
+            if markers is not None or pooling is not None:
+                raise InputError(f"{folder} carries its markers and pooling in {contracts.FILE}; do not set them")
+            contract = Contract.load(folder)
+            if is_adapter(folder):
+                return cls(open_trunk(folder, dtype), load_tokenizer(contract.base), contract)
+            return cls(*_load(folder, dtype), contract)
+        if (folder / "modules.json").is_file():
+            transformer, contract = _read_sentence_transformers(folder)
+            contract.markers = markers or contract.markers
+            contract.pooling = pooling or contract.pooling
+            return cls(*_load(transformer, dtype), contract)
+        trunk, tokenizer = _load(path, dtype)
+        return cls(trunk, tokenizer, Contract(pooling or "weighted_mean", markers or _unmarked(position_limit(trunk)), base=str(path)))
+
+
+def _load(path: str | Path, dtype: str) -> tuple[nn.Module, object]:
+    return load_trunk(ModelConfig(str(path), dtype)), load_tokenizer(str(path))
+
+
+def _unmarked(limit: int | None) -> MarkersConfig:
+    tokens = min(limit or 300, 300)
+    return MarkersConfig("none", tokens, tokens)
+
+
+def _read_sentence_transformers(folder: Path) -> tuple[Path, Contract]:
+    """The transformer's folder and the contract that the module list amounts to."""
+    contract, transformer = Contract(markers=MarkersConfig("none")), folder
+    for module in json.loads((folder / "modules.json").read_text()):
+        kind, place = module["type"].rsplit(".", 1)[-1], folder / module["path"]
+        if kind == "Transformer":
+            transformer = place
+            stored = json.loads((place / "sentence_bert_config.json").read_text()) if (place / "sentence_bert_config.json").is_file() else {}
+            if "message" in stored.get("modality_config", {}):
+                raise InputError(f"{folder}: its texts go through a chat template, which only sentence-transformers reads; open our own export of it")
+            tokenizer = json.loads((place / "tokenizer_config.json").read_text())
+            limit = min(stored.get("max_seq_length") or int(1e30), tokenizer.get("model_max_length") or int(1e30))
+            limit = limit if limit < 1e6 else position_limit_of(place)
+            contract.markers = MarkersConfig("none", limit, limit)
+        elif kind == "Pooling":
+            contract.pooling = _read_pooling(place / "config.json")
+        elif kind == "Normalize":
+            contract.normalize = True
+        else:
+            raise InputError(f"{folder}/modules.json: module {kind} is not supported; Transformer, Pooling and Normalize are")
+    contract.base = str(transformer)
+    return transformer, contract
+
+
+def position_limit_of(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    return next((config[name] for name in ("max_position_embeddings", "n_positions") if config.get(name)), 512)
+
+
+def _read_pooling(file: Path) -> str:
+    config = json.loads(file.read_text())
+    if "pooling_mode" in config:
+        modes = config["pooling_mode"] if isinstance(config["pooling_mode"], list) else [config["pooling_mode"]]
+        chosen = [ST_POOLINGS.get(mode, mode) for mode in modes]
+    else:
+        chosen = [name for key, name in LEGACY_POOLINGS.items() if config.get(key)]
+    if len(chosen) != 1 or chosen[0] not in POOLINGS:
+        raise InputError(f"{file}: pooling {chosen} is not supported; one of {', '.join(POOLINGS)} is")
+    return chosen[0]
+
+
+def _check_limits(markers: MarkersConfig, trunk: nn.Module) -> None:
+    limit = position_limit(trunk)
+    for role in ("query", "document"):
+        if limit is not None and markers.max_tokens(role) > limit:
+            raise InputError(
+                f"markers.{role}_max_tokens={markers.max_tokens(role)} is more than the {limit} positions of "
+                f"{type(trunk).__name__}; lower it to {limit} or less"
+            )
+
+
+def _progress(wanted: bool | None, total: int, title: str):
+    """Context manager giving advance(tokens). The bar appears by itself after two seconds."""
+    from sgpt.progress import progress_bar
+
+    return progress_bar(title, total, wanted)

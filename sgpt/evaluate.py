@@ -1,0 +1,140 @@
+"""Evaluation of an encoder: retrieval over BEIR folders, similarity of sentence pairs, and BM25 beside it.
+
+Exact search in chunks: memory is bounded by `chunk` documents, whatever the corpus.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sgpt.data.beir import PairSet, RetrievalSet, read_pairs, read_retrieval
+from sgpt.encoder import Encoder
+from sgpt.metrics import Run, correlations, ranking
+
+DEPTH = 100  # results kept for each query; the deepest metric is at 100
+Results = dict[str, dict[str, float]]
+
+
+@dataclass
+class EvaluationConfig:
+    """retrieval: BEIR folders. sts: files of scored sentence pairs. split: of both. bm25: score retrieval sets by BM25 too.
+
+    limit: so many queries and pairs, with the queries' documents and as many others; for trying things out.
+    """
+
+    retrieval: list[str] = field(default_factory=list)
+    sts: list[str] = field(default_factory=list)
+    split: str = "test"
+    bm25: bool = True
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What is evaluated, read and checked."""
+
+    retrieval: list[RetrievalSet]
+    sts: list[PairSet]
+
+
+def read_sets(config: EvaluationConfig) -> Sets:
+    """Reads every file now: a missing one must stop a run before it trains, not after."""
+    retrieval = [read_retrieval(Path(folder), config.split) for folder in config.retrieval]
+    pairs = [read_pairs(Path(file), config.split) for file in config.sts]
+    if config.limit is None:
+        return Sets(retrieval, pairs)
+    return Sets([_fewer(chosen, config.limit) for chosen in retrieval], [_fewer_pairs(chosen, config.limit) for chosen in pairs])
+
+
+def evaluate(encoder: Encoder, sets: Sets) -> Results:
+    """Set name -> metrics."""
+    results: Results = {chosen.name: ranking(chosen.qrels, retrieve(encoder, chosen)) for chosen in sets.retrieval}
+    return results | {pairs.name: correlations(pairs.scores, cosines(encoder, pairs)) for pairs in sets.sts}
+
+
+def retrieve(encoder: Encoder, chosen: RetrievalSet, depth: int = DEPTH) -> Run:
+    """Cosine scores of the best `depth` documents of each query."""
+    queries = encoder.encode_queries(list(chosen.queries.values()), normalize=True, as_tensor=True)
+    documents = encoder.encode_documents(list(chosen.corpus.values()), normalize=True, as_tensor=True)
+    scores, rows = search(queries, documents, depth)
+    return as_run(list(chosen.queries), list(chosen.corpus), scores, rows)
+
+
+def search(queries: Tensor, documents: Tensor, depth: int, chunk: int = 50_000) -> tuple[Tensor, Tensor]:
+    """Best `depth` documents by inner product: scores and rows, [Q, depth], best first. Exact."""
+    scores = torch.empty(len(queries), 0)
+    rows = torch.empty(len(queries), 0, dtype=torch.long)
+    for start in range(0, len(documents), chunk):
+        part = queries @ documents[start : start + chunk].T
+        best, where = part.topk(min(depth, part.shape[1]), dim=1)
+        scores, rows = torch.cat([scores, best], 1), torch.cat([rows, where + start], 1)
+        scores, order = scores.topk(min(depth, scores.shape[1]), dim=1)
+        rows = rows.gather(1, order)
+    return scores, rows
+
+
+def as_run(query_ids: Sequence[str], document_ids: Sequence[str], scores: Tensor, rows: Tensor) -> Run:
+    return {
+        query: {document_ids[row]: score for row, score in zip(found, values, strict=True)}
+        for query, found, values in zip(query_ids, rows.tolist(), scores.tolist(), strict=True)
+    }
+
+
+def cosines(encoder: Encoder, pairs: PairSet) -> list[float]:
+    """Both sides are encoded as queries: a similarity of equals has one role."""
+    first, second = (encoder.encode_queries(side, normalize=True, as_tensor=True) for side in (pairs.first, pairs.second))
+    return (first * second).sum(1).tolist()
+
+
+def bm25(sets: Sets) -> Results:
+    """BM25 (bm25s, Lucene's variant, English stop words) on the retrieval sets."""
+    return {chosen.name: ranking(chosen.qrels, bm25_run(chosen)) for chosen in sets.retrieval}
+
+
+def bm25_run(chosen: RetrievalSet, depth: int = DEPTH) -> Run:
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    tokens, queries = (
+        bm25s.tokenize(list(texts.values()), stopwords="en", show_progress=False) for texts in (chosen.corpus, chosen.queries)
+    )
+    index = bm25s.BM25(method="lucene")
+    index.index(tokens, show_progress=False)
+    rows, scores = index.retrieve(queries, k=min(depth, len(chosen.corpus)), show_progress=False)
+    return as_run(list(chosen.queries), list(chosen.corpus), torch.from_numpy(scores), torch.from_numpy(rows))
+
+
+def table(columns: Mapping[str, Results], title: str):
+    """A rich table: a row for each set and metric, a column for each system."""
+    from rich.table import Table
+
+    made = Table("set", "metric", *columns, title=title)
+    for name in dict.fromkeys(name for results in columns.values() for name in results):
+        for metric in dict.fromkeys(metric for results in columns.values() for metric in results.get(name, {})):
+            made.add_row(name, metric, *(f"{100 * results[name][metric]:.2f}" if metric in results.get(name, {}) else "–" for results in columns.values()))
+    return made
+
+
+def similarity_sample(encoder: Encoder, queries: Sequence[str], positives: Sequence[str]) -> dict[str, list[float]]:
+    """Cosines of matching pairs and of each query with the next one's document, for the report's histogram."""
+    left = F.normalize(encoder.encode_queries(queries, as_tensor=True), dim=1)
+    right = F.normalize(encoder.encode_documents(positives, as_tensor=True), dim=1)
+    return {"positive": (left * right).sum(1).tolist(), "negative": (left * right.roll(1, 0)).sum(1).tolist()}
+
+
+def _fewer(chosen: RetrievalSet, limit: int) -> RetrievalSet:
+    qrels = dict(islice(chosen.qrels.items(), limit))
+    judged = {document for documents in qrels.values() for document in documents}
+    kept = judged | set(islice(chosen.corpus, len(judged)))
+    corpus = {document: text for document, text in chosen.corpus.items() if document in kept}
+    return RetrievalSet(chosen.name, corpus, {query: chosen.queries[query] for query in qrels}, qrels)
+
+
+def _fewer_pairs(pairs: PairSet, limit: int) -> PairSet:
+    return PairSet(pairs.name, pairs.first[:limit], pairs.second[:limit], pairs.scores[:limit])

@@ -1,0 +1,45 @@
+"""Starting up: threads, precision, seeds, logging, trackers."""
+
+import logging
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from sgpt.config import TrainConfig, plain
+
+
+def start(config: TrainConfig) -> Accelerator:
+    """The accelerator of a training run, its trackers started."""
+    accelerator = accelerate(
+        precision=config.trainer.precision, seed=config.trainer.seed, threads=config.trainer.threads,
+        tracker=config.logging.tracker, folder=f"{config.runs}/{config.name}",
+    )
+    if config.logging.tracker:
+        os.environ.setdefault("WANDB_MODE", config.logging.mode)
+        accelerator.init_trackers(config.logging.project, config=_flat(plain(config)), init_kwargs={"wandb": {"name": config.name}})
+    return accelerator
+
+
+def accelerate(*, precision: str, seed: int, threads: int | None = None, tracker: str | None = None, folder: str | None = None) -> Accelerator:
+    """Everything that is global to a process, set once."""
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", log_with=tracker, project_dir=folder)
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` gives every CPU process one thread unless told otherwise
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
+    set_seed(seed)  # before any weight is made (LoRA's), the same on every process
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    logging.getLogger("sgpt").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    return accelerator
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Trackers take scalars under dotted names."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, str | int | float | bool) else str(value)
+    return flat

@@ -1,0 +1,70 @@
+"""InfoNCE over in-batch candidates (van den Oord 2018; as used by SGPT: cosine, scale 20, query to documents).
+
+Letters: Q queries of this process, R documents a query, W processes, C = W·Q·R candidates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sgpt.errors import InputError
+
+
+@dataclass
+class LossConfig:
+    """scale: factor on the cosines, 1 / temperature. symmetric: also document to query, both halves weighing the same."""
+
+    name: str = "info_nce"
+    scale: float = 20.0
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in LOSSES:
+            raise InputError(f"loss.name={self.name!r} is unknown; choose one of {', '.join(LOSSES)}")
+        if not self.scale > 0:
+            raise InputError(f"loss.scale={self.scale} must be positive; it is 1 / temperature, 20 in SGPT")
+
+
+def info_nce(queries: Tensor, candidates: Tensor, scale: float, positives: Tensor, ignored: Tensor | None = None) -> Tensor:
+    """Mean over the queries of the cross-entropy between the scaled cosines and the positive's row, in nats.
+
+    queries [Q, D]; candidates [C, D]; positives [Q], the row of each query's positive; ignored [Q, C] boolean, True where
+    a candidate is no negative of that query (never true at its positive). Softmax in float32 or wider.
+    """
+    return F.cross_entropy(similarities(queries, candidates, scale, ignored), positives)
+
+
+def similarities(queries: Tensor, candidates: Tensor, scale: float, ignored: Tensor | None = None) -> Tensor:
+    """scale · cosine [Q, C], -inf where ignored."""
+    queries, candidates = (tensor.float() if tensor.dtype.itemsize < 4 else tensor for tensor in (queries, candidates))
+    with torch.autocast(queries.device.type, enabled=False):  # else a bfloat16 product: 0.4 % of the scale off
+        scores = scale * F.normalize(queries, dim=1) @ F.normalize(candidates, dim=1).T
+    return scores if ignored is None else scores.masked_fill(ignored, float("-inf"))
+
+
+def positive_rows(num_queries: int, documents_per_query: int, rank: int, device: torch.device | str = "cpu") -> Tensor:
+    """[Q]: query i's positive is row i·R of its process' documents, row (rank·Q + i)·R after the gather."""
+    return (rank * num_queries + torch.arange(num_queries, device=device)) * documents_per_query
+
+
+def duplicates(
+    query_hashes: Tensor, all_query_hashes: Tensor, all_document_hashes: Tensor, documents_per_query: int, rank: int
+) -> Tensor:
+    """ignored [Q, C]: the candidates that only look like negatives of a query, decided by equal input text.
+
+    Candidate c is ignored for query i when it has the text of i's own positive, when it is the positive of a query with
+    i's text, or when its text is i's. The positive itself and the hard negatives curated for i always count.
+    Hashes are int64; query_hashes [Q] of this process, all_* gathered rank-major, [W·Q] and [C].
+    """
+    num_queries, r = len(query_hashes), documents_per_query
+    positives = positive_rows(num_queries, r, rank, query_hashes.device)
+    ignored = all_document_hashes[None] == all_document_hashes[positives][:, None]
+    ignored |= all_document_hashes[None] == query_hashes[:, None]
+    ignored[:, ::r] |= all_query_hashes[None] == query_hashes[:, None]
+    own = positives[:, None] + torch.arange(r, device=positives.device)
+    return ignored.scatter_(1, own, False)
+
+
+LOSSES = {"info_nce": info_nce}

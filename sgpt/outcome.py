@@ -1,0 +1,130 @@
+"""What a run leaves to read: results before and after, the analysis for the report, the manifest, the card, the last table."""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from sgpt import evaluate
+from sgpt.checkpoint import TrainState
+from sgpt.config import TrainConfig
+from sgpt.data.example import Example
+from sgpt.encoder import Encoder
+from sgpt.evaluate import Sets
+from sgpt.model import located
+from sgpt.run import Run, environment
+from sgpt.tuning import count, learning
+
+SAMPLE = 512  # pairs in the similarity histogram
+
+
+def record_start(run: Run, config: TrainConfig, encoder: Encoder, examples: Sequence[Example]) -> None:
+    trained, total = count(encoder.trunk)
+    run.update(
+        "manifest.json", name=run.name, seed=config.trainer.seed, environment=environment(),
+        data={"path": config.data.path, "examples": len(examples), "sha256": examples_hash(examples)},
+        parameters={"trained": trained, "total": total}, contract=encoder.contract.fingerprint(),
+    )
+
+
+def record_before(run: Run, encoder: Encoder, sets: Sets, *, bm25: bool) -> None:
+    """The untuned base, once; a resumed run finds it there."""
+    if "before" in run.read("results.json", {}):
+        return
+    run.write("analysis.json", {"similarity": {"before": _similarity(encoder, sets)}})
+    run.write("results.json", {"before": evaluate.evaluate(encoder, sets), "bm25": evaluate.bm25(sets) if bm25 else {}})
+
+
+def record_after(run: Run, encoder: Encoder, sets: Sets, base: Mapping[str, Tensor], state: TrainState, *, verified: dict) -> None:
+    """The tuned model: what changed, what it scores, what was exported."""
+    learned = learning(encoder.trunk)
+    change = {name: float((learned[name].detach() - old).norm() / old.norm().clamp(min=1e-12)) for name, old in base.items()}
+    similarity = run.read("analysis.json", {}).get("similarity", {}) | {"after": _similarity(encoder, sets)}
+    run.write("analysis.json", {"similarity": similarity, "change": change})
+    run.update("manifest.json", seconds=state.seconds, steps=state.step, processes=state.processes, export=verified, bytes={
+        name: (run.folder / place).stat().st_size for name, place in (
+            ("adapter", "adapter/adapter_model.safetensors"), ("model", "export/model.safetensors"))
+    })
+    run.update("results.json", after=evaluate.evaluate(encoder, sets))
+
+
+def finish(run: Run) -> None:
+    """From here on the run is finished, and starting it again shows its table."""
+    run.update("manifest.json", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+
+
+def show(run: Run) -> None:
+    """The table that a run ends with."""
+    from rich.console import Console
+
+    results, manifest = run.read("results.json", {}), run.read("manifest.json", {})
+    console = Console()
+    console.print(evaluate.table({name: results[name] for name in ("before", "after", "bm25") if results.get(name)}, f"{run.name}: results × 100"))
+    queries, size = _queries_seen(run), manifest["bytes"]
+    console.print(f"{queries / manifest['seconds']:.1f} pairs per second · {queries:,} pairs · {manifest['seconds'] / 60:.1f} minutes of training")
+    console.print(f"trained {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters: "
+                  f"{_bytes(size['adapter'])} of changes to a model of {_bytes(size['model'])}")
+    console.print(f"run folder  {run.folder}   (open {run.folder}/report.html)")
+    console.print(f'search it   python train/search.py run={run.folder} query="parse a date from a string"', soft_wrap=True)
+
+
+def card(run: Run, config: TrainConfig) -> str:
+    """README.md of the export."""
+    from huggingface_hub import ModelCardData
+
+    on_hub = "/" in config.model.path and not Path(located(config.model.path)).exists()
+    data = ModelCardData(
+        library_name="sentence-transformers", pipeline_tag="sentence-similarity", base_model=config.model.path if on_hub else None,
+        tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "sgpt", config.tuning.name],
+    )
+    manifest = run.read("manifest.json", {})
+    roles = "encode_query / encode_document" if config.markers.name != "none" else "encode"
+    return f"""---
+{data.to_yaml()}
+---
+
+# {run.name}
+
+An SGPT bi-encoder: {config.model.path} with {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters trained
+({config.tuning.name}), pooled by {config.pooling.name}, markers {config.markers.name}, at most {config.markers.query_max_tokens} tokens a query and
+{config.markers.document_max_tokens} a document. Compare by cosine.
+
+    from sentence_transformers import SentenceTransformer   # 6.0 or newer; older versions would leave out the markers
+    model = SentenceTransformer("{run.folder}/export")        # {roles}
+
+    from sgpt import Encoder
+    encoder = Encoder.from_pretrained("{run.folder}/export")
+    encoder.encode_queries([...]), encoder.encode_documents([...])
+
+Trained on {manifest['data']['examples']:,} examples (sha256 {manifest['data']['sha256'][:16]}), loss {config.loss.name}, scale {config.loss.scale:g},
+{config.trainer.queries_per_process} queries a process, peak learning rate {config.optim.learning_rate:g}, seed {config.trainer.seed}.
+"""
+
+
+def examples_hash(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update("\x1f".join((example.query, example.positive, *example.hard_negatives)).encode() + b"\x1e")
+    return digest.hexdigest()
+
+
+def _similarity(encoder: Encoder, sets: Sets) -> dict[str, list[float]]:
+    if not sets.retrieval:
+        return {"positive": [], "negative": []}
+    chosen = sets.retrieval[0]
+    queries = list(chosen.qrels)[:SAMPLE]
+    positives = [max(chosen.qrels[query], key=chosen.qrels[query].get) for query in queries]
+    return evaluate.similarity_sample(encoder, [chosen.queries[query] for query in queries], [chosen.corpus[document] for document in positives])
+
+
+def _queries_seen(run: Run) -> int:
+    import yaml
+
+    config, manifest = yaml.safe_load((run.folder / "config.yaml").read_text()), run.read("manifest.json", {})
+    return manifest["steps"] * config["trainer"]["queries_per_process"] * config["trainer"]["gradient_accumulation"] * manifest["processes"]
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.0f} kB"

@@ -1,0 +1,389 @@
+"""Pretraining of `nano`, the small GPT-Neo decoder that the embedded default starts from.
+
+Stage 1, language model: windows of packed text, next-token loss, constant learning rate.
+Stage 2, language model and weak pairs: two texts that an author put together (heading and section, first sentence and its
+paragraph, neighbouring paragraphs) are pulled together by InfoNCE, all weights learning; the documents' forward pass
+carries the next-token loss too, so that the head stays usable. The learning rate falls linearly to a tenth.
+
+Why stage 2: at a few million parameters and tokens a language model alone gives embeddings too weak for biases to steer.
+No marker, no pydocs pair and no evaluation split is seen in it: those belong to the run that follows.
+
+Matrices inside the blocks are updated by Muon (Jordan et al. 2024), everything else by AdamW.
+Batches are drawn from (seed, step) alone, so a resumed run goes on with exactly the batches it would have had.
+"""
+
+import json
+import logging
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+from sgpt.attention import use_sdpa
+from sgpt.data import pydocs
+from sgpt.data.collate import length_groups
+from sgpt.data.jsonl import read_rows
+from sgpt.data.open_text import read_documents, read_weak_pairs
+from sgpt.distributed import average_gradients, gather
+from sgpt.errors import InputError
+from sgpt.pooling import weighted_mean
+from sgpt.progress import progress_bar
+
+log = logging.getLogger(__name__)
+
+END = "<|endoftext|>"  # between documents, and padding; id 0
+TOKENS_PER_GROUP = 2048
+CHUNK = 512  # positions whose logits exist at a time
+
+
+@dataclass
+class NanoConfig:
+    """Shape of the decoder; the defaults give 6.4 million parameters."""
+
+    vocabulary: int = 12288
+    hidden_size: int = 256
+    layers: int = 4
+    heads: int = 8
+    positions: int = 384
+    window: int = 256
+
+
+@dataclass
+class PretrainConfig:
+    """Totals are over all processes.
+
+    text: folder of the sources (sgpt/data/open_text.py). pydocs: folder of the docstring harvest, whose training packages
+    are read as text. folder: tokenizer, token ids and checkpoints. output: the finished model, fp16 safetensors.
+    pair_groups: pairs_per_step come from so many places, so that neighbours from one book are hard negatives.
+    head_share: share of document positions that carry the next-token loss in stage 2.
+    """
+
+    text: str = "../shared/data"
+    pydocs: str = "data/raw/pydocs"
+    folder: str = "runs/nano"
+    output: str = "data/nano"
+    nano: NanoConfig = field(default_factory=NanoConfig)
+    language_steps: int = 345
+    pair_steps: int = 600
+    window_tokens: int = 384
+    windows_per_step: int = 20
+    windows_per_forward: int = 4
+    pairs_per_step: int = 160
+    pair_groups: int = 20
+    max_query_tokens: int = 48
+    max_document_tokens: int = 128
+    head_share: float = 0.33
+    scale: float = 20.0
+    learning_rate: float = 3e-3
+    muon_learning_rate: float = 6e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.05
+    precision: str = "fp32"
+    seed: int = 0
+    save_every_steps: int = 100
+    log_every_steps: int = 5
+
+    def __post_init__(self) -> None:
+        if self.pairs_per_step % self.pair_groups:
+            raise InputError(f"pair_groups={self.pair_groups} does not divide pairs_per_step={self.pairs_per_step}")
+        if self.window_tokens > self.nano.positions:
+            raise InputError(f"window_tokens={self.window_tokens} is more than nano.positions={self.nano.positions}")
+
+
+@dataclass
+class Corpus:
+    """Token ids on disk: `stream` [tokens], documents in shuffled order; the pairs as two ragged arrays and their starts."""
+
+    stream: np.ndarray
+    queries: np.ndarray
+    query_starts: np.ndarray
+    documents: np.ndarray
+    document_starts: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path) -> "Corpus":
+        return cls(**{part.name: np.load(folder / f"{part.name}.npy", mmap_mode="r") for part in fields(cls)})
+
+    def pair(self, number: int, config: PretrainConfig) -> tuple[list[int], list[int]]:
+        return (
+            _ragged(self.queries, self.query_starts, number, config.max_query_tokens),
+            _ragged(self.documents, self.document_starts, number, config.max_document_tokens),
+        )
+
+
+def prepare(config: PretrainConfig) -> Corpus:
+    """Trains the tokenizer and tokenises everything, once; later calls open what is there."""
+    folder = Path(config.folder)
+    if not (folder / "stream.npy").is_file():  # written last
+        folder.mkdir(parents=True, exist_ok=True)
+        log.info("reading text below %s", config.text)
+        docstrings = (f"{row['query']}\n\n{row['positive']}" for _, row in read_rows(pydocs.build(Path(config.pydocs)) / "train.jsonl"))
+        documents = list(chain(read_documents(Path(config.text)), docstrings))
+        tokenizer = _train_tokenizer(documents, config.nano.vocabulary)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        pairs = list(read_weak_pairs(Path(config.text)))
+        for name, texts, limit in (("query", [pair.query for pair in pairs], config.max_query_tokens),
+                                   ("document", [pair.document for pair in pairs], config.max_document_tokens)):
+            ids = [np.array(row[:limit], dtype=np.uint16) for row in _tokenise(tokenizer, texts)]
+            np.save(folder / f"{name}_starts.npy", np.cumsum([0, *map(len, ids)]))
+            np.save(folder / ("queries.npy" if name == "query" else "documents.npy"), np.concatenate(ids))
+        random.Random(config.seed).shuffle(documents)
+        end = tokenizer.token_to_id(END)
+        np.save(folder / "stream.npy", np.concatenate([np.array([*row, end], dtype=np.uint16) for row in _tokenise(tokenizer, documents)]))
+    corpus = Corpus.open(folder)
+    log.info("%s tokens of text, %s weak pairs", f"{len(corpus.stream):,}", f"{len(corpus.query_starts) - 1:,}")
+    return corpus
+
+
+def pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) -> GPTNeoForCausalLM:
+    """Both stages, from the newest checkpoint when there is one."""
+    model = build_model(config.nano, config.seed).to(accelerator.device)
+    optimizers = build_optimizers(model, config)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    folder, rank, processes = Path(config.folder), accelerator.process_index, accelerator.num_processes
+    step, tokens = _resume(folder, model, optimizers)
+    started, first = time.perf_counter(), step
+    steps = config.language_steps + config.pair_steps
+    while step < steps:
+        factor = learning_rate_factor(step, config)
+        for optimizer, rates in zip(optimizers, peaks, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        with accelerator.autocast():
+            if step < config.language_steps:
+                line, seen = language_step(model, corpus, config, step, rank, processes)
+            else:
+                line, seen = pair_step(model, corpus, config, step - config.language_steps, rank, processes)
+        average_gradients(model.parameters())
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step, tokens = step + 1, tokens + seen * processes
+        if step % config.log_every_steps == 0:
+            seconds = time.perf_counter() - started
+            shown = {name: gather(value.float()[None]).mean().item() for name, value in line.items()}
+            record = {"step": step, "tokens": tokens, **shown, "grad_norm": norm.item(), "learning_rate": factor * config.learning_rate, "seconds": seconds}
+            if accelerator.is_main_process:
+                with (folder / "metrics.jsonl").open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(record) + "\n")
+            log.info("step %d/%d  %s tokens  %s  %.0f s left", step, steps, f"{tokens:,}", "  ".join(f"{k} {v:.3f}" for k, v in shown.items()),
+                     seconds / (step - first) * (steps - step))
+        if (step % config.save_every_steps == 0 or step == steps) and accelerator.is_main_process:
+            _save(folder, model, optimizers, step, tokens)
+    return model
+
+
+def language_step(model: GPTNeoForCausalLM, corpus: Corpus, config: PretrainConfig, step: int, rank: int, processes: int) -> tuple[dict[str, Tensor], int]:
+    """Gradients of the next-token loss over this process' windows; the loss and the tokens seen."""
+    windows = language_windows(corpus, config, step)[rank::processes].to(model.device)
+    total = torch.zeros((), device=model.device)
+    for part in windows.split(config.windows_per_forward):
+        hidden = model.transformer(part[:, :-1]).last_hidden_state
+        loss = next_token_loss(hidden.flatten(0, 1), model.lm_head.weight, part[:, 1:].flatten()) / windows[:, 1:].numel()
+        loss.backward()
+        total += loss.detach()
+    return {"language": total}, windows[:, 1:].numel()
+
+
+def pair_step(model: GPTNeoForCausalLM, corpus: Corpus, config: PretrainConfig, step: int, rank: int, processes: int) -> tuple[dict[str, Tensor], int]:
+    """Gradients of the contrastive loss, both directions, plus the documents' next-token loss.
+
+    Every process scores its own share of the pairs: in-batch negatives are those of one process.
+    """
+    places = list(range(rank, config.pairs_per_step, processes))
+    numbers = pair_numbers(len(corpus.query_starts) - 1, config, step)
+    chosen = [numbers[place] for place in places]
+    queries, documents = map(list, zip(*(corpus.pair(number, config) for number in chosen), strict=True))
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + config.language_steps + step)
+    query, _ = embed(model, queries)
+    document, language = embed(model, documents, config.head_share, generator)
+    scores = config.scale * F.normalize(query.float(), dim=1) @ F.normalize(document.float(), dim=1).T
+    scores = scores.masked_fill(overlapping(torch.tensor(places, device=scores.device), config), float("-inf"))
+    labels = torch.arange(len(queries), device=scores.device)
+    contrastive = (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
+    (contrastive + language).backward()
+    first = (scores.argmax(1) == labels).float().mean()
+    return {"language": language.detach(), "contrastive": contrastive.detach(), "first": first}, sum(map(len, queries)) + sum(map(len, documents))
+
+
+def overlapping(places: Tensor, config: PretrainConfig) -> Tensor:
+    """[pairs, pairs]: pairs up to two apart in one run share a sentence or a paragraph, so neither is the other's negative."""
+    run, apart = places // (config.pairs_per_step // config.pair_groups), (places[:, None] - places[None]).abs()
+    return (run[:, None] == run[None]) & (apart > 0) & (apart <= 2)
+
+
+def embed(model: GPTNeoForCausalLM, rows: list[list[int]], share: float = 0.0, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Embeddings [rows, D] and the mean next-token loss over a random `share` of the positions (0 when the share is 0)."""
+    embeddings, order, hidden_scored, targets = [], [], [], []
+    for group in length_groups(rows, 0, TOKENS_PER_GROUP):
+        ids, mask = group.input_ids.to(model.device), group.attention_mask.to(model.device)
+        hidden = model.transformer(ids).last_hidden_state  # right padding and causal attention: no mask is needed
+        embeddings.append(weighted_mean(hidden, mask))
+        order += group.rows
+        if share:
+            scored = mask[:, 1:].bool() & (torch.rand(mask[:, 1:].shape, generator=generator) < share).to(model.device)
+            hidden_scored.append(hidden[:, :-1][scored])
+            targets.append(ids[:, 1:][scored])
+    restored = torch.cat(embeddings)[torch.tensor(order, device=model.device).argsort()]
+    if not share:
+        return restored, restored.new_zeros(())
+    return restored, next_token_loss(torch.cat(hidden_scored), model.lm_head.weight, torch.cat(targets)) / sum(map(len, targets))
+
+
+class _NextTokenLoss(torch.autograd.Function):
+    """Cross-entropy of a linear head that never holds all logits: each chunk's gradient is made while its softmax is at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = hidden.new_zeros(())
+        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), CHUNK):
+            part, target = hidden[start : start + CHUNK], targets[start : start + CHUNK, None]
+            logits = part @ weight.T
+            logits -= logits.amax(1, keepdim=True)
+            chosen = logits.gather(1, target)
+            probabilities = logits.exp_()
+            normalizer = probabilities.sum(1, keepdim=True)
+            total += (normalizer.log() - chosen).sum()
+            probabilities /= normalizer
+            probabilities.scatter_add_(1, target, torch.full_like(chosen, -1.0))
+            hidden_gradient[start : start + CHUNK] = probabilities @ weight
+            weight_gradient.addmm_(probabilities.T, part)
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        return hidden_gradient * gradient, weight_gradient * gradient, None
+
+
+def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy in nats; hidden [n, D], weight [V, D], targets [n]. Computed in float32."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _NextTokenLoss.apply(hidden.float(), weight, targets)
+
+
+def perplexity(model: GPTNeoForCausalLM, ids: np.ndarray, window: int) -> float:
+    """exp of the mean next-token loss over whole windows of held-out ids."""
+    windows = torch.from_numpy(ids[: len(ids) // window * window].astype(np.int64)).view(-1, window).to(model.device)
+    with torch.inference_mode():
+        losses = [next_token_loss(model.transformer(part[:, :-1]).last_hidden_state.flatten(0, 1), model.lm_head.weight, part[:, 1:].flatten())
+                  for part in windows.split(4)]
+    return float((sum(losses) / windows[:, 1:].numel()).exp())
+
+
+def build_model(nano: NanoConfig, seed: int) -> GPTNeoForCausalLM:
+    torch.manual_seed(seed)
+    config = GPTNeoConfig(
+        vocab_size=nano.vocabulary, hidden_size=nano.hidden_size, num_layers=nano.layers, num_heads=nano.heads,
+        attention_types=[[["global", "local"], nano.layers // 2]], window_size=nano.window,
+        max_position_embeddings=nano.positions, intermediate_size=4 * nano.hidden_size,
+        activation_function="gelu_pytorch_tanh",  # gelu_new's function as one fused operation
+        embed_dropout=0.0, attention_dropout=0.0, resid_dropout=0.0,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True, use_cache=False,
+    )
+    return use_sdpa(GPTNeoForCausalLM(config))
+
+
+def build_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n]
+    embeddings = [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." not in n]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [
+        torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([{"params": embeddings, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                          lr=config.learning_rate, betas=(0.9, 0.98)),
+    ]
+
+
+def learning_rate_factor(step: int, config: PretrainConfig) -> float:
+    """Warm-up, constant through stage 1, then linear to a tenth over stage 2."""
+    if step < config.language_steps:
+        return min(1.0, (step + 1) / config.warmup_steps)
+    return 1.0 - 0.9 * (step - config.language_steps) / max(1, config.pair_steps)
+
+
+def language_windows(corpus: Corpus, config: PretrainConfig, step: int) -> Tensor:
+    """[windows_per_step, window_tokens + 1]; the windows of one epoch are a permutation of the stream."""
+    length = config.window_tokens
+    windows = (len(corpus.stream) - 1) // length
+    epoch, first = divmod(step * config.windows_per_step, windows)
+    order = np.random.default_rng((config.seed, epoch)).permutation(windows)
+    chosen = np.take(order, range(first, first + config.windows_per_step), mode="wrap")
+    return torch.stack([torch.from_numpy(corpus.stream[i * length : (i + 1) * length + 1].astype(np.int64)) for i in chosen])
+
+
+def pair_numbers(pairs: int, config: PretrainConfig, step: int) -> list[int]:
+    """Without replacement inside an epoch: runs of neighbouring pairs, the runs in shuffled order."""
+    run = config.pairs_per_step // config.pair_groups
+    runs = pairs // run
+    epoch, first = divmod(step * config.pair_groups, runs)
+    generator = np.random.default_rng((config.seed, 1, epoch, 0))
+    order, shift = generator.permutation(runs), generator.integers(run)
+    return [int((order[(first + i) % runs] * run + shift + j) % pairs) for i in range(config.pair_groups) for j in range(run)]
+
+
+def save_model(model: GPTNeoForCausalLM, config: PretrainConfig) -> Path:
+    """fp16 safetensors and the tokenizer, as every loader expects them."""
+    from transformers import PreTrainedTokenizerFast
+
+    output = Path(config.output)
+    half = build_model(config.nano, config.seed)
+    half.load_state_dict(model.state_dict())
+    half.config._attn_implementation = None  # a choice of this process, not of the checkpoint
+    half.half().save_pretrained(output)
+    PreTrainedTokenizerFast(tokenizer_file=f"{config.folder}/tokenizer.json", eos_token=END, bos_token=END, pad_token=END,
+                            padding_side="right").save_pretrained(output)
+    return output
+
+
+def _train_tokenizer(documents: list[str], vocabulary: int):
+    """Byte-level BPE as GPT-2's; single bytes, brackets and braces among them, are always tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(documents, trainer, length=len(documents))
+    return tokenizer
+
+
+def _tokenise(tokenizer, texts: list[str], size: int = 10_000) -> Iterator[list[int]]:
+    with progress_bar("tokenising", len(texts)) as advance:
+        for start in range(0, len(texts), size):
+            yield from (encoding.ids for encoding in tokenizer.encode_batch(texts[start : start + size]))
+            advance(size)
+
+
+def _ragged(ids: np.ndarray, starts: np.ndarray, row: int, limit: int) -> list[int]:
+    return ids[starts[row] : min(starts[row + 1], starts[row] + limit)].tolist()
+
+
+def _save(folder: Path, model: nn.Module, optimizers: list, step: int, tokens: int) -> None:
+    temporary = folder / ".step.tmp"
+    torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "tokens": tokens}, temporary)
+    temporary.rename(folder / f"step-{step}.pt")
+
+
+def _resume(folder: Path, model: nn.Module, optimizers: list) -> tuple[int, int]:
+    saved = sorted(folder.glob("step-*.pt"), key=lambda file: int(file.stem.split("-")[1]))
+    if not saved:
+        return 0, 0
+    state = torch.load(saved[-1], weights_only=True, map_location=model.device)
+    model.load_state_dict(state["model"])
+    for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(stored)
+    log.info("resumed from %s", saved[-1])
+    return state["step"], state["tokens"]

@@ -1,0 +1,111 @@
+"""The run folder `runs/<name>/`: claiming it, its files, and the manifest.
+
+    config.yaml   metrics.jsonl   checkpoints/   adapter/   export/   results.json   analysis.json   report.html   manifest.json
+
+`manifest.json` gets its "finished" last of all.
+"""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sgpt.errors import InputError
+from sgpt.files import write_whole
+
+VERSIONS = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy")
+MAY_CHANGE = {"resume", "logging", "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints"}  # on resuming
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        return "finished" in self.read("manifest.json", {})
+
+    def read(self, file: str, otherwise: Any) -> Any:
+        path = self.folder / file
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else otherwise
+
+    def write(self, file: str, content: Any) -> None:
+        """JSON, whole or not at all."""
+        write_whole(self.folder / file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def update(self, file: str, **content: Any) -> None:
+        self.write(file, self.read(file, {}) | content)
+
+
+def claim(folder: Path, config: dict, *, resume: bool) -> Run:
+    """The run of this folder, not yet begun. Refuses an existing one unless told to resume it with the same configuration."""
+    import yaml
+
+    run, file = Run(folder), folder / "config.yaml"
+    if not file.is_file():
+        return run
+    if not resume:
+        state = "a finished run" if run.finished else "an unfinished run"
+        raise InputError(f"{folder} holds {state}; go on with resume=true, or choose another name=<name>")
+    changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), config)
+    if changed:
+        raise InputError(f"{folder} was started with another configuration: {'; '.join(changed[:5])}. Resume it unchanged, or choose another name=<name>")
+    return run
+
+
+def begin(run: Run, config: dict) -> None:
+    """Makes the folder, once everything that can be checked beforehand has been."""
+    import yaml
+
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if not (run.folder / "config.yaml").is_file():
+        write_whole(run.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
+    """"key: then -> now" for every key that matters to the result."""
+    found: list[str] = []
+    for key in sorted(before.keys() | now.keys()):
+        name, then, value = prefix + key, before.get(key), now.get(key)
+        if name in MAY_CHANGE:
+            continue
+        if isinstance(then, dict) and isinstance(value, dict):
+            found += differences(then, value, f"{name}.")
+        elif then != value:
+            found.append(f"{name}: {then} -> {value}")
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and machine, for the manifest."""
+    import torch
+
+    return {
+        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONS}},
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of this checkout, with a + when files were changed; None outside of one."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if dirty else "")

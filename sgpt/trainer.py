@@ -1,0 +1,246 @@
+"""The training loop, readable from top to bottom.
+
+The loop owns control flow: log, save and evaluate are three `if every(n, step)` lines, so their order is visible.
+"""
+
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from sgpt import checkpoint
+from sgpt.checkpoint import TrainState
+from sgpt.data.collate import Batch, collate, padding_share
+from sgpt.data.example import Example
+from sgpt.data.sampling import Schedule
+from sgpt.distributed import average_gradients, gather
+from sgpt.encoder import TOKENS_PER_GROUP, Encoder
+from sgpt.errors import InputError
+from sgpt.evaluate import Results
+from sgpt.loss import LossConfig
+from sgpt.optim import OptimConfig, build_optimizer, build_schedule
+from sgpt.run import Run
+from sgpt.step import Outcome, chunked_step, health, plain_step
+from sgpt.tuning import count, learning
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainerConfig:
+    """queries_per_process: Q; queries in total are Q times processes, and that times R are the candidates of each query.
+
+    epochs, max_steps: whichever ends first. gradient_accumulation: micro-batches a step; it does NOT add in-batch
+    negatives, more processes or a larger Q with chunk_size do. chunk_size: texts that have a graph at a time (GradCache);
+    0 keeps all. precision: fp32 or bf16 (autocast). evaluate_every_steps: 0 evaluates before and after only.
+    threads: of each process on a CPU; null shares the cores.
+    """
+
+    queries_per_process: int = 64
+    epochs: int = 1
+    max_steps: int | None = None
+    gradient_accumulation: int = 1
+    chunk_size: int = 0
+    tokens_per_group: int = TOKENS_PER_GROUP
+    precision: str = "fp32"
+    seed: int = 0
+    threads: int | None = None
+    log_every_steps: int = 10
+    save_every_steps: int = 100
+    keep_checkpoints: int = 2
+    evaluate_every_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise InputError(f"trainer.precision={self.precision!r} is unknown; choose fp32 or bf16")
+        for name in ("queries_per_process", "epochs", "gradient_accumulation", "log_every_steps", "save_every_steps", "keep_checkpoints", "tokens_per_group"):
+            if getattr(self, name) < 1:
+                raise InputError(f"trainer.{name}={getattr(self, name)} must be 1 or more")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise InputError(f"trainer.max_steps={self.max_steps} must be 1 or more, or null for whole epochs")
+
+    def steps(self, batches_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        steps = batches_per_epoch * self.epochs // self.gradient_accumulation
+        if steps == 0:
+            raise InputError(
+                f"trainer.gradient_accumulation={self.gradient_accumulation} is more than the {batches_per_epoch * self.epochs} "
+                "batches of the run; lower it"
+            )
+        return min(steps, self.max_steps or steps)
+
+
+def train(
+    encoder: Encoder,
+    examples: Sequence[Example],
+    accelerator: Accelerator,
+    run: Run,
+    config: TrainerConfig,
+    loss: LossConfig,
+    optim: OptimConfig,
+    evaluate: Callable[[], Results],
+) -> TrainState:
+    """Trains what `tuning` left learning, from the newest checkpoint of the run when there is one.
+
+    evaluate: results on the dev sets, called every `evaluate_every_steps` on all processes.
+    """
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    batches = Schedule(len(examples), config.queries_per_process, processes, config.seed)
+    steps = config.steps(batches.batches_per_epoch)
+    parameters = learning(encoder.trunk)
+    optimizer = build_optimizer(parameters, optim)
+    schedule = build_schedule(optimizer, optim, steps)
+    _check_negatives(examples, batches, processes)
+
+    torch.manual_seed(config.seed * 1_000_003 + rank)  # dropout differs by process
+    state = TrainState(processes=processes)
+    if newest := checkpoint.latest(run.checkpoints):
+        state = checkpoint.load(newest, parameters, optimizer, schedule)
+        log.info("resumed from %s", newest)
+    metrics = MetricsLog(run, state, steps, accelerator)
+    _announce(encoder, examples, batches, steps, config, optim, accelerator)
+
+    encoder.train()
+    while state.step < steps:
+        started, num_tokens = time.perf_counter(), 0
+        for _ in range(config.gradient_accumulation):
+            rows = batches.rows(state.batches, rank)
+            batch = collate([examples[row] for row in rows], encoder.tokenizer, encoder.frames)
+            outcome = _forward_backward(encoder, batch, config, loss, accelerator)
+            state.batches += 1
+            num_tokens += batch.num_tokens
+        average_gradients(parameters.values())
+        norm = nn.utils.clip_grad_norm_(parameters.values(), optim.max_grad_norm or math.inf)
+        learning_rate = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        state.step += 1
+        state.seconds += time.perf_counter() - started
+        metrics.count(config.queries_per_process * config.gradient_accumulation, num_tokens, time.perf_counter() - started)
+
+        if every(config.log_every_steps, state.step) or state.step == steps:
+            metrics.write(state, outcome, batch, learning_rate, norm, config)
+        if every(config.evaluate_every_steps, state.step):
+            metrics.write_dev(state, evaluate())
+            encoder.train()
+        if every(config.save_every_steps, state.step) or state.step == steps:
+            checkpoint.save(run.checkpoints, parameters, optimizer, schedule, state, config.keep_checkpoints)
+    return state
+
+
+def every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _forward_backward(encoder: Encoder, batch: Batch, config: TrainerConfig, loss: LossConfig, accelerator: Accelerator) -> Outcome:
+    def backward(value: torch.Tensor) -> None:
+        accelerator.backward(value / config.gradient_accumulation)
+
+    with accelerator.autocast():
+        if config.chunk_size:
+            return chunked_step(encoder, batch, loss, backward, config.chunk_size)
+        return plain_step(encoder, batch, loss, backward)
+
+
+class MetricsLog:
+    """`metrics.jsonl` and the console; on resuming, lines written after the checkpoint are dropped."""
+
+    def __init__(self, run: Run, state: TrainState, steps: int, accelerator: Accelerator) -> None:
+        self.file, self.steps, self.accelerator = run.folder / "metrics.jsonl", steps, accelerator
+        self.queries, self.tokens, self.seconds = 0, 0, 0.0
+        if accelerator.is_main_process:
+            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.is_file() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.step]
+            self.file.write_text("".join(kept), encoding="utf-8")
+
+    def count(self, queries: int, tokens: int, seconds: float) -> None:
+        self.queries, self.tokens, self.seconds = self.queries + queries, self.tokens + tokens, self.seconds + seconds
+
+    def write(self, state: TrainState, outcome: Outcome, batch: Batch, learning_rate: float, norm: torch.Tensor, config: TrainerConfig) -> None:
+        """All processes call it. InputError when the loss is no number any more."""
+        loss = gather(outcome.loss.float()[None]).mean().item()
+        total = gather(torch.tensor([self.queries, self.tokens], device=outcome.loss.device)).view(-1, 2).sum(0).tolist()
+        line = {
+            "step": state.step, "loss": loss, "learning_rate": learning_rate, "grad_norm": float(norm),
+            "queries_per_second": total[0] / self.seconds, "tokens_per_second": total[1] / self.seconds,
+            "padding_share": padding_share(batch.documents, config.tokens_per_group), **health(outcome),
+            "peak_memory_bytes": peak_memory_bytes(), "seconds": state.seconds,
+        }
+        self.queries, self.tokens, self.seconds = 0, 0, 0.0
+        if not math.isfinite(loss) or not math.isfinite(line["grad_norm"]):
+            raise InputError(
+                f"step {state.step}: the loss is {loss}, the gradient norm {line['grad_norm']}; lower optim.learning_rate={learning_rate:.2g} "
+                "or use trainer.precision=fp32. The last checkpoint is untouched"
+            )
+        self._append(line)
+        left = state.seconds / state.step * (self.steps - state.step)
+        log.info(
+            "step %d/%d  loss %.4f  lr %.2e  grad %.3f  %.1f queries/s  %.0f tokens/s  padding %.0f %%  cos+ %.2f  cos- %.2f  %.1f GB  %s left",
+            state.step, self.steps, loss, learning_rate, line["grad_norm"], line["queries_per_second"], line["tokens_per_second"],
+            100 * line["padding_share"], line["positive_cosine"], line["hardest_negative_cosine"], line["peak_memory_bytes"] / 1e9, _clock(left),
+        )
+
+    def write_dev(self, state: TrainState, results: Results) -> None:
+        self._append({"step": state.step, "dev": results})
+        log.info("step %d/%d  dev %s", state.step, self.steps, json.dumps(results))
+
+    def _append(self, line: dict) -> None:
+        if self.accelerator.is_main_process:
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(line) + "\n")
+            flat = {k: v for k, v in line.items() if not isinstance(v, dict)} | {
+                f"{name}/{metric}": value for name, metrics in line.get("dev", {}).items() for metric, value in metrics.items()
+            }
+            self.accelerator.log(flat, step=line["step"])
+
+
+def peak_memory_bytes() -> int:
+    """Of this process since it began: allocated on the GPU, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _announce(encoder, examples, batches: Schedule, steps: int, config: TrainerConfig, optim: OptimConfig, accelerator: Accelerator) -> None:
+    """One block: what is about to happen, and what part of the texts the limits cut."""
+    learned, total = count(encoder.trunk)
+    queries = config.queries_per_process * accelerator.num_processes
+    r = 1 + len(examples[0].hard_negatives)
+    sample = [examples[row] for row in batches.rows(0, 0)[:256]]
+    cut = {
+        "queries": encoder.truncation_share([example.query for example in sample], "query"),
+        "documents": encoder.truncation_share([example.positive for example in sample], "document"),
+    }
+    log.info("learning %s of %s parameters (%.4f %%)", f"{learned:,}", f"{total:,}", 100 * learned / total)
+    log.info("%s examples, %d queries a batch in total, %d candidates a query, %d steps (%.2f epochs)", f"{len(examples):,}", queries, queries * r,
+             steps, steps * config.gradient_accumulation / batches.batches_per_epoch)
+    log.info("peak learning rate %.2e, %s, %s, %d process(es), %d thread(s) each", optim.learning_rate, config.precision, encoder.device,
+             accelerator.num_processes, torch.get_num_threads())
+    log.info("truncated at the limits: %.1f %% of queries, %.1f %% of documents (of %d sampled)", 100 * cut["queries"], 100 * cut["documents"], len(sample))
+    if config.gradient_accumulation > 1:
+        log.warning("gradient_accumulation=%d adds no in-batch negatives: each query still sees %d candidates. For more, raise "
+                    "trainer.queries_per_process with trainer.chunk_size, or use more processes", config.gradient_accumulation, queries * r)
+
+
+def _check_negatives(examples: Sequence[Example], batches: Schedule, processes: int) -> None:
+    r = 1 + len(examples[0].hard_negatives)
+    if batches.queries_per_process * processes * r < 2:
+        raise InputError(
+            "a batch has one query and no hard negative, so there is no negative at all and the loss would be 0; "
+            "raise trainer.queries_per_process or data.num_hard_negatives"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,113 @@
+"""Small random models of the real classes, saved once and opened by the real loading code, with tokenizers trained here."""
+
+import argparse
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from sgpt.contract import Contract
+from sgpt.encoder import Encoder
+from sgpt.markers import MarkersConfig
+from sgpt.model import ModelConfig, load_tokenizer, load_trunk
+
+REAL_GPT2 = Path(__file__).parents[2] / "shared" / "models" / "tokenizer-gpt2"
+END = "<|endoftext|>"
+POSITIONS = 128
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": POSITIONS}
+WIDTH = {**SIZES, "intermediate_size": 64}
+OLD_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "gpt2": ("GPT2", OLD_SIZES),
+    "gpt_neo": ("GPTNeo", {**SIZES, "attention_types": [[["global", "local"], 1]], "window_size": 16}),
+    "gptj": ("GPTJ", {**OLD_SIZES, "rotary_dim": 4}),
+    "gpt_neox": ("GPTNeoX", WIDTH),
+    "opt": ("OPT", {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "llama": ("Llama", {**WIDTH, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("Qwen2", {**WIDTH, "num_key_value_heads": 2}),
+    "qwen3": ("Qwen3", {**WIDTH, "num_key_value_heads": 2, "head_dim": 8}),
+    "bert": ("Bert", WIDTH),
+}
+LIMITS = {"query_max_tokens": 24, "document_max_tokens": 40}
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_base(family, *, real_tokenizer=False): folder of a 2-layer, 32-wide base, saved once a session. Biases are not zero."""
+    saved: dict[tuple[str, bool], Path] = {}
+
+    def make(family: str, *, real_tokenizer: bool = False) -> Path:
+        if (family, real_tokenizer) not in saved:
+            folder = tmp_path_factory.mktemp(family)
+            tokenizer = _tokenizer(family, real_tokenizer)
+            tokenizer.save_pretrained(folder)
+            random_trunk(family, len(tokenizer)).save_pretrained(folder)
+            saved[family, real_tokenizer] = folder
+        return saved[family, real_tokenizer]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tiny_base: Callable[..., Path]) -> Callable[..., Encoder]:
+    """tiny_encoder(family, markers="brackets", *, pooling, normalize, real_tokenizer, dtype, **MarkersConfig fields): a new encoder each call."""
+
+    def make(
+        family: str = "gpt_neo", markers: str = "brackets", *, pooling: str = "weighted_mean", normalize: bool = False,
+        real_tokenizer: bool = False, dtype: str = "float32", **limits,
+    ) -> Encoder:  # fmt: skip
+        base = str(tiny_base(family, real_tokenizer=real_tokenizer))
+        contract = Contract(pooling, MarkersConfig(markers, **{**LIMITS, **limits}), normalize, base)
+        return Encoder(load_trunk(ModelConfig(base, dtype)), load_tokenizer(base), contract)
+
+    return make
+
+
+def random_trunk(family: str, vocabulary: int, seed: int = 0, **changed) -> nn.Module:
+    name, shape = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **{**shape, **changed})
+    torch.manual_seed(seed)
+    trunk = getattr(transformers, f"{name}Model")(config)
+    with torch.no_grad():
+        for parameter_name, parameter in trunk.named_parameters():  # initialised biases are zero, and a lost zero is not seen
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter_name.endswith("bias") else 0.1))
+    return trunk.eval()
+
+
+def _tokenizer(family: str, real: bool) -> PreTrainedTokenizerFast:
+    if real:
+        if not REAL_GPT2.is_dir():
+            pytest.skip(f"no GPT-2 tokenizer at {REAL_GPT2}")
+        return PreTrainedTokenizerFast.from_pretrained(REAL_GPT2)
+    return word_piece() if family == "bert" else byte_level(start="</s>" if family == "opt" else None)
+
+
+def byte_level(start: str | None = None) -> PreTrainedTokenizerFast:
+    """BPE in which `?]`, `[[` and `}}` are tokens. start: a special token before every text, as OPT has it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = [END, *([start] if start else [])]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([inspect.getsource(argparse), "what?] [[1]] {{a}} why?} " * 200], trainer)
+    if start:
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=start or END)
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    """BERT's: [CLS] before, [SEP] after, lower case."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator([inspect.getsource(argparse)], trainers.WordPieceTrainer(vocab_size=700, special_tokens=specials, show_progress=False))
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")

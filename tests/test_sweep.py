@@ -1,0 +1,234 @@
+"""hydra/launcher=accelerate: real sweeps of a stand-in training script; it needs no torch, so a job costs the launch only."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+CONFIG = """
+name: toy
+runs: runs
+resume: false
+learning_rate: 1
+pooling: mean
+seed: 0
+hydra:
+  output_subdir: null
+  run: {dir: .}
+  sweep: {dir: "${runs}/${name}-sweep"}
+"""
+
+SCRIPT = """
+import json, os, time
+from pathlib import Path
+import hydra
+
+@hydra.main(version_base=None, config_path="configs", config_name="toy")
+def main(config):
+    folder = Path(config.runs) / config.name
+    print(f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')} rate {config.learning_rate}",
+          f"threads {os.environ['OMP_NUM_THREADS']} cpu {os.environ.get('ACCELERATE_USE_CPU')}")
+    if config.resume and (folder / "results.json").exists():
+        print("found finished")
+        return
+    print(f"training with {config.learning_rate}")
+    if config.learning_rate == 13 and "MEND" not in os.environ:
+        raise ValueError("13 is unlucky")
+    if config.learning_rate == 99:
+        Path("started").write_text(str(os.getpid()))
+        time.sleep(600)
+    if os.environ.get("RANK", "0") == "0":
+        folder.mkdir(parents=True, exist_ok=True)
+        quality = 1 / (1 + config.learning_rate)
+        metrics = {"ndcg@10": quality, "recall@100": 0.5}
+        results = {"before": {}, "after": {"toy": metrics, "sts": {"spearman_cosine": quality / 2}}, "bm25": {}}
+        (folder / "results.json").write_text(json.dumps(results))
+
+main()
+"""
+
+
+def toy_project(folder: Path) -> Path:
+    (folder / "train").mkdir()
+    (folder / "train" / "configs").mkdir()
+    (folder / "train" / "configs" / "toy.yaml").write_text(CONFIG)
+    (folder / "train" / "toy.py").write_text(SCRIPT)
+    return folder
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This repository's plugin whether or not it is installed; nothing of a launch that pytest may run under."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU")}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def sweep(project: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "train/toy.py", "-m", "hydra/launcher=accelerate", *arguments],
+        cwd=project,
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def read_sweep(project: Path, name: str = "toy") -> dict:
+    return json.loads((project / "runs" / f"{name}-sweep" / "sweep.json").read_text())
+
+
+def table_rows(output: str) -> list[list[str]]:
+    rows = [line.strip("│").split("│") for line in output.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_project(tmp_path_factory.mktemp("sweep"))
+
+
+class First(NamedTuple):
+    """What the first start left, taken down before the second changes it."""
+
+    exit_code: int
+    output: str
+    errors: str
+    content: dict
+    with_results: list[str]
+
+
+@pytest.fixture(scope="module")
+def first(project: Path) -> First:
+    """Two jobs, of which the first fails."""
+    done = sweep(project, "learning_rate=13,1", "pooling=weighted_mean")
+    with_results = [path.parent.name for path in (project / "runs/toy-sweep").glob("*/results.json")]
+    return First(done.returncode, done.stdout, done.stderr, read_sweep(project), with_results)
+
+
+def test_failing_job_is_named_and_the_others_finish(first: First) -> None:
+    assert first.exit_code != 0
+    assert "[1/2] job 0  learning_rate=13  " in first.output
+    assert "ended with exit code 1; log: runs/toy-sweep/0.log" in first.output
+    assert "    | ValueError: 13 is unlucky" in first.output  # the last lines of its output
+    assert re.search(r"\[2/2\] job 1  learning_rate=1  \d+\.\d min  toy ndcg@10 0\.5000\n", first.output)
+    # what Hydra raises at the end, after the table, names job, overrides, exit code and log file too
+    assert "RuntimeError: job 0 (learning_rate=13 pooling=weighted_mean) ended with exit code 1" in first.errors
+    assert first.with_results == ["1"]
+
+
+def test_table_shows_differing_overrides_and_every_metric(first: First) -> None:
+    assert table_rows(first.output) == [
+        ["0", "learning_rate=13", "failed", "-", "-", "-"],
+        ["*1", "learning_rate=1", "finished", "0.5000", "0.5000", "0.2500"],
+    ]
+    assert "toy-sweep pooling=weighted_mean" in first.output  # what all jobs share stands in the title
+    assert "* best toy ndcg@10: job 1" in first.output
+
+
+def test_sweep_json_says_the_same(first: First) -> None:
+    assert first.content["shared_overrides"] == ["pooling=weighted_mean"]
+    assert (first.content["main_metric"], first.content["best"]) == ("toy ndcg@10", 1)
+    failed, finished = first.content["jobs"]
+    assert (failed["job"], failed["status"], failed["after"]) == (0, "failed", {})
+    assert "exit code 1" in failed["error"]
+    assert (finished["status"], finished["main_metric"], finished["error"]) == ("finished", 0.5, None)
+    assert finished["overrides"] == ["learning_rate=1", "pooling=weighted_mean"]
+    assert finished["after"] == {"toy": {"ndcg@10": 0.5, "recall@100": 0.5}, "sts": {"spearman_cosine": 0.25}}
+
+
+def test_other_values_under_the_same_name_are_refused(first: First, project: Path) -> None:
+    refused = sweep(project, "learning_rate=13,2", "pooling=weighted_mean")
+    assert refused.returncode != 0
+    assert "job 1 was 'learning_rate=1 pooling=weighted_mean' and is now 'learning_rate=2" in refused.stderr
+    assert "[1/2]" not in refused.stdout  # before anything was started
+
+
+def test_second_start_keeps_what_is_finished(first: First, project: Path) -> None:
+    """The script trains only if it is not told to resume or finds no results: the launcher must say resume=true."""
+    second = sweep(project, "learning_rate=13,1", "pooling=weighted_mean", MEND="1")
+    assert second.returncode == 0, second.stdout + second.stderr
+    failed_before, finished_before = ((project / f"runs/toy-sweep/{i}.log").read_text() for i in (0, 1))
+    assert failed_before.count("training with 13") == 2
+    assert finished_before.count("training with 1") == 1
+    assert finished_before.count("found finished") == 1
+    assert [row[2] for row in table_rows(second.stdout)] == ["finished", "finished"]
+    content = read_sweep(project)
+    assert [job["job"] for job in content["jobs"]] == [0, 1]
+    assert content["shared_overrides"] == ["pooling=weighted_mean"]
+    assert content["best"] == 1
+
+
+def test_two_processes_start_as_two_ranks_with_the_same_values(tmp_path: Path) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing; this must be two."""
+    project = toy_project(tmp_path)
+    processes = ["hydra.launcher.num_processes=2", "hydra.launcher.num_cpu_threads_per_process=3"]
+    done = sweep(project, "learning_rate=0.5,13", "name='two, quoted'", *processes)
+    log = (project / "runs/two, quoted-sweep/0.log").read_text()
+    assert sorted(re.findall("rank .*", log)) == [
+        "rank 0 of 2 rate 0.5 threads 3 cpu true",
+        "rank 1 of 2 rate 0.5 threads 3 cpu true",
+    ]
+    assert [job["status"] for job in read_sweep(project, "two, quoted")["jobs"]] == ["finished", "failed"]
+    assert "    | ValueError: 13 is unlucky" in done.stdout  # not buried under what torchrun says of itself
+    assert "ChildFailedError" not in done.stdout
+
+
+def test_job_that_an_earlier_start_left_running_is_not_started_again(tmp_path: Path) -> None:
+    """A launcher ended by kill -9 leaves its job behind, which holds the log open, and with it the lock."""
+    project = toy_project(tmp_path)
+    (project / "runs/toy-sweep").mkdir(parents=True)
+    with (project / "runs/toy-sweep/0.log").open("w") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        refused = sweep(project, "learning_rate=1")
+    assert refused.returncode != 0
+    assert "FAILED: a process of an earlier start still writes to runs/toy-sweep/0.log" in refused.stdout
+    assert (project / "runs/toy-sweep/0.log").read_text() == ""
+
+
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_the_sweep_stops_its_job_and_nothing_else(
+    number: signal.Signals, tmp_path: Path, bystander: subprocess.Popen[bytes]
+) -> None:
+    project = toy_project(tmp_path)
+    launcher = subprocess.Popen(
+        [sys.executable, "train/toy.py", "-m", "hydra/launcher=accelerate", "learning_rate=99,1"],
+        cwd=project,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # a pytest started in the background of a script ignores Ctrl-C, and so would all that it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    started = project / "started"
+    deadline = time.monotonic() + 120
+    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    script_id = int(started.read_text())
+    launcher.send_signal(number)
+    output, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(script_id, 0)
+    assert bystander.poll() is None
+    assert [row[2] for row in table_rows(output)] == ["stopped", "waiting"]
+    assert [job["status"] for job in read_sweep(project)["jobs"]] == ["stopped", "waiting"]

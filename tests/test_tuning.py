@@ -1,0 +1,133 @@
+"""What learns: the counts of the SGPT models, and after a step exactly the chosen tensors are other ones."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BloomConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from sgpt.errors import InputError
+from sgpt.model import ModelConfig, load_trunk
+from sgpt.optim import OptimConfig, build_optimizer
+from sgpt.tuning import TuningConfig, count, learning, tune
+
+
+def gpt_neo(width: int, layers: int, heads: int) -> GPTNeoConfig:
+    return GPTNeoConfig(hidden_size=width, num_layers=layers, num_heads=heads, attention_types=[[["global", "local"], layers // 2]])
+
+
+def on_meta(config: PretrainedConfig) -> torch.nn.Module:
+    """Shapes without memory: 6 billion parameters in a second."""
+    with torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
+# Muennighoff 2022 and its repository: biases of attention outputs, MLPs and all LayerNorms, the last one included
+SGPT_COUNTS = {
+    "gpt-neo-125m": (gpt_neo(768, 12, 12), 74_496),
+    "gpt-neo-1.3b": (gpt_neo(2048, 24, 16), 395_264),
+    "gpt-neo-2.7b": (gpt_neo(2560, 32, 20), 657_920),
+    "gpt-j-6b": (GPTJConfig(), 692_224),  # 175e9 / 692,224: the paper's "250,000 times fewer"
+    "gpt2": (GPT2Config(), 102_144),
+    "bloom-1b7": (BloomConfig(hidden_size=2048, n_layer=24, n_head=16), 544_768),
+    "bloom-7b1": (BloomConfig(hidden_size=4096, n_layer=30, n_head=32), 1_359_872),
+    "bert-base": (BertConfig(), 102_912),
+}
+
+
+@pytest.mark.parametrize("name", SGPT_COUNTS)
+def test_bitfit_trains_as_many_numbers_as_the_original(name):
+    config, expected = SGPT_COUNTS[name]
+    trunk = tune(on_meta(config), TuningConfig("bitfit"))
+    assert count(trunk)[0] == expected
+    assert all(parameter.endswith("bias") for parameter in learning(trunk))
+
+
+def test_bert_base_has_109_million_numbers_of_which_0_094_percent_learn():
+    learned, total = count(tune(on_meta(BertConfig()), TuningConfig("bitfit")))
+    assert total == 109_482_240
+    assert round(100 * learned / total, 3) == 0.094
+
+
+def test_buffers_called_bias_are_never_chosen(tiny_base):
+    trunk = tune(load_trunk(ModelConfig(str(tiny_base("gpt_neo")))), TuningConfig("bitfit"))
+    masks = [name for name, _ in trunk.named_buffers() if name.endswith("bias")]
+    assert masks  # GPT-Neo's causal mask is a buffer of that name
+    assert not set(masks) & learning(trunk).keys()
+    assert not any(buffer.requires_grad for buffer in trunk.buffers())
+
+
+TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, vocab_size=50)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (LlamaConfig(**TINY), r"no bias parameters in LlamaModel \(0 of 20 tensors"),
+        (Qwen2Config(**TINY), r"too few bias parameters in Qwen2Model \(6 of 26 tensors, 128 numbers"),  # q, k and v only
+        (Qwen3Config(**TINY, head_dim=8), r"no bias parameters in Qwen3Model"),
+    ],
+    ids=["llama", "qwen2", "qwen3"],
+)
+def test_bitfit_refuses_a_base_without_enough_biases_and_names_the_alternatives(config, found):
+    with pytest.raises(InputError, match=found + r".*use tuning=bitfit_norm .* tuning=lora or tuning=full, or a base with biases such as GPT-Neo"):
+        tune(on_meta(config), TuningConfig("bitfit"))
+
+
+def test_bitfit_norm_trains_the_gains_of_llama():
+    trunk = tune(on_meta(LlamaConfig(**TINY)), TuningConfig("bitfit_norm"))
+    layers = [f"layers.{i}.{norm}.weight" for i in (0, 1) for norm in ("input_layernorm", "post_attention_layernorm")]
+    assert sorted(learning(trunk)) == sorted([*layers, "norm.weight"])
+
+
+def test_bitfit_norm_trains_biases_and_gains_of_gpt_neo():
+    trunk = on_meta(gpt_neo(768, 12, 12))
+    learned, _ = count(tune(trunk, TuningConfig("bitfit_norm")))
+    assert learned == 74_496 + (2 * 12 + 1) * 768  # and the gains of two norms a layer and of the last
+
+
+def test_full_trains_everything():
+    learned, total = count(tune(on_meta(GPT2Config()), TuningConfig("full")))
+    assert learned == total == 124_439_808  # GPT-2 small without a head
+
+
+@pytest.mark.parametrize("method", ["bitfit", "bitfit_norm", "full", "lora"])
+def test_a_step_changes_exactly_the_learning_tensors_bit_for_bit(method, tiny_encoder):
+    encoder = tiny_encoder("gpt_neo", query_max_tokens=20)
+    encoder.trunk = tune(encoder.trunk, TuningConfig(method))
+    state = {name: tensor.clone() for name, tensor in encoder.trunk.state_dict(keep_vars=False).items()}
+    buffers = {name: tensor.clone() for name, tensor in encoder.trunk.named_buffers()}
+    optimizer = build_optimizer(learning(encoder.trunk), OptimConfig(weight_decay=0.1))
+    for _ in range(2):  # LoRA's A has no gradient in the first step, as its B begins at zero
+        optimizer.zero_grad()
+        encoder(encoder.token_ids(["parse a date", "from a string of words"] * 3, "query")).square().mul(torch.linspace(0, 1, 32)).sum().backward()
+        optimizer.step()
+    changed = {name for name, tensor in encoder.trunk.state_dict().items() if not torch.equal(tensor, state[name])}
+    expected = {
+        "bitfit": lambda name: name.endswith(".bias"),
+        "bitfit_norm": lambda name: name.endswith(".bias") or ".ln_" in f".{name}",
+        "full": lambda name: name != "wpe.weight",
+        "lora": lambda name: ".lora_A." in name or ".lora_B." in name,
+    }[method]
+    assert changed - {"wpe.weight"} == {name for name in state if expected(name)} - {"wpe.weight"}
+    assert ("wpe.weight" in changed) == (method == "full")
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in encoder.trunk.named_buffers())
+
+
+def test_vectors_are_not_decayed():
+    groups = build_optimizer(learning(tune(on_meta(GPT2Config()), TuningConfig("full"))), OptimConfig()).param_groups
+    assert {(p.ndim > 1, group["weight_decay"]) for group in groups for p in group["params"]} == {(True, 0.01), (False, 0.0)}
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(InputError, match=r"tuning\.name='prefix' is unknown; choose one of bitfit, bitfit_norm, full, lora"):
+        TuningConfig("prefix")

@@ -1,0 +1,36 @@
+"""Pretrain the small base `nano`: `accelerate launch train/pretrain.py`. What it does and why: sgpt/pretrain.py."""
+
+from omegaconf import DictConfig
+
+from sgpt.door import script
+
+
+@script("pretrain")
+def main(composed: DictConfig) -> None:
+    from pathlib import Path
+
+    import numpy as np
+
+    from sgpt import launch
+    from sgpt.config import typed
+    from sgpt.data.jsonl import read_rows
+    from sgpt.model import load_tokenizer
+    from sgpt.pretrain import PretrainConfig, build_model, perplexity, prepare, pretrain, save_model
+
+    config = typed(PretrainConfig, composed)
+    accelerator = launch.accelerate(precision=config.precision, seed=config.seed)
+    with accelerator.main_process_first():
+        corpus = prepare(config)
+    model = pretrain(config, corpus, accelerator)
+    if accelerator.is_main_process:
+        output = save_model(model, config)
+        tokenizer = load_tokenizer(str(output))
+        texts = [row["text"] for _, row in read_rows(Path(config.text) / "open_text/validation.jsonl.gz")]
+        held_out = np.array([token for ids in tokenizer(texts)["input_ids"] for token in (*ids, 0)])
+        untrained = build_model(config.nano, config.seed).to(accelerator.device)
+        print(f"held-out perplexity {perplexity(model, held_out, config.window_tokens):.1f}, "
+              f"untrained twin {perplexity(untrained, held_out, config.window_tokens):.1f}; written to {output}")
+
+
+if __name__ == "__main__":
+    main()

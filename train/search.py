@@ -1,0 +1,44 @@
+"""Search with a trained model: `python train/search.py run=runs/pydocs query="parse a date from a string"`."""
+
+from omegaconf import DictConfig
+
+from sgpt.door import script
+
+
+@script("search")
+def main(composed: DictConfig) -> None:
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from sgpt.config import SearchConfig, typed
+    from sgpt.data.readers import default_corpus
+    from sgpt.encoder import Encoder
+    from sgpt.errors import InputError
+    from sgpt.search import Searcher, read_documents
+
+    config = typed(SearchConfig, composed)
+    if not config.run:
+        raise InputError("set run=<run or export folder>, for example run=runs/pydocs")
+    encoder = Encoder.from_pretrained(config.run)
+    path = Path(config.corpus) if config.corpus else default_corpus()
+    searcher = Searcher(encoder, read_documents(path), Path(config.run) / "index" / path.name)
+    console = Console()
+
+    def answer(query: str) -> None:
+        table = Table("score", "name", "document", title=query)
+        for hit in searcher(query, config.top):
+            table.add_row(f"{hit.score:.3f}", hit.name, f"{hit.text[:120]} …" if len(hit.text) > 120 else hit.text)
+        console.print(table)
+
+    if config.query is not None:
+        answer(str(config.query))
+        return
+    console.print(f"{len(searcher.names):,} documents. An empty line ends.")
+    while query := console.input("query> ").strip():
+        answer(query)
+
+
+if __name__ == "__main__":
+    main()
