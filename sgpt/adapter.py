@@ -7,6 +7,7 @@
               sgpt.json                   the contract
 
 Form "beft": biases of nn.Linear are a BEFT adapter (an added bias; PEFT 0.20 or newer), normalisations are `modules_to_save`.
+Where the base is stored in a half type and was trained in float32, give PEFT dtype=torch.float32 as well.
 Form "plain": PEFT has no form for the tensors (the Conv1D of GPT-2, for one), so the change is stored by parameter name.
 Low-rank adapters are saved and opened by PEFT alone.
 """
@@ -15,6 +16,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +57,7 @@ def save_adapter(encoder: "Encoder", base: Mapping[str, Tensor], folder: Path) -
         (temporary / PEFT).write_text(json.dumps(stated, indent=2) + "\n")
     else:
         _write_delta(trunk, base, temporary, encoder.contract.base)
-    encoder.contract.save(temporary)
+    replace(encoder.contract, probes={}).save(temporary)  # probes belong to merged weights
     replace_folder(temporary, folder)
     return folder
 

@@ -6,8 +6,8 @@
                            state.json            steps taken, micro-batches drawn, seconds, processes
     checkpoints/latest     the name of the newest whole one
 
-A checkpoint is written under a temporary name and renamed, so a killed save never looks whole. The frozen weights are not
-in it: they are the base's.
+A checkpoint is written under a temporary name and renamed, and removed under one too: what is half there never looks whole.
+The frozen weights are not in it: they are the base's.
 """
 
 import json
@@ -24,6 +24,7 @@ from torch import nn
 
 from sgpt.distributed import barrier, world
 from sgpt.errors import InputError
+from sgpt.files import remove_folder, replace_folder, write_whole
 
 
 @dataclass
@@ -50,13 +51,10 @@ def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer, schedu
     torch.save(random_states(), temporary / f"random-{rank}.pt")
     barrier()
     if rank == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        latest = folder / ".latest.tmp"
-        latest.write_text(target.name + "\n")
-        latest.replace(folder / "latest")
+        replace_folder(temporary, target)
+        write_whole(folder / "latest", target.name + "\n")
         for old in sorted(folder.glob("step-*"), key=_step)[:-keep]:
-            shutil.rmtree(old)
+            remove_folder(old)
     barrier()
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,8 +22,11 @@ from sgpt.errors import InputError
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def script(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Makes `main(composed)` a script whose configuration is `configs/<config_name>.yaml`."""
+def script(config_name: str, *, groups: bool = True) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Makes `main(composed)` a script whose configuration is `configs/<config_name>.yaml`.
+
+    groups: its keys can be groups, folders of `configs/`. Without, `model=x` sets the key of that name and chooses no YAML.
+    """
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
         @functools.wraps(main)
@@ -31,16 +35,23 @@ def script(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callabl
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # "Loading weights" of a few milliseconds
             try:
-                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(_refusing(main))()
+                hydra.main(version_base="1.3", config_path=_search_path(config_name, groups), config_name=config_name)(_refusing(main))()
             except (HydraException, OmegaConfBaseException) as error:
-                _refuse(explain(error, config_name, [argument for argument in sys.argv[1:] if "=" in argument]))
+                _refuse(explain(error, config_name, [argument for argument in sys.argv[1:] if "=" in argument], groups=groups))
 
         return run
 
     return decorate
 
 
-def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
+def _search_path(config_name: str, groups: bool) -> str | None:
+    if groups:
+        return str(CONFIGS)
+    ConfigStore.instance().store(config_name, OmegaConf.load(CONFIGS / f"{config_name}.yaml"))  # found without `configs/` being searched
+    return None
+
+
+def explain(error: Exception, config_name: str, overrides: list[str], *, groups: bool = True) -> str:
     """One sentence; for a key or group option that does not exist, with the nearest ones that do."""
     message = " ".join(str(error).split())
     if missing := re.search(r"Could not find '([\w/]+)/([^/']+)'", message):
@@ -50,25 +61,30 @@ def explain(error: Exception, config_name: str, overrides: list[str]) -> str:
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
         if f"'{key}'" in message or re.search(rf"Key '{re.escape(key.split('.')[-1])}' is not in struct", message):
-            keys = known_keys(config_name, [other for other in overrides if other != override])
+            keys = known_keys(config_name, [other for other in overrides if other != override], groups=groups)
+            if key in keys:
+                return f"{override}: {key} has other keys; they are {', '.join(name for name in keys if name.startswith(f'{key}.'))}"
             return f"{override}: there is no key {key!r}; {_nearest(key, keys, 'see --help for the keys')}"
     return message
 
 
-def known_keys(config_name: str, overrides: list[str]) -> list[str]:
+def known_keys(config_name: str, overrides: list[str], *, groups: bool = True) -> list[str]:
     """Every key and group of the configuration as composed with these overrides, or without any when they fail too."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
+    if not groups:
+        tree = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{config_name}.yaml"))
+        return sorted(_flat({key: value for key, value in tree.items() if key not in ("defaults", "hydra")}))
     GlobalHydra.instance().clear()
-    groups = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+    names = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for kept in (overrides, []):
             try:
-                return sorted({*groups, *_flat(OmegaConf.to_container(compose(config_name, overrides=kept), resolve=False))})
+                return sorted({*names, *_flat(OmegaConf.to_container(compose(config_name, overrides=kept), resolve=False))})
             except (HydraException, OmegaConfBaseException):
                 continue
-    return groups
+    return names
 
 
 def _nearest(word: str, known: list[str], otherwise: str) -> str:

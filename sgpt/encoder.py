@@ -21,6 +21,7 @@ from sgpt.errors import InputError
 from sgpt.markers import Frame, MarkersConfig, Role, frames
 from sgpt.model import ModelConfig, embedding_size, is_causal, load_tokenizer, load_trunk, position_limit, token_embeddings
 from sgpt.pooling import POOLINGS
+from sgpt.probes import check
 
 TOKENS_PER_GROUP = 4096
 ST_POOLINGS = {"weightedmean": "weighted_mean", "mean": "mean", "lasttoken": "last_token", "cls": "cls", "max": "max"}
@@ -117,6 +118,7 @@ class Encoder(nn.Module):
         """Opens an export, adapter or run of ours, a sentence-transformers folder (Transformer, Pooling, Normalize), or a bare base.
 
         markers, pooling: only for models that do not carry a contract; stating them against one is refused.
+        An export that no longer gives the embeddings it was saved with is refused, too.
         """
         folder = Path(path)
         folder = next((folder / part for part in ("export", "adapter") if (folder / part / contracts.FILE).is_file()), folder)
@@ -126,7 +128,7 @@ class Encoder(nn.Module):
             contract = Contract.load(folder)
             if is_adapter(folder):
                 return cls(open_trunk(folder, dtype), load_tokenizer(contract.base), contract)
-            return cls(*_load(folder, dtype), contract)
+            return check(cls(*_load(folder, dtype), contract), str(folder))
         if (folder / "modules.json").is_file():
             transformer, contract = _read_sentence_transformers(folder)
             contract.markers = markers or contract.markers

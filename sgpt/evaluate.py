@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from sgpt.data.beir import PairSet, RetrievalSet, read_pairs, read_retrieval
 from sgpt.encoder import Encoder
+from sgpt.errors import InputError
 from sgpt.metrics import Run, correlations, ranking
 
 DEPTH = 100  # results kept for each query; the deepest metric is at 100
@@ -47,6 +48,9 @@ def read_sets(config: EvaluationConfig) -> Sets:
     """Reads every file now: a missing one must stop a run before it trains, not after."""
     retrieval = [read_retrieval(Path(folder), config.split) for folder in config.retrieval]
     pairs = [read_pairs(Path(file), config.split) for file in config.sts]
+    names = [chosen.name for chosen in (*retrieval, *pairs)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two evaluation sets are called {twice!r}, and results are kept by name; rename a folder, or evaluate one after the other")
     if config.limit is None:
         return Sets(retrieval, pairs)
     return Sets([_fewer(chosen, config.limit) for chosen in retrieval], [_fewer_pairs(chosen, config.limit) for chosen in pairs])

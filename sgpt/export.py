@@ -29,22 +29,21 @@ from sgpt.encoder import LEGACY_POOLINGS, Encoder
 from sgpt.errors import InputError
 from sgpt.files import replace_folder
 from sgpt.markers import ROLES, Frame, Role
+from sgpt.probes import probes
 from sgpt.template import SEAM, wrap
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}  # of a row's largest entry: summation order; half types see 0.4 % a rounding
 HALF_TOLERANCE = 0.05
-PROBE_TEXTS = ("parse a date from a string", "", " [[1]]{}\n?", "naïve 東京 🙂")
-PROBE_NUMBERS = 32  # of each embedding: any wrong weight, token or pooling shows in every number
 MODULE = "sentence_transformers.models"  # the old spelling of the types opens in sentence-transformers 2 to 6
 # Makes transformers read tokenizer.json as it stands. For qwen2, phi3 and others it would else build its own class' pre-tokenizer,
 # whatever tokenizer_class says. (Saving the model anew by sentence-transformers drops this key: then only those families break.)
 TOKENIZER_TYPE = "gpt_bigcode"
 
 
-def export(encoder: Encoder, folder: Path, *, card: str) -> Path:
-    """Writes `folder` and returns it. card: its README.md.
+def export(encoder: Encoder, folder: Path, *, card: str) -> dict:
+    """Writes `folder` and returns what `verify` found. card: its README.md.
 
     Replaces an export of ours, and raises InputError for any other folder that is not empty, or when a reader disagrees
     with the encoder. Written and verified under a temporary name, then renamed.
@@ -56,11 +55,13 @@ def export(encoder: Encoder, folder: Path, *, card: str) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _write(encoder, temporary, card)
-        log.info("export agrees with the encoder: %s", verify(temporary, encoder))
+        verified = verify(temporary, encoder)
+        readers = " and ".join(verified["readers"])
+        log.info("export agrees with the encoder to %.1e on %d texts, read by %s", verified["max_difference"], verified["texts"], readers)
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return verified
 
 
 def verify(folder: Path, encoder: Encoder) -> dict:
@@ -95,21 +96,6 @@ def hostile_texts(encoder: Encoder) -> list[str]:
     for role in ROLES:
         texts += _around(encoder.frames[role].content_tokens, tokenizer)
     return list(dict.fromkeys(texts))
-
-
-def probes(encoder: Encoder) -> dict[str, list]:
-    """{"texts", "query", "document"}: the first PROBE_NUMBERS numbers of each embedding, for the contract."""
-    made: dict[str, list] = {"texts": list(PROBE_TEXTS)}
-    for role in ROLES:
-        made[role] = [[float(f"{number:.7g}") for number in row] for row in encoder.encode(PROBE_TEXTS, role)[:, :PROBE_NUMBERS].tolist()]
-    return made
-
-
-def probe_difference(encoder: Encoder) -> float:
-    """Largest difference between what the encoder gives now and the probes in its contract; 0 when it has none."""
-    stored = encoder.contract.probes
-    differences = [np.abs(encoder.encode(stored["texts"], role)[:, :PROBE_NUMBERS] - np.array(stored[role])) for role in ROLES if stored]
-    return max((float(difference.max()) for difference in differences), default=0.0)
 
 
 # --- writing ---

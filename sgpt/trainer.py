@@ -78,6 +78,17 @@ class TrainerConfig:
         return min(steps, self.max_steps or steps)
 
 
+def plan(examples: Sequence[Example], config: TrainerConfig, processes: int) -> tuple[Schedule, int]:
+    """The batches and the number of optimizer steps; InputError when there is nothing to train on. Known before anything is written."""
+    if config.queries_per_process * processes * (1 + len(examples[0].hard_negatives)) < 2:
+        raise InputError(
+            "a batch has one query and no hard negative, so there is no negative at all and the loss would be 0; "
+            "raise trainer.queries_per_process or data.num_hard_negatives"
+        )
+    batches = Schedule(len(examples), config.queries_per_process, processes, config.seed)
+    return batches, config.steps(batches.batches_per_epoch)
+
+
 def train(
     encoder: Encoder,
     examples: Sequence[Example],
@@ -93,12 +104,10 @@ def train(
     evaluate: results on the dev sets, called every `evaluate_every_steps` on all processes.
     """
     rank, processes = accelerator.process_index, accelerator.num_processes
-    batches = Schedule(len(examples), config.queries_per_process, processes, config.seed)
-    steps = config.steps(batches.batches_per_epoch)
+    batches, steps = plan(examples, config, processes)
     parameters = learning(encoder.trunk)
     optimizer = build_optimizer(parameters, optim)
     schedule = build_schedule(optimizer, optim, steps)
-    _check_negatives(examples, batches, processes)
 
     torch.manual_seed(config.seed * 1_000_003 + rank)  # dropout differs by process
     state = TrainState(processes=processes)
@@ -133,6 +142,7 @@ def train(
             metrics.write_dev(state, evaluate())
             encoder.train()
         if every(config.save_every_steps, state.step) or state.step == steps:
+            _refuse_not_finite(state.step, float(outcome.loss), float(norm), learning_rate)  # steps that are saved need not be logged
             checkpoint.save(run.checkpoints, parameters, optimizer, schedule, state, config.keep_checkpoints)
     return state
 
@@ -176,11 +186,7 @@ class MetricsLog:
             "peak_memory_bytes": peak_memory_bytes(), "seconds": state.seconds,
         }
         self.queries, self.tokens, self.seconds = 0, 0, 0.0
-        if not math.isfinite(loss) or not math.isfinite(line["grad_norm"]):
-            raise InputError(
-                f"step {state.step}: the loss is {loss}, the gradient norm {line['grad_norm']}; lower optim.learning_rate={learning_rate:.2g} "
-                "or use trainer.precision=fp32. The last checkpoint is untouched"
-            )
+        _refuse_not_finite(state.step, loss, line["grad_norm"], learning_rate)
         self._append(line)
         left = state.seconds / state.step * (self.steps - state.step)
         log.info(
@@ -201,6 +207,15 @@ class MetricsLog:
                 f"{name}/{metric}": value for name, metrics in line.get("dev", {}).items() for metric, value in metrics.items()
             }
             self.accelerator.log(flat, step=line["step"])
+
+
+def _refuse_not_finite(step: int, loss: float, norm: float, learning_rate: float) -> None:
+    """On all processes alike: the gradients, and with them the norm, are the same."""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise InputError(
+            f"step {step}: the loss is {loss}, the gradient norm {norm}; lower optim.learning_rate={learning_rate:.2g} "
+            "or use trainer.precision=fp32. The last checkpoint is untouched"
+        )
 
 
 def peak_memory_bytes() -> int:
@@ -230,15 +245,6 @@ def _announce(encoder, examples, batches: Schedule, steps: int, config: TrainerC
     if config.gradient_accumulation > 1:
         log.warning("gradient_accumulation=%d adds no in-batch negatives: each query still sees %d candidates. For more, raise "
                     "trainer.queries_per_process with trainer.chunk_size, or use more processes", config.gradient_accumulation, queries * r)
-
-
-def _check_negatives(examples: Sequence[Example], batches: Schedule, processes: int) -> None:
-    r = 1 + len(examples[0].hard_negatives)
-    if batches.queries_per_process * processes * r < 2:
-        raise InputError(
-            "a batch has one query and no hard negative, so there is no negative at all and the loss would be 0; "
-            "raise trainer.queries_per_process or data.num_hard_negatives"
-        )
 
 
 def _clock(seconds: float) -> str:

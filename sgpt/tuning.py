@@ -49,10 +49,12 @@ def full(trunk: nn.Module, config: TuningConfig) -> nn.Module:
 def lora(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     """Low-rank adapters on all linear layers, by PEFT; returns the wrapped trunk."""
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     return get_peft_model(trunk, LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         target_modules="all-linear", task_type="FEATURE_EXTRACTION",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in trunk.modules()),  # GPT-2 keeps its weights transposed
     ))
 
 

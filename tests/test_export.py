@@ -16,14 +16,20 @@ from transformers import AutoModel, AutoTokenizer
 from sgpt.contract import Contract
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
-from sgpt.export import export, hostile_texts, probe_difference, verify
+from sgpt.export import export, hostile_texts, verify
 from sgpt.markers import ROLES, MarkersConfig
 from sgpt.model import ModelConfig, load_tokenizer, load_trunk
+from sgpt.probes import probe_difference
 from sgpt.tuning import TuningConfig, learning, tune
 
 SUFFIX = {"query": ("[", "]"), "document": ("{", "}")}
 TEXTS = ["", "[[1]]", "what?", "{}", "]", " both ", "\n", f"[a]{END}[b]", "naïve 東京 🙂", "word " * 200]
 TOLERANCE = 2e-6  # entries are about 1; float32 rounding over two layers, and GPT-Neo runs eagerly there, by SDPA here
+
+
+def exported_to(folder: Path, encoder: Encoder, card: str = "") -> Path:
+    export(encoder, folder, card=card)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def exported(tiny_encoder, tmp_path_factory):
         key = (family, markers, *sorted(options.items()))
         if key not in made:
             encoder = tiny_encoder(family, markers, **options)
-            made[key] = encoder, export(encoder, tmp_path_factory.mktemp("export") / family, card=f"# {family}\n")
+            made[key] = encoder, exported_to(tmp_path_factory.mktemp("export") / family, encoder, card=f"# {family}\n")
         return made[key]
 
     return make
@@ -193,7 +199,18 @@ def test_probes_tell_changed_weights(exported):
     assert probe_difference(encoder) < 1e-6
     with torch.no_grad():
         encoder.trunk.ln_f.bias[3] += 0.01
-    assert probe_difference(encoder) > 0.005
+    assert probe_difference(encoder) > 0.001
+
+
+def test_an_export_with_other_weights_is_refused_on_loading(exported, tmp_path):
+    _, folder = exported("gpt_neo")
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    weights = load_file(changed / "model.safetensors")
+    weights["ln_f.bias"] = weights["ln_f.bias"] + 0.1
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="differ"):
+        Encoder.from_pretrained(changed)
 
 
 def test_hostile_texts_lie_around_both_limits(exported):
@@ -217,7 +234,7 @@ def test_tokenizer_that_cannot_be_expressed_is_refused_and_nothing_is_left(tiny_
         export(encoder, tmp_path / "out" / "export", card="")
     assert not list((tmp_path / "out").iterdir())
     encoder = Encoder(encoder.trunk, encoder.tokenizer, Contract(markers=MarkersConfig("none", **LIMITS), base=str(base)))
-    assert export(encoder, tmp_path / "out" / "export", card="").is_dir()  # without markers it can
+    assert exported_to(tmp_path / "out" / "export", encoder).is_dir()  # without markers it can
 
 
 def test_verify_names_text_and_ids_of_a_changed_template(exported, tmp_path):
@@ -240,7 +257,7 @@ def test_verify_refuses_other_weights_pooling_and_contract(exported, tmp_path):
     tensors = load_file(weights / "model.safetensors")
     tensors["ln_f.bias"][0] += 0.01
     save_file(tensors, weights / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="sgpt embeds"):
+    with pytest.raises(InputError, match="saved with|sgpt embeds"):
         verify(weights, encoder)
     pooling = shutil.copytree(folder, tmp_path / "pooling")
     edit(pooling / "1_Pooling" / "config.json", pooling_mode_weightedmean_tokens=False, pooling_mode_mean_tokens=True)
@@ -248,7 +265,7 @@ def test_verify_refuses_other_weights_pooling_and_contract(exported, tmp_path):
         verify(pooling, encoder)
     contract = shutil.copytree(folder, tmp_path / "contract")
     edit(contract / "sgpt.json", pooling="mean")
-    with pytest.raises(InputError, match="contract"):
+    with pytest.raises(InputError, match="contract|saved with"):
         verify(contract, encoder)
 
 
@@ -275,7 +292,7 @@ def test_opt_that_narrows_its_hidden_states_at_the_end(tiny_base, tmp_path):
     random_trunk("opt", 701, word_embed_proj_dim=16).save_pretrained(base)
     encoder = Encoder(load_trunk(ModelConfig(str(base))), load_tokenizer(str(base)), Contract(markers=MarkersConfig(**LIMITS), base=str(base)))
     assert encoder.encode_queries(["a"]).shape == (1, 16)
-    assert SentenceTransformer(str(export(encoder, tmp_path / "export", card="")), device="cpu").get_embedding_dimension() == 16
+    assert SentenceTransformer(str(exported_to(tmp_path / "export", encoder)), device="cpu").get_embedding_dimension() == 16
 
 
 def test_low_rank_adapters_are_merged_and_the_encoder_keeps_its_own(tiny_encoder, tmp_path):
@@ -285,7 +302,7 @@ def test_low_rank_adapters_are_merged_and_the_encoder_keeps_its_own(tiny_encoder
         for parameter in learning(encoder.trunk).values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     before = {name: parameter.clone() for name, parameter in encoder.trunk.named_parameters()}
-    folder = export(encoder, tmp_path / "export", card="")
+    folder = exported_to(tmp_path / "export", encoder)
     assert all(torch.equal(before[name], parameter) for name, parameter in encoder.trunk.named_parameters())
     assert load_file(folder / "model.safetensors").keys() == load_file(Path(encoder.contract.base) / "model.safetensors").keys()
     assert np.abs(SentenceTransformer(str(folder), device="cpu").encode_query(TEXTS) - encoder.encode_queries(TEXTS)).max() < 1e-5
@@ -293,7 +310,7 @@ def test_low_rank_adapters_are_merged_and_the_encoder_keeps_its_own(tiny_encoder
 
 def test_bfloat16_stays_bfloat16(tiny_encoder, tmp_path):
     encoder = tiny_encoder("gpt2", dtype="bfloat16")
-    folder = export(encoder, tmp_path / "export", card="")
+    folder = exported_to(tmp_path / "export", encoder)
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -301,7 +318,7 @@ def test_bfloat16_stays_bfloat16(tiny_encoder, tmp_path):
 def test_sentencepiece_like_tokenizer_exports_without_markers_and_has_none_for_documents(tmp_path):
     base = str(REAL_GPT2.parent / "stories260k-zerobias")
     encoder = Encoder(load_trunk(ModelConfig(base)), load_tokenizer(base), Contract(markers=MarkersConfig("none", 64, 64), base=base))
-    folder = export(encoder, tmp_path / "export", card="")
+    folder = exported_to(tmp_path / "export", encoder)
     assert st_ids(SentenceTransformer(str(folder), device="cpu"), [" a"], task="query")[0][0] == 1  # <s>
     with pytest.raises(InputError, match="no token"):
         Encoder(encoder.trunk, encoder.tokenizer, Contract(base=base))

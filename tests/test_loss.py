@@ -124,6 +124,11 @@ def test_a_curated_hard_negative_stays_even_when_it_is_another_querys_positive()
     assert ignored_pairs(["a", "b"], ["A", "B", "B", "B-"], r=2) == {(1, 1)}  # a keeps B as its negative; for b it is a duplicate
 
 
+def test_a_curated_hard_negative_stays_even_when_it_is_the_querys_own_text():
+    assert ignored_pairs(["a", "b"], ["A", "a", "B", "B-"], r=2) == set()
+    assert ignored_pairs(["a", "b"], ["A", "A-", "B", "a"], r=2) == {(0, 3)}  # somebody else's
+
+
 def test_duplicates_are_found_across_processes():
     queries, documents = ["a", "b", "a", "c"], ["A", "B", "A2", "B"]
     assert ignored_pairs(queries, documents, r=1, rank=0, processes=2) == {(0, 2), (1, 3)}

@@ -10,7 +10,7 @@ from sgpt.errors import InputError
 from sgpt.model import ModelConfig, load_tokenizer, load_trunk, token_embeddings
 
 # Entries are about 1. Padding changes the shapes of the matrix products, hence the order of float32 sums, over two layers.
-TOLERANCE = dict(rtol=0, atol=5e-6)
+TOLERANCE = {"rtol": 0, "atol": 5e-6}
 LENGTHS = (3, 45, 20)  # 45 and 20 are past GPT-Neo's local window of 16
 
 

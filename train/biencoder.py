@@ -18,11 +18,11 @@ def main(composed: DictConfig) -> None:
     from sgpt.contract import Contract
     from sgpt.data.readers import read_examples
     from sgpt.encoder import Encoder
-    from sgpt.export import export, verify
+    from sgpt.export import export
     from sgpt.model import load_tokenizer, load_trunk
     from sgpt.report import write_report
     from sgpt.run import begin, claim
-    from sgpt.trainer import train
+    from sgpt.trainer import plan, train
     from sgpt.tuning import learning, tune
 
     config = typed(TrainConfig, composed)
@@ -35,6 +35,7 @@ def main(composed: DictConfig) -> None:
     # everything that can be wrong is read and checked before anything is written
     with accelerator.main_process_first():  # one process harvests or downloads, the others find it done
         examples = read_examples(config.data)
+    plan(examples, config.trainer, accelerator.num_processes)
     sets, dev = evaluate.read_sets(config.evaluation), evaluate.read_sets(config.dev)
     contract = Contract(config.pooling.name, config.markers, base=config.model.path)
     encoder = Encoder(load_trunk(config.model), load_tokenizer(config.model.path), contract, tokens_per_group=config.trainer.tokens_per_group)
@@ -51,8 +52,8 @@ def main(composed: DictConfig) -> None:
 
     if accelerator.is_main_process:
         save_adapter(encoder, base, run.folder / "adapter")
-        export(encoder, run.folder / "export", card=outcome.card(run, config))
-        outcome.record_after(run, encoder, sets, base, state, verified=verify(run.folder / "export", encoder))
+        verified = export(encoder, run.folder / "export", card=outcome.card(run, config))
+        outcome.record_after(run, encoder, sets, base, state, verified=verified)
         write_report(run.folder)
         outcome.finish(run)
         outcome.show(run)

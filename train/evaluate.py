@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 from sgpt.door import script
 
 
-@script("evaluate")
+@script("evaluate", groups=False)
 def main(composed: DictConfig) -> None:
     import json
     from pathlib import Path

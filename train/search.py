@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 from sgpt.door import script
 
 
-@script("search")
+@script("search", groups=False)
 def main(composed: DictConfig) -> None:
     from pathlib import Path
 

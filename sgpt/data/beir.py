@@ -42,7 +42,7 @@ def read_retrieval(folder: Path, split: str) -> RetrievalSet:
         for document in documents:
             if document not in corpus:
                 raise InputError(f"{file}: document id {document!r} is not in {folder}/corpus.jsonl; the files do not belong together")
-    return RetrievalSet(folder.name, corpus, {query: queries[query] for query in qrels}, qrels)
+    return RetrievalSet(folder.absolute().name, corpus, {query: queries[query] for query in qrels}, qrels)
 
 
 def read_corpus(folder: Path) -> dict[str, str]:
@@ -90,7 +90,7 @@ def read_examples(folder: Path, split: str, triples: str | None, num_hard_negati
 
 def read_pairs(file: Path, split: str) -> PairSet:
     """`sentence1`, `sentence2`, `score` a line; lines of another `split` are left out. A `label` may stand for the score."""
-    pairs = PairSet(file.parent.name if file.name.startswith("pairs.") else file.name.split(".")[0], [], [], [])
+    pairs = PairSet(file.absolute().parent.name if file.name.startswith("pairs.") else file.name.split(".")[0], [], [], [])
     for where, row in read_rows(file):
         if row.get("split", split) != split:
             continue
@@ -130,10 +130,15 @@ def _tsv(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
     """("file, line n", fields) below the header line."""
     if not file.is_file():
         raise InputError(f"{file}: no such file; check the path")
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            fields = line.rstrip("\n").split("\t")
-            if len(fields) < columns:
-                raise InputError(f"{file}, line {number}: {len(fields)} tab-separated fields, {columns} are needed: {line.strip()[:80]!r}")
-            if number > 1:
-                yield f"{file}, line {number}", fields[:columns]
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); it should be UTF-8 text") from error
+    for number, line in enumerate(lines, 1):
+        fields = line.split("\t")
+        if not line and number == len(lines):
+            continue  # behind the last line's end
+        if len(fields) < columns:
+            raise InputError(f"{file}, line {number}: {len(fields)} tab-separated fields, {columns} are needed: {line.strip()[:80]!r}")
+        if number > 1:
+            yield f"{file}, line {number}", fields[:columns]

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield (where := f"{file}, line {number}"), _parsed(line, where)
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, OSError) as error:
+    except (zlib.error, EOFError, UnicodeDecodeError, OSError) as error:  # a BadGzipFile is an OSError
         raise InputError(f"{file}: cannot be read ({error}); it should be UTF-8 JSON lines, gzipped when it ends in .gz") from error
 
 

@@ -73,7 +73,10 @@ def _read_dataset(config: DataConfig):
         rows = datasets.load_from_disk(config.path) if saved else datasets.load_dataset(config.path, split=config.split)
     except (OSError, ValueError, ConnectionError) as error:
         raise InputError(f"data.path={config.path}: cannot be loaded as a data set ({error}); give a hub id or a folder written by save_to_disk") from error
-    rows = rows[config.split] if isinstance(rows, datasets.DatasetDict) else rows
+    if isinstance(rows, datasets.DatasetDict):
+        if config.split not in rows:
+            raise InputError(f"data.path={config.path}: no split {config.split!r}; it has {', '.join(rows)}. Set data.split=<split>")
+        rows = rows[config.split]
     for number, row in enumerate(rows, 1):
         yield jsonl.example_from_row(row, config.columns, config.num_hard_negatives, f"{config.path}, row {number}")
 

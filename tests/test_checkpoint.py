@@ -1,0 +1,127 @@
+"""Checkpoints: whole or not there, complete, and of the run that resumes them."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from sgpt.checkpoint import TrainState, latest, load, save
+from sgpt.errors import InputError
+from sgpt.optim import OptimConfig, build_optimizer, build_schedule
+
+FILES = {"trained.safetensors", "optimizer.pt", "random-0.pt", "state.json"}
+
+
+def parts(numbers: int = 5, seed: int = 0):
+    """parameters, optimizer and schedule of one weight and one bias"""
+    torch.manual_seed(seed)
+    parameters = {"weight": nn.Parameter(torch.randn(numbers, 3)), "bias": nn.Parameter(torch.randn(numbers))}
+    optimizer = build_optimizer(parameters, OptimConfig())
+    return parameters, optimizer, build_schedule(optimizer, OptimConfig(), steps=100)
+
+
+def step(parameters: dict[str, nn.Parameter], optimizer, schedule) -> None:
+    noise = torch.randn(3) * random.random() * np.random.rand()  # all three random states matter
+    (parameters["weight"] * noise).sum(1).add(parameters["bias"]).square().sum().backward()
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
+def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
+    one = parts()
+    for _ in range(3):
+        step(*one)
+    save(tmp_path, *one, TrainState(step=3, batches=6, seconds=1.5), keep=2)
+    for _ in range(3):
+        step(*one)
+    other = parts(seed=99)
+    random.seed(99), np.random.seed(99)
+    state = load(latest(tmp_path), *other)
+    assert state == TrainState(step=3, batches=6, seconds=1.5, processes=1)
+    for _ in range(3):
+        step(*other)
+    assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+    assert one[2].get_last_lr() == other[2].get_last_lr()
+
+
+def test_a_checkpoint_holds_its_files_and_the_newest_are_kept(tmp_path):
+    for number in (1, 2, 9, 10):
+        save(tmp_path, *parts(), TrainState(step=number), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-10", "step-9"]
+    assert (tmp_path / "latest").read_text() == "step-10\n"
+    assert latest(tmp_path).name == "step-10"  # by number, not by letters
+    assert {path.name for path in (tmp_path / "step-10").iterdir()} == FILES
+
+
+def test_a_checkpoint_of_biases_is_kilobytes(tmp_path):
+    bias = {"bias": nn.Parameter(torch.randn(1000))}
+    optimizer = build_optimizer(bias, OptimConfig())
+    bias["bias"].sum().backward()
+    optimizer.step()
+    save(tmp_path, bias, optimizer, build_schedule(optimizer, OptimConfig(), steps=10), TrainState(step=1), keep=1)
+    # three numbers of four bytes a parameter, and 5 kB + 5 kB of random states and some pickling
+    assert sum(file.stat().st_size for file in (tmp_path / "step-1").iterdir()) < 3 * 4 * 1000 + 40_000
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path):
+    save(tmp_path, *parts(seed=1), TrainState(step=4), keep=2)
+    again = parts(seed=2)
+    save(tmp_path, *again, TrainState(step=4), keep=2)
+    assert torch.equal(load_file(tmp_path / "step-4" / "trained.safetensors")["weight"], again[0]["weight"])
+
+
+def save_for_ever(folder: Path) -> None:
+    one = parts(numbers=100_000)
+    step(*one)
+    for number in range(1, 10_000):
+        save(folder, *one, TrainState(step=number), keep=2)
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_a_killed_save_never_looks_whole(moment, tmp_path):
+    """A real process, killed while it saves some megabytes again and again; wherever it was, what is there can be loaded."""
+    process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(tmp_path,))
+    process.start()
+    while latest(tmp_path) is None:
+        time.sleep(0.001)
+    time.sleep(0.005 * moment)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    whole = list(tmp_path.glob("step-*"))
+    assert latest(tmp_path) in whole
+    for checkpoint in whole:
+        assert {path.name for path in checkpoint.iterdir()} == FILES
+        assert load(checkpoint, *parts(numbers=100_000)).step == int(checkpoint.name.removeprefix("step-"))
+    # what the kill left behind is in nobody's way
+    save(tmp_path, *parts(numbers=100_000), TrainState(step=20_000), keep=1)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-20000"]
+
+
+def test_nothing_there_is_none(tmp_path):
+    assert latest(tmp_path / "checkpoints") is None
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    save(tmp_path, *parts(), TrainState(step=1, processes=1), keep=1)
+    file = tmp_path / "step-1" / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"processes": 2}))
+    with pytest.raises(InputError, match=r"step-1: saved by 2 processes, resumed with 1; start as many"):
+        load(tmp_path / "step-1", *parts())
+
+
+def test_other_parameters_are_refused(tmp_path):
+    save(tmp_path, *parts(), TrainState(step=1), keep=1)
+    parameters, optimizer, schedule = parts()
+    del parameters["bias"]
+    with pytest.raises(InputError, match=r"holds other parameters than this run trains, bias for one; resume with the run's own tuning and model"):
+        load(tmp_path / "step-1", parameters, optimizer, schedule)

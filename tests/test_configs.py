@@ -1,0 +1,152 @@
+"""Every YAML becomes its dataclass, says what the dataclass says, and what is misspelt is refused with the nearest name."""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from sgpt.config import EvaluateConfig, ExportConfig, SearchConfig, TrainConfig, plain, typed
+from sgpt.errors import InputError
+from sgpt.pretrain import PretrainConfig
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIGS = REPOSITORY / "configs"
+SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig, "pretrain": PretrainConfig}
+SCRIPTS = {"biencoder": "train", "evaluate": "evaluate", "search": "search", "export": "export", "pretrain": "pretrain"}
+OPTIONS = sorted((file.parent.name, file.stem) for file in CONFIGS.glob("*/*.yaml"))
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def start(script: str, *arguments: str, cwd: Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    command = [sys.executable, *options, str(REPOSITORY / "train" / f"{script}.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_every_script_and_config_is_listed_here():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == SCHEMAS.keys()
+    assert {path.stem for path in (REPOSITORY / "train").glob("*.py")} == SCRIPTS.keys()
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["=".join(pair) for pair in OPTIONS])
+def test_every_yaml_of_every_group_becomes_a_training_configuration(group, option):
+    config = typed(TrainConfig, composed("train", f"{group}={option}"))
+    assert type(config) is TrainConfig
+    if hasattr(getattr(config, group, None), "name"):
+        assert getattr(config, group).name == option  # the option is the row of the table that it is called after
+
+
+@pytest.mark.parametrize("experiment", [option for group, option in OPTIONS if group == "experiment"])
+def test_every_experiment_can_be_shrunk_and_overridden(experiment):
+    config = typed(TrainConfig, composed("train", f"experiment={experiment}", "debug=tiny", "optim.learning_rate=0.5", "trainer.seed=7"))
+    assert config.name == experiment
+    assert (config.trainer.max_steps, config.data.limit) == (4, 96)  # debug is stronger than the experiment
+    assert (config.optim.learning_rate, config.trainer.seed) == (0.5, 7)  # and the command line than both
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_defaults_of_the_yaml_are_those_of_the_dataclasses(name):
+    assert asdict(typed(SCHEMAS[name], composed(name))) == asdict(SCHEMAS[name]())
+
+
+@pytest.mark.parametrize("group", ["tuning", "loss", "optim", "trainer", "data", "markers", "pooling", "model"])
+def test_every_option_of_a_group_stands_alone_with_known_keys(group):
+    """Read as plain YAML: a key that no dataclass has would be refused on composing; one that is not there keeps its default."""
+    known = asdict(TrainConfig())[group].keys()
+    for file in (CONFIGS / group).glob("*.yaml"):
+        assert yaml.safe_load(file.read_text()).keys() - {"defaults"} <= known
+
+
+# The original's settings: its own command lines, reference sgpt.md 1.2 and 1.3.
+NLI = {"125m": 128, "1_3b": 32, "2_7b": 12, "5_8b": 4}
+MSMARCO = {"125m": 32, "1_3b": 8, "2_7b": 8, "5_8b": 2}
+
+
+@pytest.mark.parametrize("size", NLI)
+def test_the_symmetric_presets_are_the_originals(size):
+    config = typed(TrainConfig, composed("train", f"experiment=nli_{size}"))
+    assert (config.trainer.queries_per_process, config.optim.learning_rate, config.optim.warmup_steps, config.trainer.epochs) == (128, 32e-5, 0.1, 1)
+    assert config.trainer.chunk_size in (NLI[size], 0 if NLI[size] == 128 else None)  # a chunk of the whole batch is no chunk
+    assert (config.markers.name, config.markers.query_max_tokens, config.markers.document_max_tokens) == ("none", 75, 75)
+    assert (config.tuning.name, config.pooling.name, config.loss.scale, config.loss.symmetric) == ("bitfit", "weighted_mean", 20, False)
+    assert config.data.num_hard_negatives == 1
+
+
+@pytest.mark.parametrize("size", MSMARCO)
+def test_the_asymmetric_presets_are_the_originals(size):
+    config = typed(TrainConfig, composed("train", f"experiment=msmarco_{size}"))
+    assert (config.trainer.queries_per_process, config.optim.learning_rate, config.optim.warmup_steps, config.trainer.epochs) == (32, 4e-4, 1000, 10)
+    assert config.trainer.chunk_size in (MSMARCO[size], 0 if MSMARCO[size] == 32 else None)
+    assert (config.markers.name, config.markers.query_max_tokens, config.markers.original_limit) == ("brackets", 300, True)
+    assert (config.tuning.name, config.pooling.name, config.loss.scale) == ("bitfit", "weighted_mean", 20)
+
+
+def test_the_saved_configuration_is_read_back_equal():
+    config = typed(TrainConfig, composed("train", "experiment=nli_125m", "optim.learning_rate=1e-5"))
+    again = typed(TrainConfig, OmegaConf.create(yaml.safe_load(yaml.safe_dump(plain(config), sort_keys=False))))
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.queries_per_process=many", r"trainer\.queries_per_process: Value 'many' of type 'str' could not be converted to Integer"),
+        ("trainer.queries_per_process=0", r"trainer\.queries_per_process=0 must be 1 or more"),
+        ("trainer.precision=fp8", r"trainer\.precision='fp8' is unknown; choose fp32 or bf16"),
+        ("trainer.max_steps=0", r"trainer\.max_steps=0 must be 1 or more, or null for whole epochs"),
+        ("trainer.evaluate_every_steps=5", r"dev\.retrieval and dev\.sts are empty; name a dev set or set it to 0"),
+        ("optim.learning_rate=-1", r"optim\.learning_rate=-1\.0 must be positive"),
+        ("optim.schedule=steps", r"optim\.schedule='steps' is unknown; choose one of linear, cosine"),
+        ("optim.warmup_steps=-1", r"optim\.warmup_steps=-1\.0 must not be negative"),
+        ("loss.scale=0", r"loss\.scale=0\.0 must be positive"),
+        ("model.dtype=int8", r"model\.dtype='int8' is unknown; choose float32, bfloat16 or float16"),
+        ("pooling.name=median", r"pooling\.name='median' is unknown"),
+        ("logging.tracker=paper", r"logging\.tracker='paper' is unknown; choose wandb, tensorboard or null"),
+        ("name=../elsewhere", r"name='\.\./elsewhere' is no folder name below runs/"),
+        ("+optim.lr=1", r"optim\.lr: Key 'lr' not in 'OptimConfig'"),
+        ("+data.columns.anchor=query", r"data\.columns has the unknown key 'anchor'; it maps query, positive and negative"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_in_one_sentence(override, message):
+    with pytest.raises(InputError, match=message) as caught:
+        typed(TrainConfig, composed("train", override))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("biencoder", ["experiment=pydocs", "trainer.max_step=1"], "trainer.max_step=1: there is no key 'trainer.max_step'; did you mean trainer.max_steps"),
+        ("biencoder", ["pooling=weighted"], "pooling=weighted: there is no 'weighted' in configs/pooling/; did you mean weighted_mean"),
+        ("biencoder", ["experiment=pydoc"], "experiment=pydoc: there is no 'pydoc' in configs/experiment/; did you mean pydocs"),
+        ("biencoder", ["tunning=bitfit"], "tunning=bitfit: there is no key 'tunning'; did you mean tuning"),
+        ("biencoder", ["data.columns={anchor: a}"], "data.columns={anchor: a}: data.columns has other keys; they are data.columns.negative, data."),
+        ("evaluate", ["modell=x"], "modell=x: there is no key 'modell'; did you mean model"),
+        ("search", ["querry=x"], "querry=x: there is no key 'querry'; did you mean query"),
+    ],
+)
+def test_a_misspelt_key_or_option_is_refused_with_the_nearest_and_exit_code_2(script, arguments, message, tmp_path):
+    ended = start(script, *arguments, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert ended.stderr.startswith(f"error: {message}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_keys_and_does_not_import_torch(script, tmp_path):
+    ended = start(script, "--help", cwd=tmp_path, options=("-X", "importtime"))
+    assert ended.returncode == 0
+    assert all(f"\n{key}:" in ended.stdout for key in asdict(SCHEMAS[SCRIPTS[script]]()) if key != "markers")
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+    assert "hydra" in imported
+    assert not imported & {"torch", "transformers", "numpy", "accelerate", "datasets"}

@@ -1,0 +1,337 @@
+"""Readers: what they give for good input, and the one sentence they give for bad input: file, line or key, value, remedy."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+
+from sgpt.data import beir
+from sgpt.data.collate import collate, length_groups, padding_share
+from sgpt.data.example import Example
+from sgpt.data.jsonl import read_rows, write_rows
+from sgpt.data.readers import DataConfig, read_examples
+from sgpt.errors import InputError
+
+GOOD = [{"query": "q1", "positive": "p1", "negative": "n1"}, {"query": "q2", "positive": "p2", "negative": ["n2", "m2"]}]
+
+
+def lines(file: Path, *rows: object) -> Path:
+    """Objects as JSON, strings as they are."""
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    if file.suffix == ".gz":
+        file.write_bytes(gzip.compress(text.encode()))
+    else:
+        file.write_text(text, encoding="utf-8")
+    return file
+
+
+def read(file: Path, **options) -> list[Example]:
+    return read_examples(DataConfig(**{"name": "jsonl", "path": str(file), **options}))
+
+
+# --- JSON lines ---
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz"])
+def test_json_lines_become_examples_plain_or_gzipped(name, tmp_path):
+    file = lines(tmp_path / name, GOOD[0], "", {**GOOD[1], "other": 3})
+    assert read(file) == [Example("q1", "p1"), Example("q2", "p2")]
+    assert read(file, num_hard_negatives=1) == [Example("q1", "p1", ("n1",)), Example("q2", "p2", ("n2",))]
+    assert read(file, limit=1) == [Example("q1", "p1")]
+
+
+def test_several_hard_negatives_come_from_a_list_or_from_numbered_columns(tmp_path):
+    file = lines(tmp_path / "train.jsonl", GOOD[1], {"query": "q", "positive": "p", "negative": "a", "negative_2": "b", "negative_3": "c"})
+    assert [example.hard_negatives for example in read(file, num_hard_negatives=2)] == [("n2", "m2"), ("a", "b")]
+
+
+def test_columns_take_the_files_own_names(tmp_path):
+    file = lines(tmp_path / "train.jsonl", {"anchor": "q", "good": "p", "bad": "n"})
+    columns = {"query": "anchor", "positive": "good", "negative": "bad"}
+    assert read(file, columns=columns, num_hard_negatives=1) == [Example("q", "p", ("n",))]
+    assert read(lines(tmp_path / "nli.jsonl", {"anchor": "q", "positive": "p"}), columns={"query": "anchor"}) == [Example("q", "p")]
+
+
+def test_texts_are_kept_to_the_last_blank(tmp_path):
+    text = "  naïve\n東京 🙂\u2028\t"
+    assert read(lines(tmp_path / "train.jsonl", {"query": text, "positive": " p "})) == [Example(text, " p ")]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ("{not json}", {}, r"line 2: not JSON \(.*\): '\{not json\}'; mend or remove the line"),
+        ('{"query": "q", "positive": "p"', {}, r"line 2: not JSON .*; mend or remove the line"),
+        ('["q", "p"]', {}, r"line 2: expected a JSON object, got list; write one object a line"),
+        ({"question": "q", "positive": "p"}, {}, r"line 2: no column 'query'; it has question, positive\. Name it by data\.columns\.query=<column>"),
+        ({"query": "q"}, {}, r"line 2: no column 'positive'; it has query\. Name it by data\.columns\.positive=<column>"),
+        ({"query": 7, "positive": "p"}, {}, r"line 2, query: expected text, got int 7; give a string"),
+        ({"query": "q", "positive": None}, {}, r"line 2, positive: expected text, got NoneType None; give a string"),
+        ({"query": "q", "positive": ["p"]}, {}, r"line 2, positive: expected text, got list \['p'\]; give a string"),
+        ({"query": " \t", "positive": "p"}, {}, r"line 2, query: the text is blank; remove the row or give it text"),
+        ({"query": "q", "positive": ""}, {}, r"line 2, positive: the text is blank; remove the row or give it text"),
+        ({"query": "q", "positive": "p", "negative": "\n"}, {"num_hard_negatives": 1}, r"line 2, hard negative 1: the text is blank; remove the row"),
+        ({"query": "q", "positive": "p", "negative": ["n", 5]}, {"num_hard_negatives": 2}, r"line 2, hard negative 2: expected text, got int 5; give a string"),
+        ({"query": "q", "positive": "p", "negative": "p"}, {"num_hard_negatives": 1}, r"line 2: a hard negative equals the positive 'p'; remove one of them"),
+        ({"query": "q", "positive": "p"}, {"num_hard_negatives": 1}, r"line 2: 0 hard negatives in column 'negative', .* asks for 1; lower it, or"),
+        ({"query": "q", "positive": "p", "negative": ["n"]}, {"num_hard_negatives": 2}, r"line 2: 1 hard negatives in column 'negative', .* asks for 2; lower"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_value_and_the_remedy(row, options, message, tmp_path):
+    file = lines(tmp_path / "train.jsonl", {"query": "good", "positive": "good too", "negative": ["a", "b"]}, row)
+    with pytest.raises(InputError, match=message) as caught:
+        read(file, **options)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nothing\.jsonl: no such file; check the path"):
+        read(tmp_path / "nothing.jsonl")
+    with pytest.raises(InputError, match=r"no such file; check the path"):
+        read(tmp_path)  # a folder
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_an_empty_file_is_refused(text, tmp_path):
+    (tmp_path / "train.jsonl").write_text(text)
+    with pytest.raises(InputError, match=r"train\.jsonl: no examples in it"):
+        read(tmp_path / "train.jsonl")
+
+
+def test_a_path_must_be_given():
+    with pytest.raises(InputError, match=r"data\.path is empty; set data\.path=<file or folder> for data=jsonl"):
+        read_examples(DataConfig())
+
+
+def damaged(content: bytes, how: str) -> bytes:
+    """A gzip stream cut off, with a byte of its data turned, or not gzip at all."""
+    if how == "truncated":
+        return content[: len(content) // 2]
+    if how == "turned":
+        return content[:40] + bytes(255 - byte for byte in content[40:60]) + content[60:]
+    return b'{"query": "q", "positive": "p"}\n'
+
+
+@pytest.mark.parametrize("how", ["truncated", "turned", "plain"])
+def test_a_damaged_gzip_file_is_refused(how, tmp_path):
+    file = lines(tmp_path / "train.jsonl.gz", *({"query": f"query {i * i}", "positive": f"positive {i * 77}"} for i in range(500)))
+    file.write_bytes(damaged(file.read_bytes(), how))
+    with pytest.raises(InputError, match=r"train\.jsonl\.gz.*(cannot be read \(.*\); it should be UTF-8 JSON lines, gzipped when it ends in \.gz|not JSON)"):
+        read(file)
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes('{"query": "naïve", "positive": "p"}\n'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"train\.jsonl: cannot be read \(.*utf-8.*\); it should be UTF-8 JSON lines"):
+        read(tmp_path / "train.jsonl")
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(InputError, match=r"data\.name='csv' is unknown; choose one of jsonl, beir, pydocs, dataset"):
+        DataConfig("csv")
+    with pytest.raises(InputError, match=r"data\.columns has the unknown key 'anchor'; it maps query, positive and negative"):
+        DataConfig(columns={"anchor": "query"})
+    with pytest.raises(InputError, match=r"data\.num_hard_negatives=-1 must be 0 or more"):
+        DataConfig(num_hard_negatives=-1)
+
+
+def test_written_rows_are_read_again_and_a_failed_write_leaves_nothing(tmp_path):
+    for name in ("a.jsonl", "deeper/b.jsonl.gz"):
+        assert write_rows(tmp_path / name, GOOD) == 2
+        assert [row for _, row in read_rows(tmp_path / name)] == GOOD
+
+    def breaks():
+        yield GOOD[0]
+        raise KeyError("later")
+
+    with pytest.raises(KeyError):
+        write_rows(tmp_path / "c.jsonl", breaks())
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+# --- BEIR folders ---
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    made = tmp_path / "toy"
+    (made / "qrels").mkdir(parents=True)
+    lines(made / "corpus.jsonl", {"_id": "d1", "title": "T", "text": "one"}, {"_id": "d2", "text": "two"}, {"_id": "d3", "title": "", "text": ""})
+    lines(made / "queries.jsonl", {"_id": "q1", "text": "first"}, {"_id": "q2", "text": "second"}, {"_id": "q3", "text": "not judged"})
+    (made / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t2\nq2\td1\t0\n")
+    (made / "triples.tsv").write_text("query\tpositive\tnegative\nq1\td1\td2\nq2\td2\td1\n")
+    return made
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_a_beir_folder_gives_corpus_judged_queries_and_qrels(gzipped, folder):
+    if gzipped:
+        for name in ("corpus.jsonl", "queries.jsonl"):
+            (folder / f"{name}.gz").write_bytes(gzip.compress((folder / name).read_bytes()))
+            (folder / name).unlink()
+    found = beir.read_retrieval(folder, "test")
+    assert found.name == "toy"
+    assert found.corpus == {"d1": "T one", "d2": "two", "d3": ""}  # old collections have empty documents
+    assert found.queries == {"q1": "first", "q2": "second"}
+    assert found.qrels == {"q1": {"d1": 1}, "q2": {"d2": 2, "d1": 0}}
+
+
+def test_training_examples_of_a_beir_folder_are_its_relevant_pairs_or_its_triples(folder):
+    assert read(folder, name="beir", split="test") == [Example("first", "T one"), Example("second", "two")]
+    triples = read(folder, name="beir", triples="triples.tsv", num_hard_negatives=1)
+    assert triples == [Example("first", "T one", ("two",)), Example("second", "two", ("T one",))]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("qrels/test.tsv", "h\th\th\nq9\td1\t1\n", r"test\.tsv: query id 'q9' is not in .*queries\.jsonl; the files do not belong together"),
+        ("qrels/test.tsv", "h\th\th\nq1\td9\t1\n", r"test\.tsv: document id 'd9' is not in .*corpus\.jsonl; the files do not belong together"),
+        ("qrels/test.tsv", "h\th\th\nq1\td1\tmuch\n", r"test\.tsv, line 2: relevance 'much' is no whole number"),
+        ("qrels/test.tsv", "h\th\th\nq1 d1 1\n", r"test\.tsv, line 2: 1 tab-separated fields, 3 are needed: 'q1 d1 1'"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", r"test\.tsv: no judgements; the file is empty"),
+        ("queries.jsonl", '{"_id": "q1", "text": "a"}\n{"_id": "q1", "text": "b"}\n', r"queries\.jsonl, line 2: id 'q1' was used before; ids must be unique"),
+        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "a"}\n', r"corpus\.jsonl, line 2: id 'd1' was used before; ids must be unique"),
+        ("corpus.jsonl", '{"_id": 1, "text": "a"}\n', r"corpus\.jsonl, line 1: needs text columns _id and text; it has _id: int, text: str"),
+        ("corpus.jsonl", '{"_id": "d1", "body": "a"}\n', r"corpus\.jsonl, line 1: needs text columns _id and text; it has _id: str, body: str"),
+        ("queries.jsonl", '{"_id": "q1", "text": null}\n', r"queries\.jsonl, line 1: needs text columns _id and text"),
+        ("corpus.jsonl", "", r"corpus\.jsonl: no rows; the file is empty"),
+        ("queries.jsonl", "{]\n", r"queries\.jsonl, line 1: not JSON"),
+    ],
+)
+def test_a_broken_beir_folder_is_refused(file, content, message, folder):
+    (folder / file).write_text(content)
+    with pytest.raises(InputError, match=message):
+        beir.read_retrieval(folder, "test")
+
+
+def test_missing_parts_of_a_beir_folder_are_named(folder, tmp_path):
+    with pytest.raises(InputError, match=r"qrels/dev\.tsv: no such file; .*toy has the splits: test"):
+        beir.read_retrieval(folder, "dev")
+    with pytest.raises(InputError, match=r"nowhere.*(a BEIR folder with corpus\.jsonl, queries\.jsonl and qrels/ is needed|has the splits: none)"):
+        beir.read_retrieval(tmp_path / "nowhere", "test")
+    (folder / "corpus.jsonl").unlink()
+    with pytest.raises(InputError, match=r"corpus\.jsonl: no such file"):
+        beir.read_retrieval(folder, "test")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_hard_negatives": 1}, r"toy: qrels name no hard negatives; set data\.num_hard_negatives=0 or data\.triples=<file>"),
+        ({"triples": "other.tsv", "num_hard_negatives": 1}, r"other\.tsv: no such file; check the path"),
+        ({"triples": "triples.tsv", "num_hard_negatives": 2}, r"triples\.tsv, line 1: 3 tab-separated fields, 4 are needed"),
+    ],
+)
+def test_a_beir_folder_that_does_not_hold_what_is_asked_is_refused(options, message, folder):
+    with pytest.raises(InputError, match=message):
+        read(folder, name="beir", split="test", **options)
+
+
+def test_triples_that_name_unknown_documents_are_refused(folder):
+    cases = {"q1\td1\td9": "document id 'd9' is not", "q9\td1\td2": "query id 'q9' is not", "q1\td3\td2": "positive: the text is blank"}
+    for line, message in cases.items():
+        (folder / "triples.tsv").write_text(f"h\th\th\n{line}\n")
+        with pytest.raises(InputError, match=r"triples\.tsv, line 2.*" + message):
+            read(folder, name="beir", triples="triples.tsv", num_hard_negatives=1)
+
+
+def test_a_qrels_file_in_another_encoding_is_refused(folder):
+    (folder / "qrels" / "test.tsv").write_bytes("h\th\th\nqé\td1\t1\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"test\.tsv: cannot be read \(.*utf-8"):
+        beir.read_retrieval(folder, "test")
+
+
+# --- scored pairs ---
+
+
+def test_pairs_of_the_split_are_read_and_a_label_or_the_quora_names_serve_too(tmp_path):
+    rows = [
+        {"sentence1": "a", "sentence2": "b", "score": 0.5, "split": "test"},
+        {"sentence1": "c", "sentence2": "d", "score": 3, "split": "dev"},
+        {"sentence1": "e", "sentence2": "f", "label": 1},
+        {"question1": "g", "question2": "h", "duplicate": 0},
+    ]
+    pairs = beir.read_pairs(lines(tmp_path / "stsb.jsonl", *rows), "test")
+    assert (pairs.name, pairs.first, pairs.second, pairs.scores) == ("stsb", ["a", "e", "g"], ["b", "f", "h"], [0.5, 1.0, 0.0])
+
+
+def test_sets_are_called_after_their_folder_also_when_it_is_the_working_directory(folder, monkeypatch):
+    lines(folder / "pairs.jsonl.gz", {"sentence1": "a", "sentence2": "b", "score": 1}, {"sentence1": "c", "sentence2": "d", "score": 2})
+    assert beir.read_pairs(folder / "pairs.jsonl.gz", "test").name == "toy"
+    monkeypatch.chdir(folder)
+    assert beir.read_pairs(Path("pairs.jsonl.gz"), "test").name == "toy"
+    assert beir.read_retrieval(Path("."), "test").name == "toy"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"sentence1": "a", "sentence2": "b"}], r"line 1: needs sentence1, sentence2 and a numeric score; it has sentence1, sentence2"),
+        ([{"sentence1": "a", "sentence2": 5, "score": 1}], r"line 1: needs sentence1, sentence2 and a numeric score"),
+        ([{"sentence1": "a", "sentence2": "b", "score": "high"}], r"line 1: needs sentence1, sentence2 and a numeric score"),
+        ([{"sentence1": "a", "sentence2": "b", "score": 1}] * 2, r"2 pairs in split 'test' with fewer than two different scores; nothing to correlate"),
+        ([{"sentence1": "a", "sentence2": "b", "score": 1, "split": "dev"}], r"0 pairs in split 'test'"),
+    ],
+)
+def test_bad_pairs_are_refused(rows, message, tmp_path):
+    with pytest.raises(InputError, match=r"pairs\.jsonl.*" + message):
+        beir.read_pairs(lines(tmp_path / "pairs.jsonl", *rows), "test")
+
+
+# --- folders of the library `datasets` ---
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_folder_saved_by_datasets_is_read(splits, tmp_path):
+    rows = datasets.Dataset.from_list([{"anchor": "q1", "positive": "p1", "negative": "n1"}, {"anchor": "q2", "positive": "p2", "negative": "n2"}])
+    (datasets.DatasetDict({"train": rows}) if splits else rows).save_to_disk(str(tmp_path / "saved"))
+    found = read(tmp_path / "saved", name="dataset", columns={"query": "anchor"}, num_hard_negatives=1)
+    assert found == [Example("q1", "p1", ("n1",)), Example("q2", "p2", ("n2",))]
+
+
+def test_bad_dataset_folders_are_refused(tmp_path):
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"query": "q", "positive": " "}])}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(InputError, match=r"saved, row 1, positive: the text is blank"):
+        read(tmp_path / "saved", name="dataset")
+    with pytest.raises(InputError, match=r"saved: no split 'dev'; it has train"):
+        read(tmp_path / "saved", name="dataset", split="dev")
+    with pytest.raises(InputError, match=r"nowhere: cannot be loaded as a data set .*; give a hub id or a folder written by save_to_disk"):
+        read(tmp_path / "nowhere", name="dataset")
+    shutil.rmtree(tmp_path / "saved" / "train")
+    with pytest.raises(InputError, match=r"saved: cannot be loaded as a data set"):
+        read(tmp_path / "saved", name="dataset")
+
+
+# --- batches ---
+
+
+def test_a_batch_is_query_major_and_knows_equal_texts(tiny_encoder):
+    encoder = tiny_encoder("gpt_neo")
+    batch = collate([Example("a", "p", ("n", "m")), Example("b", "a", ("p", "x"))], encoder.tokenizer, encoder.frames)
+    assert batch.documents == encoder.token_ids(["p", "n", "m", "a", "p", "x"], "document")
+    assert batch.queries == encoder.token_ids(["a", "b"], "query")
+    assert batch.documents_per_query == 3
+    assert batch.document_hashes[0] == batch.document_hashes[4]
+    assert batch.document_hashes[3] == batch.query_hashes[0]
+    assert len({*batch.document_hashes.tolist(), *batch.query_hashes.tolist()}) == 6
+
+
+def test_length_groups_hold_every_row_once_within_the_budget():
+    rows = [[1] * length for length in (3, 40, 1, 7, 7, 12, 0, 100)]
+    groups = list(length_groups(rows, 0, tokens_per_group=40))
+    assert sorted(row for group in groups for row in group.rows) == list(range(8))
+    for group in groups:
+        assert group.input_ids.numel() <= 40 or len(group.rows) == 1
+        assert group.attention_mask.sum(1).tolist() == [len(rows[row]) for row in group.rows]
+        assert torch_equal_where_real(group, rows)
+    assert padding_share([[1] * 3, [1]], 100) == pytest.approx(2 / 6)
+    assert padding_share([[1] * 3, [1]], 3) == 0
+
+
+def torch_equal_where_real(group, rows) -> bool:
+    return all(group.input_ids[line, : len(rows[row])].tolist() == rows[row] for line, row in enumerate(group.rows))

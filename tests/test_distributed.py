@@ -1,0 +1,105 @@
+"""Two real gloo processes give the gradient of one process that holds the whole batch."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from conftest import random_trunk
+
+from sgpt.contract import Contract
+from sgpt.data.collate import collate
+from sgpt.data.example import Example
+from sgpt.distributed import average_gradients, gather, gather_with_gradient
+from sgpt.encoder import Encoder
+from sgpt.loss import LossConfig
+from sgpt.markers import MarkersConfig
+from sgpt.model import load_tokenizer
+from sgpt.step import chunked_step, health, plain_step
+from sgpt.tuning import TuningConfig, learning, tune
+
+PROCESSES, QUERIES = 2, 4
+HARD_NEGATIVES, SYMMETRIC, CHUNK_SIZES = (0, 2), (False, True), (0, 3)
+CASES = list(itertools.product(HARD_NEGATIVES, SYMMETRIC, CHUNK_SIZES))
+IDS = [f"{h} hard negatives{', symmetric' * s}{', chunked' * bool(c)}" for h, s, c in CASES]
+
+
+def examples(hard_negatives: int) -> list[Example]:
+    """Eight; number 5, on the second process, repeats number 0's query, number 6 the positive of number 1."""
+    queries = ["parse a date", "open a file", "sort words", "sum numbers", "join paths", "parse a date", "read lines", "make a folder"]
+    positives = ["from a string", "for reading", "by their length", "of a list", "of folders", "with a format", "for reading", "and its parents"]
+    return [
+        Example(query, positive, tuple(f"{n} hard negative of {query} {place}" for n in range(hard_negatives)))
+        for place, (query, positive) in enumerate(zip(queries, positives, strict=True))
+    ]
+
+
+def gradients(base: str, rank: int, processes: int, case: tuple[int, bool, int]) -> dict:
+    """One step of this process' share of the batch, in float64: a wrong formula shows, the order of float32 sums does not."""
+    hard_negatives, symmetric, chunk_size = case
+    tokenizer = load_tokenizer(base)
+    trunk = tune(random_trunk("gpt_neo", len(tokenizer)).double(), TuningConfig("bitfit"))
+    encoder = Encoder(trunk, tokenizer, Contract(markers=MarkersConfig(query_max_tokens=24, document_max_tokens=40)))
+    share = PROCESSES * QUERIES // processes
+    batch = collate(examples(hard_negatives)[rank * share : (rank + 1) * share], tokenizer, encoder.frames)
+    config = LossConfig(symmetric=symmetric)
+    if chunk_size:
+        outcome = chunked_step(encoder, batch, config, torch.Tensor.backward, chunk_size)
+    else:
+        outcome = plain_step(encoder, batch, config, torch.Tensor.backward)
+    parameters = learning(trunk)
+    average_gradients(parameters.values())
+    return {"loss": gather(outcome.loss[None]).mean().item(), "health": health(outcome), **{name: p.grad for name, p in parameters.items()}}
+
+
+def one_of_two(rank: int, folder: Path, base: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
+    own = torch.arange(6, dtype=torch.float64).view(3, 2).add(10 * rank).requires_grad_()
+    gathered = gather_with_gradient(own)
+    (gathered * torch.arange(12).view(6, 2) * (rank + 1)).sum().backward()  # process r owes row i, column j: (2 i + j) (r + 1)
+    found = {case: gradients(base, rank, PROCESSES, case) for case in CASES}
+    torch.save({"gathered": gathered.detach(), "gradient": own.grad, "steps": found}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tiny_base, tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(one_of_two, (folder, str(tiny_base("gpt_neo"))), nprocs=PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_two_processes_give_the_gradient_of_the_whole_batch(case, two_processes, tiny_base):
+    expected = gradients(str(tiny_base("gpt_neo")), 0, 1, case)
+    for process in two_processes:
+        found = process["steps"][case]
+        assert found.keys() == expected.keys()
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+        for name in expected.keys() - {"loss", "health"}:
+            size = float(expected[name].norm())
+            assert size > 0, name
+            # float64 throughout, but the gradients are averaged as float32, which rounds by 6e-8
+            assert float((found[name] - expected[name]).norm()) < 1e-6 * size, name
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_both_processes_hold_the_same_gradients(case, two_processes):
+    one, other = (process["steps"][case] for process in two_processes)
+    assert all(torch.equal(one[name], other[name]) for name in one.keys() - {"loss", "health"})
+
+
+def test_logged_cosines_are_those_of_the_whole_batch(two_processes, tiny_base):
+    case = (2, False, 0)
+    assert two_processes[1]["steps"][case]["health"] == pytest.approx(gradients(str(tiny_base("gpt_neo")), 0, 1, case)["health"], rel=1e-6)
+
+
+def test_gather_is_rank_major_and_sums_what_every_process_owes_a_row(two_processes):
+    own = torch.arange(6, dtype=torch.float64).view(3, 2)
+    owed = 3 * torch.arange(12, dtype=torch.float64).view(6, 2)  # once from the first process, twice from the second
+    for rank, process in enumerate(two_processes):
+        assert torch.equal(process["gathered"], torch.cat([own, own + 10]))
+        assert torch.equal(process["gradient"], owed[3 * rank : 3 * rank + 3])

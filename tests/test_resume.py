@@ -1,0 +1,155 @@
+"""Stopped and resumed through the trainer: losses and weights bit-equal to the run that was never stopped, dropout on."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from sgpt.checkpoint import TrainState
+from sgpt.data.example import Example
+from sgpt.encoder import Encoder
+from sgpt.errors import InputError
+from sgpt.loss import LossConfig
+from sgpt.optim import OptimConfig
+from sgpt.run import Run
+from sgpt.trainer import TrainerConfig, train
+from sgpt.tuning import TuningConfig, learning, tune
+
+WORDS = ["parse", "date", "string", "open", "file", "read", "write", "sort", "list", "number",
+         "path", "folder", "text", "line", "sum", "count", "join", "split", "find", "match"]  # fmt: skip
+EXAMPLES = [
+    Example(f"{a} the {b}", f"how to {a} every {b} of it", (f"never {b} the {a}",))
+    for place, a in enumerate(WORDS) for b in WORDS[place + 1 : place + 4]
+]  # fmt: skip
+STEPS = 7  # of 8 queries; an epoch has 6 batches
+
+
+class Stopped(Exception):
+    pass
+
+
+def fresh_encoder(tiny_encoder, method: str) -> Encoder:
+    encoder = tiny_encoder("gpt2")  # its own dropout of 0.1
+    torch.manual_seed(0)  # as the start of a run does: LoRA draws its first weights
+    encoder.trunk = tune(encoder.trunk, TuningConfig(method, lora_dropout=0.1))
+    return encoder
+
+
+def trained(folder: Path, encoder: Encoder, *, stop_after: int | None = None, rate: float = 1e-2, **config) -> TrainState:
+    """Trains in `folder`; evaluating after every step, it raises `Stopped` after one, past the last checkpoint."""
+    folder.mkdir(exist_ok=True)
+    taken = []
+
+    def evaluate() -> dict:
+        taken.append(len(taken))
+        encoder.encode_queries(["in evaluation mode"])  # leaves training mode, and must not leave it for good
+        if len(taken) == stop_after:
+            raise Stopped
+        return {"toy": {"ndcg@10": 0.5}}
+
+    settings = {"queries_per_process": 8, "epochs": 2, "max_steps": STEPS, "log_every_steps": 1, "save_every_steps": 2, "evaluate_every_steps": 1} | config
+    return train(encoder, EXAMPLES, Accelerator(cpu=True), Run(folder), TrainerConfig(**settings), LossConfig(), OptimConfig(learning_rate=rate), evaluate)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+SETTINGS = {
+    "bitfit": ("bitfit", {}),
+    "full": ("full", {}),
+    "lora": ("lora", {}),
+    "chunked": ("bitfit", {"chunk_size": 5}),
+    "accumulated over the epoch's end": ("bitfit", {"gradient_accumulation": 2, "epochs": 3}),
+    "bfloat16": ("bitfit", {"precision": "bf16"}),
+}
+
+
+@pytest.mark.parametrize(("method", "config"), SETTINGS.values(), ids=SETTINGS)
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(method, config, tiny_encoder, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    expected = fresh_encoder(tiny_encoder, method)
+    state = trained(whole, expected, **config)
+    with pytest.raises(Stopped):
+        trained(stopped, fresh_encoder(tiny_encoder, method), stop_after=5, **config)
+    assert (stopped / "checkpoints" / "latest").read_text() == "step-4\n"
+    assert [line["step"] for line in lines(stopped) if "loss" in line] == [1, 2, 3, 4, 5]
+
+    resumed = fresh_encoder(tiny_encoder, method)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # another process would have other states
+    again = trained(stopped, resumed, **config)
+
+    assert (again.step, again.batches) == (state.step, state.batches) == (STEPS, STEPS * config.get("gradient_accumulation", 1))
+    weights = learning(expected.trunk)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in learning(resumed.trunk).items())
+    one, other = (load_file(folder / "checkpoints" / f"step-{STEPS}" / "trained.safetensors") for folder in (whole, stopped))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    # metrics.jsonl goes on without a repeated step, step 5 was dropped and taken again
+    measured = ("queries_per_second", "tokens_per_second", "peak_memory_bytes", "seconds")
+    one, other = ([{key: value for key, value in line.items() if key not in measured} for line in lines(folder)] for folder in (whole, stopped))
+    assert one == other
+
+
+def test_the_uninterrupted_run_itself_is_the_same_twice_and_dropout_was_on(tiny_encoder, tmp_path):
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        trained(tmp_path / name, fresh_encoder(tiny_encoder, "bitfit"), seed=seed)
+    one, two, other = ([line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("one", "two", "other"))
+    assert one == two
+    assert one != other
+    still = fresh_encoder(tiny_encoder, "bitfit")
+    for module in still.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    trained(tmp_path / "still", still)
+    assert [line["loss"] for line in lines(tmp_path / "still") if "loss" in line] != one
+
+
+def test_a_half_written_last_line_is_dropped(tiny_encoder, tmp_path):
+    with pytest.raises(Stopped):
+        trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), stop_after=3)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"))
+    assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == list(range(1, STEPS + 1))
+
+
+def test_a_finished_run_takes_no_further_step(tiny_encoder, tmp_path):
+    first = fresh_encoder(tiny_encoder, "bitfit")
+    trained(tmp_path / "run", first)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = fresh_encoder(tiny_encoder, "bitfit")
+    assert trained(tmp_path / "run", again).step == STEPS
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert all(torch.equal(parameter, learning(first.trunk)[name]) for name, parameter in learning(again.trunk).items())
+
+
+@pytest.mark.parametrize("log_every_steps", [1, 100])
+def test_a_run_that_diverges_stops_with_one_sentence_and_saves_nothing_of_it(log_every_steps, tiny_encoder, tmp_path):
+    """With a step logged only now and then, a checkpoint without a number in it must not take the last good one's place."""
+    encoder = fresh_encoder(tiny_encoder, "bitfit")
+    with torch.no_grad():
+        learning(encoder.trunk)["ln_f.bias"].fill_(float("nan"))
+    with pytest.raises(InputError, match=r"step \d: the loss is nan, the gradient norm nan; lower optim\.learning_rate=.* The last checkpoint is untouched"):
+        trained(tmp_path / "run", encoder, log_every_steps=log_every_steps)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+def test_a_batch_without_any_negative_is_refused(tiny_encoder, tmp_path):
+    encoder, run = fresh_encoder(tiny_encoder, "bitfit"), Run(tmp_path)
+    config = TrainerConfig(queries_per_process=1)
+    with pytest.raises(InputError, match=r"no negative at all and the loss would be 0; raise trainer\.queries_per_process or data\.num_hard_negatives"):
+        train(encoder, [Example("q", "p")] * 3, Accelerator(cpu=True), run, config, LossConfig(), OptimConfig(), dict)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_accumulation_than_batches_is_refused_and_accumulation_is_warned_about(tiny_encoder, tmp_path, caplog):
+    with pytest.raises(InputError, match=r"trainer\.gradient_accumulation=99 is more than the 12 batches of the run; lower it"):
+        trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), gradient_accumulation=99)
+    trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), gradient_accumulation=2, max_steps=1)
+    assert "gradient_accumulation=2 adds no in-batch negatives: each query still sees 16 candidates" in caplog.text
