@@ -2,12 +2,13 @@
 
 The rooms, in reading order; each imports only from earlier ones:
 
-    markers, pooling, loss, metrics       pure: tensors and ids, no files, no processes
+    markers, pooling, loss, metrics,      pure: tensors and ids, no model, no process
+    template, files, errors, progress
     data/, model, tuning, distributed,    parts
     optim, attention, contract
-    encoder, step                         joined: texts to embeddings, batches to gradients
+    encoder, adapter, probes, step        joined: texts to embeddings, batches to gradients
     checkpoint, run, evaluate, search,    uses
-    template, export, adapter, report
+    export, report
     trainer, pretrain                     the loops
     config, launch, outcome, door         the door, then train/*.py
 

@@ -2,29 +2,39 @@
 
 import logging
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from sgpt.config import TrainConfig, plain
 
+PATIENCE = timedelta(hours=6)  # the others wait while one process evaluates, harvests or exports
+
 
 def start(config: TrainConfig) -> Accelerator:
-    """The accelerator of a training run, its trackers started."""
-    accelerator = accelerate(
+    """The accelerator of a training run."""
+    return accelerate(
         precision=config.trainer.precision, seed=config.trainer.seed, threads=config.trainer.threads,
         tracker=config.logging.tracker, folder=f"{config.runs}/{config.name}",
     )
+
+
+def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Once the run folder exists: trackers write into it."""
     if config.logging.tracker:
         os.environ.setdefault("WANDB_MODE", config.logging.mode)
-        accelerator.init_trackers(config.logging.project, config=_flat(plain(config)), init_kwargs={"wandb": {"name": config.name}})
-    return accelerator
+        wandb = {"wandb": {"name": config.name, "dir": f"{config.runs}/{config.name}"}} if config.logging.tracker == "wandb" else {}
+        accelerator.init_trackers(config.logging.project, config=_flat(plain(config)), init_kwargs=wandb)
 
 
 def accelerate(*, precision: str, seed: int, threads: int | None = None, tracker: str | None = None, folder: str | None = None) -> Accelerator:
     """Everything that is global to a process, set once."""
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", log_with=tracker, project_dir=folder)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no", log_with=tracker, project_dir=folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     if accelerator.device.type == "cpu":
         # `accelerate launch` gives every CPU process one thread unless told otherwise
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))

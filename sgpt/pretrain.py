@@ -1,12 +1,15 @@
-"""Pretraining of `nano`, the small GPT-Neo decoder that the embedded default starts from.
+"""Pretraining of `nano`, the small GPT-Neo decoder that the embedded default starts from, on two cores in about an hour.
 
-Stage 1, language model: windows of packed text, next-token loss, constant learning rate.
-Stage 2, language model and weak pairs: two texts that an author put together (heading and section, first sentence and its
-paragraph, neighbouring paragraphs) are pulled together by InfoNCE, all weights learning; the documents' forward pass
-carries the next-token loss too, so that the head stays usable. The learning rate falls linearly to a tenth.
+Lexical stage: the token embeddings alone, pooled as bags of tokens (position-weighted mean after the last norm), are
+trained by InfoNCE on weak pairs: two texts that an author put together, such as heading and section, first sentence and
+its paragraph, neighbouring paragraphs. Without blocks to compute, hundreds of thousands of pairs take minutes.
 
-Why stage 2: at a few million parameters and tokens a language model alone gives embeddings too weak for biases to steer.
-No marker, no pydocs pair and no evaluation split is seen in it: those belong to the run that follows.
+Joint stage: the blocks start as the identity (their output projections are zero), so the model begins where the lexical
+stage ended. Three steps of four take weak pairs, where the documents' forward pass carries the contrastive and the
+next-token loss; the fourth is next-token loss on long windows of packed text. All weights learn. The language-model head is
+untied: embeddings that keep the identity of their token and a head that predicts the next one do not fit in one table.
+
+No marker, no pydocs pair and no evaluation split is seen here: those belong to the run that follows.
 
 Matrices inside the blocks are updated by Muon (Jordan et al. 2024), everything else by AdamW.
 Batches are drawn from (seed, step) alone, so a resumed run goes on with exactly the batches it would have had.
@@ -35,6 +38,7 @@ from sgpt.data.jsonl import read_rows
 from sgpt.data.open_text import read_documents, read_weak_pairs
 from sgpt.distributed import average_gradients, gather
 from sgpt.errors import InputError
+from sgpt.loss import similarities
 from sgpt.pooling import weighted_mean
 from sgpt.progress import progress_bar
 
@@ -63,8 +67,8 @@ class PretrainConfig:
 
     text: folder of the sources (sgpt/data/open_text.py). pydocs: folder of the docstring harvest, whose training packages
     are read as text. folder: tokenizer, token ids and checkpoints. output: the finished model, fp16 safetensors.
-    pair_groups: pairs_per_step come from so many places, so that neighbours from one book are hard negatives.
-    head_share: share of document positions that carry the next-token loss in stage 2.
+    neighbours: pairs come in runs of so many from one place, whose members are hard negatives of each other.
+    head_share: share of document positions that carry the next-token loss in a step of pairs.
     """
 
     text: str = "../shared/data"
@@ -72,29 +76,35 @@ class PretrainConfig:
     folder: str = "runs/nano"
     output: str = "data/nano"
     nano: NanoConfig = field(default_factory=NanoConfig)
-    language_steps: int = 345
-    pair_steps: int = 600
+    lexical_steps: int = 728
+    lexical_pairs_per_step: int = 1024
+    lexical_learning_rate: float = 1e-2
+    joint_steps: int = 240
     window_tokens: int = 384
     windows_per_step: int = 20
     windows_per_forward: int = 4
     pairs_per_step: int = 160
-    pair_groups: int = 20
+    neighbours: int = 8
     max_query_tokens: int = 48
     max_document_tokens: int = 128
     head_share: float = 0.33
+    contrastive_weight: float = 3.0
     scale: float = 20.0
-    learning_rate: float = 3e-3
-    muon_learning_rate: float = 6e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.05
+    muon_learning_rate: float = 2e-3
+    embedding_learning_rate: float = 2e-3
+    head_learning_rate: float = 3e-3
+    vector_learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 20
     precision: str = "fp32"
     seed: int = 0
-    save_every_steps: int = 100
+    save_every_steps: int = 80
     log_every_steps: int = 5
 
     def __post_init__(self) -> None:
-        if self.pairs_per_step % self.pair_groups:
-            raise InputError(f"pair_groups={self.pair_groups} does not divide pairs_per_step={self.pairs_per_step}")
+        for name in ("pairs_per_step", "lexical_pairs_per_step"):
+            if getattr(self, name) % self.neighbours:
+                raise InputError(f"neighbours={self.neighbours} does not divide {name}={getattr(self, name)}")
         if self.window_tokens > self.nano.positions:
             raise InputError(f"window_tokens={self.window_tokens} is more than nano.positions={self.nano.positions}")
 
@@ -144,25 +154,62 @@ def prepare(config: PretrainConfig) -> Corpus:
     return corpus
 
 
+def lexical_stage(config: PretrainConfig, corpus: Corpus) -> tuple[Tensor, Tensor]:
+    """Token embeddings [V, D], of standard deviation 1, and the last norm's bias [D]; one process does it for all."""
+    torch.manual_seed(config.seed)
+    width = config.nano.hidden_size
+    table, bias = nn.Parameter(0.02 * torch.randn(config.nano.vocabulary, width)), nn.Parameter(torch.zeros(width))
+    optimizer = torch.optim.AdamW([table, bias], lr=config.lexical_learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    pairs = len(corpus.query_starts) - 1
+    for step in range(config.lexical_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lexical_learning_rate * min(1.0, (step + 1) / 10) * (1 - 0.9 * step / config.lexical_steps)
+        numbers = pair_numbers(pairs, config.lexical_pairs_per_step, config, step)
+        queries, documents = map(list, zip(*(corpus.pair(number, config) for number in numbers), strict=True))
+        normed = F.layer_norm(table, (width,), bias=bias)  # of each token once, not of each occurrence
+        loss, _ = pair_loss(bag_of_tokens(normed, queries), bag_of_tokens(normed, documents), torch.arange(len(numbers)), config)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            log.info("lexical step %d/%d  contrastive %.3f", step, config.lexical_steps, loss.item())
+    return (table / table.std()).detach(), bias.detach()  # the last norm does not see the scale, the blocks do
+
+
+def bag_of_tokens(table: Tensor, rows: list[list[int]]) -> Tensor:
+    """[rows, D]: position-weighted mean of the rows of `table`; what a trunk without blocks computes."""
+    lengths = torch.tensor([len(row) for row in rows])
+    starts = lengths.cumsum(0) - lengths
+    positions = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths) + 1
+    weights = positions / (lengths * (lengths + 1) / 2).repeat_interleave(lengths)
+    return F.embedding_bag(torch.tensor([token for row in rows for token in row]), table, starts, mode="sum", per_sample_weights=weights)
+
+
 def pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) -> GPTNeoForCausalLM:
     """Both stages, from the newest checkpoint when there is one."""
-    model = build_model(config.nano, config.seed).to(accelerator.device)
+    folder, rank, processes = Path(config.folder), accelerator.process_index, accelerator.num_processes
+    with accelerator.main_process_first():
+        if not (folder / "lexical.pt").is_file():
+            torch.save(lexical_stage(config, corpus), folder / ".lexical.tmp")
+            (folder / ".lexical.tmp").rename(folder / "lexical.pt")
+    model = build_model(config.nano, config.seed)
+    start_from(model, *torch.load(folder / "lexical.pt", weights_only=True))
+    model.to(accelerator.device)
     optimizers = build_optimizers(model, config)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    folder, rank, processes = Path(config.folder), accelerator.process_index, accelerator.num_processes
     step, tokens = _resume(folder, model, optimizers)
     started, first = time.perf_counter(), step
-    steps = config.language_steps + config.pair_steps
-    while step < steps:
-        factor = learning_rate_factor(step, config)
+    while step < config.joint_steps:
+        factor = min(1.0, (step + 1) / config.warmup_steps) * (1 - 0.9 * step / config.joint_steps)
         for optimizer, rates in zip(optimizers, peaks, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
+        windows, pairs = (step + 1) // 4, step - (step + 1) // 4  # steps of each kind so far
         with accelerator.autocast():
-            if step < config.language_steps:
-                line, seen = language_step(model, corpus, config, step, rank, processes)
+            if step % 4 == 3:
+                line, seen = language_step(model, corpus, config, windows - 1, rank, processes)
             else:
-                line, seen = pair_step(model, corpus, config, step - config.language_steps, rank, processes)
+                line, seen = pair_step(model, corpus, config, pairs, rank, processes)
         average_gradients(model.parameters())
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -172,15 +219,25 @@ def pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) -
         if step % config.log_every_steps == 0:
             seconds = time.perf_counter() - started
             shown = {name: gather(value.float()[None]).mean().item() for name, value in line.items()}
-            record = {"step": step, "tokens": tokens, **shown, "grad_norm": norm.item(), "learning_rate": factor * config.learning_rate, "seconds": seconds}
             if accelerator.is_main_process:
                 with (folder / "metrics.jsonl").open("a", encoding="utf-8") as out:
-                    out.write(json.dumps(record) + "\n")
-            log.info("step %d/%d  %s tokens  %s  %.0f s left", step, steps, f"{tokens:,}", "  ".join(f"{k} {v:.3f}" for k, v in shown.items()),
-                     seconds / (step - first) * (steps - step))
-        if (step % config.save_every_steps == 0 or step == steps) and accelerator.is_main_process:
+                    out.write(json.dumps({"step": step, "tokens": tokens, **shown, "grad_norm": norm.item(), "seconds": seconds}) + "\n")
+            log.info("step %d/%d  %s tokens  %s  %.0f s left", step, config.joint_steps, f"{tokens:,}",
+                     "  ".join(f"{name} {value:.3f}" for name, value in shown.items()), seconds / (step - first) * (config.joint_steps - step))
+        if (step % config.save_every_steps == 0 or step == config.joint_steps) and accelerator.is_main_process:
             _save(folder, model, optimizers, step, tokens)
     return model
+
+
+@torch.no_grad()
+def start_from(model: GPTNeoForCausalLM, table: Tensor, bias: Tensor) -> None:
+    """Makes the trunk compute what the lexical stage computed: its embeddings, no positions, blocks that add nothing."""
+    model.transformer.wte.weight.copy_(table)
+    model.transformer.wpe.weight.zero_()
+    model.transformer.ln_f.bias.copy_(bias)
+    for block in model.transformer.h:
+        block.attn.attention.out_proj.weight.zero_()
+        block.mlp.c_proj.weight.zero_()
 
 
 def language_step(model: GPTNeoForCausalLM, corpus: Corpus, config: PretrainConfig, step: int, rank: int, processes: int) -> tuple[dict[str, Tensor], int]:
@@ -196,29 +253,34 @@ def language_step(model: GPTNeoForCausalLM, corpus: Corpus, config: PretrainConf
 
 
 def pair_step(model: GPTNeoForCausalLM, corpus: Corpus, config: PretrainConfig, step: int, rank: int, processes: int) -> tuple[dict[str, Tensor], int]:
-    """Gradients of the contrastive loss, both directions, plus the documents' next-token loss.
+    """Gradients of the contrastive loss plus the documents' next-token loss; the losses and the tokens seen.
 
     Every process scores its own share of the pairs: in-batch negatives are those of one process.
     """
-    places = list(range(rank, config.pairs_per_step, processes))
-    numbers = pair_numbers(len(corpus.query_starts) - 1, config, step)
-    chosen = [numbers[place] for place in places]
-    queries, documents = map(list, zip(*(corpus.pair(number, config) for number in chosen), strict=True))
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + config.language_steps + step)
+    places = torch.arange(rank, config.pairs_per_step, processes)
+    numbers = pair_numbers(len(corpus.query_starts) - 1, config.pairs_per_step, config, step)
+    queries, documents = map(list, zip(*(corpus.pair(numbers[place], config) for place in places), strict=True))
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     query, _ = embed(model, queries)
     document, language = embed(model, documents, config.head_share, generator)
-    scores = config.scale * F.normalize(query.float(), dim=1) @ F.normalize(document.float(), dim=1).T
-    scores = scores.masked_fill(overlapping(torch.tensor(places, device=scores.device), config), float("-inf"))
-    labels = torch.arange(len(queries), device=scores.device)
-    contrastive = (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
-    (contrastive + language).backward()
-    first = (scores.argmax(1) == labels).float().mean()
-    return {"language": language.detach(), "contrastive": contrastive.detach(), "first": first}, sum(map(len, queries)) + sum(map(len, documents))
+    contrastive, first = pair_loss(query, document, places.to(query.device), config)
+    (config.contrastive_weight * contrastive + language).backward()
+    shown = {"language": language.detach(), "contrastive": contrastive.detach(), "first": first}
+    return shown, sum(map(len, queries)) + sum(map(len, documents))
+
+
+def pair_loss(queries: Tensor, documents: Tensor, places: Tensor, config: PretrainConfig) -> tuple[Tensor, Tensor]:
+    """InfoNCE, both directions, and the share of queries that rank their document first. places: of the pairs in the batch."""
+    labels = torch.arange(len(queries), device=queries.device)
+    ignored = overlapping(places, config)
+    scores = similarities(queries, documents, config.scale, ignored)
+    loss = (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
+    return loss, (scores.argmax(1) == labels).float().mean()
 
 
 def overlapping(places: Tensor, config: PretrainConfig) -> Tensor:
     """[pairs, pairs]: pairs up to two apart in one run share a sentence or a paragraph, so neither is the other's negative."""
-    run, apart = places // (config.pairs_per_step // config.pair_groups), (places[:, None] - places[None]).abs()
+    run, apart = places // config.neighbours, (places[:, None] - places[None]).abs()
     return (run[:, None] == run[None]) & (apart > 0) & (apart <= 2)
 
 
@@ -291,27 +353,23 @@ def build_model(nano: NanoConfig, seed: int) -> GPTNeoForCausalLM:
         max_position_embeddings=nano.positions, intermediate_size=4 * nano.hidden_size,
         activation_function="gelu_pytorch_tanh",  # gelu_new's function as one fused operation
         embed_dropout=0.0, attention_dropout=0.0, resid_dropout=0.0,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True, use_cache=False,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=False, use_cache=False,
     )
     return use_sdpa(GPTNeoForCausalLM(config))
 
 
 def build_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n]
-    embeddings = [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." not in n]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    named = dict(model.named_parameters())
+    matrices = [p for n, p in named.items() if p.ndim == 2 and ".h." in n]
+    groups = [
+        {"params": [named["transformer.wte.weight"], named["transformer.wpe.weight"]], "lr": config.embedding_learning_rate, "weight_decay": 0.0},
+        {"params": [named["lm_head.weight"]], "lr": config.head_learning_rate, "weight_decay": config.weight_decay},
+        {"params": [p for p in named.values() if p.ndim < 2], "lr": config.vector_learning_rate, "weight_decay": 0.0},
+    ]
     return [
         torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([{"params": embeddings, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                          lr=config.learning_rate, betas=(0.9, 0.98)),
+        torch.optim.AdamW(groups, betas=(0.9, 0.98)),
     ]
-
-
-def learning_rate_factor(step: int, config: PretrainConfig) -> float:
-    """Warm-up, constant through stage 1, then linear to a tenth over stage 2."""
-    if step < config.language_steps:
-        return min(1.0, (step + 1) / config.warmup_steps)
-    return 1.0 - 0.9 * (step - config.language_steps) / max(1, config.pair_steps)
 
 
 def language_windows(corpus: Corpus, config: PretrainConfig, step: int) -> Tensor:
@@ -324,14 +382,14 @@ def language_windows(corpus: Corpus, config: PretrainConfig, step: int) -> Tenso
     return torch.stack([torch.from_numpy(corpus.stream[i * length : (i + 1) * length + 1].astype(np.int64)) for i in chosen])
 
 
-def pair_numbers(pairs: int, config: PretrainConfig, step: int) -> list[int]:
-    """Without replacement inside an epoch: runs of neighbouring pairs, the runs in shuffled order."""
-    run = config.pairs_per_step // config.pair_groups
+def pair_numbers(pairs: int, count: int, config: PretrainConfig, step: int) -> list[int]:
+    """`count` pairs, without replacement inside an epoch: runs of neighbouring pairs, the runs in shuffled order."""
+    run = config.neighbours
     runs = pairs // run
-    epoch, first = divmod(step * config.pair_groups, runs)
+    epoch, first = divmod(step * (count // run), runs)
     generator = np.random.default_rng((config.seed, 1, epoch, 0))
     order, shift = generator.permutation(runs), generator.integers(run)
-    return [int((order[(first + i) % runs] * run + shift + j) % pairs) for i in range(config.pair_groups) for j in range(run)]
+    return [int((order[(first + i) % runs] * run + shift + j) % pairs) for i in range(count // run) for j in range(run)]
 
 
 def save_model(model: GPTNeoForCausalLM, config: PretrainConfig) -> Path:

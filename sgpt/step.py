@@ -73,14 +73,13 @@ def chunked_step(encoder: Encoder, batch: Batch, config: LossConfig, backward: B
     return outcome
 
 
-def health(outcome: Outcome) -> dict[str, float]:
-    """Mean cosine of the positives and of each query's hardest negative, mean over processes."""
+def health(outcome: Outcome) -> dict[str, float | None]:
+    """Mean cosine of the positives and of each query's hardest negative, over all processes; None where nothing is a negative."""
     cosines = similarities(outcome.queries, outcome.candidates, 1.0, outcome.ignored)
-    positive = cosines.gather(1, outcome.positives[:, None])
-    hardest = cosines.scatter(1, outcome.positives[:, None], float("-inf")).amax(1)
-    pair = torch.stack([positive.mean(), hardest[hardest.isfinite()].mean()])
-    positive_cosine, hardest_cosine = gather(pair[None]).mean(0).tolist()
-    return {"positive_cosine": positive_cosine, "hardest_negative_cosine": hardest_cosine}
+    positive = gather(cosines.gather(1, outcome.positives[:, None]))
+    hardest = gather(cosines.scatter(1, outcome.positives[:, None], float("-inf")).amax(1))
+    hardest = hardest[hardest.isfinite()]
+    return {"positive_cosine": positive.mean().item(), "hardest_negative_cosine": hardest.mean().item() if len(hardest) else None}
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

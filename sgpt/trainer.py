@@ -192,7 +192,7 @@ class MetricsLog:
         log.info(
             "step %d/%d  loss %.4f  lr %.2e  grad %.3f  %.1f queries/s  %.0f tokens/s  padding %.0f %%  cos+ %.2f  cos- %.2f  %.1f GB  %s left",
             state.step, self.steps, loss, learning_rate, line["grad_norm"], line["queries_per_second"], line["tokens_per_second"],
-            100 * line["padding_share"], line["positive_cosine"], line["hardest_negative_cosine"], line["peak_memory_bytes"] / 1e9, _clock(left),
+            100 * line["padding_share"], line["positive_cosine"], line["hardest_negative_cosine"] or math.nan, line["peak_memory_bytes"] / 1e9, _clock(left),
         )
 
     def write_dev(self, state: TrainState, results: Results) -> None:

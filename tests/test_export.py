@@ -257,7 +257,7 @@ def test_verify_refuses_other_weights_pooling_and_contract(exported, tmp_path):
     tensors = load_file(weights / "model.safetensors")
     tensors["ln_f.bias"][0] += 0.01
     save_file(tensors, weights / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="saved with|sgpt embeds"):
+    with pytest.raises(InputError, match=r"saved with|sgpt embeds"):
         verify(weights, encoder)
     pooling = shutil.copytree(folder, tmp_path / "pooling")
     edit(pooling / "1_Pooling" / "config.json", pooling_mode_weightedmean_tokens=False, pooling_mode_mean_tokens=True)
@@ -265,7 +265,7 @@ def test_verify_refuses_other_weights_pooling_and_contract(exported, tmp_path):
         verify(pooling, encoder)
     contract = shutil.copytree(folder, tmp_path / "contract")
     edit(contract / "sgpt.json", pooling="mean")
-    with pytest.raises(InputError, match="contract|saved with"):
+    with pytest.raises(InputError, match=r"contract|saved with"):
         verify(contract, encoder)
 
 

@@ -47,6 +47,7 @@ def main(composed: DictConfig) -> None:
         outcome.record_start(run, config, encoder, examples)
         outcome.record_before(run, encoder, sets, bm25=config.evaluation.bm25)
     accelerator.wait_for_everyone()
+    launch.start_trackers(accelerator, config)
 
     state = train(encoder, examples, accelerator, run, config.trainer, config.loss, config.optim, lambda: evaluate.evaluate(encoder, dev))
 

@@ -37,6 +37,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from sgpt.errors import InputError
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -84,7 +86,7 @@ class Job:
 class AccelerateLauncher(Launcher):
     def __init__(self, num_processes: int, num_cpu_threads_per_process: int | None, arguments: Sequence[str]) -> None:
         if num_processes < 1:
-            raise ValueError(f"hydra.launcher.num_processes is {num_processes}; it must be at least 1.")
+            raise InputError(f"hydra.launcher.num_processes is {num_processes}; it must be at least 1.")
         self.num_processes = num_processes
         self.num_threads = num_cpu_threads_per_process or max(1, num_cores() // num_processes)
         self.arguments = list(arguments)
@@ -92,7 +94,7 @@ class AccelerateLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """`config` is what all jobs share: swept overrides are not in it, and neither is a name that is swept."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
+            raise InputError(
                 "This sweep was itself started by `accelerate launch` or torchrun, so every process would run all of "
                 "it; start it with plain `python`, the launcher starts accelerate for each job."
             )
@@ -100,7 +102,7 @@ class AccelerateLauncher(Launcher):
         self.config_loader = hydra_context.config_loader
         self.name = OmegaConf.select(config, "name")
         if self.name is None:
-            raise ValueError("A sweep needs the key `name`, which names its folder; set it in the config or name=….")
+            raise InputError("A sweep needs the key `name`, which names its folder; set it in the config or name=….")
         self.folder = Path(OmegaConf.select(config, "runs") or "runs") / f"{self.name}-sweep"
         self.jobs = read_jobs(self.folder / "sweep.json")
 
@@ -127,7 +129,7 @@ class AccelerateLauncher(Launcher):
         folder = self.folder / str(number)
         earlier = self.jobs.get(number)
         if earlier is not None and sorted(earlier.overrides) != sorted(overrides):
-            raise ValueError(
+            raise InputError(
                 f"{folder} belongs to a sweep with other values: job {number} was '{' '.join(earlier.overrides)}' "
                 f"and is now '{' '.join(overrides)}'; give this sweep another name (name=…) or remove {self.folder}."
             )

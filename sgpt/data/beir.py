@@ -127,7 +127,7 @@ def _by_id(file: Path) -> dict[str, dict]:
 
 
 def _tsv(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
-    """("file, line n", fields) below the header line."""
+    """("file, line n", fields); a first line that names its columns (query-id …) is left out."""
     if not file.is_file():
         raise InputError(f"{file}: no such file; check the path")
     try:
@@ -140,5 +140,5 @@ def _tsv(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
             continue  # behind the last line's end
         if len(fields) < columns:
             raise InputError(f"{file}, line {number}: {len(fields)} tab-separated fields, {columns} are needed: {line.strip()[:80]!r}")
-        if number > 1:
+        if number > 1 or not fields[0].lower().endswith("id"):
             yield f"{file}, line {number}", fields[:columns]

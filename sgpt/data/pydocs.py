@@ -215,7 +215,7 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> s
     if isinstance(node, ast.ClassDef):
         return ""
     names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-    return "(" + ", ".join(name for name in names if name not in ("self", "cls")) + ")"
+    return "(" + ", ".join(name for name in names if name not in ("self", "cls", node.name)) + ")"
 
 
 def _python_files(root: Path, name: str) -> list[Path]:

@@ -1,0 +1,141 @@
+"""Pretraining of the small base: its loss against torch's, its start against the lexical stage, resuming, what it writes."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sgpt.data import open_text, pydocs
+from sgpt.data.open_text import weak_pairs
+from sgpt.errors import InputError
+from sgpt.pretrain import (
+    NanoConfig,
+    PretrainConfig,
+    bag_of_tokens,
+    build_model,
+    embed,
+    next_token_loss,
+    overlapping,
+    perplexity,
+    prepare,
+    pretrain,
+    save_model,
+    start_from,
+)  # fmt: skip
+
+SHAPE = NanoConfig(vocabulary=400, hidden_size=32, layers=2, heads=2, positions=64, window=16)
+WORDS = ["river", "stone", "light", "paper", "garden", "winter", "music", "bread", "window", "letter", "forest", "engine", "market", "bridge", "summer", "valley"]
+
+
+@pytest.fixture(scope="module")
+def text_root(tmp_path_factory) -> Path:
+    """Every source file that pretraining reads, with a few hundred made-up paragraphs."""
+    root, random = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
+
+    def paragraph() -> str:
+        return " ".join(" ".join(random.choice(WORDS, 8)).capitalize() + "." for _ in range(4))
+
+    def row(name: str, number: int) -> dict:
+        text = "\n\n".join(paragraph() for _ in range(3))
+        return {"title": f"The {WORDS[number % 16]} and the {WORDS[number % 7]}", "text": text, "source": f"author/{name}@1:{number // 5}",
+                "question": "What is it?", "answer": text, "split": "train", "premise": paragraph(), "set": "snli_dev", "_id": str(number)}  # fmt: skip
+
+    for name in (*open_text.TEXT_FILES, "squad/corpus.jsonl.gz"):
+        (root / name).parent.mkdir(exist_ok=True)
+        with gzip.open(root / name, "wt", encoding="utf-8") as out:
+            out.writelines(json.dumps(row(name, number)) + "\n" for number in range(30))
+    (root / "squad/qrels").mkdir()
+    (root / "squad/qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\nq\t3\t1\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(text_root, tmp_path_factory) -> PretrainConfig:
+    folder = tmp_path_factory.mktemp("nano")
+    (folder / "pydocs").mkdir()
+    (folder / "pydocs" / "train.jsonl").write_text(json.dumps({"query": "Open a file.", "positive": "(path) Opens it for reading."}) + "\n")
+    (folder / "pydocs" / "manifest.json").write_text(json.dumps({"key": pydocs._key()}))
+    return PretrainConfig(
+        text=str(text_root), pydocs=str(folder / "pydocs"), folder=str(folder / "run"), output=str(folder / "out"), nano=SHAPE, lexical_steps=3,
+        lexical_pairs_per_step=32, joint_steps=8, window_tokens=32, windows_per_step=4, pairs_per_step=16, max_query_tokens=12,
+        max_document_tokens=24, warmup_steps=2, save_every_steps=4, log_every_steps=1,
+    )  # fmt: skip
+
+
+def test_weak_pairs_of_a_page():
+    first, second = "Alpha beta gamma delta. Then " + "word " * 25 + "ends.", "Second part starts here. Also " + "more " * 25 + "ends."
+    assert list(weak_pairs("The title", f"{first}\n\nA small heading\n\n{second}\n\n{first}")) == [
+        ("The title", first),
+        ("Alpha beta gamma delta.", first.split(". ", 1)[1]),
+        ("A small heading", second),
+        ("Second part starts here.", second.split(". ", 1)[1]),
+        ("Alpha beta gamma delta.", first.split(". ", 1)[1]),  # its neighbour's first sentence is too short to be a query
+    ]
+
+
+def test_next_token_loss_is_torchs_cross_entropy_with_its_gradients():
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(1100, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True), torch.randint(50, (1100,))
+    loss = next_token_loss(hidden, weight, targets)
+    (loss * 0.5).backward()
+    ours = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    reference = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    (reference * 0.5).backward()
+    torch.testing.assert_close(loss, reference)
+    torch.testing.assert_close(ours, (hidden.grad, weight.grad), rtol=1e-4, atol=1e-5)  # chunks of 512 sum in another order
+
+
+def test_the_joint_stage_starts_where_the_lexical_stage_ended():
+    model, table, bias = build_model(SHAPE, 0), torch.randn(400, 32), torch.randn(32)
+    start_from(model, table, bias)
+    rows = [[5, 9, 7], [1, 2, 3, 4, 5, 6, 7, 8], [42]]
+    embeddings, _ = embed(model, rows)
+    torch.testing.assert_close(embeddings, bag_of_tokens(F.layer_norm(table, (32,), bias=bias), rows), rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_that_share_a_paragraph_are_no_negatives():
+    ignored = overlapping(torch.arange(16), replace(PretrainConfig(), neighbours=8))
+    assert ignored[3].nonzero().flatten().tolist() == [1, 2, 4, 5]
+    assert ignored[7].nonzero().flatten().tolist() == [5, 6]  # 8 is of another run
+    assert not ignored.diagonal().any()
+
+
+def test_a_stopped_pretraining_goes_on_bit_for_bit(config, tmp_path):
+    whole = replace(config, folder=str(tmp_path / "whole"))
+    corpus = prepare(whole)
+    straight = pretrain(whole, corpus, Accelerator()).state_dict()
+    for checkpoint in Path(whole.folder).glob("step-8.pt"):
+        checkpoint.unlink()  # as if killed after step 4's checkpoint
+    resumed = pretrain(whole, corpus, Accelerator()).state_dict()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    untrained = build_model(SHAPE, 0).state_dict()
+    assert not any(torch.equal(straight[name], untrained[name]) for name in straight if name.endswith("weight") and "ln" not in name)
+
+
+def test_the_written_model_opens_everywhere_and_has_learned(config):
+    corpus = prepare(config)
+    model = pretrain(config, corpus, Accelerator())
+    output = save_model(model, config)
+    opened, tokenizer = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32), AutoTokenizer.from_pretrained(output)
+    assert next(AutoModelForCausalLM.from_pretrained(output).parameters()).dtype == torch.float16
+    for marker in "[]{}":
+        assert len(tokenizer(marker)["input_ids"]) == 1
+    assert tokenizer.pad_token == "<|endoftext|>"
+    ids = torch.tensor([tokenizer("The river and the stone.")["input_ids"]])
+    with torch.inference_mode():
+        torch.testing.assert_close(opened(ids).logits, model(ids).logits, rtol=0.02, atol=0.02)  # fp16 weights
+    held_out = np.array(corpus.stream[:2000], dtype=np.int64)
+    assert perplexity(model, held_out, 32) < perplexity(build_model(SHAPE, 0), held_out, 32)
+
+
+def test_missing_text_is_named(config, tmp_path):
+    with pytest.raises(InputError, match=r"open_text/train-00\.jsonl\.gz"):
+        prepare(replace(config, text=str(tmp_path), folder=str(tmp_path / "run")))
