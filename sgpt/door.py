@@ -34,6 +34,7 @@ def script(config_name: str, *, groups: bool = True) -> Callable[[Callable[[Dict
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints its own report and exits with 1
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # "Loading weights" of a few milliseconds
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a trunk without its head is what we ask for
             try:
                 hydra.main(version_base="1.3", config_path=_search_path(config_name, groups), config_name=config_name)(_refusing(main))()
             except (HydraException, OmegaConfBaseException) as error:

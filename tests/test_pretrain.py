@@ -31,7 +31,7 @@ from sgpt.pretrain import (
 )  # fmt: skip
 
 SHAPE = NanoConfig(vocabulary=400, hidden_size=32, layers=2, heads=2, positions=64, window=16)
-WORDS = ["river", "stone", "light", "paper", "garden", "winter", "music", "bread", "window", "letter", "forest", "engine", "market", "bridge", "summer", "valley"]
+WORDS = ["river", "stone", "light", "paper", "garden", "winter", "music", "bread", "window", "letter", "forest", "engine", "market", "bridge", "hill", "sea"]
 
 
 @pytest.fixture(scope="module")
