@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--data", default="data/raw/pydocs")
     parser.add_argument("--base", default="data/nano")
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--learning-rate", type=float, default=3e-2)
     options = parser.parse_args()
 
     examples = distinct(read_examples(DataConfig("pydocs", options.data, num_hard_negatives=1)))
