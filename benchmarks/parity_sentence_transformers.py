@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--data", default="data/raw/pydocs")
     parser.add_argument("--base", default="data/nano")
-    parser.add_argument("--learning-rate", type=float, default=3e-2)
+    parser.add_argument("--learning-rate", type=float, default=5e-2)
     options = parser.parse_args()
 
     examples = distinct(read_examples(DataConfig("pydocs", options.data, num_hard_negatives=1)))
@@ -82,7 +82,7 @@ def distinct(examples: list[Example]) -> list[Example]:
 
 
 def fresh_encoder(base: str) -> Encoder:
-    contract = Contract("weighted_mean", MarkersConfig(query_max_tokens=48, document_max_tokens=128), base=base)
+    contract = Contract("weighted_mean", MarkersConfig(query_max_tokens=48, document_max_tokens=96), base=base)
     encoder = Encoder(load_trunk(ModelConfig(base)), load_tokenizer(base), contract)
     tune(encoder.trunk, TuningConfig())
     return encoder

@@ -18,15 +18,15 @@ TASKS = {
     "squad": [
         "data=beir", "data.path={shared}/squad", "data.triples=triples.train.tsv", "data.num_hard_negatives=1",
         "markers.query_max_tokens=48", "markers.document_max_tokens=192", "evaluation.retrieval=[{shared}/squad]",
-        "optim.learning_rate=3e-2", "trainer.max_steps=60",
+        "optim.learning_rate=5e-2", "trainer.max_steps=60",
     ],
     "scifact": [
         "data=beir", "data.path={shared}/scifact", "markers.query_max_tokens=64", "markers.document_max_tokens=256",
-        "evaluation.retrieval=[{shared}/scifact]", "optim.learning_rate=3e-2", "trainer.queries_per_process=64", "trainer.epochs=3",
+        "evaluation.retrieval=[{shared}/scifact]", "optim.learning_rate=5e-2", "trainer.queries_per_process=64", "trainer.epochs=3",
     ],
     "nli": [
         "data=jsonl", "data.path={shared}/nli/triplets.train.jsonl.gz", "data.columns.query=anchor", "data.num_hard_negatives=1", "markers=none",
-        "evaluation.sts=[{shared}/stsb/pairs.jsonl.gz]", "optim.learning_rate=3e-2",
+        "evaluation.sts=[{shared}/stsb/pairs.jsonl.gz]", "optim.learning_rate=5e-2",
     ],
 }  # fmt: skip
 
