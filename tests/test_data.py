@@ -335,3 +335,10 @@ def test_length_groups_hold_every_row_once_within_the_budget():
 
 def torch_equal_where_real(group, rows) -> bool:
     return all(group.input_ids[line, : len(rows[row])].tolist() == rows[row] for line, row in enumerate(group.rows))
+
+
+def test_qrels_and_triples_without_a_header_lose_no_row(folder):
+    with_header = beir.read_qrels(folder, "test"), len(list(beir.read_examples(folder, "test", "triples.tsv", 1)))
+    for file in (folder / "qrels" / "test.tsv", folder / "triples.tsv"):
+        file.write_text(file.read_text().split("\n", 1)[1])
+    assert (beir.read_qrels(folder, "test"), len(list(beir.read_examples(folder, "test", "triples.tsv", 1)))) == with_header

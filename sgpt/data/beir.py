@@ -1,6 +1,6 @@
 """BEIR folders: `corpus.jsonl[.gz]`, `queries.jsonl[.gz]`, `qrels/<split>.tsv`; and files of scored sentence pairs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def read_qrels(folder: Path, split: str) -> dict[str, dict[str, int]]:
         there = ", ".join(sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))) or "none"
         raise InputError(f"{file}: no such file; {folder} has the splits: {there}")
     qrels: dict[str, dict[str, int]] = {}
-    for where, (query, document, score) in _tsv(file, 3):
+    for where, (query, document, score) in _tsv(file, 3, lambda fields: not fields[2].lstrip("-").isdigit()):
         try:
             qrels.setdefault(query, {})[document] = int(score)
         except ValueError:
@@ -72,7 +72,7 @@ def read_examples(folder: Path, split: str, triples: str | None, num_hard_negati
     corpus = read_corpus(folder)
     queries = {identifier: row["text"] for identifier, row in _by_id(_table(folder, "queries")).items()}
     if triples:
-        rows = _tsv(folder / triples, 2 + num_hard_negatives)
+        rows = _tsv(folder / triples, 2 + num_hard_negatives, lambda fields: fields[0] not in queries)
     elif num_hard_negatives:
         raise InputError(f"{folder}: qrels name no hard negatives; set data.num_hard_negatives=0 or data.triples=<file>")
     else:
@@ -126,8 +126,8 @@ def _by_id(file: Path) -> dict[str, dict]:
     return rows
 
 
-def _tsv(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
-    """("file, line n", fields); a first line that names its columns (query-id …) is left out."""
+def _tsv(file: Path, columns: int, is_header: Callable[[list[str]], bool]) -> Iterator[tuple[str, list[str]]]:
+    """("file, line n", fields); the first line is left out when it is a header."""
     if not file.is_file():
         raise InputError(f"{file}: no such file; check the path")
     try:
@@ -140,5 +140,5 @@ def _tsv(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
             continue  # behind the last line's end
         if len(fields) < columns:
             raise InputError(f"{file}, line {number}: {len(fields)} tab-separated fields, {columns} are needed: {line.strip()[:80]!r}")
-        if number > 1 or not fields[0].lower().endswith("id"):
+        if number > 1 or not is_header(fields):
             yield f"{file}, line {number}", fields[:columns]
