@@ -20,15 +20,15 @@ from sgpt.tuning import TuningConfig
 
 @dataclass
 class LoggingConfig:
-    """tracker: null, wandb or tensorboard; never a condition of running. mode: of wandb, online or offline."""
+    """tracker: null or wandb; never a condition of running. mode: online, or offline and `wandb sync` later."""
 
     tracker: str | None = None
     project: str = "sgpt"
     mode: str = "offline"
 
     def __post_init__(self) -> None:
-        if self.tracker not in (None, "wandb", "tensorboard"):
-            raise InputError(f"logging.tracker={self.tracker!r} is unknown; choose wandb, tensorboard or null")
+        if self.tracker not in (None, "wandb"):
+            raise InputError(f"logging.tracker={self.tracker!r} is unknown; choose wandb or null")
 
 
 @dataclass

@@ -25,8 +25,8 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
     """Once the run folder exists: trackers write into it."""
     if config.logging.tracker:
         os.environ.setdefault("WANDB_MODE", config.logging.mode)
-        wandb = {"wandb": {"name": config.name, "dir": f"{config.runs}/{config.name}"}} if config.logging.tracker == "wandb" else {}
-        accelerator.init_trackers(config.logging.project, config=_flat(plain(config)), init_kwargs=wandb)
+        options = {"name": config.name, "dir": f"{config.runs}/{config.name}"}
+        accelerator.init_trackers(config.logging.project, config=_flat(plain(config)), init_kwargs={"wandb": options})
 
 
 def accelerate(*, precision: str, seed: int, threads: int | None = None, tracker: str | None = None, folder: str | None = None) -> Accelerator:
