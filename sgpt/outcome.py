@@ -1,6 +1,8 @@
 """What a run leaves to read: results before and after, the analysis for the report, the manifest, the card, the last table."""
 
 import hashlib
+import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,7 +69,9 @@ def show(run: Run) -> None:
     console.print(f"trained {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters: "
                   f"{_bytes(size['adapter'])} of changes to a model of {_bytes(size['model'])}")
     console.print(f"run folder  {run.folder}   (open {run.folder}/report.html)")
-    console.print(f'search it   python train/search.py run={run.folder} query="parse a date from a string"', soft_wrap=True)
+    ours = manifest["data"]["path"].endswith("pydocs")  # what search looks through when no corpus is named
+    what = 'query="parse a date from a string"' if ours else "corpus=<JSON lines of _id and text>"
+    console.print(f"search it   {os.path.relpath(sys.executable)} train/search.py run={run.folder} {what}", soft_wrap=True, highlight=False)
 
 
 def card(run: Run, config: TrainConfig) -> str:

@@ -10,7 +10,7 @@ def main(composed: DictConfig) -> None:
     from pathlib import Path
 
     from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
 
     from sgpt.config import SearchConfig, typed
     from sgpt.data.readers import default_corpus
@@ -27,10 +27,9 @@ def main(composed: DictConfig) -> None:
     console = Console()
 
     def answer(query: str) -> None:
-        table = Table("score", "name", "document", title=query)
         for hit in searcher(query, config.top):
-            table.add_row(f"{hit.score:.3f}", hit.name, f"{hit.text[:120]} …" if len(hit.text) > 120 else hit.text)
-        console.print(table)
+            console.print(f"{hit.score:.3f}  [bold]{escape(hit.name)}[/]", highlight=False)
+            console.print(f"       [dim]{escape(hit.text)}[/]", no_wrap=True, overflow="ellipsis", highlight=False)
 
     if config.query is not None:
         answer(str(config.query))
