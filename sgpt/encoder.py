@@ -22,6 +22,7 @@ from sgpt.markers import Frame, MarkersConfig, Role, frames
 from sgpt.model import ModelConfig, embedding_size, is_causal, load_tokenizer, load_trunk, position_limit, token_embeddings
 from sgpt.pooling import POOLINGS
 from sgpt.probes import check
+from sgpt.progress import progress_bar
 
 TOKENS_PER_GROUP = 4096
 ST_POOLINGS = {"weightedmean": "weighted_mean", "mean": "mean", "lasttoken": "last_token", "cls": "cls", "max": "max"}
@@ -88,7 +89,7 @@ class Encoder(nn.Module):
         self.eval()
         rows = self.token_ids(texts, role)
         embeddings = torch.zeros(len(rows), self.embedding_size)
-        with _progress(progress, sum(map(len, rows)), f"encoding {len(texts):,} {role} texts") as advance:
+        with progress_bar(f"encoding {len(texts):,} {role} texts", sum(map(len, rows)), progress) as advance:
             for group in length_groups(rows, self.tokenizer.pad_token_id, self.tokens_per_group):
                 pooled = self.embed(group.input_ids.to(self.device), group.attention_mask.to(self.device), right_padded=True)
                 embeddings[group.rows] = pooled.float().cpu()
@@ -159,7 +160,7 @@ def _read_sentence_transformers(folder: Path) -> tuple[Path, Contract]:
                 raise InputError(f"{folder}: its texts go through a chat template, which only sentence-transformers reads; open our own export of it")
             tokenizer = json.loads((place / "tokenizer_config.json").read_text())
             limit = min(stored.get("max_seq_length") or int(1e30), tokenizer.get("model_max_length") or int(1e30))
-            limit = limit if limit < 1e6 else position_limit_of(place)
+            limit = limit if limit < 1e6 else _position_limit(place)
             contract.markers = MarkersConfig("none", limit, limit)
         elif kind == "Pooling":
             contract.pooling = _read_pooling(place / "config.json")
@@ -171,7 +172,7 @@ def _read_sentence_transformers(folder: Path) -> tuple[Path, Contract]:
     return transformer, contract
 
 
-def position_limit_of(folder: Path) -> int:
+def _position_limit(folder: Path) -> int:
     config = json.loads((folder / "config.json").read_text())
     return next((config[name] for name in ("max_position_embeddings", "n_positions") if config.get(name)), 512)
 
@@ -196,10 +197,3 @@ def _check_limits(markers: MarkersConfig, trunk: nn.Module) -> None:
                 f"markers.{role}_max_tokens={markers.max_tokens(role)} is more than the {limit} positions of "
                 f"{type(trunk).__name__}; lower it to {limit} or less"
             )
-
-
-def _progress(wanted: bool | None, total: int, title: str):
-    """Context manager giving advance(tokens). The bar appears by itself after two seconds."""
-    from sgpt.progress import progress_bar
-
-    return progress_bar(title, total, wanted)

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from sgpt.data.example import Example
 from sgpt.encoder import Encoder
 from sgpt.evaluate import Sets
 from sgpt.model import located
+from sgpt.probes import probes
 from sgpt.run import Run, environment
 from sgpt.tuning import count, learning
 
@@ -27,7 +29,7 @@ def record_start(run: Run, config: TrainConfig, encoder: Encoder, examples: Sequ
     run.update(
         "manifest.json", name=run.name, seed=config.trainer.seed, environment=environment(),
         data={"path": config.data.path, "examples": len(examples), "sha256": examples_hash(examples)},
-        parameters={"trained": trained, "total": total}, contract=encoder.contract.fingerprint(),
+        parameters={"trained": trained, "total": total}, contract={"fingerprint": encoder.contract.fingerprint(), **asdict(encoder.contract)},
     )
 
 
@@ -45,7 +47,7 @@ def record_after(run: Run, encoder: Encoder, sets: Sets, base: Mapping[str, Tens
     change = {name: float((learned[name].detach() - old).norm() / old.norm().clamp(min=1e-12)) for name, old in base.items()}
     similarity = run.read("analysis.json", {}).get("similarity", {}) | {"after": _similarity(encoder, sets)}
     run.write("analysis.json", {"similarity": similarity, "change": change})
-    run.update("manifest.json", seconds=state.seconds, steps=state.step, processes=state.processes, export=verified, bytes={
+    run.update("manifest.json", seconds=state.seconds, steps=state.step, processes=state.processes, export=verified, probes=probes(encoder), bytes={
         name: (run.folder / place).stat().st_size for name, place in (
             ("adapter", "adapter/adapter_model.safetensors"), ("model", "export/model.safetensors"))
     })
