@@ -1,7 +1,6 @@
 """What a run leaves to read: results before and after, the analysis for the report, the manifest, the card, the last table."""
 
 import hashlib
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -73,7 +72,9 @@ def show(run: Run) -> None:
     console.print(f"run folder  {run.folder}   (open {run.folder}/report.html)")
     ours = manifest["data"]["path"].endswith("pydocs")  # what search looks through when no corpus is named
     what = 'query="parse a date from a string"' if ours else "corpus=<JSON lines of _id and text>"
-    console.print(f"search it   {os.path.relpath(sys.executable)} train/search.py run={run.folder} {what}", soft_wrap=True, highlight=False)
+    here = Path(sys.executable)
+    python = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else "python"  # .venv/bin/python needs no activation
+    console.print(f"search it   {python} train/search.py run={run.folder} {what}", soft_wrap=True, highlight=False)
 
 
 def card(run: Run, config: TrainConfig) -> str:

@@ -222,7 +222,7 @@ def test_the_run_ends_with_the_table_the_folder_and_what_to_type_next(project):
     shown = (project / "first.txt").read_text()
     assert re.search(r"toy .* ndcg@10 ", shown)
     assert all(word in shown for word in ("before", "after", "bm25", "pairs per second", "runs/first"))
-    assert "python train/search.py run=runs/first query=" in shown
+    assert "python train/search.py run=runs/first corpus=" in shown
 
 
 # --- the export ---
