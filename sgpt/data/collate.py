@@ -11,6 +11,7 @@ from sgpt.data.example import Example
 from sgpt.markers import Frame, Role
 
 Rows = list[list[int]]  # token ids of one text each, ragged
+ALIKE = 0.8  # of the longest row's length
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,19 @@ class Group:
 def length_groups(rows: Rows, pad_id: int, tokens_per_group: int) -> Iterator[Group]:
     """Longest first, each group at most `tokens_per_group` positions (or one row). Every row is in exactly one group.
 
-    On text a batch padded to its longest row is two to three times its real tokens; sorted into groups, 1.05 times.
+    On text a batch padded to its longest row is two to three times its real tokens. A group ends, too, at a row much shorter
+    than its longest, unless it is still so small that computing one more group would cost more than the padding.
     """
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     start = 0
     while start < len(order):
         width = max(1, len(rows[order[start]]))
-        members = order[start : start + max(1, tokens_per_group // width)]
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * width <= tokens_per_group:
+            if len(rows[order[stop]]) < ALIKE * width and (stop - start) * width >= tokens_per_group // 8:
+                break
+            stop += 1
+        members = order[start:stop]
         input_ids = torch.full((len(members), width), pad_id)
         attention_mask = torch.zeros(len(members), width, dtype=torch.long)
         for line, row in enumerate(members):
@@ -83,7 +90,7 @@ def length_groups(rows: Rows, pad_id: int, tokens_per_group: int) -> Iterator[Gr
             input_ids[line, :length] = torch.tensor(rows[row], dtype=torch.long)
             attention_mask[line, :length] = 1
         yield Group(members, input_ids, attention_mask)
-        start += len(members)
+        start = stop
 
 
 def padding_share(rows: Rows, tokens_per_group: int) -> float:
