@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sgpt import contract as contracts
 from sgpt.adapter import is_adapter, open_trunk
 from sgpt.contract import Contract
-from sgpt.data.collate import Rows, content_ids, length_groups
+from sgpt.data.collate import Rows, content_ids, length_groups, marked
 from sgpt.errors import InputError
 from sgpt.markers import Frame, MarkersConfig, Role, frames
 from sgpt.model import ModelConfig, embedding_size, is_causal, load_tokenizer, load_trunk, position_limit, token_embeddings
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
 
     def token_ids(self, texts: Sequence[str], role: Role) -> Rows:
         """Marked and truncated ids; the content is tokenised alone, so nothing merges with a marker."""
-        return [self.frames[role].put_around(ids) for ids in content_ids(texts, self.tokenizer)]
+        return marked(texts, self.tokenizer, self.frames[role])
 
     def encode_queries(self, texts: Sequence[str], **options) -> np.ndarray | Tensor:
         """As `encode` with role="query"."""
