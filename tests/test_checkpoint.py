@@ -18,6 +18,10 @@ from sgpt.checkpoint import TrainState, latest, load, save
 from sgpt.errors import InputError
 from sgpt.optim import OptimConfig, build_optimizer, build_schedule
 
+# Forks of a server that has never computed: a fork of the tests' own process may wait for ever for OpenMP threads that it does not have.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["sgpt.checkpoint", "sgpt.optim"])
+
 FILES = {"trained.safetensors", "optimizer.pt", "random-0.pt", "state.json"}
 
 
@@ -90,7 +94,7 @@ def save_for_ever(folder: Path) -> None:
 @pytest.mark.parametrize("moment", range(8))
 def test_a_killed_save_never_looks_whole(moment, tmp_path):
     """A real process, killed while it saves some megabytes again and again; wherever it was, what is there can be loaded."""
-    process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(tmp_path,))
+    process = PROCESSES.Process(target=save_for_ever, args=(tmp_path,))
     process.start()
     while latest(tmp_path) is None:
         time.sleep(0.001)
