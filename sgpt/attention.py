@@ -1,49 +1,217 @@
-"""Scaled-dot-product attention for the two families that transformers still runs eagerly: GPT-Neo and GPT-J.
+"""Attention that knows where one text of a pack ends and the next begins, for Hugging Face's own modules.
 
-GPT-2, GPT-NeoX, OPT, BLOOM, Llama, Qwen … have an attention interface and choose SDPA themselves. GPT-Neo and GPT-J, the
-bases of SGPT, compute the [rows, heads, T, T] score matrix in float32 and keep it for the backward pass. `use_sdpa`
-replaces only their `_attn` method; projections, parameters and checkpoints stay as they are.
+`prepare` gives a trunk this attention. Outside of `packed` it is scaled-dot-product attention over padded rows, as
+transformers calls it; inside, the one row that it is given holds the tokens of many texts (sgpt/packing.py), and each
+block of equally long texts is attended to by itself: no padding, no [N, N] mask.
 
-Kept exactly: GPT-Neo's local layers see the last `window_size` positions, and its scores are not divided by sqrt(head size).
+Most families have an attention interface, in which ours is registered. GPT-Neo, GPT-J and BLOOM have none, compute the
+[rows, heads, T, T] scores eagerly and keep them for the backward pass: their attention methods are replaced; projections,
+parameters and checkpoints stay as they are. Kept exactly: GPT-Neo's local layers see the last `window_size` positions and
+its scores are not divided by sqrt(head size); BLOOM's ALiBi adds slope · position to the scores.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MethodType
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu, dropout_add
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
+from sgpt.packing import Pack
 
-def use_sdpa(trunk: nn.Module) -> nn.Module:
-    """Switch every GPT-Neo or GPT-J attention of `trunk` to SDPA, in place, and return it; other families are untouched."""
+NAME = "sgpt"  # of our attention in transformers' tables
+PACKED_FAMILIES = {"gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "llama", "qwen2", "qwen3", "bert"}  # proved by tests/test_gradient_parity.py
+
+_PACK: ContextVar["_Borders | None"] = ContextVar("pack", default=None)
+
+
+class _Borders:
+    """Of the pack that is being computed, and the masks that its layers share."""
+
+    def __init__(self, pack: Pack) -> None:
+        self.blocks, self.masks = pack.blocks, {}
+
+
+@contextmanager
+def packed(pack: Pack) -> Iterator[None]:
+    """Inside, a prepared trunk takes the pack's tokens as one row [1, N]."""
+    token = _PACK.set(_Borders(pack))
+    try:
+        yield
+    finally:
+        _PACK.reset(token)
+
+
+def prepare(trunk: nn.Module) -> nn.Module:
+    """Gives every attention of `trunk` ours and every tanh-GELU its fused kernel, in place; returns the trunk."""
+    trunk.config._attn_implementation = NAME
     for module in trunk.modules():
         if isinstance(module, GPTNeoSelfAttention):
             module._attn = MethodType(_gpt_neo_attention, module)
-            module.config._attn_implementation = "sdpa"  # the trunk now builds boolean masks, or none when none is needed
         elif isinstance(module, GPTJAttention):
             module._attn = MethodType(_gpt_j_attention, module)
-            module.config._attn_implementation = "sdpa"
+        elif isinstance(module, BloomAttention):
+            module.forward = MethodType(_bloom_attention, module)
+        for name, child in module.named_children():
+            if isinstance(child, (NewGELUActivation, FastGELUActivation, BloomGelu)):
+                setattr(module, name, GELUTanh())  # the same function; theirs is eight operations that keep seven tensors
     return trunk
+
+
+def _interface(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
+    """transformers' attention interface: [rows, heads, T, head size] in, [rows, T, heads, head size] out."""
+    borders = _PACK.get()
+    if borders is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    causal = options.get("is_causal")
+    attended = _by_blocks(
+        query, key, value, borders, scale=options.get("scaling"), dropout=options.get("dropout", 0.0), window=options.get("sliding_window"),
+        causal=getattr(module, "is_causal", True) if causal is None else causal,
+    )  # fmt: skip
+    return attended.transpose(1, 2), None
+
+
+def _mask(*arguments, **options) -> Tensor | None:
+    return None if _PACK.get() else sdpa_mask(*arguments, **options)
+
+
+AttentionInterface.register(NAME, _interface)
+AttentionMaskInterface.register(NAME, _mask)
 
 
 def _gpt_neo_attention(self: GPTNeoSelfAttention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None):
     """query, key, value [rows, heads, T, head size]; attention_mask [rows, 1, T, T] boolean, True where it may look, or None."""
+    window = self.config.window_size if self.attention_type == "local" else None
+    dropout = self.attn_dropout.p if self.training else 0.0
+    if borders := _PACK.get():
+        return _by_blocks(query, key, value, borders, scale=1.0, dropout=dropout, window=window), None
     queries, keys = query.shape[-2], key.shape[-2]
-    window = self.config.window_size if self.attention_type == "local" else keys
-    if window < keys:  # within the window a local layer is an ordinary causal one
+    if window and window < keys:  # within the window a local layer is an ordinary causal one
         seen = self.bias[:, :, keys - queries : keys, :keys]
         attention_mask = seen if attention_mask is None else attention_mask & seen
-    return _attend(query, key, value, attention_mask, scale=1.0, dropout=self.attn_dropout), None
+    return _attend(query, key, value, attention_mask, scale=1.0, dropout=dropout), None
 
 
 def _gpt_j_attention(self: GPTJAttention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None):
     """As above; rotary embedding was applied by the caller, which may hand on float32 queries and keys."""
     query, key = query.to(value.dtype), key.to(value.dtype)
-    return _attend(query, key, value, attention_mask, scale=None, dropout=self.attn_dropout), None
+    dropout = self.attn_dropout.p if self.training else 0.0
+    if borders := _PACK.get():
+        return _by_blocks(query, key, value, borders, dropout=dropout), None
+    return _attend(query, key, value, attention_mask, dropout=dropout), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None, dropout: nn.Dropout) -> Tensor:
-    causal = mask is None and query.shape[-2] > 1
-    probability = dropout.p if dropout.training else 0.0
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=probability, is_causal=causal, scale=scale)
+def _bloom_attention(self: BloomAttention, hidden_states: Tensor, residual: Tensor, alibi: Tensor, attention_mask: Tensor | None, **ignored):
+    """hidden_states [rows, T, D]; alibi [rows·heads, 1, T], slope · position; attention_mask as above."""
+    query, key, value = self._reshape(self.query_key_value(hidden_states))
+    dropout = self.attention_dropout.p if self.training else 0.0
+    slopes = alibi.view(len(hidden_states), self.num_heads, 1, -1)
+    if borders := _PACK.get():
+        attended = _by_blocks(query, key, value, borders, dropout=dropout, slopes=slopes[0, :, 0, 1:2].unsqueeze(-1))
+    else:
+        allowed = _causal_mask(query.shape[2], query.device) if attention_mask is None else attention_mask
+        bias = slopes.to(query.dtype).masked_fill(~allowed, float("-inf"))
+        attended = _attend(query, key, value, bias, dropout=dropout)
+    merged = attended.transpose(1, 2).flatten(2)
+    return dropout_add(self.dense(merged), residual, self.hidden_dropout, self.training), None
+
+
+def _by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, borders: _Borders, *,
+    scale: float | None = None, dropout: float = 0.0, window: int | None = None, slopes: Tensor | None = None, causal: bool = True,
+) -> Tensor:  # fmt: skip
+    """query, key, value [1, heads, N, head size], with fewer heads of keys and values allowed; slopes [heads, 1, 1]; as query out."""
+    return _Blocks.apply(query, key, value, borders, scale, dropout, window, slopes, causal)
+
+
+class _Blocks(torch.autograd.Function):
+    """Attention of each block as a small graph of its own, whose results are written straight to their places.
+
+    Autograd over slices of query, key and value would fill and add a whole [N, heads, head size] for every block.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, borders: _Borders, scale, dropout, window, slopes, causal) -> Tensor:
+        keep = any(ctx.needs_input_grad[:3])
+        attended = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)  # tokens first, as the projections have it
+        ctx.graphs = []
+        for start, (number, length) in zip(_starts(borders.blocks), borders.blocks, strict=True):
+            leaves = [_block(tensor, start, number, length).detach().requires_grad_(keep) for tensor in (query, key, value)]
+            with torch.set_grad_enabled(keep):
+                mask = _block_mask(borders, length, window, slopes, causal, query)
+                block = _attend(*_alike(*leaves), mask, scale=scale, dropout=dropout, causal=causal)
+            _block(attended, start, number, length).copy_(block.detach())
+            if keep:
+                ctx.graphs.append((start, number, length, leaves, block))
+        return attended
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        given: list[Tensor | None] = [None, None, None]
+        wanted = [place for place in range(3) if ctx.needs_input_grad[place]]
+        for start, number, length, leaves, block in ctx.graphs:
+            parts = torch.autograd.grad(block, [leaves[place] for place in wanted], _block(gradient, start, number, length))
+            for place, part in zip(wanted, parts, strict=True):
+                if given[place] is None:
+                    shape = (1, gradient.shape[2], part.shape[1], part.shape[3])
+                    given[place] = part.new_empty(shape).transpose(1, 2)
+                _block(given[place], start, number, length).copy_(part)
+        ctx.graphs = None
+        return (*given, None, None, None, None, None, None)
+
+
+def _starts(blocks: tuple[tuple[int, int], ...]) -> list[int]:
+    starts = [0]
+    for number, length in blocks[:-1]:
+        starts.append(starts[-1] + number * length)
+    return starts
+
+
+def _block(packed_heads: Tensor, start: int, number: int, length: int) -> Tensor:
+    """View [number, heads, length, head size] of [1, heads, N, head size]."""
+    return packed_heads[0, :, start : start + number * length].unflatten(1, (number, length)).transpose(0, 1)
+
+
+def _block_mask(borders: _Borders, length: int, window: int | None, slopes: Tensor | None, causal: bool, like: Tensor) -> Tensor | None:
+    """None where causality (or nothing) says it all; else boolean [T, T] for a window or floating [heads, T, T] for ALiBi."""
+    if slopes is None and (window is None or window >= length):
+        return None
+    key = (length, window, slopes is not None)
+    if key not in borders.masks:
+        if slopes is not None:
+            bias = (slopes * torch.arange(length, device=like.device)).expand(-1, length, -1).to(_wide(like).dtype)
+            borders.masks[key] = bias.masked_fill(~_causal_mask(length, like.device), float("-inf"))
+        else:
+            allowed = _causal_mask(length, like.device) if causal else torch.ones(length, length, dtype=torch.bool, device=like.device)
+            borders.masks[key] = allowed.triu(1 - window)
+    return borders.masks[key]
+
+
+def _causal_mask(length: int, device: torch.device) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def _alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each head of keys and values as often as heads of queries share it."""
+    times = query.shape[1] // key.shape[1]
+    return (query, key, value) if times == 1 else (query, key.repeat_interleave(times, 1), value.repeat_interleave(times, 1))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None = None, dropout: float = 0.0, causal: bool = True) -> Tensor:
+    causal = causal and mask is None and query.shape[-2] > 1
+    wide = [_wide(tensor) for tensor in (query, key, value)]
+    return scaled_dot_product_attention(*wide, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale).to(query.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """On a CPU in float32: the bfloat16 kernel's backward pass is several times slower than casting."""
+    return tensor.float() if tensor.device.type == "cpu" and tensor.dtype.itemsize < 4 else tensor

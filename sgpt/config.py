@@ -10,7 +10,7 @@ from sgpt.data.readers import DataConfig
 from sgpt.errors import InputError
 from sgpt.evaluate import EvaluationConfig
 from sgpt.loss import LossConfig
-from sgpt.markers import MarkersConfig
+from sgpt.markers import ROLES, MarkersConfig
 from sgpt.model import ModelConfig
 from sgpt.optim import OptimConfig
 from sgpt.pooling import PoolingConfig
@@ -53,6 +53,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(("/", ".")) or ".." in self.name.split("/"):
             raise InputError(f"name={self.name!r} is no folder name below {self.runs}/")
+        longest = max(self.markers.max_tokens(role) for role in ROLES)
+        if self.trainer.tokens_per_pack < longest:
+            raise InputError(
+                f"trainer.tokens_per_pack={self.trainer.tokens_per_pack} is less than one text of {longest} tokens (markers.*_max_tokens); raise it"
+            )
         if self.trainer.evaluate_every_steps and not (self.dev.retrieval or self.dev.sts):
             raise InputError("trainer.evaluate_every_steps is set, but dev.retrieval and dev.sts are empty; name a dev set or set it to 0")
 

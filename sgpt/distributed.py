@@ -60,7 +60,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if processes == 1:
         return
     parameters = list(parameters)
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in parameters])
+    wide = torch.promote_types(parameters[0].dtype, torch.float32)
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().to(wide) for p in parameters])
     dist.all_reduce(flat)
     flat /= processes
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):

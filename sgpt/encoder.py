@@ -5,7 +5,8 @@
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,26 @@ from torch.nn import functional as F
 from sgpt import contract as contracts
 from sgpt.adapter import is_adapter, open_trunk
 from sgpt.contract import Contract
-from sgpt.data.collate import Rows, content_ids, length_groups, marked
+from sgpt.data.collate import content_ids, marked
 from sgpt.errors import InputError
 from sgpt.markers import Frame, MarkersConfig, Role, frames
-from sgpt.model import ModelConfig, embedding_size, is_causal, load_tokenizer, load_trunk, position_limit, token_embeddings
+from sgpt.model import (
+    ModelConfig,
+    embedding_size,
+    is_causal,
+    load_tokenizer,
+    load_trunk,
+    packed_token_embeddings,
+    position_limit,
+    takes_packs,
+    token_embeddings,
+)
+from sgpt.packing import Pack, Rows, packs
 from sgpt.pooling import POOLINGS
 from sgpt.probes import check
 from sgpt.progress import progress_bar
 
-TOKENS_PER_GROUP = 4096
+TOKENS_PER_PACK = 4096
 ST_POOLINGS = {"weightedmean": "weighted_mean", "mean": "mean", "lasttoken": "last_token", "cls": "cls", "max": "max"}
 LEGACY_POOLINGS = {  # sentence-transformers before 6, and every published SGPT model
     "pooling_mode_weightedmean_tokens": "weighted_mean", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last_token",
@@ -35,10 +47,10 @@ LEGACY_POOLINGS = {  # sentence-transformers before 6, and every published SGPT 
 class Encoder(nn.Module):
     """trunk: any decoder or BERT-like encoder. contract: markers, limits, pooling. `forward` is what training calls."""
 
-    def __init__(self, trunk: nn.Module, tokenizer, contract: Contract, *, tokens_per_group: int = TOKENS_PER_GROUP) -> None:
+    def __init__(self, trunk: nn.Module, tokenizer, contract: Contract, *, tokens_per_pack: int = TOKENS_PER_PACK) -> None:
         super().__init__()
         self.trunk, self.tokenizer, self.contract = trunk, tokenizer, contract
-        self.tokens_per_group = tokens_per_group
+        self.tokens_per_pack = tokens_per_pack
         self.frames: dict[Role, Frame] = frames(contract.markers, tokenizer)
         self.causal = is_causal(trunk)
         _check_limits(contract.markers, trunk)
@@ -46,13 +58,29 @@ class Encoder(nn.Module):
     def forward(self, rows: Rows) -> Tensor:
         """Token ids of any lengths -> embeddings [rows, D], with gradient, in the order given.
 
-        Computed in groups of like length, so hardly any padding is; exact, as no row sees another.
+        A row without any token gives zeros.
         """
-        pooled, order = [], []
-        for group in length_groups(rows, self.tokenizer.pad_token_id, self.tokens_per_group):
-            pooled.append(self.embed(group.input_ids.to(self.device), group.attention_mask.to(self.device), right_padded=True))
-            order += group.rows
-        return torch.cat(pooled)[torch.tensor(order, device=self.device).argsort()]
+        made = list(self.packs(rows))
+        return self.in_order(made, [self.embed_pack(pack) for pack in made], len(rows))
+
+    def packs(self, rows: Rows) -> Iterator[Pack]:
+        """The rows in packs of `tokens_per_pack`, longest first, on this encoder's device."""
+        return (pack.to(self.device) for pack in packs(rows, self.tokens_per_pack, padded=not takes_packs(self.trunk)))
+
+    def embed_pack(self, pack: Pack) -> Tensor:
+        """[rows of the pack, D], with gradient. No padding is computed, except for trunks that cannot be told the borders."""
+        with self._precision():
+            if not takes_packs(self.trunk):
+                return self.embed(*pack.padded(self.tokenizer.pad_token_id), right_padded=True)
+            hidden = packed_token_embeddings(self.trunk, pack)  # [N, D]
+            pool = POOLINGS[self.contract.pooling]
+            return torch.cat([pool(block, block.new_ones(block.shape[:2], dtype=torch.long)) for block in pack.split(hidden)])
+
+    def in_order(self, made: Sequence[Pack], embeddings: Sequence[Tensor], num_rows: int) -> Tensor:
+        """The packs' embeddings as [num_rows, D], in the order of the rows."""
+        order = torch.tensor([row for pack in made for row in pack.rows], dtype=torch.long, device=self.device)
+        found = torch.cat([*embeddings, torch.zeros(0, self.embedding_size, device=self.device, dtype=embeddings[0].dtype if embeddings else None)])
+        return found.new_zeros(num_rows, self.embedding_size).index_copy(0, order, found)
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor, *, right_padded: bool = False) -> Tensor:
         """[rows, T] with padding on either side -> [rows, D]. `right_padded` promises that side and saves the mask."""
@@ -90,10 +118,9 @@ class Encoder(nn.Module):
         rows = self.token_ids(texts, role)
         embeddings = torch.zeros(len(rows), self.embedding_size)
         with progress_bar(f"encoding {len(texts):,} {role} texts", sum(map(len, rows)), progress) as advance:
-            for group in length_groups(rows, self.tokenizer.pad_token_id, self.tokens_per_group):
-                pooled = self.embed(group.input_ids.to(self.device), group.attention_mask.to(self.device), right_padded=True)
-                embeddings[group.rows] = pooled.float().cpu()
-                advance(int(group.attention_mask.sum()))
+            for pack in self.packs(rows):
+                embeddings[pack.rows] = self.embed_pack(pack).float().cpu()
+                advance(len(pack))
         self.train(was_training)
         if self.contract.normalize if normalize is None else normalize:
             embeddings = F.normalize(embeddings, dim=1)
@@ -103,6 +130,18 @@ class Encoder(nn.Module):
         """Share of texts longer than the limit, 0 to 1."""
         room = self.frames[role].content_tokens
         return sum(len(ids) > room for ids in content_ids(texts, self.tokenizer)) / max(1, len(texts))
+
+    def padding_share(self, rows: Rows) -> float:
+        """Share of computed positions that are padding, 0 to 1: none in packs."""
+        if takes_packs(self.trunk):
+            return 0.0
+        made = list(self.packs(rows))
+        return 1 - sum(map(len, made)) / max(1, sum(pack.padded_tokens for pack in made))
+
+    def _precision(self) -> AbstractContextManager:
+        """Autocast where half-precision weights meet float32 biases, which learn; else what the caller has set."""
+        half = {parameter.dtype for parameter in self.trunk.parameters()} - {torch.float32}
+        return torch.autocast(self.device.type, half.pop()) if half and len({p.dtype for p in self.trunk.parameters()}) > 1 else nullcontext()
 
     @property
     def device(self) -> torch.device:

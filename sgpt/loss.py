@@ -33,14 +33,23 @@ def info_nce(queries: Tensor, candidates: Tensor, scale: float, positives: Tenso
     queries [Q, D]; candidates [C, D]; positives [Q], the row of each query's positive; ignored [Q, C] boolean, True where
     a candidate is no negative of that query (never true at its positive). Softmax in float32 or wider.
     """
-    return F.cross_entropy(similarities(queries, candidates, scale, ignored), positives)
+    return F.cross_entropy(scaled(unit(queries), unit(candidates), scale, ignored), positives)
 
 
 def similarities(queries: Tensor, candidates: Tensor, scale: float, ignored: Tensor | None = None) -> Tensor:
     """scale · cosine [Q, C], -inf where ignored."""
-    queries, candidates = (tensor.float() if tensor.dtype.itemsize < 4 else tensor for tensor in (queries, candidates))
+    return scaled(unit(queries), unit(candidates), scale, ignored)
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    """Length 1, in float32 or wider."""
+    return F.normalize(embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings, dim=1)
+
+
+def scaled(queries: Tensor, candidates: Tensor, scale: float, ignored: Tensor | None = None) -> Tensor:
+    """As `similarities`, of rows that have length 1."""
     with torch.autocast(queries.device.type, enabled=False):  # else a bfloat16 product: 0.4 % of the scale off
-        scores = scale * F.normalize(queries, dim=1) @ F.normalize(candidates, dim=1).T
+        scores = scale * queries @ candidates.T
     return scores if ignored is None else scores.masked_fill(ignored, float("-inf"))
 
 
@@ -49,22 +58,28 @@ def positive_rows(num_queries: int, documents_per_query: int, rank: int, device:
     return (rank * num_queries + torch.arange(num_queries, device=device)) * documents_per_query
 
 
-def duplicates(
-    query_hashes: Tensor, all_query_hashes: Tensor, all_document_hashes: Tensor, documents_per_query: int, rank: int
-) -> Tensor:
+def duplicates(query_hashes: Tensor, all_query_hashes: Tensor, all_document_hashes: Tensor, positives: Tensor, documents_per_query: int) -> Tensor:
     """ignored [Q, C]: the candidates that only look like negatives of a query, decided by equal input text.
 
     Candidate c is ignored for query i when it has the text of i's own positive, when it is the positive of a query with
     i's text, or when its text is i's. The positive itself and the hard negatives curated for i always count.
-    Hashes are int64; query_hashes [Q] of this process, all_* gathered rank-major, [W·Q] and [C].
+    Hashes are int64; query_hashes [Q] of any queries, positives [Q] their rows among the candidates; all_* are gathered
+    rank-major, [W·Q] and [C].
     """
-    num_queries, r = len(query_hashes), documents_per_query
-    positives = positive_rows(num_queries, r, rank, query_hashes.device)
+    r = documents_per_query
     ignored = all_document_hashes[None] == all_document_hashes[positives][:, None]
     ignored |= all_document_hashes[None] == query_hashes[:, None]
     ignored[:, ::r] |= all_query_hashes[None] == query_hashes[:, None]
     own = positives[:, None] + torch.arange(r, device=positives.device)
     return ignored.scatter_(1, own, False)
+
+
+def duplicate_queries(query_hashes: Tensor, all_query_hashes: Tensor, all_document_hashes: Tensor, positives: Tensor, documents_per_query: int) -> Tensor:
+    """ignored [Q, W·Q] of the other direction: query j is no negative of the positive of i where that one is none of j's in `duplicates`."""
+    r = documents_per_query
+    own = all_document_hashes[positives][:, None]
+    ignored = (own == all_document_hashes[None, ::r]) | (own == all_query_hashes[None]) | (query_hashes[:, None] == all_query_hashes[None])
+    return ignored.scatter_(1, positives[:, None] // r, False)
 
 
 LOSSES = {"info_nce": info_nce}

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from sgpt.attention import use_sdpa
+from sgpt.attention import NAME, PACKED_FAMILIES, packed, prepare
 from sgpt.errors import InputError
+from sgpt.packing import Pack
 from sgpt.template import unwrap
 
 # Families whose tokens look both ways; every other one is taken to be causal.
@@ -44,7 +45,7 @@ def load_trunk(config: ModelConfig) -> nn.Module:
     except (OSError, ValueError) as error:
         raise _cannot_load(config.path, error) from error
     trunk.config.use_cache = False
-    return use_sdpa(trunk).eval()
+    return prepare(trunk).eval()
 
 
 def load_tokenizer(path: str):
@@ -99,6 +100,20 @@ def token_embeddings(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor
         if takes_position_ids(trunk):
             inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     return trunk(**inputs).last_hidden_state
+
+
+def takes_packs(trunk: nn.Module) -> bool:
+    """Whether its attention can be told where texts end: of a known family, and prepared (sgpt/attention.py)."""
+    return trunk.config.model_type in PACKED_FAMILIES and trunk.config._attn_implementation == NAME
+
+
+def packed_token_embeddings(trunk: nn.Module, pack: Pack) -> Tensor:
+    """Last hidden state [N, D] of the pack's tokens, each attending to its own text only. The trunk `takes_packs`."""
+    inputs = {"input_ids": pack.input_ids[None], "attention_mask": torch.ones_like(pack.input_ids)[None]}
+    if takes_position_ids(trunk):
+        inputs["position_ids"] = pack.position_ids[None]
+    with packed(pack):
+        return trunk(**inputs).last_hidden_state[0]
 
 
 def takes_position_ids(trunk: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Token embeddings to one embedding a row.
 
 Every function takes token_embeddings [rows, T, D] and attention_mask [rows, T] (1 on real tokens, padding on either side)
-and returns [rows, D] in the input's dtype, computed in float32: bfloat16 cannot hold a position past 256.
+and returns [rows, D] in the input's dtype, computed in float32 or wider: bfloat16 cannot hold a position past 256.
 A row without any token gives zeros.
 """
 
@@ -45,15 +45,12 @@ def maximum(token_embeddings: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def _weighted(token_embeddings: Tensor, weights: Tensor) -> Tensor:
-    weights = weights.float()
+    wide = torch.promote_types(token_embeddings.dtype, torch.float32)
+    weights = weights.to(wide)
     weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-9)
     with torch.autocast(weights.device.type, enabled=False):  # else bmm would take both to bfloat16
-        pooled = torch.bmm(weights.unsqueeze(1).to(torch.promote_types(token_embeddings.dtype, torch.float32)), _wide(token_embeddings))
+        pooled = torch.bmm(weights.unsqueeze(1), token_embeddings.to(wide))
     return pooled.squeeze(1).to(token_embeddings.dtype)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 Pooling = Callable[[Tensor, Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Pretraining of `nano`, the small GPT-Neo decoder that the embedded default starts from, on two cores in about an hour.
+"""Pretraining of `nano`, the small GPT-Neo decoder that the embedded default starts from, on two cores in a few hours.
 
 Lexical stage: the token embeddings alone, pooled as bags of tokens (position-weighted mean after the last norm), are
 trained by InfoNCE on weak pairs: two texts that an author put together, such as heading and section, first sentence and
@@ -8,6 +8,9 @@ Joint stage: the blocks start as the identity (their output projections are zero
 stage ended. Three steps of four take weak pairs, where the documents' forward pass carries the contrastive and the
 next-token loss; the fourth is next-token loss on long windows of packed text. All weights learn. The language-model head is
 untied: embeddings that keep the identity of their token and a head that predicts the next one do not fit in one table.
+
+Language stage: next-token loss alone, so that the model ends as what decoders are: a language model, whose embeddings are
+not yet those of a search engine and whose head can score text.
 
 No marker, no pydocs pair and no evaluation split is seen here: those belong to the run that follows.
 
@@ -31,21 +34,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-from sgpt.attention import use_sdpa
+from sgpt.attention import prepare as prepare_attention
 from sgpt.data import pydocs
-from sgpt.data.collate import length_groups
 from sgpt.data.jsonl import read_rows
 from sgpt.data.open_text import read_documents, read_weak_pairs
 from sgpt.distributed import average_gradients, gather
 from sgpt.errors import InputError
 from sgpt.loss import similarities
+from sgpt.model import packed_token_embeddings
+from sgpt.packing import packs
 from sgpt.pooling import weighted_mean
 from sgpt.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
 END = "<|endoftext|>"  # between documents, and padding; id 0
-TOKENS_PER_GROUP = 2048
+TOKENS_PER_PACK = 2048
 CHUNK = 512  # positions whose logits exist at a time
 
 
@@ -79,7 +83,8 @@ class PretrainConfig:
     lexical_steps: int = 728
     lexical_pairs_per_step: int = 1024
     lexical_learning_rate: float = 1e-2
-    joint_steps: int = 240
+    joint_steps: int = 480
+    language_steps: int = 320
     window_tokens: int = 384
     windows_per_step: int = 20
     windows_per_forward: int = 4
@@ -186,7 +191,7 @@ def bag_of_tokens(table: Tensor, rows: list[list[int]]) -> Tensor:
 
 
 def pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) -> GPTNeoForCausalLM:
-    """Both stages, from the newest checkpoint when there is one."""
+    """All stages, from the newest checkpoint when there is one."""
     folder, rank, processes = Path(config.folder), accelerator.process_index, accelerator.num_processes
     with accelerator.main_process_first():
         if not (folder / "lexical.pt").is_file():
@@ -199,17 +204,18 @@ def pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) -
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     step, tokens = _resume(folder, model, optimizers)
     started, first = time.perf_counter(), step
-    while step < config.joint_steps:
-        factor = min(1.0, (step + 1) / config.warmup_steps) * (1 - 0.9 * step / config.joint_steps)
+    steps = config.joint_steps + config.language_steps
+    while step < steps:
+        factor = min(1.0, (step + 1) / config.warmup_steps) * (1 - 0.9 * step / steps)
         for optimizer, rates in zip(optimizers, peaks, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-        windows, pairs = (step + 1) // 4, step - (step + 1) // 4  # steps of each kind so far
+        windows = min(step, config.joint_steps) // 4 + max(0, step - config.joint_steps)  # steps on windows so far
         with accelerator.autocast():
-            if step % 4 == 3:
-                line, seen = language_step(model, corpus, config, windows - 1, rank, processes)
+            if step % 4 == 3 or step >= config.joint_steps:
+                line, seen = language_step(model, corpus, config, windows, rank, processes)
             else:
-                line, seen = pair_step(model, corpus, config, pairs, rank, processes)
+                line, seen = pair_step(model, corpus, config, step - windows, rank, processes)
         average_gradients(model.parameters())
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -222,9 +228,9 @@ def pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) -
             if accelerator.is_main_process:
                 with (folder / "metrics.jsonl").open("a", encoding="utf-8") as out:
                     out.write(json.dumps({"step": step, "tokens": tokens, **shown, "grad_norm": norm.item(), "seconds": seconds}) + "\n")
-            log.info("step %d/%d  %s tokens  %s  %.0f s left", step, config.joint_steps, f"{tokens:,}",
-                     "  ".join(f"{name} {value:.3f}" for name, value in shown.items()), seconds / (step - first) * (config.joint_steps - step))
-        if (step % config.save_every_steps == 0 or step == config.joint_steps) and accelerator.is_main_process:
+            log.info("step %d/%d  %s tokens  %s  %.0f s left", step, steps, f"{tokens:,}",
+                     "  ".join(f"{name} {value:.3f}" for name, value in shown.items()), seconds / (step - first) * (steps - step))
+        if (step % config.save_every_steps == 0 or step == steps) and accelerator.is_main_process:
             _save(folder, model, optimizers, step, tokens)
     return model
 
@@ -287,15 +293,14 @@ def overlapping(places: Tensor, config: PretrainConfig) -> Tensor:
 def embed(model: GPTNeoForCausalLM, rows: list[list[int]], share: float = 0.0, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Embeddings [rows, D] and the mean next-token loss over a random `share` of the positions (0 when the share is 0)."""
     embeddings, order, hidden_scored, targets = [], [], [], []
-    for group in length_groups(rows, 0, TOKENS_PER_GROUP):
-        ids, mask = group.input_ids.to(model.device), group.attention_mask.to(model.device)
-        hidden = model.transformer(ids).last_hidden_state  # right padding and causal attention: no mask is needed
-        embeddings.append(weighted_mean(hidden, mask))
-        order += group.rows
+    for pack in packs(rows, TOKENS_PER_PACK):
+        hidden = packed_token_embeddings(model.transformer, pack.to(model.device))  # [N, D]
+        embeddings += [weighted_mean(block, block.new_ones(block.shape[:2])) for block in pack.split(hidden)]
+        order += pack.rows
         if share:
-            scored = mask[:, 1:].bool() & (torch.rand(mask[:, 1:].shape, generator=generator) < share).to(model.device)
-            hidden_scored.append(hidden[:, :-1][scored])
-            targets.append(ids[:, 1:][scored])
+            scored = (torch.rand(len(pack) - 1, generator=generator) < share) & (pack.position_ids[1:] > 0)  # not across a border
+            hidden_scored.append(hidden[:-1][scored.to(model.device)])
+            targets.append(pack.input_ids[1:][scored].to(model.device))
     restored = torch.cat(embeddings)[torch.tensor(order, device=model.device).argsort()]
     if not share:
         return restored, restored.new_zeros(())
@@ -355,7 +360,7 @@ def build_model(nano: NanoConfig, seed: int) -> GPTNeoForCausalLM:
         embed_dropout=0.0, attention_dropout=0.0, resid_dropout=0.0,
         bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=False, use_cache=False,
     )
-    return use_sdpa(GPTNeoForCausalLM(config))
+    return prepare_attention(GPTNeoForCausalLM(config))
 
 
 def build_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:

@@ -1,85 +1,188 @@
-"""One contrastive step: from a batch of token ids to gradients, at once or in chunks, by the same objective.
+"""One contrastive step: from a batch of token ids to gradients, in as much memory as it is given.
 
-`chunked_step` is GradCache (Gao et al. 2021, arXiv 2101.06983): embed everything without a graph, take the loss' gradient
-with respect to the embeddings, then embed chunk by chunk again and push that gradient through. The batch is then limited
-by time and no longer by memory; the gradient is the same, dropout included, because each chunk's random state is replayed.
+The texts of a batch are embedded in packs (sgpt/packing.py). A pack's activations stay alive for its backward pass while
+they fit the keep budget; of the others only the embeddings are made, and after the loss has said what it wants of each
+embedding they are computed again, with the random state that they had. With a budget of nothing that is GradCache (Gao et
+al. 2021, arXiv 2101.06983). The gradient is the same number for number, dropout included; only time and memory differ.
+
+The scores are computed for some queries at a time as well, so a batch is limited by nothing but time.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sgpt.data.collate import Batch
 from sgpt.distributed import gather, gather_with_gradient, world
 from sgpt.encoder import Encoder
-from sgpt.loss import LossConfig, duplicates, info_nce, positive_rows, similarities
+from sgpt.loss import LossConfig, duplicate_queries, duplicates, positive_rows, scaled, unit
+from sgpt.packing import Pack, distinct
 
-Backward = Callable[[Tensor], None]
+SCORES_AT_A_TIME = 2**25  # 128 MB in float32, a few times that while they are computed
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Who competes for whom in a batch, over all processes, on the device: hashes of own queries [Q], of all queries [W·Q]
+
+    and of all documents [C]; positives [Q], the row of each own query's positive among the candidates.
+    """
+
+    queries: Tensor
+    all_queries: Tensor
+    all_documents: Tensor
+    positives: Tensor
+    documents_per_query: int
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> "Contest":
+        queries, documents, r = batch.query_hashes.to(device), batch.document_hashes.to(device), batch.documents_per_query
+        return cls(queries, gather(queries), gather(documents), positive_rows(len(queries), r, world()[0], device), r)
+
+    def duplicates(self, rows: slice) -> Tensor:
+        """ignored [rows, C]."""
+        return duplicates(self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], self.documents_per_query)
+
+    def duplicate_queries(self, rows: slice) -> Tensor:
+        """ignored [rows, W·Q]."""
+        return duplicate_queries(self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], self.documents_per_query)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """loss: scalar, detached, this process' mean. queries [Q, D], candidates [C, D], ignored [Q, C], detached: for the log."""
+    """loss: scalar, detached, this process' mean. queries [Q, D], candidates [C, D]: detached, of length 1, for the log.
+
+    kept: share of the tokens whose activations stayed alive, 0 to 1.
+    """
 
     loss: Tensor
     queries: Tensor
     candidates: Tensor
-    positives: Tensor
-    ignored: Tensor
+    contest: Contest
+    kept: float = 1.0
+
+
+def contrastive_step(encoder: Encoder, batch: Batch, config: LossConfig, *, keep_bytes: float = float("inf"), weight: float = 1.0) -> Outcome:
+    """Adds weight · the loss' gradients to the learning parameters'. keep_bytes: of activations that may stay alive."""
+    rows, places = distinct([*batch.queries, *batch.documents])
+    made = list(encoder.packs(rows))
+    parts = _embed(encoder, made, keep_bytes)
+    embeddings = encoder.in_order(made, [part.embeddings.detach() for part in parts], len(rows)).requires_grad_()  # [distinct, D]
+    loss, outcome = objective(*embeddings[places].split([len(batch.queries), len(batch.documents)]), batch, config)
+    (loss * weight).backward()
+    after = _random_state(encoder.device)
+    for pack, part in zip(made, parts, strict=True):
+        part.backward(encoder, pack, embeddings.grad[pack.rows])
+    _restore_random_state(after, encoder.device)
+    kept = sum(len(pack) for pack, part in zip(made, parts, strict=True) if part.state is None)
+    return Outcome(outcome.loss, outcome.queries, outcome.candidates, outcome.contest, kept / sum(map(len, made)))
 
 
 def objective(queries: Tensor, documents: Tensor, batch: Batch, config: LossConfig) -> tuple[Tensor, Outcome]:
-    """InfoNCE of this process' queries against the documents of all processes."""
-    rank, r = world()[0], batch.documents_per_query
-    candidates = gather_with_gradient(documents)  # [W·Q·R, D], rank-major
-    all_queries, all_documents = gather(batch.query_hashes.to(queries.device)), gather(batch.document_hashes.to(queries.device))
-    positives = positive_rows(len(queries), r, rank, queries.device)
-    ignored = duplicates(batch.query_hashes.to(queries.device), all_queries, all_documents, r, rank)
-    loss = info_nce(queries, candidates, config.scale, positives, ignored)
+    """InfoNCE of this process' queries [Q, D] against the documents [Q·R, D] of all processes."""
+    contest = Contest.of(batch, queries.device)
+    queries, candidates = unit(queries), unit(gather_with_gradient(documents))  # [C, D], rank-major
+    loss = _cross_entropy(queries, candidates, config.scale, contest.positives, contest.duplicates)
     if config.symmetric:  # each positive document finds its query among all queries
-        own = positive_rows(len(queries), 1, rank, queries.device)
-        ignored_queries = gather(ignored[:, ::r].to(torch.uint8)).bool().T[own]  # [Q, W·Q]
-        other = info_nce(documents[::r], gather_with_gradient(queries), config.scale, own, ignored_queries)
-        loss = (loss + other) / 2
-    return loss, Outcome(loss.detach(), queries.detach(), candidates.detach(), positives, ignored)
+        own = positive_rows(len(queries), 1, world()[0], queries.device)
+        positives = candidates[contest.positives]
+        loss = (loss + _cross_entropy(positives, gather_with_gradient(queries), config.scale, own, contest.duplicate_queries)) / 2
+    return loss, Outcome(loss.detach(), queries.detach(), candidates.detach(), contest)
 
 
-def plain_step(encoder: Encoder, batch: Batch, config: LossConfig, backward: Backward) -> Outcome:
-    queries = encoder(batch.queries)  # [Q, D]
-    documents = encoder(batch.documents)  # [Q·R, D], query-major
-    loss, outcome = objective(queries, documents, batch, config)
-    backward(loss)
-    return outcome
+def _cross_entropy(rows: Tensor, candidates: Tensor, scale: float, positives: Tensor, ignored) -> Tensor:
+    """`info_nce` of rows of length 1, of which so many are scored at a time that memory stays bounded; their scores are made again backwards."""
+
+    def part(chosen: slice) -> Tensor:
+        return F.cross_entropy(scaled(rows[chosen], candidates, scale, ignored(chosen)), positives[chosen], reduction="sum")
+
+    chunks = _chunks(len(rows), len(candidates))
+    if len(chunks) == 1:
+        return part(chunks[0]) / len(rows)
+    return sum(checkpoint(part, chosen, use_reentrant=False, preserve_rng_state=False) for chosen in chunks) / len(rows)
 
 
-def chunked_step(encoder: Encoder, batch: Batch, config: LossConfig, backward: Backward, chunk_size: int) -> Outcome:
-    """As `plain_step`; at most `chunk_size` texts have a graph at a time."""
-    chunks = [rows[i : i + chunk_size] for rows in (batch.queries, batch.documents) for i in range(0, len(rows), chunk_size)]
-    states, parts = [], []
-    with torch.no_grad():
-        for chunk in chunks:
-            states.append(_random_state(encoder.device))
-            parts.append(encoder(chunk))
-    embeddings = torch.cat(parts).requires_grad_()
-    loss, outcome = objective(embeddings[: len(batch.queries)], embeddings[len(batch.queries) :], batch, config)
-    backward(loss)
-    after = _random_state(encoder.device)
-    for chunk, state, gradient in zip(chunks, states, embeddings.grad.split([len(chunk) for chunk in chunks]), strict=True):
-        _restore_random_state(state, encoder.device)
-        encoder(chunk).backward(gradient)
-    _restore_random_state(after, encoder.device)
-    return outcome
+def _chunks(rows: int, columns: int) -> list[slice]:
+    size = max(1, SCORES_AT_A_TIME // columns)
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def health(outcome: Outcome) -> dict[str, float | None]:
     """Mean cosine of the positives and of each query's hardest negative, over all processes; None where nothing is a negative."""
-    cosines = similarities(outcome.queries, outcome.candidates, 1.0, outcome.ignored)
-    positive = gather(cosines.gather(1, outcome.positives[:, None]))
-    hardest = gather(cosines.scatter(1, outcome.positives[:, None], float("-inf")).amax(1))
-    hardest = hardest[hardest.isfinite()]
-    return {"positive_cosine": positive.mean().item(), "hardest_negative_cosine": hardest.mean().item() if len(hardest) else None}
+    positives, hardest = [], []
+    for chosen in _chunks(len(outcome.queries), len(outcome.candidates)):
+        cosines = scaled(outcome.queries[chosen], outcome.candidates, 1.0, outcome.contest.duplicates(chosen))
+        own = outcome.contest.positives[chosen, None]
+        positives.append(cosines.gather(1, own))
+        hardest.append(cosines.scatter_(1, own, float("-inf")).amax(1))
+    positive, negative = gather(torch.cat(positives)), gather(torch.cat(hardest))
+    negative = negative[negative.isfinite()]
+    return {"positive_cosine": positive.mean().item(), "hardest_negative_cosine": negative.mean().item() if len(negative) else None}
+
+
+@dataclass
+class _Part:
+    """One pack's embeddings, with their graph, or without and the random state to make them again."""
+
+    embeddings: Tensor
+    state: tuple[Tensor, Tensor | None] | None
+
+    def backward(self, encoder: Encoder, pack: Pack, gradient: Tensor) -> None:
+        if self.state is not None:
+            _restore_random_state(self.state, encoder.device)
+            self.embeddings = encoder.embed_pack(pack)
+        if self.embeddings.requires_grad:
+            self.embeddings.backward(gradient)
+        self.embeddings = None  # the graph goes with it
+
+
+def _embed(encoder: Encoder, made: list[Pack], keep_bytes: float) -> list[_Part]:
+    """Keeps what fits, by what the packs before took for each of their tokens; the first is tried when it may fit at all."""
+    parts: list[_Part] = []
+    kept_bytes, kept_tokens = 0, 0
+    for pack in made:
+        state = _random_state(encoder.device)
+        expected = kept_bytes / kept_tokens * len(pack) if kept_tokens else 0
+        if keep_bytes > 0 and kept_bytes + expected <= keep_bytes:
+            with _SavedBytes() as saved:
+                embeddings = encoder.embed_pack(pack)
+            if kept_bytes + saved.bytes <= keep_bytes:
+                kept_bytes, kept_tokens = kept_bytes + saved.bytes, kept_tokens + len(pack)
+                parts.append(_Part(embeddings, None))
+                continue
+            keep_bytes = 0  # what is known now: nothing more fits
+            parts.append(_Part(embeddings.detach(), state))
+            continue
+        with torch.no_grad():
+            parts.append(_Part(encoder.embed_pack(pack), state))
+    return parts
+
+
+class _SavedBytes:
+    """Counts what autograd keeps for the backward pass: each storage once, parameters not at all."""
+
+    def __enter__(self) -> "_SavedBytes":
+        self.storages: dict[int, int] = {}
+        self.hooks = saved_tensors_hooks(self._count, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.hooks.__exit__(*error)
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.storages.values())
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

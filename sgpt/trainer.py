@@ -6,29 +6,33 @@ The loop owns control flow: log, save and evaluate are three `if every(n, step)`
 import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from sgpt import checkpoint
 from sgpt.checkpoint import TrainState
-from sgpt.data.collate import Batch, collate, padding_share
+from sgpt.data.collate import Batch, collate
 from sgpt.data.example import Example
+from sgpt.data.prefetch import ahead
 from sgpt.data.sampling import Schedule
 from sgpt.distributed import average_gradients, gather
-from sgpt.encoder import TOKENS_PER_GROUP, Encoder
+from sgpt.encoder import TOKENS_PER_PACK, Encoder
 from sgpt.errors import InputError
 from sgpt.evaluate import Results
 from sgpt.loss import LossConfig
 from sgpt.optim import OptimConfig, build_optimizer, build_schedule
 from sgpt.run import Run
-from sgpt.step import Outcome, chunked_step, health, plain_step
+from sgpt.step import Outcome, contrastive_step, health
 from sgpt.tuning import count, learning
 
 log = logging.getLogger(__name__)
@@ -39,17 +43,18 @@ class TrainerConfig:
     """queries_per_process: Q; queries in total are Q times processes, and that times R are the candidates of each query.
 
     epochs, max_steps: whichever ends first. gradient_accumulation: micro-batches a step; it does NOT add in-batch
-    negatives, more processes or a larger Q with chunk_size do. chunk_size: texts that have a graph at a time (GradCache);
-    0 keeps all. precision: fp32 or bf16 (autocast). evaluate_every_steps: 0 evaluates before and after only.
-    threads: of each process on a CPU; null shares the cores.
+    negatives, more processes or a larger Q do. tokens_per_pack: computed at a time. keep_gigabytes: of activations that may
+    stay alive in each process; what does not fit is computed twice, so that Q is limited by time alone; null takes half of
+    the memory that is free at the start, 0 keeps none (GradCache). The gradient is the same. precision: fp32 or bf16
+    (autocast). evaluate_every_steps: 0 evaluates before and after only. threads: of each process on a CPU; null shares the cores.
     """
 
     queries_per_process: int = 64
     epochs: int = 1
     max_steps: int | None = None
     gradient_accumulation: int = 1
-    chunk_size: int = 0
-    tokens_per_group: int = TOKENS_PER_GROUP
+    tokens_per_pack: int = TOKENS_PER_PACK
+    keep_gigabytes: float | None = None
     precision: str = "fp32"
     seed: int = 0
     threads: int | None = None
@@ -61,9 +66,11 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):
             raise InputError(f"trainer.precision={self.precision!r} is unknown; choose fp32 or bf16")
-        for name in ("queries_per_process", "epochs", "gradient_accumulation", "log_every_steps", "save_every_steps", "keep_checkpoints", "tokens_per_group"):
+        for name in ("queries_per_process", "epochs", "gradient_accumulation", "log_every_steps", "save_every_steps", "keep_checkpoints", "tokens_per_pack"):
             if getattr(self, name) < 1:
                 raise InputError(f"trainer.{name}={getattr(self, name)} must be 1 or more")
+        if self.keep_gigabytes is not None and self.keep_gigabytes < 0:
+            raise InputError(f"trainer.keep_gigabytes={self.keep_gigabytes} must be 0 or more, or null for half of the free memory")
         if self.max_steps is not None and self.max_steps < 1:
             raise InputError(f"trainer.max_steps={self.max_steps} must be 1 or more, or null for whole epochs")
 
@@ -114,16 +121,20 @@ def train(
     if newest := checkpoint.latest(run.checkpoints):
         state = checkpoint.load(newest, parameters, optimizer, schedule)
         log.info("resumed from %s", newest)
+    keep_bytes = free_memory_bytes(encoder.device) / 2 if config.keep_gigabytes is None else config.keep_gigabytes * 1e9
     metrics = MetricsLog(run, state, steps, accelerator)
     _announce(encoder, examples, batches, steps, config, optim, accelerator)
 
+    def batch_of(number: int) -> Batch:
+        return collate([examples[row] for row in batches.rows(number, rank)], encoder.tokenizer, encoder.frames)
+
+    coming = ahead(batch_of, range(state.batches, steps * config.gradient_accumulation))
     encoder.train()
     while state.step < steps:
         started, num_tokens = time.perf_counter(), 0
-        for _ in range(config.gradient_accumulation):
-            rows = batches.rows(state.batches, rank)
-            batch = collate([examples[row] for row in rows], encoder.tokenizer, encoder.frames)
-            outcome = _forward_backward(encoder, batch, config, loss, accelerator)
+        for batch in islice(coming, config.gradient_accumulation):
+            with accelerator.autocast():
+                outcome = contrastive_step(encoder, batch, loss, keep_bytes=keep_bytes, weight=1 / config.gradient_accumulation)
             state.batches += 1
             num_tokens += batch.num_tokens
         average_gradients(parameters.values())
@@ -137,7 +148,7 @@ def train(
         metrics.count(config.queries_per_process * config.gradient_accumulation, num_tokens, time.perf_counter() - started)
 
         if every(config.log_every_steps, state.step) or state.step == steps:
-            metrics.write(state, outcome, batch, learning_rate, norm, config)
+            metrics.write(state, outcome, encoder.padding_share([*batch.queries, *batch.documents]), learning_rate, norm)
         if every(config.evaluate_every_steps, state.step):
             metrics.write_dev(state, evaluate())
             encoder.train()
@@ -149,16 +160,6 @@ def train(
 
 def every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _forward_backward(encoder: Encoder, batch: Batch, config: TrainerConfig, loss: LossConfig, accelerator: Accelerator) -> Outcome:
-    def backward(value: torch.Tensor) -> None:
-        accelerator.backward(value / config.gradient_accumulation)
-
-    with accelerator.autocast():
-        if config.chunk_size:
-            return chunked_step(encoder, batch, loss, backward, config.chunk_size)
-        return plain_step(encoder, batch, loss, backward)
 
 
 class MetricsLog:
@@ -175,14 +176,14 @@ class MetricsLog:
     def count(self, queries: int, tokens: int, seconds: float) -> None:
         self.queries, self.tokens, self.seconds = self.queries + queries, self.tokens + tokens, self.seconds + seconds
 
-    def write(self, state: TrainState, outcome: Outcome, batch: Batch, learning_rate: float, norm: torch.Tensor, config: TrainerConfig) -> None:
+    def write(self, state: TrainState, outcome: Outcome, padding_share: float, learning_rate: float, norm: torch.Tensor) -> None:
         """All processes call it. InputError when the loss is no number any more."""
         loss = gather(outcome.loss.float()[None]).mean().item()
         total = gather(torch.tensor([self.queries, self.tokens], device=outcome.loss.device)).view(-1, 2).sum(0).tolist()
         line = {
             "step": state.step, "loss": loss, "learning_rate": learning_rate, "grad_norm": float(norm),
             "queries_per_second": total[0] / self.seconds, "tokens_per_second": total[1] / self.seconds,
-            "padding_share": padding_share(batch.documents, config.tokens_per_group), **health(outcome),
+            "padding_share": padding_share, "kept_share": outcome.kept, **health(outcome),
             "peak_memory_bytes": peak_memory_bytes(), "seconds": state.seconds,
         }
         self.queries, self.tokens, self.seconds = 0, 0, 0.0
@@ -218,6 +219,13 @@ def _refuse_not_finite(step: int, loss: float, norm: float, learning_rate: float
         )
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """This process' share of what is free now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def peak_memory_bytes() -> int:
     """Of this process since it began: allocated on the GPU, else resident."""
     if torch.cuda.is_available():
@@ -242,9 +250,14 @@ def _announce(encoder, examples, batches: Schedule, steps: int, config: TrainerC
     log.info("peak learning rate %.2e, %s, %s, %d process(es), %d thread(s) each", optim.learning_rate, config.precision, encoder.device,
              accelerator.num_processes, torch.get_num_threads())
     log.info("truncated at the limits: %.1f %% of queries, %.1f %% of documents (of %d sampled)", 100 * cut["queries"], 100 * cut["documents"], len(sample))
+    rows = [*encoder.token_ids([example.query for example in sample], "query"), *encoder.token_ids([example.positive for example in sample], "document")]
+    if padding := encoder.padding_share(rows):
+        log.warning("%s cannot be told where texts end, so they are padded: %.0f %% of what is computed is padding",
+                    type(encoder.trunk).__name__, 100 * padding)
     if config.gradient_accumulation > 1:
-        log.warning("gradient_accumulation=%d adds no in-batch negatives: each query still sees %d candidates. For more, raise "
-                    "trainer.queries_per_process with trainer.chunk_size, or use more processes", config.gradient_accumulation, queries * r)
+        log.warning("gradient_accumulation=%d adds no in-batch negatives: each query still sees %d candidates. For more, raise trainer."
+                    "queries_per_process (memory does not bound it: what does not fit is computed twice) or use more processes",
+                    config.gradient_accumulation, queries * r)
 
 
 def _clock(seconds: float) -> str:

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from sgpt.data import beir
-from sgpt.data.collate import collate, length_groups, padding_share
+from sgpt.data.collate import collate
 from sgpt.data.example import Example
 from sgpt.data.jsonl import read_rows, write_rows
 from sgpt.data.readers import DataConfig, read_examples
@@ -319,22 +319,6 @@ def test_a_batch_is_query_major_and_knows_equal_texts(tiny_encoder):
     assert batch.document_hashes[0] == batch.document_hashes[4]
     assert batch.document_hashes[3] == batch.query_hashes[0]
     assert len({*batch.document_hashes.tolist(), *batch.query_hashes.tolist()}) == 6
-
-
-def test_length_groups_hold_every_row_once_within_the_budget():
-    rows = [[1] * length for length in (3, 40, 1, 7, 7, 12, 0, 100)]
-    groups = list(length_groups(rows, 0, tokens_per_group=40))
-    assert sorted(row for group in groups for row in group.rows) == list(range(8))
-    for group in groups:
-        assert group.input_ids.numel() <= 40 or len(group.rows) == 1
-        assert group.attention_mask.sum(1).tolist() == [len(rows[row]) for row in group.rows]
-        assert torch_equal_where_real(group, rows)
-    assert padding_share([[1] * 3, [1]], 100) == pytest.approx(2 / 6)
-    assert padding_share([[1] * 3, [1]], 3) == 0
-
-
-def torch_equal_where_real(group, rows) -> bool:
-    return all(group.input_ids[line, : len(rows[row])].tolist() == rows[row] for line, row in enumerate(group.rows))
 
 
 def test_qrels_and_triples_without_a_header_lose_no_row(folder):

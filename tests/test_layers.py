@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 LAYERS: dict[str, set[str]] = {
     # tensors, ids, text and files whole or not: no model, no process
-    "pure": {"errors", "files", "progress", "markers", "pooling", "loss", "metrics", "template"},
+    "pure": {"errors", "files", "progress", "markers", "pooling", "loss", "metrics", "packing", "template"},
     "parts": {"data", "attention", "model", "contract", "tuning", "distributed", "optim"},
     "joined": {"adapter", "encoder", "probes", "step"},
     "uses": {"checkpoint", "evaluate", "export", "run", "search", "report"},

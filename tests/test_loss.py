@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgpt.errors import InputError
-from sgpt.loss import LossConfig, duplicates, info_nce, positive_rows, similarities
+from sgpt.loss import LossConfig, duplicate_queries, duplicates, info_nce, positive_rows, similarities
 
 
 def by_loop(queries: torch.Tensor, candidates: torch.Tensor, scale: float, positives: list[int], ignored: list[set[int]] | None = None) -> float:
@@ -99,7 +99,12 @@ def ignored_pairs(queries: list[str], documents: list[str], r: int, rank: int = 
     all_queries, all_documents = (torch.tensor([number[text] for text in texts]) for texts in (queries, documents))
     per_process = len(queries) // processes
     own = all_queries[rank * per_process : (rank + 1) * per_process]
-    return {tuple(pair) for pair in duplicates(own, all_queries, all_documents, r, rank).nonzero().tolist()}
+    positives = positive_rows(per_process, r, rank)
+    ignored = duplicates(own, all_queries, all_documents, positives, r)
+    assert torch.equal(ignored[1:], duplicates(own[1:], all_queries, all_documents, positives[1:], r))  # each row for itself
+    if processes == 1:  # the other direction: a positive document and the queries of which it is no negative
+        assert torch.equal(duplicate_queries(own, all_queries, all_documents, positives, r), ignored[:, ::r].T)
+    return {tuple(pair) for pair in ignored.nonzero().tolist()}
 
 
 def test_different_texts_ignore_nothing():

@@ -64,7 +64,7 @@ def config(text_root, tmp_path_factory) -> PretrainConfig:
     (folder / "pydocs" / "manifest.json").write_text(json.dumps({"key": pydocs._key()}))
     return PretrainConfig(
         text=str(text_root), pydocs=str(folder / "pydocs"), folder=str(folder / "run"), output=str(folder / "out"), nano=SHAPE, lexical_steps=3,
-        lexical_pairs_per_step=32, joint_steps=8, window_tokens=32, windows_per_step=4, pairs_per_step=16, max_query_tokens=12,
+        lexical_pairs_per_step=32, joint_steps=6, language_steps=2, window_tokens=32, windows_per_step=4, pairs_per_step=16, max_query_tokens=12,
         max_document_tokens=24, warmup_steps=2, save_every_steps=4, log_every_steps=1,
     )  # fmt: skip
 

@@ -64,7 +64,7 @@ SETTINGS = {
     "bitfit": ("bitfit", {}),
     "full": ("full", {}),
     "lora": ("lora", {}),
-    "chunked": ("bitfit", {"chunk_size": 5}),
+    "recomputed": ("bitfit", {"keep_gigabytes": 0, "tokens_per_pack": 40}),
     "accumulated over the epoch's end": ("bitfit", {"gradient_accumulation": 2, "epochs": 3}),
     "bfloat16": ("bitfit", {"precision": "bf16"}),
 }

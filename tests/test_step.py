@@ -1,9 +1,10 @@
-"""The step: chunked or at once, the same gradients; and both are those of the loss written out."""
+"""The step: whatever is kept, computed again or scored in chunks, the same gradients; and they are those of the loss written out."""
 
 import pytest
 import torch
 from conftest import random_trunk
 
+from sgpt.attention import prepare
 from sgpt.contract import Contract
 from sgpt.data.collate import Batch, collate
 from sgpt.data.example import Example
@@ -11,7 +12,8 @@ from sgpt.encoder import Encoder
 from sgpt.loss import LossConfig
 from sgpt.markers import MarkersConfig
 from sgpt.model import load_tokenizer
-from sgpt.step import chunked_step, health, objective, plain_step
+from sgpt.packing import distinct
+from sgpt.step import contrastive_step, health, objective
 from sgpt.tuning import TuningConfig, tune
 
 TEXTS = ["parse a date", "open a file for reading and writing", "a", "sum of all the numbers in the list", "what?", "how to sort words by length"]
@@ -25,7 +27,7 @@ def encoder_of(family: str, tiny_base, method: str = "full", dropout: float = 0.
     """In float64, so that hardly anything but a wrong formula can tell two roads apart."""
     base = str(tiny_base(family))
     tokenizer = load_tokenizer(base)
-    trunk = random_trunk(family, len(tokenizer)).to(dtype)
+    trunk = prepare(random_trunk(family, len(tokenizer)).to(dtype))
     for module in trunk.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
@@ -51,62 +53,91 @@ def assert_equal_gradients(found: dict[str, torch.Tensor], expected: dict[str, t
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("hard_negatives", [0, 2])
-@pytest.mark.parametrize("chunk_size", [1, 4, 100])
-def test_the_chunked_step_gives_the_gradient_of_the_plain_step_for_every_parameter(chunk_size, hard_negatives, symmetric, tiny_base):
+@pytest.mark.parametrize("keep_bytes", [0, 1, 2_000_000])
+def test_what_is_computed_again_gives_the_gradient_of_what_was_kept_for_every_parameter(keep_bytes, hard_negatives, symmetric, tiny_base):
+    """Reference: both sides embedded and scored with their graphs, and one backward pass."""
     encoder, loss = encoder_of("gpt_neo", tiny_base), LossConfig(symmetric=symmetric)
     batch = batch_of(encoder, hard_negatives)
-    plain = plain_step(encoder, batch, loss, torch.Tensor.backward)
+    value, _ = objective(encoder(batch.queries), encoder(batch.documents), batch, loss)
+    value.backward()
     expected = gradients(encoder)
-    chunked = chunked_step(encoder, batch, loss, torch.Tensor.backward, chunk_size)
-    found = gradients(encoder)
+    encoder.tokens_per_pack = 60  # several packs, of queries and documents together
+    outcome = contrastive_step(encoder, batch, loss, keep_bytes=keep_bytes, weight=0.5)
+    found = {name: 2 * gradient for name, gradient in gradients(encoder).items()}
     assert len(expected) == len(list(encoder.parameters()))
-    # float64, but the pooling's weights are float32 (6e-8) and add up over another padded width
-    assert_equal_gradients(found, expected, 1e-6)
-    assert chunked.loss.item() == pytest.approx(plain.loss.item(), rel=1e-8)
+    assert_equal_gradients(found, expected, 1e-10)
+    assert outcome.loss.item() == pytest.approx(value.item(), rel=1e-12)
+    assert outcome.kept == (0 if keep_bytes < 2 else pytest.approx(0.5, abs=0.45))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4])
-def test_the_chunked_step_replays_dropout(chunk_size, tiny_base):
-    """Reference: the same chunks embedded with their graphs kept, and one backward pass through all of them."""
+def test_a_budget_is_kept_to_and_used(tiny_base, monkeypatch):
+    """Against a second count: what is alive between the forward and the backward passes is what the hooks of torch see of all packs."""
+    encoder, loss = encoder_of("gpt_neo", tiny_base, "bitfit"), LossConfig()
+    encoder.tokens_per_pack = 30
+    batch = batch_of(encoder, 2)
+    sizes = {}
+    for pack in encoder.packs(distinct([*batch.queries, *batch.documents])[0]):
+        storages: dict[int, int] = {}
+
+        def count(tensor, storages=storages):
+            if not isinstance(tensor, torch.nn.Parameter):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            embeddings = encoder.embed_pack(pack)
+        sizes[len(sizes)] = (len(pack), sum(storages.values()))
+        del embeddings
+    total, tokens = sum(size for _, size in sizes.values()), sum(length for length, _ in sizes.values())
+    shares = [contrastive_step(encoder, batch, loss, keep_bytes=budget).kept for budget in (0, total // 3, total // 2, total)]
+    assert shares[0] == 0
+    assert shares[-1] == 1
+    assert 0.15 < shares[1] < 0.36
+    assert shares[1] <= shares[2] < 0.53
+    assert tokens == sum(map(len, distinct([*batch.queries, *batch.documents])[0]))
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_scores_in_chunks_are_the_same_loss_and_gradient(symmetric, rows_at_a_time, tiny_base, monkeypatch):
+    encoder, loss = encoder_of("gpt_neo", tiny_base), LossConfig(symmetric=symmetric)
+    batch = batch_of(encoder, 1)
+    whole = contrastive_step(encoder, batch, loss)
+    expected, cosines = gradients(encoder), health(whole)
+    monkeypatch.setattr("sgpt.step.SCORES_AT_A_TIME", 12 * rows_at_a_time)  # 12 candidates
+    chunked = contrastive_step(encoder, batch, loss)
+    assert_equal_gradients(gradients(encoder), expected, 1e-12)
+    assert chunked.loss.item() == pytest.approx(whole.loss.item(), rel=1e-12)
+    assert health(chunked) == pytest.approx(cosines, rel=1e-12)
+
+
+def test_dropout_is_replayed(tiny_base):
     encoder, loss = encoder_of("gpt2", tiny_base, dropout=0.3), LossConfig()
+    encoder.tokens_per_pack = 40
     batch = batch_of(encoder, 1)
     torch.manual_seed(0)
-    queries = torch.cat([encoder(batch.queries[i : i + chunk_size]) for i in range(0, len(batch.queries), chunk_size)])
-    documents = torch.cat([encoder(batch.documents[i : i + chunk_size]) for i in range(0, len(batch.documents), chunk_size)])
-    value, _ = objective(queries, documents, batch, loss)
-    value.backward()
+    kept = contrastive_step(encoder, batch, loss)
     expected, next_number = gradients(encoder), torch.rand(1)
     torch.manual_seed(0)
-    outcome = chunked_step(encoder, batch, loss, torch.Tensor.backward, chunk_size)
-    assert outcome.loss.item() == value.item()
-    assert_equal_gradients(gradients(encoder), expected, 1e-10)
+    again = contrastive_step(encoder, batch, loss, keep_bytes=0)
+    assert again.loss.item() == kept.loss.item()
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(encoder).items())
     assert torch.rand(1) == next_number  # the step leaves the random stream where one pass leaves it
     torch.manual_seed(1)
-    assert chunked_step(encoder, batch, loss, torch.Tensor.backward, chunk_size).loss.item() != value.item()  # dropout was on
-
-
-def test_with_dropout_a_chunk_as_large_as_the_batch_is_the_plain_step(tiny_base):
-    encoder, loss = encoder_of("gpt2", tiny_base, dropout=0.3), LossConfig()
-    batch = batch_of(encoder, 1)
-    torch.manual_seed(0)
-    plain_step(encoder, batch, loss, torch.Tensor.backward)
-    expected = gradients(encoder)
-    torch.manual_seed(0)
-    chunked_step(encoder, batch, loss, torch.Tensor.backward, 100)
-    assert_equal_gradients(gradients(encoder), expected, 1e-10)
+    assert contrastive_step(encoder, batch, loss).loss.item() != kept.loss.item()  # dropout was on
 
 
 @pytest.mark.parametrize("method", ["bitfit", "full"])
-def test_the_chunked_step_loses_no_gradient_under_autocast(method, tiny_base):
+def test_no_gradient_is_lost_under_autocast(method, tiny_base):
     """Autocast keeps its casts of the weights; casts made without a graph, for the first pass, must not serve the second."""
     encoder, loss = encoder_of("gpt_neo", tiny_base, method, dtype=torch.float32), LossConfig()
+    encoder.tokens_per_pack = 40
     batch = batch_of(encoder, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        plain_step(encoder, batch, loss, torch.Tensor.backward)
+        contrastive_step(encoder, batch, loss)
         expected = gradients(encoder)
-        chunked_step(encoder, batch, loss, torch.Tensor.backward, 4)
-    # bfloat16 holds 8 bits, and chunks of other lengths round otherwise: a few percent of the norm, where a lost term is all of it
-    assert_equal_gradients(gradients(encoder), expected, 0.05)
+        contrastive_step(encoder, batch, loss, keep_bytes=0)
+    assert_equal_gradients(gradients(encoder), expected, 1e-6)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -143,7 +174,7 @@ def test_duplicates_take_no_part_in_either_direction(tiny_base):
 def test_health_gives_the_mean_cosines_of_positives_and_hardest_negatives(tiny_base):
     encoder = encoder_of("gpt_neo", tiny_base)
     batch = batch_of(encoder, 1)
-    outcome = plain_step(encoder, batch, LossConfig(), torch.Tensor.backward)
+    outcome = contrastive_step(encoder, batch, LossConfig())
     with torch.no_grad():
         queries, documents = encoder(batch.queries), encoder(batch.documents)
     cosines = [[float(torch.cosine_similarity(q, d, dim=0)) for d in documents] for q in queries]

@@ -130,3 +130,20 @@ def test_vectors_are_not_decayed():
 def test_an_unknown_method_is_refused():
     with pytest.raises(InputError, match=r"tuning\.name='prefix' is unknown; choose one of bitfit, bitfit_norm, full, lora"):
         TuningConfig("prefix")
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "gpt2", "llama", "bert"])
+def test_over_a_bfloat16_trunk_the_biases_learn_in_float32(family, tiny_encoder):
+    encoder = tiny_encoder(family, dtype="bfloat16")
+    encoder.trunk = tune(encoder.trunk, TuningConfig("bitfit"))
+    frozen = {name: p.clone() for name, p in encoder.trunk.named_parameters() if not p.requires_grad}
+    optimizer = build_optimizer(learning(encoder.trunk), OptimConfig(learning_rate=1e-5))
+    before = {name: p.clone() for name, p in learning(encoder.trunk).items()}
+    encoder(encoder.token_ids(["parse a date", "from a string of words"], "query")).float().square().mul(torch.linspace(0, 1, 32)).sum().backward()
+    optimizer.step()
+    assert {p.dtype for p in before.values()} == {torch.float32}
+    # a step of 1e-5 is lost in bfloat16, whose next number after 0.3 is 0.002 away
+    wanted = {name: p for name, p in learning(encoder.trunk).items() if p.grad is not None and p.grad.abs().max() > 1e-4}  # nobody asks BERT's pooler
+    assert all((p != before[name]).any() for name, p in wanted.items())
+    assert all(torch.equal(p, frozen[name]) for name, p in encoder.trunk.named_parameters() if name in frozen)
+    assert {p.dtype for name, p in encoder.trunk.named_parameters() if p.ndim > 1 and name in frozen} == {torch.bfloat16}

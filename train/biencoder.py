@@ -38,7 +38,7 @@ def main(composed: DictConfig) -> None:
     plan(examples, config.trainer, accelerator.num_processes)
     sets, dev = evaluate.read_sets(config.evaluation), evaluate.read_sets(config.dev)
     contract = Contract(config.pooling.name, config.markers, base=config.model.path)
-    encoder = Encoder(load_trunk(config.model), load_tokenizer(config.model.path), contract, tokens_per_group=config.trainer.tokens_per_group)
+    encoder = Encoder(load_trunk(config.model), load_tokenizer(config.model.path), contract, tokens_per_pack=config.trainer.tokens_per_pack)
     encoder.trunk = tune(encoder.trunk, config.tuning)
     encoder.to(accelerator.device)
     base = {name: parameter.detach().clone() for name, parameter in learning(encoder.trunk).items()}

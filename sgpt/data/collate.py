@@ -1,7 +1,7 @@
-"""Examples to token ids: marked, truncated, query-major, and cut into right-padded groups of like length."""
+"""Examples to token ids: marked, truncated, query-major."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +9,7 @@ from torch import Tensor
 
 from sgpt.data.example import Example
 from sgpt.markers import Frame, Role
-
-Rows = list[list[int]]  # token ids of one text each, ragged
-ALIKE = 0.8  # of the longest row's length
+from sgpt.packing import Rows
 
 
 @dataclass(frozen=True)
@@ -56,45 +54,3 @@ def content_ids(texts: Sequence[str], tokenizer) -> Rows:
 def hashes(texts: Sequence[str]) -> Tensor:
     """[rows] int64."""
     return torch.tensor([int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True) for text in texts])
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows of like length, right-padded: `rows` are their places in the batch, tensors [len(rows), T]."""
-
-    rows: list[int]
-    input_ids: Tensor
-    attention_mask: Tensor
-
-
-def length_groups(rows: Rows, pad_id: int, tokens_per_group: int) -> Iterator[Group]:
-    """Longest first, each group at most `tokens_per_group` positions (or one row). Every row is in exactly one group.
-
-    On text a batch padded to its longest row is two to three times its real tokens. A group ends, too, at a row much shorter
-    than its longest, unless it is still so small that computing one more group would cost more than the padding.
-    """
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
-    start = 0
-    while start < len(order):
-        width = max(1, len(rows[order[start]]))
-        stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * width <= tokens_per_group:
-            if len(rows[order[stop]]) < ALIKE * width and (stop - start) * width >= tokens_per_group // 8:
-                break
-            stop += 1
-        members = order[start:stop]
-        input_ids = torch.full((len(members), width), pad_id)
-        attention_mask = torch.zeros(len(members), width, dtype=torch.long)
-        for line, row in enumerate(members):
-            length = len(rows[row])
-            input_ids[line, :length] = torch.tensor(rows[row], dtype=torch.long)
-            attention_mask[line, :length] = 1
-        yield Group(members, input_ids, attention_mask)
-        start = stop
-
-
-def padding_share(rows: Rows, tokens_per_group: int) -> float:
-    """Share of computed positions that are padding, 0 to 1."""
-    groups = list(length_groups(rows, 0, tokens_per_group))
-    positions = sum(group.input_ids.numel() for group in groups)
-    return 1 - sum(map(len, rows)) / max(1, positions)

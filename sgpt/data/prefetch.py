@@ -1,0 +1,21 @@
+"""The next batch is made while this one is computed."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """make(item) of every item, in order, one item ahead in a thread: tokenisers let other threads work."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        waiting = None
+        for item in items:
+            coming = pool.submit(make, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
