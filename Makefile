@@ -35,8 +35,8 @@ nano: install  ## pretrain the small base model again from open text (TEXT=<fold
 bench: $(BIN)/.installed-dev  ## compare with sentence-transformers, same data and steps
 	$(BIN)/python benchmarks/parity_sentence_transformers.py
 
-clean:          ## remove runs and harvested data, keep .venv
-	rm -rf runs data/raw
+clean:          ## remove runs, harvested and cached data, keep .venv
+	rm -rf runs data/raw data/cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

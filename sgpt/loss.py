@@ -58,27 +58,40 @@ def positive_rows(num_queries: int, documents_per_query: int, rank: int, device:
     return (rank * num_queries + torch.arange(num_queries, device=device)) * documents_per_query
 
 
-def duplicates(query_hashes: Tensor, all_query_hashes: Tensor, all_document_hashes: Tensor, positives: Tensor, documents_per_query: int) -> Tensor:
+def duplicates(
+    query_hashes: Tensor, all_query_hashes: Tensor, all_document_hashes: Tensor, positives: Tensor, documents_per_query: int,
+    other_positives: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """ignored [Q, C]: the candidates that only look like negatives of a query, decided by equal input text.
 
-    Candidate c is ignored for query i when it has the text of i's own positive, when it is the positive of a query with
-    i's text, or when its text is i's. The positive itself and the hard negatives curated for i always count.
-    Hashes are int64; query_hashes [Q] of any queries, positives [Q] their rows among the candidates; all_* are gathered
-    rank-major, [W·Q] and [C].
+    Candidate c is ignored for query i when it has the text of i's own positive or of another positive of i, when it is the
+    positive of a query with i's text, or when its text is i's. The positive itself and the hard negatives curated for i
+    always count. Hashes are int64; query_hashes [Q] of any queries, positives [Q] their rows among the candidates,
+    other_positives [Q, any]; all_* are gathered rank-major, [W·Q] and [C].
     """
     r = documents_per_query
     ignored = all_document_hashes[None] == all_document_hashes[positives][:, None]
     ignored |= all_document_hashes[None] == query_hashes[:, None]
     ignored[:, ::r] |= all_query_hashes[None] == query_hashes[:, None]
+    for other in other_positives.T if other_positives is not None else ():
+        ignored |= all_document_hashes[None] == other[:, None]
     own = positives[:, None] + torch.arange(r, device=positives.device)
     return ignored.scatter_(1, own, False)
 
 
-def duplicate_queries(query_hashes: Tensor, all_query_hashes: Tensor, all_document_hashes: Tensor, positives: Tensor, documents_per_query: int) -> Tensor:
-    """ignored [Q, W·Q] of the other direction: query j is no negative of the positive of i where that one is none of j's in `duplicates`."""
+def duplicate_queries(
+    query_hashes: Tensor, all_query_hashes: Tensor, all_document_hashes: Tensor, positives: Tensor, documents_per_query: int,
+    all_other_positives: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """ignored [Q, W·Q] of the other direction: query j is no negative of the positive of i where that one is none of j's in `duplicates`.
+
+    all_other_positives [W·Q, any].
+    """
     r = documents_per_query
     own = all_document_hashes[positives][:, None]
     ignored = (own == all_document_hashes[None, ::r]) | (own == all_query_hashes[None]) | (query_hashes[:, None] == all_query_hashes[None])
+    for other in all_other_positives.T if all_other_positives is not None else ():
+        ignored |= own == other[None]
     return ignored.scatter_(1, positives[:, None] // r, False)
 
 

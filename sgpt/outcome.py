@@ -1,9 +1,8 @@
 """What a run leaves to read: results before and after, the analysis for the report, the manifest, the card, the last table."""
 
-import hashlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from sgpt import evaluate
 from sgpt.checkpoint import TrainState
 from sgpt.config import TrainConfig
-from sgpt.data.example import Example
+from sgpt.data.sampling import Feed
 from sgpt.encoder import Encoder
 from sgpt.evaluate import Sets
 from sgpt.model import located
@@ -23,11 +22,14 @@ from sgpt.tuning import count, learning
 SAMPLE = 512  # pairs in the similarity histogram
 
 
-def record_start(run: Run, config: TrainConfig, encoder: Encoder, examples: Sequence[Example]) -> None:
+def record_start(run: Run, config: TrainConfig, encoder: Encoder, feed: Feed) -> None:
     trained, total = count(encoder.trunk)
     run.update(
         "manifest.json", name=run.name, seed=config.trainer.seed, environment=environment(),
-        data={"path": config.data.path, "examples": len(examples), "sha256": examples_hash(examples)},
+        data={
+            "examples": sum(len(source.examples) for source in feed.sources),
+            "sources": [{"source": source.name, "examples": len(source.examples), "key": source.examples.key} for source in feed.sources],
+        },
         parameters={"trained": trained, "total": total}, contract={"fingerprint": encoder.contract.fingerprint(), **asdict(encoder.contract)},
     )
 
@@ -70,7 +72,7 @@ def show(run: Run) -> None:
     console.print(f"trained {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters: "
                   f"{_bytes(size['adapter'])} of changes to a model of {_bytes(size['model'])}")
     console.print(f"run folder  {run.folder}   (open {run.folder}/report.html)")
-    ours = manifest["data"]["path"].endswith("pydocs")  # what search looks through when no corpus is named
+    ours = manifest["data"]["sources"][0]["source"].endswith("pydocs")  # what search looks through when no corpus is named
     what = 'query="parse a date from a string"' if ours else "corpus=<JSON lines of _id and text>"
     here = Path(sys.executable)
     python = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else "python"  # .venv/bin/python needs no activation
@@ -105,16 +107,10 @@ An SGPT bi-encoder: {config.model.path} with {manifest['parameters']['trained']:
     encoder = Encoder.from_pretrained("{run.folder}/export")
     encoder.encode_queries([...]), encoder.encode_documents([...])
 
-Trained on {manifest['data']['examples']:,} examples (sha256 {manifest['data']['sha256'][:16]}), loss {config.loss.name}, scale {config.loss.scale:g},
-{config.trainer.queries_per_process} queries a process, peak learning rate {config.optim.learning_rate:g}, seed {config.trainer.seed}.
+Trained on {manifest['data']['examples']:,} examples ({', '.join(source['key'] for source in manifest['data']['sources'])}),
+loss {config.loss.name}, scale {config.loss.scale:g}, {config.trainer.queries_per_process} queries a process,
+peak learning rate {config.optim.learning_rate:g}, seed {config.trainer.seed}.
 """
-
-
-def examples_hash(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update("\x1f".join((example.query, example.positive, *example.hard_negatives)).encode() + b"\x1e")
-    return digest.hexdigest()
 
 
 def _similarity(encoder: Encoder, sets: Sets) -> dict[str, list[float]]:

@@ -29,27 +29,33 @@ SCORES_AT_A_TIME = 2**25  # 128 MB in float32, a few times that while they are c
 class Contest:
     """Who competes for whom in a batch, over all processes, on the device: hashes of own queries [Q], of all queries [W·Q]
 
-    and of all documents [C]; positives [Q], the row of each own query's positive among the candidates.
+    and of all documents [C]; positives [Q], the row of each own query's positive among the candidates; other_positives
+    [Q, any], further positives of the own queries.
     """
 
     queries: Tensor
     all_queries: Tensor
     all_documents: Tensor
     positives: Tensor
+    other_positives: Tensor
+    all_other_positives: Tensor | None
     documents_per_query: int
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> "Contest":
+    def of(cls, batch: Batch, device: torch.device, *, symmetric: bool) -> "Contest":
         queries, documents, r = batch.query_hashes.to(device), batch.document_hashes.to(device), batch.documents_per_query
-        return cls(queries, gather(queries), gather(documents), positive_rows(len(queries), r, world()[0], device), r)
+        positives, others = positive_rows(len(queries), r, world()[0], device), batch.other_positive_hashes.to(device)
+        return cls(queries, gather(queries), gather(documents), positives, others, _gather_ragged(others, documents[::r]) if symmetric else None, r)
 
     def duplicates(self, rows: slice) -> Tensor:
         """ignored [rows, C]."""
-        return duplicates(self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], self.documents_per_query)
+        return duplicates(self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], self.documents_per_query, self.other_positives[rows])
 
     def duplicate_queries(self, rows: slice) -> Tensor:
         """ignored [rows, W·Q]."""
-        return duplicate_queries(self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], self.documents_per_query)
+        return duplicate_queries(
+            self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], self.documents_per_query, self.all_other_positives
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def contrastive_step(encoder: Encoder, batch: Batch, config: LossConfig, *, keep
 
 def objective(queries: Tensor, documents: Tensor, batch: Batch, config: LossConfig) -> tuple[Tensor, Outcome]:
     """InfoNCE of this process' queries [Q, D] against the documents [Q·R, D] of all processes."""
-    contest = Contest.of(batch, queries.device)
+    contest = Contest.of(batch, queries.device, symmetric=config.symmetric)
     queries, candidates = unit(queries), unit(gather_with_gradient(documents))  # [C, D], rank-major
     loss = _cross_entropy(queries, candidates, config.scale, contest.positives, contest.duplicates)
     if config.symmetric:  # each positive document finds its query among all queries
@@ -104,6 +110,12 @@ def _cross_entropy(rows: Tensor, candidates: Tensor, scale: float, positives: Te
     if len(chunks) == 1:
         return part(chunks[0]) / len(rows)
     return sum(checkpoint(part, chosen, use_reentrant=False, preserve_rng_state=False) for chosen in chunks) / len(rows)
+
+
+def _gather_ragged(columns: Tensor, filler: Tensor) -> Tensor:
+    """[rows, any] of every process -> [W·rows, most]; filler [rows] fills the shorter ones."""
+    most = int(gather(torch.tensor([columns.shape[1]], device=columns.device)).max())
+    return gather(torch.cat([columns, filler[:, None].expand(-1, most - columns.shape[1])], dim=1))
 
 
 def _chunks(rows: int, columns: int) -> list[slice]:

@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -21,10 +21,8 @@ from torch import nn
 
 from sgpt import checkpoint
 from sgpt.checkpoint import TrainState
-from sgpt.data.collate import Batch, collate
-from sgpt.data.example import Example
 from sgpt.data.prefetch import ahead
-from sgpt.data.sampling import Schedule
+from sgpt.data.sampling import Feed
 from sgpt.distributed import average_gradients, gather
 from sgpt.encoder import TOKENS_PER_PACK, Encoder
 from sgpt.errors import InputError
@@ -74,31 +72,29 @@ class TrainerConfig:
         if self.max_steps is not None and self.max_steps < 1:
             raise InputError(f"trainer.max_steps={self.max_steps} must be 1 or more, or null for whole epochs")
 
-    def steps(self, batches_per_epoch: int) -> int:
-        """Optimizer steps of the whole run."""
-        steps = batches_per_epoch * self.epochs // self.gradient_accumulation
-        if steps == 0:
+    def steps(self, batches_per_epoch: float) -> int:
+        """Optimizer steps of the whole run: enough for every example of every epoch."""
+        if batches_per_epoch * self.epochs < self.gradient_accumulation:
             raise InputError(
-                f"trainer.gradient_accumulation={self.gradient_accumulation} is more than the {batches_per_epoch * self.epochs} "
+                f"trainer.gradient_accumulation={self.gradient_accumulation} is more than the {batches_per_epoch * self.epochs:.1f} "
                 "batches of the run; lower it"
             )
+        steps = math.ceil(batches_per_epoch * self.epochs / self.gradient_accumulation)
         return min(steps, self.max_steps or steps)
 
 
-def plan(examples: Sequence[Example], config: TrainerConfig, processes: int) -> tuple[Schedule, int]:
-    """The batches and the number of optimizer steps; InputError when there is nothing to train on. Known before anything is written."""
-    if config.queries_per_process * processes * (1 + len(examples[0].hard_negatives)) < 2:
+def check(feed: Feed) -> None:
+    """InputError when a batch could teach nothing. Known before anything is written."""
+    if feed.queries_in_total * (1 + min(source.num_hard_negatives for source in feed.sources)) < 2:
         raise InputError(
             "a batch has one query and no hard negative, so there is no negative at all and the loss would be 0; "
             "raise trainer.queries_per_process or data.num_hard_negatives"
         )
-    batches = Schedule(len(examples), config.queries_per_process, processes, config.seed)
-    return batches, config.steps(batches.batches_per_epoch)
 
 
 def train(
     encoder: Encoder,
-    examples: Sequence[Example],
+    feed: Feed,
     accelerator: Accelerator,
     run: Run,
     config: TrainerConfig,
@@ -110,8 +106,8 @@ def train(
 
     evaluate: results on the dev sets, called every `evaluate_every_steps` on all processes.
     """
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    batches, steps = plan(examples, config, processes)
+    check(feed)
+    rank, processes, steps = accelerator.process_index, accelerator.num_processes, config.steps(feed.batches_per_epoch)
     parameters = learning(encoder.trunk)
     optimizer = build_optimizer(parameters, optim)
     schedule = build_schedule(optimizer, optim, steps)
@@ -123,12 +119,9 @@ def train(
         log.info("resumed from %s", newest)
     keep_bytes = free_memory_bytes(encoder.device) / 2 if config.keep_gigabytes is None else config.keep_gigabytes * 1e9
     metrics = MetricsLog(run, state, steps, accelerator)
-    _announce(encoder, examples, batches, steps, config, optim, accelerator)
+    _announce(encoder, feed, steps, config, optim, accelerator)
 
-    def batch_of(number: int) -> Batch:
-        return collate([examples[row] for row in batches.rows(number, rank)], encoder.tokenizer, encoder.frames)
-
-    coming = ahead(batch_of, range(state.batches, steps * config.gradient_accumulation))
+    coming = ahead(lambda number: feed.batch(number, rank), range(state.batches, steps * config.gradient_accumulation))
     encoder.train()
     while state.step < steps:
         started, num_tokens = time.perf_counter(), 0
@@ -234,19 +227,20 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _announce(encoder, examples, batches: Schedule, steps: int, config: TrainerConfig, optim: OptimConfig, accelerator: Accelerator) -> None:
+def _announce(encoder: Encoder, feed: Feed, steps: int, config: TrainerConfig, optim: OptimConfig, accelerator: Accelerator) -> None:
     """One block: what is about to happen, and what part of the texts the limits cut."""
     learned, total = count(encoder.trunk)
     queries = config.queries_per_process * accelerator.num_processes
-    r = 1 + len(examples[0].hard_negatives)
-    sample = [examples[row] for row in batches.rows(0, 0)[:256]]
+    r = 1 + feed.sources[0].num_hard_negatives
+    sample = [feed.sources[source].examples[example] for source, example, _ in feed.rows(0, 0)[:256]]
     cut = {
         "queries": encoder.truncation_share([example.query for example in sample], "query"),
         "documents": encoder.truncation_share([example.positive for example in sample], "document"),
     }
     log.info("learning %s of %s parameters (%.4f %%)", f"{learned:,}", f"{total:,}", 100 * learned / total)
-    log.info("%s examples, %d queries a batch in total, %d candidates a query, %d steps (%.2f epochs)", f"{len(examples):,}", queries, queries * r,
-             steps, steps * config.gradient_accumulation / batches.batches_per_epoch)
+    log.info("%s examples, %d queries a batch in total, %d candidates a query, %d steps (%.2f epochs)",
+             f"{sum(len(source.examples) for source in feed.sources):,}", queries, queries * r, steps,
+             steps * config.gradient_accumulation / feed.batches_per_epoch)
     log.info("peak learning rate %.2e, %s, %s, %d process(es), %d thread(s) each", optim.learning_rate, config.precision, encoder.device,
              accelerator.num_processes, torch.get_num_threads())
     log.info("truncated at the limits: %.1f %% of queries, %.1f %% of documents (of %d sampled)", 100 * cut["queries"], 100 * cut["documents"], len(sample))

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -29,7 +30,8 @@ def lines(file: Path, *rows: object) -> Path:
 
 
 def read(file: Path, **options) -> list[Example]:
-    return read_examples(DataConfig(**{"name": "jsonl", "path": str(file), **options}))
+    with tempfile.TemporaryDirectory() as cache:
+        return list(read_examples(DataConfig(**{"name": "jsonl", "path": str(file), **options}), Path(cache)))
 
 
 # --- JSON lines ---
@@ -39,13 +41,13 @@ def read(file: Path, **options) -> list[Example]:
 def test_json_lines_become_examples_plain_or_gzipped(name, tmp_path):
     file = lines(tmp_path / name, GOOD[0], "", {**GOOD[1], "other": 3})
     assert read(file) == [Example("q1", "p1"), Example("q2", "p2")]
-    assert read(file, num_hard_negatives=1) == [Example("q1", "p1", ("n1",)), Example("q2", "p2", ("n2",))]
+    assert read(file, num_hard_negatives=1) == [Example("q1", "p1", ("n1",)), Example("q2", "p2", ("n2", "m2"))]
     assert read(file, limit=1) == [Example("q1", "p1")]
 
 
 def test_several_hard_negatives_come_from_a_list_or_from_numbered_columns(tmp_path):
     file = lines(tmp_path / "train.jsonl", GOOD[1], {"query": "q", "positive": "p", "negative": "a", "negative_2": "b", "negative_3": "c"})
-    assert [example.hard_negatives for example in read(file, num_hard_negatives=2)] == [("n2", "m2"), ("a", "b")]
+    assert [example.hard_negatives for example in read(file, num_hard_negatives=2)] == [("n2", "m2"), ("a", "b", "c")]
 
 
 def test_columns_take_the_files_own_names(tmp_path):
@@ -89,7 +91,7 @@ def test_a_bad_line_is_named_with_its_value_and_the_remedy(row, options, message
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"nothing\.jsonl: no such file; check the path"):
+    with pytest.raises(InputError, match=r"nothing\.jsonl: no such file or folder; check the path"):
         read(tmp_path / "nothing.jsonl")
     with pytest.raises(InputError, match=r"no such file; check the path"):
         read(tmp_path)  # a folder
@@ -102,9 +104,9 @@ def test_an_empty_file_is_refused(text, tmp_path):
         read(tmp_path / "train.jsonl")
 
 
-def test_a_path_must_be_given():
+def test_a_path_must_be_given(tmp_path):
     with pytest.raises(InputError, match=r"data\.path is empty; set data\.path=<file or folder> for data=jsonl"):
-        read_examples(DataConfig())
+        read_examples(DataConfig(), tmp_path)
 
 
 def damaged(content: bytes, how: str) -> bytes:

@@ -28,7 +28,7 @@ STEPS = 3
 
 # name -> more arguments of train/biencoder.py, and what its one sentence says
 BAD_TRAINING = {
-    "no data": (["data.path=nowhere.jsonl"], r"nowhere\.jsonl: no such file; check the path"),
+    "no data": (["data.path=nowhere.jsonl"], r"nowhere\.jsonl: no such file or folder; check the path"),
     "no path": (["data.path="], r"data\.path is empty; set data\.path=<file or folder> for data=jsonl"),
     "not json": (["data.path=torn.jsonl"], r"torn\.jsonl, line 2: not JSON .*mend or remove the line"),
     "blank text": (["data.path=blank.jsonl"], r"blank\.jsonl, line 2, query: the text is blank"),

@@ -175,7 +175,7 @@ def test_a_whole_harvest_is_used_again_and_a_killed_one_is_not(installation, tmp
 
 
 def test_the_reader_gives_the_harvest_as_examples(installation, tmp_path):
-    examples = read_examples(DataConfig("pydocs", str(tmp_path / "pydocs"), num_hard_negatives=1))
+    examples = read_examples(DataConfig("pydocs", str(tmp_path / "pydocs"), num_hard_negatives=1), tmp_path / "cache")
     assert [(example.query, len(example.hard_negatives)) for example in examples][-1] == ("The only file there is.", 1)
 
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from sgpt.checkpoint import TrainState
 from sgpt.data.example import Example
+from sgpt.data.sampling import Feed, Source
+from sgpt.data.store import Examples, Tokens
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.loss import LossConfig
@@ -26,7 +28,7 @@ EXAMPLES = [
     Example(f"{a} the {b}", f"how to {a} every {b} of it", (f"never {b} the {a}",))
     for place, a in enumerate(WORDS) for b in WORDS[place + 1 : place + 4]
 ]  # fmt: skip
-STEPS = 7  # of 8 queries; an epoch has 6 batches
+STEPS = 7  # of 8 queries; an epoch has 6.75 batches
 
 
 class Stopped(Exception):
@@ -53,7 +55,15 @@ def trained(folder: Path, encoder: Encoder, *, stop_after: int | None = None, ra
         return {"toy": {"ndcg@10": 0.5}}
 
     settings = {"queries_per_process": 8, "epochs": 2, "max_steps": STEPS, "log_every_steps": 1, "save_every_steps": 2, "evaluate_every_steps": 1} | config
-    return train(encoder, EXAMPLES, Accelerator(cpu=True), Run(folder), TrainerConfig(**settings), LossConfig(), OptimConfig(learning_rate=rate), evaluate)
+    given = TrainerConfig(**settings)
+    feed = feed_of(EXAMPLES, encoder, given.queries_per_process)
+    return train(encoder, feed, Accelerator(cpu=True), Run(folder), given, LossConfig(), OptimConfig(learning_rate=rate), evaluate)
+
+
+def feed_of(examples: list[Example], encoder: Encoder, queries_per_process: int) -> Feed:
+    kept = Examples.of(examples)
+    source = Source("toy", kept, Tokens(kept, encoder.tokenizer, 100), encoder.frames, len(examples[0].hard_negatives))
+    return Feed([source], queries_per_process)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -144,12 +154,12 @@ def test_a_batch_without_any_negative_is_refused(tiny_encoder, tmp_path):
     encoder, run = fresh_encoder(tiny_encoder, "bitfit"), Run(tmp_path)
     config = TrainerConfig(queries_per_process=1)
     with pytest.raises(InputError, match=r"no negative at all and the loss would be 0; raise trainer\.queries_per_process or data\.num_hard_negatives"):
-        train(encoder, [Example("q", "p")] * 3, Accelerator(cpu=True), run, config, LossConfig(), OptimConfig(), dict)
+        train(encoder, feed_of([Example("q", "p")] * 3, encoder, 1), Accelerator(cpu=True), run, config, LossConfig(), OptimConfig(), dict)
     assert not list(tmp_path.iterdir())
 
 
 def test_more_accumulation_than_batches_is_refused_and_accumulation_is_warned_about(tiny_encoder, tmp_path, caplog):
-    with pytest.raises(InputError, match=r"trainer\.gradient_accumulation=99 is more than the 12 batches of the run; lower it"):
+    with pytest.raises(InputError, match=r"trainer\.gradient_accumulation=99 is more than the 13\.5 batches of the run; lower it"):
         trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), gradient_accumulation=99)
     trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), gradient_accumulation=2, max_steps=1)
     assert "gradient_accumulation=2 adds no in-batch negatives: each query still sees 16 candidates" in caplog.text

@@ -1,48 +1,121 @@
-"""Batches as a function of seed and position."""
+"""Batches as a function of seed and position; every example exactly once an epoch; sources by weight."""
+
+from collections import Counter
 
 import pytest
 
-from sgpt.data.sampling import Schedule
+from sgpt.data.example import Example
+from sgpt.data.sampling import Feed, Source
+from sgpt.data.store import Examples
 from sgpt.errors import InputError
+from sgpt.markers import Frame
 
+FRAMES = {"query": Frame((90,), (91,), 5), "document": Frame((92,), (93,), 5)}
 SIZES = [(100, 8, 1), (100, 8, 3), (64, 8, 2), (17, 1, 4), (5, 5, 1)]  # examples, queries a process, processes
 
 
+class Numbers:
+    """Stands where token ids stand: the number of the text itself."""
+
+    def __getitem__(self, text: int) -> list[int]:
+        return [text]
+
+
+def source(size: int, *, positives: int = 1, negatives: int = 0, take: int = 0, weight: float = 1.0, name: str = "s") -> Source:
+    made = Examples.of(
+        Example(f"{name} q{n}", f"{name} p{n}.0", tuple(f"{name} n{n}.{k}" for k in range(negatives)), tuple(f"{name} p{n}.{k}" for k in range(1, positives)))
+        for n in range(size)
+    )
+    return Source(name, made, Numbers(), FRAMES, take, weight)
+
+
+def feed(examples: int, queries: int, processes: int, seed: int) -> Feed:
+    return Feed([source(examples)], queries, processes, seed)
+
+
 @pytest.mark.parametrize(("examples", "queries", "processes"), SIZES)
-def test_an_epoch_sees_every_row_at_most_once_over_all_processes(examples, queries, processes):
-    schedule = Schedule(examples, queries, processes, seed=3)
-    for epoch in range(2):
-        places = range(epoch * schedule.batches_per_epoch, (epoch + 1) * schedule.batches_per_epoch)
-        batches = [schedule.rows(batch, rank) for batch in places for rank in range(processes)]
-        assert all(len(batch) == queries for batch in batches)  # no process ever holds fewer
-        drawn = [row for batch in batches for row in batch]
-        assert len(drawn) == len(set(drawn))
-        assert set(drawn) <= set(range(examples))
-        assert examples - len(drawn) < queries * processes  # only a last partial batch is dropped
+def test_an_epoch_sees_every_example_exactly_once_over_all_processes(examples, queries, processes):
+    made = feed(examples, queries, processes, seed=3)
+    batches = [made.rows(batch, rank) for batch in range(-(-3 * examples // (queries * processes))) for rank in range(processes)]
+    assert all(len(batch) == queries for batch in batches)  # no process ever holds fewer
+    seen = Counter((epoch, example) for batch in batches for _, example, epoch in batch)
+    assert set(seen.values()) == {1}
+    assert {(epoch, example) for epoch in range(3) for example in range(examples)} <= seen.keys()
+    assert len(seen) - 3 * examples < queries * processes  # the last batch takes the beginning of the next epoch
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_together_draw_the_batch_of_one_process_that_is_as_large(processes):
-    several, one = Schedule(100, 4, processes, seed=0), Schedule(100, 4 * processes, 1, seed=0)
-    assert several.batches_per_epoch == one.batches_per_epoch
-    for batch in range(3 * one.batches_per_epoch):
+    several, one = feed(100, 4, processes, 0), feed(100, 4 * processes, 1, 0)
+    for batch in range(40):
         assert [row for rank in range(processes) for row in several.rows(batch, rank)] == one.rows(batch, 0)
 
 
 def test_rows_depend_on_the_position_alone():
-    one, other = Schedule(50, 4, 2, seed=1), Schedule(50, 4, 2, seed=1)
+    one, other = (Feed([source(50, name="a"), source(70, name="b", weight=2)], 4, 2, 1) for _ in range(2))
     forwards = [one.rows(batch, 1) for batch in range(20)]
     assert [other.rows(batch, 1) for batch in reversed(range(20))] == forwards[::-1]
 
 
 def test_epochs_and_seeds_are_shuffled_differently():
-    schedule = Schedule(50, 50, 1, seed=1)
-    assert schedule.rows(0, 0) != schedule.rows(1, 0)
-    assert sorted(schedule.rows(0, 0)) == sorted(schedule.rows(1, 0)) == list(range(50))
-    assert schedule.rows(0, 0) != Schedule(50, 50, 1, seed=2).rows(0, 0)
-    assert schedule.rows(1, 0) != Schedule(50, 50, 1, seed=2).rows(0, 0)  # the next epoch is not the next seed
+    made = feed(50, 50, 1, seed=1)
+    first, second, other = ([example for _, example, _ in rows] for rows in (made.rows(0, 0), made.rows(1, 0), feed(50, 50, 1, seed=2).rows(0, 0)))
+    assert sorted(first) == sorted(second) == sorted(other) == list(range(50))
+    assert first != second != other != first
+    assert second != [example for _, example, _ in feed(50, 50, 1, seed=2).rows(1, 0)]  # the next epoch is not the next seed
+
+
+def test_batches_are_of_one_source_and_sources_come_by_weight():
+    made = Feed([source(50, name="a", weight=3), source(20, name="b", weight=1)], 4, 2, 0)
+    drawn = [{row[0] for rank in range(2) for row in made.rows(batch, rank)} for batch in range(40)]
+    assert all(len(sources) == 1 for sources in drawn)
+    assert Counter(sources.pop() for sources in drawn) == {0: 30, 1: 10}
+    small = [example for batch in range(40) for rank in range(2) for source, example, epoch in made.rows(batch, rank) if source == 1 and epoch == 0]
+    assert sorted(small) == list(range(20))  # each source has epochs of its own
+
+
+def test_mixed_batches_hold_every_source_by_weight():
+    made = Feed([source(50, name="a", weight=3), source(20, name="b", weight=1)], 8, 1, 0, mixed=True)
+    for batch in range(20):
+        assert Counter(source for source, _, _ in made.rows(batch, 0)) == {0: 6, 1: 2}
+
+
+def test_one_positive_is_drawn_each_epoch_and_the_others_are_known():
+    made = source(3, positives=4)
+    drawn = [made.draw(1, epoch, seed=0) for epoch in range(40)]
+    assert {one.documents[0] for one in drawn} == set(made.examples.positives[1])
+    assert all({one.documents[0], *one.other_positives} == set(made.examples.positives[1]) for one in drawn)
+    assert drawn == [made.draw(1, epoch, seed=0) for epoch in range(40)]
+    assert drawn != [made.draw(1, epoch, seed=1) for epoch in range(40)]
+
+
+def test_hard_negatives_go_round_epoch_by_epoch():
+    made = source(2, negatives=5, take=2)
+    negatives = made.examples.hard_negatives[1]
+    drawn = [made.draw(1, epoch, seed=0).documents[1:] for epoch in range(5)]
+    assert drawn[:3] == [(negatives[0], negatives[1]), (negatives[2], negatives[3]), (negatives[4], negatives[0])]
+    assert Counter(text for documents in drawn for text in documents) == dict.fromkeys(negatives, 2)
+
+
+def test_a_batch_has_framed_ids_and_hashes_in_query_major_order():
+    made = Feed([source(4, positives=2, negatives=3, take=2)], 4)
+    batch, rows = made.batch(0, 0), made.rows(0, 0)
+    examples = made.sources[0].examples
+    assert batch.documents_per_query == 3
+    for place, (_, example, epoch) in enumerate(rows):
+        drawn = made.sources[0].draw(example, epoch, 0)
+        assert batch.queries[place] == [90, drawn.query, 91]
+        assert batch.documents[3 * place : 3 * place + 3] == [[92, text, 93] for text in drawn.documents]
+        assert batch.query_hashes[place] == examples.hashes[drawn.query]
+        assert batch.document_hashes[3 * place] == examples.hashes[drawn.documents[0]]
+        assert batch.other_positive_hashes[place].tolist() == [examples.hashes[text] for text in drawn.other_positives]
 
 
 def test_too_few_examples_for_one_batch_are_refused():
-    with pytest.raises(InputError, match=r"7 training examples do not fill one batch of 4 queries on each of 2 processes; lower trainer\.queries_per_process"):
-        Schedule(7, 4, 2, seed=0)
+    with pytest.raises(InputError, match=r"s: 7 training examples do not fill one batch of 4 queries on each of 2 processes; lower trainer"):
+        feed(7, 4, 2, seed=0)
+
+
+def test_mixed_sources_need_the_same_number_of_hard_negatives():
+    with pytest.raises(InputError, match=r"data\.mixed=true puts examples of all sources into one batch, so all need the same num_hard_negatives"):
+        Feed([source(50, negatives=1, take=1), source(50, name="b")], 4, mixed=True)

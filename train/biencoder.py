@@ -16,13 +16,13 @@ def main(composed: DictConfig) -> None:
     from sgpt.adapter import save_adapter
     from sgpt.config import TrainConfig, plain, typed
     from sgpt.contract import Contract
-    from sgpt.data.readers import read_examples
+    from sgpt.data.readers import build_feed
     from sgpt.encoder import Encoder
     from sgpt.export import export
     from sgpt.model import load_tokenizer, load_trunk
     from sgpt.report import write_report
     from sgpt.run import begin, claim
-    from sgpt.trainer import plan, train
+    from sgpt.trainer import check, train
     from sgpt.tuning import learning, tune
 
     config = typed(TrainConfig, composed)
@@ -33,23 +33,26 @@ def main(composed: DictConfig) -> None:
     accelerator = launch.start(config)
 
     # everything that can be wrong is read and checked before anything is written
-    with accelerator.main_process_first():  # one process harvests or downloads, the others find it done
-        examples = read_examples(config.data)
-    plan(examples, config.trainer, accelerator.num_processes)
+    tokenizer = load_tokenizer(config.model.path)
+    with accelerator.main_process_first():  # one process harvests, reads and tokenises, the others find it done
+        feed = build_feed(config.data, tokenizer, config.markers, queries_per_process=config.trainer.queries_per_process,
+                          processes=accelerator.num_processes, seed=config.trainer.seed)
+    check(feed)
+    config.trainer.steps(feed.batches_per_epoch)
     sets, dev = evaluate.read_sets(config.evaluation), evaluate.read_sets(config.dev)
     contract = Contract(config.pooling.name, config.markers, base=config.model.path)
-    encoder = Encoder(load_trunk(config.model), load_tokenizer(config.model.path), contract, tokens_per_pack=config.trainer.tokens_per_pack)
+    encoder = Encoder(load_trunk(config.model), tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
     encoder.trunk = tune(encoder.trunk, config.tuning)
     encoder.to(accelerator.device)
     base = {name: parameter.detach().clone() for name, parameter in learning(encoder.trunk).items()}
     if accelerator.is_main_process:
         begin(run, plain(config))
-        outcome.record_start(run, config, encoder, examples)
+        outcome.record_start(run, config, encoder, feed)
         outcome.record_before(run, encoder, sets, bm25=config.evaluation.bm25)
     accelerator.wait_for_everyone()
     launch.start_trackers(accelerator, config)
 
-    state = train(encoder, examples, accelerator, run, config.trainer, config.loss, config.optim, lambda: evaluate.evaluate(encoder, dev))
+    state = train(encoder, feed, accelerator, run, config.trainer, config.loss, config.optim, lambda: evaluate.evaluate(encoder, dev))
 
     if accelerator.is_main_process:
         save_adapter(encoder, base, run.folder / "adapter")

@@ -68,7 +68,7 @@ def read_qrels(folder: Path, split: str) -> dict[str, dict[str, int]]:
 
 
 def read_examples(folder: Path, split: str, triples: str | None, num_hard_negatives: int) -> Iterator[Example]:
-    """Training examples: a line of `triples` (query-id, positive-id, negative-id …) each, else a relevant pair of the qrels each."""
+    """Training examples: a line of `triples` (query-id, positive-id, negative-id …) each, else a query of the qrels with all its positives."""
     corpus = read_corpus(folder)
     queries = {identifier: row["text"] for identifier, row in _by_id(_table(folder, "queries")).items()}
     if triples:
@@ -76,8 +76,8 @@ def read_examples(folder: Path, split: str, triples: str | None, num_hard_negati
     elif num_hard_negatives:
         raise InputError(f"{folder}: qrels name no hard negatives; set data.num_hard_negatives=0 or data.triples=<file>")
     else:
-        judged = ((query, document) for query, documents in read_qrels(folder, split).items() for document, score in documents.items() if score > 0)
-        rows = ((f"{folder}/qrels/{split}.tsv", pair) for pair in judged)
+        judged = ((query, [document for document, score in documents.items() if score > 0]) for query, documents in read_qrels(folder, split).items())
+        rows = ((f"{folder}/qrels/{split}.tsv, query {query}", [query, *positives]) for query, positives in judged if positives)
     for where, (query, *documents) in rows:
         if query not in queries:
             raise InputError(f"{where}: query id {query!r} is not in {folder}/queries.jsonl")
@@ -85,7 +85,10 @@ def read_examples(folder: Path, split: str, triples: str | None, num_hard_negati
             if document not in corpus:
                 raise InputError(f"{where}: document id {document!r} is not in {folder}/corpus.jsonl")
         texts = [corpus[document] for document in documents]
-        yield checked_example(queries[query], texts[0], texts[1:], where)
+        if triples:
+            yield checked_example(queries[query], texts[0], texts[1:], where)
+        else:
+            yield checked_example(queries[query], texts[0], (), where, texts[1:])
 
 
 def read_pairs(file: Path, split: str) -> PairSet:

@@ -1,13 +1,14 @@
 """Examples to token ids: marked, truncated, query-major."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgpt.data.example import Example
+from sgpt.data.store import Examples, Tokens
 from sgpt.markers import Frame, Role
 from sgpt.packing import Rows
 
@@ -16,13 +17,15 @@ from sgpt.packing import Rows
 class Batch:
     """Q examples of one process. documents are query-major: query i's positive is row i·R, its hard negatives follow.
 
-    The hashes [Q] and [Q·R] are int64 of the texts, by which equal texts are known over all processes.
+    The hashes [Q] and [Q·R] are int64 of the texts, by which equal texts are known over all processes;
+    other_positive_hashes [Q, any] those of further positives, which are no negatives (the positive's own where there are fewer).
     """
 
     queries: Rows
     documents: Rows
     query_hashes: Tensor
     document_hashes: Tensor
+    other_positive_hashes: Tensor
 
     @property
     def documents_per_query(self) -> int:
@@ -33,13 +36,39 @@ class Batch:
         return sum(map(len, self.queries)) + sum(map(len, self.documents))
 
 
-def collate(examples: Sequence[Example], tokenizer, frames: dict[Role, Frame]) -> Batch:
-    queries = [example.query for example in examples]
-    documents = [text for example in examples for text in (example.positive, *example.hard_negatives)]
+class Drawn(NamedTuple):
+    """One example of a batch, as numbers of texts of `examples`, with the frames of its source."""
+
+    examples: Examples
+    tokens: Tokens
+    frames: dict[Role, Frame]
+    query: int
+    documents: tuple[int, ...]
+    other_positives: tuple[int, ...]
+
+
+def batch_of(drawn: Sequence[Drawn]) -> Batch:
+    most = max(len(one.other_positives) for one in drawn)
     return Batch(
-        marked(queries, tokenizer, frames["query"]), marked(documents, tokenizer, frames["document"]),
-        hashes(queries), hashes(documents),
-    )
+        [one.frames["query"].put_around(one.tokens[one.query]) for one in drawn],
+        [one.frames["document"].put_around(one.tokens[text]) for one in drawn for text in one.documents],
+        torch.tensor([one.examples.hashes[one.query] for one in drawn]),
+        torch.tensor([one.examples.hashes[text] for one in drawn for text in one.documents]),
+        torch.tensor([
+            [one.examples.hashes[text] for text in (*one.other_positives, *(one.documents[0] for _ in range(most - len(one.other_positives))))]
+            for one in drawn
+        ]).view(len(drawn), most).long(),
+    )  # fmt: skip
+
+
+def collate(examples: Sequence[Example], tokenizer, frames: dict[Role, Frame]) -> Batch:
+    """A batch of strings: the first positive and all hard negatives of each."""
+    kept = Examples.of(examples)
+    tokens = Tokens(kept, tokenizer, max(frame.content_tokens for frame in frames.values()))
+    return batch_of([
+        Drawn(kept, tokens, frames, kept.queries[row], (kept.positives[row][0], *kept.hard_negatives[row]), tuple(kept.positives[row][1:]))
+        for row in range(len(kept))
+    ])  # fmt: skip
 
 
 def marked(texts: Sequence[str], tokenizer, frame: Frame) -> Rows:
@@ -49,8 +78,3 @@ def marked(texts: Sequence[str], tokenizer, frame: Frame) -> Rows:
 
 def content_ids(texts: Sequence[str], tokenizer) -> Rows:
     return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
-
-
-def hashes(texts: Sequence[str]) -> Tensor:
-    """[rows] int64."""
-    return torch.tensor([int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True) for text in texts])

@@ -8,11 +8,15 @@ from sgpt.errors import InputError
 
 @dataclass(frozen=True)
 class Example:
-    """Plain strings. Every example of a run has the same number of hard negatives, H; 0 is allowed."""
+    """Plain strings. Of hard negatives a run takes H at a time; 0 is allowed. Of several positives one is drawn each epoch,
+
+    and the others are never negatives of this query.
+    """
 
     query: str
     positive: str
     hard_negatives: tuple[str, ...] = ()
+    other_positives: tuple[str, ...] = ()
 
 
 def checked_text(value: object, where: str) -> str:
@@ -24,12 +28,15 @@ def checked_text(value: object, where: str) -> str:
     return value
 
 
-def checked_example(query: object, positive: object, hard_negatives: Iterable[object], where: str) -> Example:
+def checked_example(query: object, positive: object, hard_negatives: Iterable[object], where: str, other_positives: Iterable[object] = ()) -> Example:
     made = Example(
         checked_text(query, f"{where}, query"),
         checked_text(positive, f"{where}, positive"),
         tuple(checked_text(text, f"{where}, hard negative {i + 1}") for i, text in enumerate(hard_negatives)),
+        tuple(checked_text(text, f"{where}, positive {i + 2}") for i, text in enumerate(other_positives)),
     )
-    if made.positive in made.hard_negatives:
-        raise InputError(f"{where}: a hard negative equals the positive {made.positive!r:.80}; remove one of them")
+    if made.query == made.positive or made.query in made.other_positives:
+        raise InputError(f"{where}: the positive equals the query {made.query!r:.80}; such a pair teaches nothing, remove it")
+    if twice := {made.positive, *made.other_positives} & {*made.hard_negatives}:
+        raise InputError(f"{where}: a hard negative equals the positive {twice.pop()!r:.80}; remove one of them")
     return made

@@ -55,7 +55,7 @@ def example_from_row(row: dict, columns: dict[str, str], num_hard_negatives: int
             f"{where}: {len(negatives)} hard negatives in column {columns['negative']!r}, data.num_hard_negatives asks for "
             f"{num_hard_negatives}; lower it, or name the column by data.columns.negative=<column>"
         )
-    return checked_example(row[columns["query"]], row[columns["positive"]], negatives[:num_hard_negatives], where)
+    return checked_example(row[columns["query"]], row[columns["positive"]], negatives if num_hard_negatives else (), where)
 
 
 def _negatives(row: dict, column: str) -> list[object]:
