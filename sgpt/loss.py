@@ -14,11 +14,16 @@ from sgpt.errors import InputError
 
 @dataclass
 class LossConfig:
-    """scale: factor on the cosines, 1 / temperature. symmetric: also document to query, both halves weighing the same."""
+    """scale: factor on the cosines, 1 / temperature. symmetric: also document to query, both halves weighing the same.
+
+    false_negative_margin: an in-batch candidate whose cosine with a query is above that of the query's positive less this
+    margin is taken for a false negative and left out; null leaves none out. Curated hard negatives always count.
+    """
 
     name: str = "info_nce"
     scale: float = 20.0
     symmetric: bool = False
+    false_negative_margin: float | None = None
 
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
@@ -93,6 +98,13 @@ def duplicate_queries(
     for other in all_other_positives.T if all_other_positives is not None else ():
         ignored |= own == other[None]
     return ignored.scatter_(1, positives[:, None] // r, False)
+
+
+def too_alike(scores: Tensor, positives: Tensor, documents_per_query: int, margin: float) -> Tensor:
+    """ignored [Q, C]: in-batch candidates that score above the positive less `margin`, all on one scale; never the query's own documents."""
+    ignored = scores > scores.gather(1, positives[:, None]) - margin
+    own = positives[:, None] + torch.arange(documents_per_query, device=positives.device)
+    return ignored.scatter_(1, own, False)
 
 
 LOSSES = {"info_nce": info_nce}

@@ -8,6 +8,7 @@ al. 2021, arXiv 2101.06983). The gradient is the same number for number, dropout
 The scores are computed for some queries at a time as well, so a batch is limited by nothing but time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from sgpt.data.collate import Batch
 from sgpt.distributed import gather, gather_with_gradient, world
 from sgpt.encoder import Encoder
-from sgpt.loss import LossConfig, duplicate_queries, duplicates, positive_rows, scaled, unit
+from sgpt.loss import LossConfig, duplicate_queries, duplicates, positive_rows, scaled, too_alike, unit
 from sgpt.packing import Pack, distinct
 
 SCORES_AT_A_TIME = 2**25  # 128 MB in float32, a few times that while they are computed
@@ -69,6 +70,7 @@ class Outcome:
     queries: Tensor
     candidates: Tensor
     contest: Contest
+    config: LossConfig
     kept: float = 1.0
 
 
@@ -85,31 +87,42 @@ def contrastive_step(encoder: Encoder, batch: Batch, config: LossConfig, *, keep
         part.backward(encoder, pack, embeddings.grad[pack.rows])
     _restore_random_state(after, encoder.device)
     kept = sum(len(pack) for pack, part in zip(made, parts, strict=True) if part.state is None)
-    return Outcome(outcome.loss, outcome.queries, outcome.candidates, outcome.contest, kept / sum(map(len, made)))
+    return Outcome(outcome.loss, outcome.queries, outcome.candidates, outcome.contest, config, kept / sum(map(len, made)))
 
 
 def objective(queries: Tensor, documents: Tensor, batch: Batch, config: LossConfig) -> tuple[Tensor, Outcome]:
     """InfoNCE of this process' queries [Q, D] against the documents [Q·R, D] of all processes."""
     contest = Contest.of(batch, queries.device, symmetric=config.symmetric)
     queries, candidates = unit(queries), unit(gather_with_gradient(documents))  # [C, D], rank-major
-    loss = _cross_entropy(queries, candidates, config.scale, contest.positives, contest.duplicates)
+    loss = _cross_entropy(queries, candidates, config, contest.positives, contest.documents_per_query, contest.duplicates)
     if config.symmetric:  # each positive document finds its query among all queries
         own = positive_rows(len(queries), 1, world()[0], queries.device)
         positives = candidates[contest.positives]
-        loss = (loss + _cross_entropy(positives, gather_with_gradient(queries), config.scale, own, contest.duplicate_queries)) / 2
-    return loss, Outcome(loss.detach(), queries.detach(), candidates.detach(), contest)
+        loss = (loss + _cross_entropy(positives, gather_with_gradient(queries), config, own, 1, contest.duplicate_queries)) / 2
+    return loss, Outcome(loss.detach(), queries.detach(), candidates.detach(), contest, config)
 
 
-def _cross_entropy(rows: Tensor, candidates: Tensor, scale: float, positives: Tensor, ignored) -> Tensor:
+def _cross_entropy(rows: Tensor, candidates: Tensor, config: LossConfig, positives: Tensor, own: int, duplicated: Callable[[slice], Tensor]) -> Tensor:
     """`info_nce` of rows of length 1, of which so many are scored at a time that memory stays bounded; their scores are made again backwards."""
 
     def part(chosen: slice) -> Tensor:
-        return F.cross_entropy(scaled(rows[chosen], candidates, scale, ignored(chosen)), positives[chosen], reduction="sum")
+        scores, _ = _scores(rows[chosen], candidates, config, config.scale, positives[chosen], own, duplicated(chosen))
+        return F.cross_entropy(scores, positives[chosen], reduction="sum")
 
     chunks = _chunks(len(rows), len(candidates))
     if len(chunks) == 1:
         return part(chunks[0]) / len(rows)
     return sum(checkpoint(part, chosen, use_reentrant=False, preserve_rng_state=False) for chosen in chunks) / len(rows)
+
+
+def _scores(
+    rows: Tensor, candidates: Tensor, config: LossConfig, scale: float, positives: Tensor, own: int, duplicated: Tensor
+) -> tuple[Tensor, Tensor]:
+    """scale · cosine, -inf where a candidate is no negative, and where that is, both [rows, candidates]."""
+    scores, ignored = scaled(rows, candidates, scale), duplicated
+    if config.false_negative_margin is not None:
+        ignored = ignored | too_alike(scores.detach(), positives, own, scale * config.false_negative_margin)
+    return scores.masked_fill(ignored, float("-inf")), ignored
 
 
 def _gather_ragged(columns: Tensor, filler: Tensor) -> Tensor:
@@ -124,16 +137,26 @@ def _chunks(rows: int, columns: int) -> list[slice]:
 
 
 def health(outcome: Outcome) -> dict[str, float | None]:
-    """Mean cosine of the positives and of each query's hardest negative, over all processes; None where nothing is a negative."""
-    positives, hardest = [], []
+    """Over all processes: mean cosine of the positives and of each query's hardest negative (None where nothing is a negative),
+
+    mean number of negatives a query, and the share of its candidates that were left out as duplicates or false negatives.
+    """
+    contest, (positives, hardest, left_out) = outcome.contest, ([], [], [])
     for chosen in _chunks(len(outcome.queries), len(outcome.candidates)):
-        cosines = scaled(outcome.queries[chosen], outcome.candidates, 1.0, outcome.contest.duplicates(chosen))
-        own = outcome.contest.positives[chosen, None]
-        positives.append(cosines.gather(1, own))
-        hardest.append(cosines.scatter_(1, own, float("-inf")).amax(1))
-    positive, negative = gather(torch.cat(positives)), gather(torch.cat(hardest))
+        own = contest.positives[chosen]
+        cosines, ignored = _scores(
+            outcome.queries[chosen], outcome.candidates, outcome.config, 1.0, own, contest.documents_per_query, contest.duplicates(chosen)
+        )
+        positives.append(cosines.gather(1, own[:, None]))
+        hardest.append(cosines.scatter_(1, own[:, None], float("-inf")).amax(1))
+        left_out.append(ignored.sum(1))
+    positive, negative, masked = gather(torch.cat(positives)), gather(torch.cat(hardest)), gather(torch.cat(left_out)).float().mean().item()
     negative = negative[negative.isfinite()]
-    return {"positive_cosine": positive.mean().item(), "hardest_negative_cosine": negative.mean().item() if len(negative) else None}
+    others = len(outcome.candidates) - 1
+    return {
+        "positive_cosine": positive.mean().item(), "hardest_negative_cosine": negative.mean().item() if len(negative) else None,
+        "negatives_per_query": others - masked, "masked_share": masked / max(1, others),
+    }
 
 
 @dataclass

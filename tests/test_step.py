@@ -180,4 +180,25 @@ def test_health_gives_the_mean_cosines_of_positives_and_hardest_negatives(tiny_b
     cosines = [[float(torch.cosine_similarity(q, d, dim=0)) for d in documents] for q in queries]
     positive = sum(cosines[i][2 * i] for i in range(6)) / 6
     hardest = sum(max(value for row, value in enumerate(cosines[i]) if row != 2 * i) for i in range(6)) / 6
-    assert health(outcome) == pytest.approx({"positive_cosine": positive, "hardest_negative_cosine": hardest}, rel=1e-6)
+    expected = {"positive_cosine": positive, "hardest_negative_cosine": hardest, "negatives_per_query": 11, "masked_share": 0}
+    assert health(outcome) == pytest.approx(expected, rel=1e-6)
+
+
+def test_candidates_above_the_positive_are_taken_for_false_negatives_and_curated_ones_stay(tiny_base):
+    """Written out in float64; the margin is chosen so that it leaves out some candidates and not all."""
+    encoder = encoder_of("gpt_neo", tiny_base)
+    batch = batch_of(encoder, 1)
+    with torch.no_grad():
+        queries, documents = encoder(batch.queries), encoder(batch.documents)
+        cosines = torch.stack([torch.stack([torch.cosine_similarity(q, d, dim=0) for d in documents]) for q in queries])
+        margin = float(torch.stack([cosines[i, 2 * i] - cosines[i].median() for i in range(6)]).mean())
+        value, outcome = objective(queries, documents, batch, LossConfig(false_negative_margin=margin))
+    total, masked = 0.0, 0
+    for i in range(6):
+        kept = [c for c in range(12) if c in (2 * i, 2 * i + 1) or cosines[i, c] <= cosines[i, 2 * i] - margin]
+        masked += 12 - len(kept)
+        total -= float(20 * cosines[i, 2 * i] - (20 * cosines[i, kept]).exp().sum().log())
+    assert 0 < masked < 60
+    assert value.item() == pytest.approx(total / 6, rel=1e-10)
+    assert health(outcome)["masked_share"] == pytest.approx(masked / 6 / 11)
+    assert health(outcome)["negatives_per_query"] == pytest.approx(11 - masked / 6)
