@@ -4,10 +4,11 @@ VENV ?= .venv
 CONSTRAINT ?= -c constraints/cpu.txt
 BIN := $(VENV)/bin
 PROCESSES ?= 1
+THREADS ?= 2
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all smoke lint nano bench clean
+.PHONY: help install train test test-all smoke parity lint nano bench bench-full clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -23,6 +24,9 @@ test: $(BIN)/.installed-dev  ## all tests that should pass before a commit
 test-all: $(BIN)/.installed-dev  ## the slow ones too
 	$(BIN)/python -m pytest -q -m "not gpu"
 
+parity: $(BIN)/.installed-dev  ## how equal the gradient is, whatever way it is computed: a table by family
+	OMP_NUM_THREADS=1 $(BIN)/python tests/test_gradient_parity.py
+
 smoke: install  ## the embedded default shrunk to seconds
 	$(LAUNCH) train/biencoder.py experiment=pydocs debug=tiny name=smoke resume=true
 
@@ -32,7 +36,24 @@ lint: $(BIN)/.installed-dev  ## ruff
 nano: install  ## pretrain the small base model again from open text (TEXT=<folder>); hours on a CPU
 	$(LAUNCH) train/pretrain.py $(if $(TEXT),text=$(TEXT))
 
-bench: $(BIN)/.installed-dev  ## compare with sentence-transformers, same data and steps
+# ratios to sentence-transformers, A B A B in fresh processes; every script has --help, JSON lies in runs/bench
+BENCH = $(BIN)/python benchmarks/$(1).py --threads $(THREADS) --output runs/bench/$(or $(3),$(1)).json $(2)
+
+bench: $(BIN)/.installed-dev  ## speed and memory beside sentence-transformers, small model, a few minutes
+	$(call BENCH,train_step,--shape small --rounds 3 --steps 3 --competitors mnrl cached-32)
+	$(call BENCH,encode,--shape small --rounds 2 --documents 200 --batch-sizes 32)
+	$(call BENCH,memory,--shape small --rounds 1 --batch 64 --packs 1024 --competitors mnrl cached-32)
+	$(call BENCH,scaling,--shape small --batches 64 256 1024)
+
+bench-full: $(BIN)/.installed-dev  ## the same at GPT-Neo-125M, every option of theirs, and whether both train alike; hours
+	$(call BENCH,train_step,--shape 125m --data nli --rounds 3 --steps 4,train_step-nli)
+	$(call BENCH,train_step,--shape small --data squad --rounds 3 --steps 2,train_step-squad-small)
+	$(call BENCH,train_step,--shape 125m --data squad --rounds 3 --steps 1 --competitors mnrl cached-32,train_step-squad)
+	$(call BENCH,encode,--shape 125m --data squad --documents 500 --rounds 3)
+	$(call BENCH,encode,--shape small --data medquad --documents 5000 --rounds 2,encode-5000)
+	$(call BENCH,memory,--shape small --batch 256 --rounds 2)
+	$(call BENCH,memory,--shape 125m --batch 64 --rounds 1 --steps 1,memory-125m)
+	$(call BENCH,scaling,--shape small --rounds 2)
 	$(BIN)/python benchmarks/parity_sentence_transformers.py
 
 clean:          ## remove runs, harvested and cached data, keep .venv

@@ -25,7 +25,7 @@ TASKS = {
         "evaluation.retrieval=[{shared}/scifact]", "optim.learning_rate=5e-2", "trainer.queries_per_process=64", "trainer.epochs=3",
     ],
     "nli": [
-        "data=jsonl", "data.path={shared}/nli/triplets.train.jsonl.gz", "data.columns.query=anchor", "data.num_hard_negatives=1", "markers=none",
+        "data=file", "data.path={shared}/nli/triplets.train.jsonl.gz", "data.columns.query=anchor", "data.num_hard_negatives=1", "markers=none",
         "evaluation.sts=[{shared}/stsb/pairs.jsonl.gz]", "optim.learning_rate=5e-2",
     ],
 }  # fmt: skip

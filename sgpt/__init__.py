@@ -2,13 +2,14 @@
 
 The rooms, in reading order; each imports only from earlier ones:
 
-    markers, pooling, loss, metrics,      pure: tensors and ids, no model, no process
-    template, files, errors, progress
-    data/, model, tuning, distributed,    parts
-    optim, attention, contract
+    markers, pooling, packing, loss,      pure: tensors and ids, no model, no process
+    metrics, template, errors, files,
+    progress, page
+    data/, attention, model, tuning,      parts
+    distributed, optim, contract
     encoder, adapter, probes, step        joined: texts to embeddings, batches to gradients
     checkpoint, run, evaluate, search,    uses
-    export, report
+    export, report, mine/, inspection
     trainer, pretrain                     the loops
     config, launch, outcome, door         the door, then train/*.py
 

@@ -63,6 +63,23 @@ class TrainConfig:
 
 
 @dataclass
+class InspectConfig(TrainConfig):
+    """Whatever training takes, so that the same overrides can stand here. output: the page; null is <runs>/<name>.inspection.html.
+
+    examples: drawn at random from each source for what needs the texts themselves. batches: shown as the model will see them.
+    """
+
+    output: str | None = None
+    examples: int = 20_000
+    batches: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.examples < 1 or self.batches < 0:
+            raise InputError(f"examples={self.examples} must be 1 or more, and batches={self.batches} must be 0 or more")
+
+
+@dataclass
 class EvaluateConfig:
     """model: run, export, adapter, base or sentence-transformers folder. markers, pooling: only for bases without a contract.
 

@@ -71,11 +71,14 @@ def retrieve(encoder: Encoder, chosen: RetrievalSet, depth: int = DEPTH) -> Run:
 
 
 def search(queries: Tensor, documents: Tensor, depth: int, chunk: int = 50_000) -> tuple[Tensor, Tensor]:
-    """Best `depth` documents by inner product: scores and rows, [Q, depth], best first. Exact."""
-    scores = torch.empty(len(queries), 0)
-    rows = torch.empty(len(queries), 0, dtype=torch.long)
+    """Best `depth` documents by inner product: scores and rows, [Q, depth], best first. Exact.
+
+    On the queries' device; documents may be elsewhere, a memory map too, and come over a chunk at a time.
+    """
+    scores = torch.empty(len(queries), 0, device=queries.device)
+    rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start in range(0, len(documents), chunk):
-        part = queries @ documents[start : start + chunk].T
+        part = queries @ documents[start : start + chunk].to(queries.device).T
         best, where = part.topk(min(depth, part.shape[1]), dim=1)
         scores, rows = torch.cat([scores, best], 1), torch.cat([rows, where + start], 1)
         scores, order = scores.topk(min(depth, scores.shape[1]), dim=1)
@@ -102,16 +105,26 @@ def bm25(sets: Sets) -> Results:
 
 
 def bm25_run(chosen: RetrievalSet, depth: int = DEPTH) -> Run:
+    index, words = bm25_index(list(chosen.corpus.values())), bm25_words(list(chosen.queries.values()))
+    rows, scores = index.retrieve(words, k=min(depth, len(chosen.corpus)), show_progress=False)
+    return as_run(list(chosen.queries), list(chosen.corpus), torch.from_numpy(scores), torch.from_numpy(rows))
+
+
+def bm25_index(documents: list[str]):
+    """The bm25s index of Lucene's variant, to be asked with `bm25_words`."""
     import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)
-    tokens, queries = (
-        bm25s.tokenize(list(texts.values()), stopwords="en", show_progress=False) for texts in (chosen.corpus, chosen.queries)
-    )
     index = bm25s.BM25(method="lucene")
-    index.index(tokens, show_progress=False)
-    rows, scores = index.retrieve(queries, k=min(depth, len(chosen.corpus)), show_progress=False)
-    return as_run(list(chosen.queries), list(chosen.corpus), torch.from_numpy(scores), torch.from_numpy(rows))
+    index.index(bm25_words(documents, return_ids=True), show_progress=False)
+    return index
+
+
+def bm25_words(texts: list[str], *, return_ids: bool = False):
+    """The words of each text but for English stop words; return_ids: numbered, as an index is made of them."""
+    import bm25s
+
+    return bm25s.tokenize(texts, stopwords="en", return_ids=return_ids, show_progress=False)
 
 
 def table(columns: Mapping[str, Results], title: str):

@@ -1,41 +1,27 @@
-"""The page about a finished run: `report.html`, one file without scripts or outside resources, for light and dark screens.
-
-It reads only what the run folder holds. Plots are SVG inside the page; their colours and letters are replaced by the page's
-CSS variables, so that one drawing serves both colour schemes.
-"""
+"""The page about a finished run, `report.html`. It reads only what the run folder holds."""
 
 import json
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from html import escape
-from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from sgpt.errors import InputError
+from sgpt.page import LIGHT, SIDES, Plot, common_bins, draw_sides, figures, fold, page, section, tree
 
 Scores = dict[str, dict[str, float | None]]  # set -> metric -> value; higher is better in all of them
 Results = dict[str, dict[str, dict[str, float | None]]]  # set -> metric -> before, after, bm25 -> value
 Values = list[float | None]
 Points = list[tuple[float, float | None]]  # step, value
 
-COLOURS = {  # CSS variable: light, dark. Plots are drawn in the light ones, so each must differ from the others.
-    "paper": ("#fbfbfd", "#11151b"), "card": ("#ffffff", "#191f28"), "grid": ("#e4e8ee", "#2d3642"),
-    "ink": ("#1b2430", "#e7ebf1"), "quiet": ("#5f6b7c", "#9ba7b7"), "grey": ("#9aa5b5", "#7c8899"),
-    "blue": ("#2f63e0", "#79a9ff"), "amber": ("#d5820a", "#f2b650"), "teal": ("#0c8f84", "#38cfc0"),
-    "rise": ("#137a3c", "#55d68a"), "fall": ("#b3261e", "#ff8a80"),
-}  # fmt: skip
-LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 MODELS = {"before": "grey", "after": "blue", "bm25": "amber"}
 KINDS = {"norm": "teal", "attention": "blue", "mlp": "amber"}
-SIDES = {"positive": "teal", "negative": "amber"}
 BARS = MODELS | KINDS | {"all": "blue"}
 LABELS = {
     "bm25": "BM25", "mlp": "MLP", "ndcg@10": "nDCG@10", "map@100": "MAP@100", "recall@100": "Recall@100", "mrr@10": "MRR@10",
@@ -56,20 +42,6 @@ REMEDY = {
     "analysis.json": "analyse the run again, or delete the file to leave its plots out",
     "manifest.json": "let the run finish, it writes the manifest at its end",
 }
-DRAWING: Any = {  # matplotlib settings
-    "svg.fonttype": "none", "text.parse_math": False, "font.size": 8.5, "lines.linewidth": 1.6, "axes.formatter.limits": (-3, 5),
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": LIGHT["grid"],
-    "axes.edgecolor": LIGHT["grey"], "xtick.color": LIGHT["grey"], "ytick.color": LIGHT["grey"], "text.color": LIGHT["quiet"],
-    "axes.labelcolor": LIGHT["quiet"], "xtick.labelcolor": LIGHT["ink"], "ytick.labelcolor": LIGHT["ink"],
-}  # fmt: skip
-
-
-class Plot(NamedTuple):
-    title: str
-    draw: Callable[[Axes], None]
-    keys: dict[str, str]  # legend: name -> colour
-    note: str = ""
-    inches: float = 2.7  # height
 
 
 def write_report(run: Path) -> Path:
@@ -89,15 +61,15 @@ def write_report(run: Path) -> Path:
     body = [
         f"<header><p class='quiet'>SGPT training run</p><h1>{name}</h1><p class='lead'>{_headline(results)}</p></header>",
         _tiles(log, manifest, paths["manifest.json"]),
-        _section("Results", _table(results), _plots(_score_plots(results))),
-        _section("Training", _plots(_curve_plots(log))),
-        _section("Cosine of query and document", _plots(_similarity_plots(analysis, paths["analysis.json"]))),
-        _section("Size of the bias change", _plots(_change_plots(analysis, paths["analysis.json"]))),
-        _section("How it was made", _fold("Configuration", f"<pre>{escape(config)}</pre>"), _fold("Manifest", _tree(manifest))),
+        section("Results", _table(results), figures(_score_plots(results))),
+        section("Training", figures(_curve_plots(log))),
+        section("Cosine of query and document", figures(_similarity_plots(analysis, paths["analysis.json"]))),
+        section("Size of the bias change", figures(_change_plots(analysis, paths["analysis.json"]))),
+        section("How it was made", fold("Configuration", f"<pre>{escape(config)}</pre>"), fold("Manifest", tree(manifest))),
     ]
-    page = run / "report.html"
-    page.write_text(PAGE.format(name=name, css=_css(), body="\n".join(body)), encoding="utf-8")
-    return page
+    file = run / "report.html"
+    file.write_text(page(f"{run.resolve().name} · SGPT run", *body), encoding="utf-8")
+    return file
 
 
 # Reading
@@ -180,6 +152,10 @@ def _label(name: str) -> str:
     return LABELS.get(name, name)
 
 
+def _legend(colours: dict[str, str]) -> dict[str, str]:
+    return {_label(name): colour for name, colour in colours.items()}
+
+
 def _main_metric(metrics: Iterable[str]) -> str:
     return next(metric for metric in ("ndcg@10", "spearman_cosine", *metrics) if metric in metrics)
 
@@ -246,7 +222,7 @@ def _score_plots(results: Results) -> list[Plot]:
         models = [model for model in MODELS if any(values[model] is not None for values in metrics.values())]
         bars = {model: [values[model] for values in metrics.values()] for model in models}
         draw = partial(_draw_bars, rows=[_label(metric) for metric in metrics], bars=bars)
-        plots.append(Plot(name, draw, {model: MODELS[model] for model in models}))
+        plots.append(Plot(name, draw, _legend({model: MODELS[model] for model in models})))
     return plots
 
 
@@ -285,7 +261,7 @@ def _curve_plots(log: list[dict[str, Any]]) -> list[Plot]:
     for title, lines in curves.items():
         colours = dict(zip(lines, ("blue", "amber"), strict=False))
         if any(lines.values()):
-            plots.append(Plot(title, partial(_draw_curves, lines=lines, colours=colours), colours if len(lines) > 1 else {}))
+            plots.append(Plot(title, partial(_draw_curves, lines=lines, colours=colours), _legend(colours) if len(lines) > 1 else {}))
     return plots
 
 
@@ -321,8 +297,7 @@ def _similarity_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
         raise _refusal(path, f"'similarity' does not hold lists of numbers 'positive' and 'negative' ({error!r})") from error
     if not found:
         return []
-    everything = np.concatenate([values for sides in found.values() for values in sides.values()])
-    bins = np.linspace(everything.min(), everything.max() + 1e-6, 49)
+    draw = partial(draw_sides, bins=common_bins(values for sides in found.values() for values in sides.values()), xlabel="cosine", ylabel="share of pairs")
     plots = []
     for model, sides in found.items():
         positive, negative = sides["positive"], np.sort(sides["negative"])
@@ -330,16 +305,8 @@ def _similarity_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
         note = (
             f"Means {positive.mean():.3f} and {negative.mean():.3f}. A random positive is closer than a random negative in {(lower + upper) / 2:.1%} of draws."
         )
-        plots.append(Plot(f"{model.capitalize()} training", partial(_draw_histograms, sides=sides, bins=bins), SIDES, note))
+        plots.append(Plot(f"{model.capitalize()} training", partial(draw, sides=sides), SIDES, note))
     return plots
-
-
-def _draw_histograms(axes: Axes, sides: dict[str, np.ndarray], bins: np.ndarray) -> None:
-    for side, values in sides.items():
-        share, colour = np.histogram(values, bins)[0] / len(values), LIGHT[SIDES[side]]
-        axes.stairs(share, bins, fill=True, color=colour, alpha=0.4)
-        axes.stairs(share, bins, color=colour)
-    axes.set(xlabel="cosine", ylabel="share of pairs")
 
 
 def _change_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
@@ -364,7 +331,7 @@ def _change_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
     draw = partial(_draw_bars, lying=True, xlabel="relative change, L2")
     plots = [Plot("Per layer", partial(draw, rows=[row[2] for row in rows], bars=whole), {}, note, inches)] if rows else []
     if layers:
-        plots.append(Plot("Per layer and kind", partial(draw, rows=[row[2] for row in layers], bars=split), KINDS, "", inches))
+        plots.append(Plot("Per layer and kind", partial(draw, rows=[row[2] for row in layers], bars=split), _legend(KINDS), "", inches))
     return plots
 
 
@@ -381,110 +348,3 @@ def _kind(name: str) -> str:
     if re.search(r"norm|(?:^|\.)ln_?\w?\.", name):  # before attention: Llama has post_attention_layernorm
         return "norm"
     return "attention" if "att" in name else "mlp"
-
-
-def _plots(plots: list[Plot]) -> str:
-    """A grid of two columns; of an odd number the first takes a whole row."""
-    figures = []
-    for position, plot in enumerate(plots):
-        wide = position == 0 and len(plots) % 2 == 1
-        keys = "".join(f"<span class='key' style='--c:var(--{colour})'>{escape(_label(key))}</span>" for key, colour in plot.keys.items())
-        note = f"<p class='quiet'>{escape(plot.note)}</p>" if plot.note else ""
-        figures.append(
-            f"<figure class='card{' wide' if wide else ''}'><figcaption><b>{escape(plot.title)}</b>{keys}</figcaption>"
-            f"<div class='scroll'>{_svg(plot, 10.6 if wide else 5.2)}</div>{note}</figure>"
-        )
-    return f"<div class='grid'>{''.join(figures)}</div>" if figures else ""
-
-
-def _svg(plot: Plot, width: float) -> str:
-    text = StringIO()
-    with rc_context(DRAWING | {"svg.hashsalt": plot.title}):  # Figure without pyplot: no global figures, no backend chosen
-        figure = Figure(figsize=(width, plot.inches), layout="constrained")
-        plot.draw(figure.subplots())
-        figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    head, body = re.split(r"(?<=>)\n", text.getvalue().split("<svg", 1)[1], maxsplit=1)
-    body = re.sub(r' id="[\w.]+_\d+"', "", body)  # figure_1, matplotlib.axis_1 …: alike in every drawing of the page
-    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)  # would hold for the whole page
-    for name, light in LIGHT.items():
-        body = body.replace(light, f"var(--{name})")
-    box = re.search(r'viewBox="[\d. ]+"', head)
-    assert box, "matplotlib gave no viewBox"
-    return f'<svg {box[0]} role="img" aria-label="{escape(plot.title)}">{body.strip()}'
-
-
-# The page
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{title}</h2>{''.join(parts)}</section>" if any(parts) else ""
-
-
-def _fold(title: str, body: str) -> str:
-    return f"<details class='card'><summary>{title}</summary>{body}</details>"
-
-
-def _tree(value: Any) -> str:
-    if isinstance(value, dict):
-        return "<dl>" + "".join(f"<dt>{escape(key)}</dt><dd>{_tree(item)}</dd>" for key, item in value.items()) + "</dl>"
-    if isinstance(value, list):
-        return "".join(f"<div>{_tree(item)}</div>" for item in value)
-    return escape(value if isinstance(value, str) else json.dumps(value))
-
-
-def _css() -> str:
-    light, dark = (";".join(f"--{name}:{pair[scheme]}" for name, pair in COLOURS.items()) for scheme in (0, 1))
-    return f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}{STYLE}"
-
-
-# The policy keeps the promise of the first line even if a text from a file ever slipped through unescaped.
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{name} · SGPT run</title>
-<style>{css}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-STYLE = """
-*{box-sizing:border-box} p{margin:0}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1120px;margin:0 auto;padding:48px 20px 80px}
-h1{font-size:2.3rem;line-height:1.15;margin:.1em 0 .35em;letter-spacing:-.02em;overflow-wrap:anywhere}
-h2{font-size:1.3rem;margin:48px 0 14px;letter-spacing:-.01em}
-.quiet{color:var(--quiet);font-size:.88rem} .lead{font-size:1.3rem;line-height:1.45}
-.after{color:var(--blue)} .rise{color:var(--rise)} .fall{color:var(--fall)} .best{font-weight:700}
-.card{background:var(--card);border:1px solid var(--grid);border-radius:12px} .scroll{overflow-x:auto}
-.tiles{display:flex;flex-wrap:wrap;gap:1px;margin:30px 0 0;background:var(--grid);border:1px solid var(--grid);
-  border-radius:12px;overflow:hidden}
-.tiles div{flex:1 1 170px;background:var(--card);padding:14px 18px}
-.tiles dt{color:var(--quiet);font-size:.82rem}
-.tiles dd{margin:2px 0 0;font-size:1.2rem;font-weight:600;font-variant-numeric:tabular-nums}
-.tiles small{display:block;font-size:.78rem;font-weight:400;color:var(--quiet)}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;white-space:nowrap}
-th,td{padding:8px 18px;text-align:right} thead th{color:var(--quiet);font-size:.82rem;font-weight:500}
-th:first-child,thead th:nth-child(2),tr.first td:nth-child(2),tr:not(.first) td:first-child{text-align:left}
-tbody th{vertical-align:top;font-weight:600} tr.first>*{border-top:1px solid var(--grid)}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px} .scroll+.grid{margin-top:16px}
-.wide{grid-column:1/-1} .wide svg{min-width:760px}
-figure{margin:0;padding:14px 16px;min-width:0}
-figcaption{display:flex;flex-wrap:wrap;gap:2px 16px;align-items:baseline;margin-bottom:8px} figcaption b{margin-right:auto}
-.key{font-size:.82rem;color:var(--quiet);white-space:nowrap}
-.key::before{content:"";display:inline-block;width:.7em;height:.7em;margin-right:.45em;border-radius:2px;background:var(--c)}
-svg{display:block;width:100%;height:auto} svg *{stroke-linejoin:round} svg text{font-family:inherit!important}
-details{padding:12px 18px;margin-bottom:12px} summary{cursor:pointer;font-weight:600}
-pre{overflow-x:auto;margin:12px 0 4px;font:13px/1.5 ui-monospace,Consolas,monospace}
-dl dl{margin:0} details dl{display:grid;grid-template-columns:minmax(90px,max-content) 1fr;gap:3px 18px;font-size:.88rem}
-details dt{color:var(--quiet)} details dd{margin:0;overflow-wrap:anywhere}
-@media print{figure,table{break-inside:avoid}}
-"""

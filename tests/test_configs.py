@@ -11,14 +11,18 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from sgpt.config import EvaluateConfig, ExportConfig, SearchConfig, TrainConfig, plain, typed
+from sgpt.config import EvaluateConfig, ExportConfig, InspectConfig, SearchConfig, TrainConfig, plain, typed
 from sgpt.errors import InputError
+from sgpt.mine import MineConfig
 from sgpt.pretrain import PretrainConfig
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
-SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig, "pretrain": PretrainConfig}
-SCRIPTS = {"biencoder": "train", "evaluate": "evaluate", "search": "search", "export": "export", "pretrain": "pretrain"}
+SCHEMAS = {
+    "train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig, "pretrain": PretrainConfig, "mine": MineConfig,
+    "inspect_data": InspectConfig,
+}  # fmt: skip
+SCRIPTS = {"biencoder": "train"} | {name: name for name in SCHEMAS if name != "train"}
 OPTIONS = sorted((file.parent.name, file.stem) for file in CONFIGS.glob("*/*.yaml"))
 
 
@@ -114,7 +118,7 @@ def test_the_saved_configuration_is_read_back_equal():
         ("logging.tracker=paper", r"logging\.tracker='paper' is unknown; choose wandb or null"),
         ("name=../elsewhere", r"name='\.\./elsewhere' is no folder name below runs/"),
         ("+optim.lr=1", r"optim\.lr: Key 'lr' not in 'OptimConfig'"),
-        ("+data.columns.anchor=query", r"data\.columns has the unknown key 'anchor'; it maps query, positive and negative"),
+        ("+data.columns.anchor=query", r"data\.columns has the unknown key 'anchor'; it maps query, positive, negative, label, score"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_in_one_sentence(override, message):
@@ -130,7 +134,7 @@ def test_a_value_that_cannot_be_is_refused_in_one_sentence(override, message):
         ("biencoder", ["pooling=weighted"], "pooling=weighted: there is no 'weighted' in configs/pooling/; did you mean weighted_mean"),
         ("biencoder", ["experiment=pydoc"], "experiment=pydoc: there is no 'pydoc' in configs/experiment/; did you mean pydocs"),
         ("biencoder", ["tunning=bitfit"], "tunning=bitfit: there is no key 'tunning'; did you mean tuning"),
-        ("biencoder", ["data.columns={anchor: a}"], "data.columns={anchor: a}: data.columns has other keys; they are data.columns.negative, data."),
+        ("biencoder", ["data.columns={anchor: a}"], "data.columns={anchor: a}: data.columns has other keys; they are data.columns.label, data."),
         ("evaluate", ["modell=x"], "modell=x: there is no key 'modell'; did you mean model"),
         ("search", ["querry=x"], "querry=x: there is no key 'querry'; did you mean query"),
     ],

@@ -13,8 +13,9 @@ from sgpt.data import beir
 from sgpt.data.collate import collate
 from sgpt.data.example import Example
 from sgpt.data.jsonl import read_rows, write_rows
-from sgpt.data.readers import DataConfig, read_examples
+from sgpt.data.readers import DataConfig, SourceConfig, build_feed, read_examples
 from sgpt.errors import InputError
+from sgpt.markers import MarkersConfig
 
 GOOD = [{"query": "q1", "positive": "p1", "negative": "n1"}, {"query": "q2", "positive": "p2", "negative": ["n2", "m2"]}]
 
@@ -31,7 +32,7 @@ def lines(file: Path, *rows: object) -> Path:
 
 def read(file: Path, **options) -> list[Example]:
     with tempfile.TemporaryDirectory() as cache:
-        return list(read_examples(DataConfig(**{"name": "jsonl", "path": str(file), **options}), Path(cache)))
+        return list(read_examples(DataConfig(**{"name": "file", "path": str(file), **options}), Path(cache)))
 
 
 # --- JSON lines ---
@@ -67,12 +68,14 @@ def test_texts_are_kept_to_the_last_blank(tmp_path):
     [
         ("{not json}", {}, r"line 2: not JSON \(.*\): '\{not json\}'; mend or remove the line"),
         ('{"query": "q", "positive": "p"', {}, r"line 2: not JSON .*; mend or remove the line"),
-        ('["q", "p"]', {}, r"line 2: expected a JSON object, got list; write one object a line"),
+        ('["q", "p"]', {}, r"line 2: expected a JSON object, got list .*; write one object a line"),
         ({"question": "q", "positive": "p"}, {}, r"line 2: no column 'query'; it has question, positive\. Name it by data\.columns\.query=<column>"),
         ({"query": "q"}, {}, r"line 2: no column 'positive'; it has query\. Name it by data\.columns\.positive=<column>"),
         ({"query": 7, "positive": "p"}, {}, r"line 2, query: expected text, got int 7; give a string"),
         ({"query": "q", "positive": None}, {}, r"line 2, positive: expected text, got NoneType None; give a string"),
-        ({"query": "q", "positive": ["p"]}, {}, r"line 2, positive: expected text, got list \['p'\]; give a string"),
+        ({"query": "q", "positive": ["p", 7]}, {}, r"line 2, positive 2: expected text, got int 7; give a string"),
+        ({"query": "q", "positive": []}, {}, r"line 2, positive: the list in column 'positive' is empty; remove the row or give it a text"),
+        ({"query": "q", "positive": "q"}, {}, r"line 2: the positive equals the query 'q'; such a pair teaches nothing, remove it"),
         ({"query": " \t", "positive": "p"}, {}, r"line 2, query: the text is blank; remove the row or give it text"),
         ({"query": "q", "positive": ""}, {}, r"line 2, positive: the text is blank; remove the row or give it text"),
         ({"query": "q", "positive": "p", "negative": "\n"}, {"num_hard_negatives": 1}, r"line 2, hard negative 1: the text is blank; remove the row"),
@@ -91,21 +94,21 @@ def test_a_bad_line_is_named_with_its_value_and_the_remedy(row, options, message
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"nothing\.jsonl: no such file or folder; check the path"):
+    with pytest.raises(InputError, match=r"nothing\.jsonl: no such file; check the path"):
         read(tmp_path / "nothing.jsonl")
-    with pytest.raises(InputError, match=r"no such file; check the path"):
-        read(tmp_path)  # a folder
+    with pytest.raises(InputError, match=r"no data files of the split 'train'; it holds nothing"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])
 def test_an_empty_file_is_refused(text, tmp_path):
     (tmp_path / "train.jsonl").write_text(text)
-    with pytest.raises(InputError, match=r"train\.jsonl: no examples in it"):
+    with pytest.raises(InputError, match=r"train\.jsonl: no rows in it; give a file with at least one"):
         read(tmp_path / "train.jsonl")
 
 
 def test_a_path_must_be_given(tmp_path):
-    with pytest.raises(InputError, match=r"data\.path is empty; set data\.path=<file or folder> for data=jsonl"):
+    with pytest.raises(InputError, match=r"data\.path is empty; set data\.path=<file or folder> for data=file"):
         read_examples(DataConfig(), tmp_path)
 
 
@@ -123,19 +126,23 @@ def test_a_damaged_gzip_file_is_refused(how, tmp_path):
     file = lines(tmp_path / "train.jsonl.gz", *({"query": f"query {i * i}", "positive": f"positive {i * 77}"} for i in range(500)))
     file.write_bytes(damaged(file.read_bytes(), how))
     with pytest.raises(InputError, match=r"train\.jsonl\.gz.*(cannot be read \(.*\); it should be UTF-8 JSON lines, gzipped when it ends in \.gz|not JSON)"):
+        list(read_rows(file))
+    with pytest.raises(InputError, match=r"train\.jsonl\.gz, line \d+: cannot be read from here on \(.*\); copy the file again"):
         read(file)
 
 
 def test_a_file_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_bytes('{"query": "naïve", "positive": "p"}\n'.encode("latin-1"))
     with pytest.raises(InputError, match=r"train\.jsonl: cannot be read \(.*utf-8.*\); it should be UTF-8 JSON lines"):
+        list(read_rows(tmp_path / "train.jsonl"))
+    with pytest.raises(InputError, match=r"train\.jsonl, line 1: not UTF-8 at column 14 in .*; save the file as UTF-8, or mend or remove the line"):
         read(tmp_path / "train.jsonl")
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(InputError, match=r"data\.name='csv' is unknown; choose one of jsonl, beir, pydocs, dataset"):
+    with pytest.raises(InputError, match=r"data\.name='csv' is unknown; choose one of file, beir, nli, msmarco, pydocs"):
         DataConfig("csv")
-    with pytest.raises(InputError, match=r"data\.columns has the unknown key 'anchor'; it maps query, positive and negative"):
+    with pytest.raises(InputError, match=r"data\.columns has the unknown key 'anchor'; it maps query, positive, negative, label, score"):
         DataConfig(columns={"anchor": "query"})
     with pytest.raises(InputError, match=r"data\.num_hard_negatives=-1 must be 0 or more"):
         DataConfig(num_hard_negatives=-1)
@@ -292,21 +299,21 @@ def test_bad_pairs_are_refused(rows, message, tmp_path):
 def test_a_folder_saved_by_datasets_is_read(splits, tmp_path):
     rows = datasets.Dataset.from_list([{"anchor": "q1", "positive": "p1", "negative": "n1"}, {"anchor": "q2", "positive": "p2", "negative": "n2"}])
     (datasets.DatasetDict({"train": rows}) if splits else rows).save_to_disk(str(tmp_path / "saved"))
-    found = read(tmp_path / "saved", name="dataset", columns={"query": "anchor"}, num_hard_negatives=1)
+    found = read(tmp_path / "saved", name="file", columns={"query": "anchor"}, num_hard_negatives=1)
     assert found == [Example("q1", "p1", ("n1",)), Example("q2", "p2", ("n2",))]
 
 
 def test_bad_dataset_folders_are_refused(tmp_path):
     datasets.DatasetDict({"train": datasets.Dataset.from_list([{"query": "q", "positive": " "}])}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(InputError, match=r"saved, row 1, positive: the text is blank"):
-        read(tmp_path / "saved", name="dataset")
+        read(tmp_path / "saved", name="file")
     with pytest.raises(InputError, match=r"saved: no split 'dev'; it has train"):
-        read(tmp_path / "saved", name="dataset", split="dev")
-    with pytest.raises(InputError, match=r"nowhere: cannot be loaded as a data set .*; give a hub id or a folder written by save_to_disk"):
-        read(tmp_path / "nowhere", name="dataset")
+        read(tmp_path / "saved", name="file", split="dev")
+    with pytest.raises(InputError, match=r"nowhere: no such file; check the path"):
+        read(tmp_path / "nowhere", name="file")
     shutil.rmtree(tmp_path / "saved" / "train")
     with pytest.raises(InputError, match=r"saved: cannot be loaded as a data set"):
-        read(tmp_path / "saved", name="dataset")
+        read(tmp_path / "saved", name="file")
 
 
 # --- batches ---
@@ -328,3 +335,67 @@ def test_qrels_and_triples_without_a_header_lose_no_row(folder):
     for file in (folder / "qrels" / "test.tsv", folder / "triples.tsv"):
         file.write_text(file.read_text().split("\n", 1)[1])
     assert (beir.read_qrels(folder, "test"), len(list(beir.read_examples(folder, "test", "triples.tsv", 1)))) == with_header
+
+
+# --- from a configuration to batches ---
+
+
+def feed(tmp_path: Path, tokenizer, **options):
+    config = DataConfig(**{"cache": str(tmp_path / "cache"), **options})
+    return build_feed(config, tokenizer, MarkersConfig(query_max_tokens=12, document_max_tokens=16), queries_per_process=2)
+
+
+def test_what_was_read_and_tokenised_is_served_again_and_never_stale(tmp_path, tiny_encoder):
+    tokenizer = tiny_encoder("gpt2").tokenizer
+    file = lines(tmp_path / "train.jsonl", *GOOD)
+    first = feed(tmp_path, tokenizer, path=str(file)).sources[0]
+    times = {part: part.stat().st_mtime_ns for part in (tmp_path / "cache").rglob("*.arrow")}
+    assert len(times) == 3  # texts, examples, tokens
+    again = feed(tmp_path, tokenizer, path=str(file)).sources[0]
+    assert list(again.examples) == list(first.examples)
+    assert times == {part: part.stat().st_mtime_ns for part in (tmp_path / "cache").rglob("*.arrow")}
+    lines(file, GOOD[0], {**GOOD[1], "query": "changed"})
+    assert [example.query for example in feed(tmp_path, tokenizer, path=str(file)).sources[0].examples] == ["q1", "changed"]
+    assert feed(tmp_path, tokenizer, path=str(file), num_hard_negatives=1).sources[0].examples[0].hard_negatives == ("n1",)
+
+
+def test_stored_token_ids_are_those_of_the_tokenizer_cut_and_framed(tmp_path, tiny_encoder):
+    encoder = tiny_encoder("gpt2", query_max_tokens=12, document_max_tokens=16)
+    texts = ["parse a date from a string of many, many, many words", "x", "東京 🙂 [why?]"]
+    file = lines(tmp_path / "train.jsonl", *({"query": text, "positive": f"about {text}"} for text in texts))
+    made = feed(tmp_path, encoder.tokenizer, path=str(file))
+    for place, (_, row, _) in enumerate(made.rows(0, 0)):
+        batch = made.batch(0, 0)
+        assert batch.queries[place] == encoder.token_ids([texts[row]], "query")[0]
+        assert batch.documents[place] == encoder.token_ids([f"about {texts[row]}"], "document")[0]
+
+
+def test_several_sources_keep_their_own_markers_and_limits(tmp_path, tiny_encoder):
+    tokenizer = tiny_encoder("gpt2").tokenizer
+    one, other = (lines(tmp_path / f"{name}.jsonl", *({"query": f"{name} {n}", "positive": f"{name} text {n} " * 9} for n in range(4))) for name in "ab")
+    made = feed(tmp_path, tokenizer, sources=[
+        SourceConfig(path=str(one)), SourceConfig(path=str(other), markers="none", document_max_tokens=6, symmetric=True, weight=8.0),
+    ])  # fmt: skip
+    by_source = {made.rows(number, 0)[0][0]: made.batch(number, 0) for number in range(6)}
+    marks = [tokenizer.convert_tokens_to_ids(mark) for mark in "[]{}"]
+    assert all(row[0] == marks[0] and row[-1] == marks[1] for row in by_source[0].queries)
+    assert all(row[0] == marks[2] and row[-1] == marks[3] and len(row) == 16 for row in by_source[0].documents)
+    assert not {*marks} & {token for row in (*by_source[1].queries, *by_source[1].documents) for token in row}
+    assert {len(row) for row in by_source[1].documents} == {12}  # symmetric: documents have the queries' limit
+
+
+def test_skipped_rows_are_listed_and_too_many_stop(tmp_path, tiny_encoder, caplog):
+    tokenizer = tiny_encoder("gpt2").tokenizer
+    file = lines(tmp_path / "train.jsonl", GOOD[0], "{torn", {"query": " ", "positive": "p"}, GOOD[1])
+    made = feed(tmp_path, tokenizer, path=str(file), on_error="skip", max_error_share=0.5)
+    assert [example.query for example in made.sources[0].examples] == ["q1", "q2"]
+    (rejected,) = (tmp_path / "cache").glob("*.rejected.jsonl")
+    assert [json.loads(line)["where"] for line in rejected.read_text().splitlines()] == [f"{file}, line 2", f"{file}, line 3"]
+    assert f"rows were skipped; {rejected} lists them" in caplog.text
+    with pytest.raises(InputError, match=r"2 of 4 rows rejected, listed in .*rejected\.jsonl; .*data\.max_error_share=0\.1 are not skipped"):
+        feed(tmp_path, tokenizer, path=str(file), on_error="skip", max_error_share=0.1)
+
+
+def test_queries_of_a_beir_folder_keep_all_their_positives(folder, tmp_path):
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t1\nq2\td2\t0\n")
+    assert read(folder, name="beir") == [Example("first", "T one", (), ("two",))]

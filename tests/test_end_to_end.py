@@ -28,14 +28,14 @@ STEPS = 3
 
 # name -> more arguments of train/biencoder.py, and what its one sentence says
 BAD_TRAINING = {
-    "no data": (["data.path=nowhere.jsonl"], r"nowhere\.jsonl: no such file or folder; check the path"),
-    "no path": (["data.path="], r"data\.path is empty; set data\.path=<file or folder> for data=jsonl"),
+    "no data": (["data.path=nowhere.jsonl"], r"nowhere\.jsonl: no such file; check the path"),
+    "no path": (["data.path="], r"data\.path is empty; set data\.path=<file or folder> for data=file"),
     "not json": (["data.path=torn.jsonl"], r"torn\.jsonl, line 2: not JSON .*mend or remove the line"),
     "blank text": (["data.path=blank.jsonl"], r"blank\.jsonl, line 2, query: the text is blank"),
     "too few negatives": (["data.num_hard_negatives=2"], r"train\.jsonl, line 1: 1 hard negatives in column 'negative'"),
     "too few rows": (["trainer.queries_per_process=51"], r"50 training examples do not fill one batch of 51 queries"),
     "no negatives at all": (["trainer.queries_per_process=1", "data.num_hard_negatives=0"], r"no negative at all and the loss would be 0"),
-    "too much accumulation": (["trainer.gradient_accumulation=100"], r"trainer\.gradient_accumulation=100 is more than the 6 batches"),
+    "too much accumulation": (["trainer.gradient_accumulation=100"], r"trainer\.gradient_accumulation=100 is more than the 6\.2 batches"),
     "no model": (["model.path=nobody/nothing"], r"model\.path=nobody/nothing: no such local folder, and .*model\.path=<local folder>"),
     "limit": (["markers.document_max_tokens=129"], r"markers\.document_max_tokens=129 is more than the 128 positions"),
     "no evaluation set": (["evaluation.retrieval=[nowhere]"], r"nowhere.*no such f"),
@@ -328,8 +328,9 @@ def test_bad_input_ends_with_one_sentence_and_code_2_and_leaves_no_run_folder(na
     ended = starts[name]
     assert ended.code == 2, ended.err
     assert ended.out == ""
-    assert re.fullmatch(rf"error: .*({BAD_TRAINING[name][1]}).*\n", ended.err), ended.err
+    assert re.fullmatch(rf"(.*: query from .*\n)?error: .*({BAD_TRAINING[name][1]}).*\n", ended.err), ended.err  # how columns are read comes first
     assert not (project / "runs" / "bad").exists()
+    assert not list((project / "data" / "cache").glob(".*"))
 
 
 @pytest.mark.parametrize("name", BAD_USE)

@@ -12,10 +12,10 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 LAYERS: dict[str, set[str]] = {
     # tensors, ids, text and files whole or not: no model, no process
-    "pure": {"errors", "files", "progress", "markers", "pooling", "loss", "metrics", "packing", "template"},
+    "pure": {"errors", "files", "page", "progress", "markers", "pooling", "loss", "metrics", "packing", "template"},
     "parts": {"data", "attention", "model", "contract", "tuning", "distributed", "optim"},
     "joined": {"adapter", "encoder", "probes", "step"},
-    "uses": {"checkpoint", "evaluate", "export", "run", "search", "report"},
+    "uses": {"checkpoint", "evaluate", "export", "run", "search", "report", "mine", "inspection"},
     "trainer": {"trainer", "pretrain"},
     "door": {"config", "launch", "outcome", "door"},
 }

@@ -183,3 +183,12 @@ def test_evaluation_packages_and_their_python_twins_are_held_out():
     expected = {"json": "test", "datetime": "test", "_pydatetime": "test", "rich": "dev", "ast": "train", "_pyio": "train", "numpy": "train"}
     assert {package: split_of(package) for package in expected} == expected
     assert not set(pydocs.EVALUATION["dev"]) & set(pydocs.EVALUATION["test"])
+
+
+def test_a_character_that_no_reader_takes_is_left_out(tmp_path):
+    """Some docstrings spell "\\0" in a string that is not raw, and a NUL is no text for any tokenizer or data file."""
+    body = "The end is marked by a \\0 character as C programs mark it, and nothing behind is read."
+    (tmp_path / "held.py").write_text(f'def cut(text):\n    """Cuts the text at its end.\n\n    {body}\n    """\n')
+    (found,) = documented_objects(tmp_path / "held.py", "held")
+    assert "\0" not in found.summary + found.document
+    assert "marked by a character" in " ".join(found.document.split())

@@ -200,7 +200,7 @@ def _public_nodes(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.Functio
 
 def _summary_and_body(docstring: str, name: str) -> tuple[str, str] | None:
     """The first paragraph and the rest; None when either is too thin to search with."""
-    paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring), maxsplit=1)
+    paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring).replace("\0", ""), maxsplit=1)  # some write "\0" for "\\0"
     if len(paragraphs) < 2:
         return None
     summary, body = (" ".join(part.split()) for part in paragraphs)

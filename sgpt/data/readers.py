@@ -2,12 +2,15 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 
-from sgpt.data import beir, jsonl, pydocs
+from sgpt.data import beir, msmarco, nli, pairs, pydocs
+from sgpt.data.example import Example
+from sgpt.data.pairs import ROLES
+from sgpt.data.rows import rows
 from sgpt.data.sampling import Feed, Source
 from sgpt.data.store import Examples, Tokens, Writer, key_of, stored
 from sgpt.errors import InputError
@@ -16,28 +19,37 @@ from sgpt.markers import MarkersConfig, frames
 log = logging.getLogger(__name__)
 
 
-def _default_columns() -> dict[str, str]:
-    return {"query": "query", "positive": "positive", "negative": "negative"}
-
-
 @dataclass
 class SourceConfig:
     """One source of training data.
 
-    name: row of READERS. path: file or folder (for dataset: hub id or folder). split, triples: of a BEIR folder or dataset;
-    triples names a TSV of query-id, positive-id, negative-id …. columns: the file's names for query, positive and negative.
-    num_hard_negatives: H, for every example. limit: use only so many examples. weight: share of the batches beside other
-    sources; null goes by size. query_max_tokens, document_max_tokens, markers: null takes the run's. symmetric: documents
-    are put in the queries' markers.
+    name: row of READERS. path: file or folder, or hub id. split: of a BEIR folder or data set; subset: of a hub data set.
+    triples: of a BEIR folder, a TSV of query-id, positive-id, negative-id …. columns: the file's names for query, positive,
+    negative, label or score; null guesses by the usual names and logs the guess. positive_score, negative_score: a scored
+    pair from the one on is a positive, below the other a hard negative. num_hard_negatives: H, for every example.
+    limit: use only so many examples. on_error: stop at a bad row, or skip it and list it; max_error_share: of skipped rows.
+    systems, negatives_per_system, score_margin, use_all_queries: of msmarco, see sgpt/data/msmarco.py. seed: of what nli and
+    msmarco draw. weight: share of the batches beside other sources; null goes by size. query_max_tokens,
+    document_max_tokens, markers: null takes the run's. symmetric: documents are put in the queries' markers.
     """
 
-    name: str = "jsonl"
+    name: str = "file"
     path: str = ""
     split: str = "train"
+    subset: str | None = None
     triples: str | None = None
-    columns: dict[str, str] = field(default_factory=_default_columns)
+    columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(ROLES))
+    positive_score: float | None = None
+    negative_score: float | None = None
     num_hard_negatives: int = 0
     limit: int | None = None
+    on_error: str = "stop"
+    max_error_share: float = 0.01
+    systems: list[str] = field(default_factory=list)
+    negatives_per_system: int = 5
+    score_margin: float = 3.0
+    use_all_queries: bool = False
+    seed: int = 0
     weight: float | None = None
     markers: str | None = None
     query_max_tokens: int | None = None
@@ -47,13 +59,15 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if self.name not in READERS:
             raise InputError(f"data.name={self.name!r} is unknown; choose one of {', '.join(READERS)}")
-        self.columns = _default_columns() | self.columns
-        if odd := self.columns.keys() - _default_columns().keys():
-            raise InputError(f"data.columns has the unknown key {sorted(odd)[0]!r}; it maps query, positive and negative")
+        self.columns = dict.fromkeys(ROLES) | self.columns
+        if odd := self.columns.keys() - {*ROLES}:
+            raise InputError(f"data.columns has the unknown key {sorted(odd)[0]!r}; it maps {', '.join(ROLES)}")
         if self.num_hard_negatives < 0:
             raise InputError(f"data.num_hard_negatives={self.num_hard_negatives} must be 0 or more")
         if self.weight is not None and not self.weight > 0:
             raise InputError(f"data.weight={self.weight} must be positive; leave a source out to give it nothing")
+        if self.on_error not in ("stop", "skip"):
+            raise InputError(f"data.on_error={self.on_error!r} is unknown; choose stop or skip")
 
 
 @dataclass
@@ -93,7 +107,7 @@ def build_feed(config: DataConfig, tokenizer, markers: MarkersConfig, *, queries
             framed = dict.fromkeys(framed, framed["query"])
         tokens = Tokens(examples, tokenizer, max(frame.content_tokens for frame in framed.values()))
         weight = source.weight or len(examples) ** (1 / config.temperature)
-        sources.append(Source(f"data.path={source.path}", examples, tokens, framed, source.num_hard_negatives, weight))
+        sources.append(Source(source.path, examples, tokens, framed, source.num_hard_negatives, weight))
     return Feed(sources, queries_per_process, processes, seed, config.mixed)
 
 
@@ -102,18 +116,20 @@ def read_examples(config: SourceConfig, cache: Path) -> Examples:
     if not config.path:  # here and not in the dataclass, whose default must be constructible
         raise InputError(f"data.path is empty; set data.path=<file or folder> for data={config.name}")
     reader = READERS[config.name]
-    settings = [config.name, config.path, config.split, config.triples, config.columns, config.num_hard_negatives, config.limit]
-    examples = stored(cache, key_of(settings, reader.fingerprint(config)), lambda writer: reader.fill(config, writer))
+    how = {chosen.name: getattr(config, chosen.name) for chosen in fields(SourceConfig) if chosen.name not in OF_THE_FEED}
+    key = key_of(how, reader.fingerprint(config))
+    rejected = cache / f"{key}.rejected.jsonl"
+    examples = stored(cache, key, lambda writer: reader.fill(config, writer, rejected))
     if not len(examples):
         raise InputError(f"data.path={config.path}: no examples in it")
+    if rejected.is_file() and rejected.stat().st_size:
+        log.warning("data.path=%s: rows were skipped; %s lists them with their reasons", config.path, rejected)
     return examples
 
 
 def files_fingerprint(config: SourceConfig) -> str:
-    """Of the bytes of a file, or of every file below a folder."""
+    """Of the bytes of a file, or of every file below a folder; of the name alone for a hub id."""
     path = Path(config.path)
-    if not path.exists():
-        raise InputError(f"data.path={config.path}: no such file or folder; check the path")
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
@@ -125,63 +141,58 @@ def files_fingerprint(config: SourceConfig) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """fill: writes all of a source. fingerprint: of the source's content, so that a changed one is read again."""
+    """fill(config, writer, rejected): writes all of a source. fingerprint: of its content, so that a changed one is read again."""
 
-    fill: Callable[[SourceConfig, Writer], None]
+    fill: Callable[[SourceConfig, Writer, Path], None]
     fingerprint: Callable[[SourceConfig], str] = files_fingerprint
 
 
-def _fill_from(read: Callable[[SourceConfig], object]) -> Callable[[SourceConfig, Writer], None]:
-    def fill(config: SourceConfig, writer: Writer) -> None:
-        for example in islice(read(config), config.limit):
-            writer.example(example)
-
-    return fill
+def _written(examples: Iterable[Example], config: SourceConfig, writer: Writer) -> None:
+    for example in islice(examples, config.limit):
+        writer.example(example)
 
 
-def _jsonl(config: SourceConfig):
-    return jsonl.read_examples(Path(config.path), config.columns, config.num_hard_negatives)
+def _fill_rows(config: SourceConfig, writer: Writer, rejected: Path) -> None:
+    """Files, folders and data sets of rows."""
+    names, found = pairs.with_names(rows(Path(config.path), config.split, subset=config.subset))
+    columns = pairs.guess_columns(names, config.columns, config.path)
+    log.info("%s: %s", config.path, pairs.describe(columns))
+    candidates = pairs.examples(
+        found, columns, num_hard_negatives=config.num_hard_negatives, positive_score=config.positive_score, negative_score=config.negative_score
+    )
+    _written(pairs.accepted(candidates, on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share), config, writer)
 
 
-def _beir(config: SourceConfig):
-    return beir.read_examples(Path(config.path), config.split, config.triples, config.num_hard_negatives)
+def _fill_pydocs(config: SourceConfig, writer: Writer, rejected: Path) -> None:
+    _fill_rows(replace(config, path=str(pydocs.build(Path(config.path)) / "train.jsonl")), writer, rejected)
 
 
-def _pydocs(config: SourceConfig):
-    return jsonl.read_examples(pydocs.build(Path(config.path)) / "train.jsonl", config.columns, config.num_hard_negatives)
+def _fill_beir(config: SourceConfig, writer: Writer, rejected: Path) -> None:
+    _written(beir.read_examples(Path(config.path), config.split, config.triples, config.num_hard_negatives), config, writer)
+
+
+def _fill_nli(config: SourceConfig, writer: Writer, rejected: Path) -> None:
+    _written(nli.read_examples(Path(config.path), config.seed), config, writer)
+
+
+def _fill_msmarco(config: SourceConfig, writer: Writer, rejected: Path) -> None:
+    msmarco.fill(
+        Path(config.path), writer, systems=config.systems, negatives_per_system=config.negatives_per_system, score_margin=config.score_margin,
+        use_all_queries=config.use_all_queries, limit=config.limit, seed=config.seed,
+    )  # fmt: skip
 
 
 def _pydocs_fingerprint(config: SourceConfig) -> str:
     return hashlib.blake2b((pydocs.build(Path(config.path)) / "train.jsonl").read_bytes()).hexdigest()
 
 
-def _dataset(config: SourceConfig):
-    for number, row in enumerate(_load_dataset(config), 1):
-        yield jsonl.example_from_row(row, config.columns, config.num_hard_negatives, f"{config.path}, row {number}")
-
-
-def _load_dataset(config: SourceConfig):
-    """A hub data set or a folder saved by `datasets`."""
-    import datasets
-
-    path = Path(config.path)
-    try:
-        saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
-        rows = datasets.load_from_disk(config.path) if saved else datasets.load_dataset(config.path, split=config.split)
-    except (OSError, ValueError, ConnectionError) as error:
-        raise InputError(f"data.path={config.path}: cannot be loaded as a data set ({error}); give a hub id or a folder written by save_to_disk") from error
-    if isinstance(rows, datasets.DatasetDict):
-        if config.split not in rows:
-            raise InputError(f"data.path={config.path}: no split {config.split!r}; it has {', '.join(rows)}. Set data.split=<split>")
-        rows = rows[config.split]
-    return rows
-
-
+OF_THE_FEED = ("weight", "markers", "query_max_tokens", "document_max_tokens", "symmetric")  # say nothing of what is read
 READERS: dict[str, Reader] = {
-    "jsonl": Reader(_fill_from(_jsonl)),
-    "beir": Reader(_fill_from(_beir)),
-    "pydocs": Reader(_fill_from(_pydocs), _pydocs_fingerprint),
-    "dataset": Reader(_fill_from(_dataset), lambda config: _load_dataset(config)._fingerprint),
+    "file": Reader(_fill_rows),
+    "beir": Reader(_fill_beir),
+    "nli": Reader(_fill_nli),
+    "msmarco": Reader(_fill_msmarco),
+    "pydocs": Reader(_fill_pydocs, _pydocs_fingerprint),
 }
 
 

@@ -32,9 +32,15 @@ class Source:
     weight: float = 1.0
 
     def draw(self, number: int, epoch: int, seed: int) -> Drawn:
-        """One positive of several, seeded by example and epoch; of more than H hard negatives the next H, epoch by epoch."""
+        """One positive of several, seeded by example and epoch; of more than H hard negatives the next H, epoch by epoch.
+
+        Where a source has queries without hard negatives (msmarco with use_all_queries), positives of others stand in.
+        """
         positives, negatives = self.examples.positives[number], self.examples.hard_negatives[number]
-        chosen = int(np.random.default_rng((seed, epoch, number)).integers(len(positives))) if len(positives) > 1 else 0
+        draw = np.random.default_rng((seed, epoch, number)) if len(positives) > 1 or not negatives else None
+        chosen = int(draw.integers(len(positives))) if len(positives) > 1 else 0
+        if self.num_hard_negatives and not negatives:
+            negatives = [self.examples.positives[int(other)][0] for other in draw.integers(len(self.examples), size=self.num_hard_negatives)]
         first = epoch * self.num_hard_negatives
         hard = (negatives[(first + place) % len(negatives)] for place in range(self.num_hard_negatives))
         others = tuple(text for place, text in enumerate(positives) if place != chosen)

@@ -10,6 +10,7 @@ changes gives another key, so nothing stale is ever served. Everything is writte
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -123,8 +124,12 @@ def stored(cache: Path, key: str, fill: Callable[[Writer], None]) -> Examples:
     if not (folder / "examples.arrow").is_file():
         temporary = cache / f".{key}.tmp"
         temporary.mkdir(parents=True, exist_ok=True)
-        with _Table(temporary / "texts.arrow", TEXTS) as texts, _Table(temporary / "examples.arrow", EXAMPLES) as rows:
-            fill(Writer(texts, rows))
+        try:
+            with _Table(temporary / "texts.arrow", TEXTS) as texts, _Table(temporary / "examples.arrow", EXAMPLES) as rows:
+                fill(Writer(texts, rows))
+        except BaseException:
+            shutil.rmtree(temporary)
+            raise
         replace_folder(temporary, folder)
     return Examples.open(folder)
 

@@ -1,0 +1,119 @@
+"""How long until MS MARCO trains, and with how much memory?
+
+    python benchmarks/msmarco_start.py [--passages 1000000]
+
+Makes a collection of its form: passages of about 55 words, a query for every 20 of them, and for each query a positive and the 50
+best of 13 mining systems out of 200 candidates, all of them scored (as published: 8.8 million passages, half a million queries).
+One fresh process fills the store; another one opens it and draws 64 examples, which every later start takes. Seconds are of the
+work alone, without imports, by the clock and of the processor; memory is the peak of the resident size of the process, with them.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+SYSTEMS, DEPTH, CANDIDATES, BATCH = 13, 50, 200, 64
+WORDS = [f"{first}{second}{third}" for first in ("al", "be", "cor", "du") for second in ("ma", "ni", "to", "ver") for third in ("", "n", "sa", "rion")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passages", type=int, default=1_000_000, help="size of the collection, 8841823 in MS MARCO (default: %(default)s)")
+    parser.add_argument("--folder", help="below which a temporary folder is made: 1.5 GB for a million passages (default: the system's)")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # what a fresh process does, in --folder
+    options = parser.parse_args()
+    if options.step:
+        print(STEPS[options.step](Path(options.folder)), flush=True)
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        started = time.perf_counter()
+        make_collection(folder, options.passages)
+        make_queries(folder, options.passages)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        print(f"made: {options.passages} passages, {options.passages // 20} queries, {size / 1e9:.2f} GB, in {time.perf_counter() - started:.1f} s", flush=True)
+        for step in STEPS:
+            subprocess.run([sys.executable, __file__, "--step", step, "--folder", name], check=True)
+
+
+def make_collection(folder: Path, passages: int) -> None:
+    draw = np.random.default_rng(0)
+    with (folder / "collection.tsv").open("w", encoding="utf-8") as out:
+        for start in range(0, passages, 10_000):
+            lengths = draw.integers(30, 81, min(10_000, passages - start))
+            words = iter(draw.integers(0, len(WORDS), lengths.sum()).tolist())
+            out.writelines(f"{start + place}\t{' '.join(WORDS[next(words)] for _ in range(length))}\n" for place, length in enumerate(lengths.tolist()))
+    print(f"made: {folder / 'collection.tsv'}", flush=True)
+
+
+def make_queries(folder: Path, passages: int) -> None:
+    draw = np.random.default_rng(1)
+    names = [f"system-{number}" for number in range(SYSTEMS)]
+    with (
+        (folder / "queries.train.tsv").open("w") as queries,
+        (folder / "msmarco-hard-negatives.jsonl").open("w") as mined,
+        (folder / "cross-encoder-ms-marco-MiniLM-L-6-v2-scores.jsonl").open("w") as scores,
+    ):
+        for qid in range(passages // 20):
+            candidates = draw.integers(0, passages, CANDIDATES)
+            by_system = draw.permuted(np.tile(candidates, (SYSTEMS, 1)), axis=1)[:, :DEPTH].tolist()
+            positive, *others = candidates.tolist()
+            scored = dict(zip(map(str, others), draw.normal(-3, 5, CANDIDATES - 1).round(4).tolist(), strict=True)) | {str(positive): 8.0}
+            queries.write(f"{qid}\twhat is {' '.join(WORDS[word] for word in draw.integers(0, len(WORDS), 4))} of {qid}\n")
+            mined.write(json.dumps({"qid": qid, "pos": [positive], "neg": dict(zip(names, by_system, strict=True))}) + "\n")
+            scores.write(json.dumps({"qid": qid} | scored) + "\n")
+    print(f"made: {folder / 'msmarco-hard-negatives.jsonl'}", flush=True)
+
+
+def fill(folder: Path) -> str:
+    from sgpt.data import msmarco, store
+
+    spent = stopwatch()
+    examples = store.stored(folder / "cache", "start", lambda writer: msmarco.fill(folder, writer))
+    taken = spent()
+    per_query = np.mean([len(examples.hard_negatives[row]) for row in range(min(1000, len(examples)))])
+    return f"filled: {len(examples)} examples, about {per_query:.0f} hard negatives each, over {len(examples.texts)} texts: {taken}"
+
+
+def draw(folder: Path) -> str:
+    from sgpt.data import store
+
+    def nothing_to_fill(writer: store.Writer) -> None:
+        raise AssertionError("the store is there")
+
+    spent = stopwatch()
+    examples = store.stored(folder / "cache", "start", nothing_to_fill)
+    rows = np.random.default_rng(2).permutation(len(examples))[:BATCH].tolist()
+    batch = [examples[row] for row in rows]
+    taken = spent()
+    words = sum(len(text.split()) for one in batch for text in (one.query, one.positive, *one.hard_negatives))
+    return f"opened and drew {len(batch)} examples with all their negatives, {words} words: {taken}"
+
+
+def stopwatch() -> Callable[[], str]:
+    wall, processor = time.perf_counter(), time.process_time()
+    return lambda: f"{time.perf_counter() - wall:.2f} s, of the processor {time.process_time() - processor:.2f} s, peak {peak_megabytes():.0f} MB"
+
+
+def peak_megabytes() -> float:
+    """Of the resident size of this process. Not getrusage where it can be helped: that remembers the parent's."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+
+
+STEPS = {"fill": fill, "draw": draw}
+
+
+if __name__ == "__main__":
+    main()

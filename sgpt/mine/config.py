@@ -1,0 +1,69 @@
+"""What can be set. Unknown names, ranges and contradictions are refused here."""
+
+from dataclasses import dataclass
+
+from sgpt.errors import InputError
+from sgpt.markers import MarkersConfig
+
+NEEDS = {"bm25": None, "model": "model", "run": "trec"}  # source -> the key that it reads
+CHOICES = {"source": tuple(NEEDS), "pick": ("top", "random"), "on_few": ("keep", "drop")}
+
+
+@dataclass
+class MineConfig:
+    """data, split: BEIR folder and its qrels. output: the training rows, a new file .jsonl or .jsonl.gz. limit: the first queries only.
+
+    source: bm25; model, with model=<run, export, adapter, base or sentence-transformers folder>, markers and pooling only for a
+    base without a contract; or run, with trec=<TREC run, or JSON of query id -> document id -> score>.
+    rescore: folder of a cross-encoder (sentence-transformers), whose scores replace the source's inside of the window.
+    first_rank, last_rank: the window, counted from 1 without positives. negatives_per_query: at most so many.
+    pick: top, or random inside the window (by `seed` and query id).
+    score_margin: a negative scores at most the weakest positive's score minus this; null for any.
+    score_ratio: at most this times the weakest positive's score (below zero: as far below it); null for any.
+    on_few: keep or drop queries that have fewer than negatives_per_query.
+    queries_per_block, documents_per_block: what a killed run loses at most, per process. threads: per process on a CPU.
+    resume: go on with a killed run of the same configuration and data, by any number of processes.
+    """
+
+    data: str = ""
+    split: str = "train"
+    output: str = ""
+    limit: int | None = None
+    source: str = "bm25"
+    model: str | None = None
+    markers: MarkersConfig | None = None
+    pooling: str | None = None
+    trec: str | None = None
+    rescore: str | None = None
+    first_rank: int = 10
+    last_rank: int = 100
+    negatives_per_query: int = 8
+    pick: str = "top"
+    score_margin: float | None = None
+    score_ratio: float | None = None
+    on_few: str = "keep"
+    seed: int = 0
+    queries_per_block: int = 256
+    documents_per_block: int = 4096
+    threads: int | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for key, choices in CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise InputError(f"{key}={getattr(self, key)!r} is unknown; choose {', '.join(choices[:-1])} or {choices[-1]}")
+        for source, key in NEEDS.items():
+            if key and (self.source == source) != bool(getattr(self, key)):
+                problem = f"needs {key}=<path>" if self.source == source else f"does not read {key}={getattr(self, key)}; set source={source}, or leave it out"
+                raise InputError(f"source={self.source} {problem}")
+        for key in ("limit", "first_rank", "negatives_per_query", "queries_per_block", "documents_per_block", "threads"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise InputError(f"{key}={getattr(self, key)} must be 1 or more")
+        if self.last_rank - self.first_rank + 1 < self.negatives_per_query:
+            raise InputError(
+                f"first_rank={self.first_rank} to last_rank={self.last_rank} cannot hold negatives_per_query={self.negatives_per_query}; raise last_rank"
+            )
+        if self.score_margin is not None and not self.score_margin >= 0:
+            raise InputError(f"score_margin={self.score_margin} must be 0 or more, or null")
+        if self.score_ratio is not None and not 0 < self.score_ratio <= 1:
+            raise InputError(f"score_ratio={self.score_ratio} must be above 0 and at most 1, or null")

@@ -1,0 +1,129 @@
+"""What a killed run leaves behind, and how the next one goes on with it.
+
+Work is cut into blocks of documents to encode and of queries to mine; process r of W takes the blocks r, r + W, …. Blocks, not
+single queries: a text's embedding differs in its last bits with the texts beside it, and so any number of processes (of as many
+threads each) writes the same file. A finished block is a line in `<output>.part-<rank>`; a killed run loses the blocks that were
+under way. `<output>.manifest.json` says what the parts belong to, and at the end what was mined.
+"""
+
+import glob
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from sgpt.distributed import world
+from sgpt.errors import InputError
+from sgpt.files import write_whole
+from sgpt.mine.config import MineConfig
+from sgpt.mine.task import Task
+from sgpt.progress import progress_bar
+from sgpt.run import differences
+
+FREE = {"resume", "threads"}  # keys that may change on resuming
+
+
+def beside(output: Path, ending: str) -> Path:
+    return output.with_name(output.name + ending)
+
+
+class Parts:
+    """JSON lines, one a block; the first key is its kind, `documents` or `block` (of queries). Any number of processes goes on with what any other left.
+
+    done: kind -> block -> file and byte of its line, as it was when this was made: all processes then share out the same blocks.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.own = output, beside(output, f".part-{world()[0]}")
+        self.done: dict[str, dict[int, tuple[Path, int]]] = {"documents": {}, "block": {}}
+        for file in _part_files(output):
+            whole = 0
+            with file.open("rb") as lines:
+                for line in lines:
+                    if not line.endswith(b"\n"):
+                        break
+                    kind, block = next(iter(_parsed(line, file, whole).items()))
+                    self.done[kind][block] = file, whole
+                    whole += len(line)
+            if file == self.own and whole < file.stat().st_size:  # a kill tore the last line; the others only read up to it
+                os.truncate(file, whole)
+
+    def left(self, kind: str, items: int, size: int, title: str) -> Iterator[tuple[int, slice]]:
+        """This process's share of the blocks that are not done, each with its items; under a progress bar."""
+        rank, processes = world()
+        own = [block for block in range(math.ceil(items / size)) if block not in self.done[kind]][rank::processes]
+        with progress_bar(title, len(own)) as advance:
+            for block in own:
+                yield block, slice(block * size, (block + 1) * size)
+                advance(1)
+
+    def append(self, row: dict) -> None:
+        with self.own.open("ab") as out:
+            out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            out.flush()
+            os.fsync(out.fileno())
+
+    def read(self, block: int) -> dict:
+        """The line of a block of queries."""
+        file, place = self.done["block"][block]
+        with file.open("rb") as lines:
+            lines.seek(place)
+            return _parsed(lines.readline(), file, place)
+
+
+def _parsed(line: bytes, file: Path, place: int) -> dict:
+    try:
+        return json.loads(line)
+    except ValueError:
+        raise InputError(f"{file}: damaged at byte {place}; delete this file and resume, its blocks are mined again") from None
+
+
+def _part_files(output: Path) -> list[Path]:
+    return sorted(output.parent.glob(f"{glob.escape(output.name)}.part-*"))
+
+
+def remove_parts(output: Path) -> None:
+    for file in (*_part_files(output), beside(output, ".embeddings.npy"), beside(output, ".embeddings.tmp")):
+        file.unlink(missing_ok=True)
+
+
+def read_manifest(config: MineConfig) -> dict:
+    """{} when nothing is there to go on with. Refuses what is there unless told to resume."""
+    output = Path(config.output)
+    file = beside(output, ".manifest.json")
+    manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if output.exists() and not config.resume:
+        raise InputError(f"{output} exists; go on with resume=true, or choose another output=<file>")
+    if output.exists() and not manifest:
+        raise InputError(f"{output} exists and was not mined here: there is no {file}; choose another output=<file>")
+    if "finished" in manifest and not output.exists():
+        return {}  # somebody removed the rows
+    if manifest and not config.resume:
+        raise InputError(f"{file} belongs to a killed run; go on with resume=true, or choose another output=<file>")
+    if manifest and (changed := differences(*({key: made[key] for key in made.keys() - FREE} for made in (manifest["config"], asdict(config))))):
+        raise InputError(f"{output} was begun with another configuration: {'; '.join(changed[:5])}. Resume it unchanged, or choose another output=<file>")
+    return manifest
+
+
+def write_manifest(output: Path, manifest: dict) -> None:
+    write_whole(beside(output, ".manifest.json"), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def fingerprint(task: Task, source_digest: str) -> str:
+    """Changes with every text, judgement, weight and score that is read; the configuration is compared apart."""
+    digest = hashlib.sha256(source_digest.encode())
+    for name, text in (*task.chosen.corpus.items(), *task.chosen.queries.items()):
+        digest.update(f"{name}\x1f{text}\x1e".encode())
+    digest.update(json.dumps(task.chosen.qrels).encode())
+    for file in sorted(Path(task.config.rescore).rglob("*")) if task.config.rescore else ():
+        if file.is_file():
+            digest.update(f"{file.name} {file_digest(file)}".encode())
+    return digest.hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,0 +1,87 @@
+"""What is mined: the corpus as different texts, and the judged queries with what must never be their negative."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sgpt.data.beir import RetrievalSet, read_retrieval
+from sgpt.errors import InputError
+from sgpt.mine.config import MineConfig
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The corpus as different texts. names: id of the first document of each; rows: document id -> its text's row, none for a blank.
+
+    places: row -> position in the corpus, ascending.
+    """
+
+    names: list[str]
+    texts: list[str]
+    rows: dict[str, int]
+    places: np.ndarray
+
+
+@dataclass(frozen=True)
+class Query:
+    """positives: row of the pool -> judged document id, the most relevant first. barred: rows that are never negatives."""
+
+    name: str
+    text: str
+    positives: dict[int, str]
+    barred: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that is read before mining, equal on all processes."""
+
+    config: MineConfig
+    chosen: RetrievalSet
+    pool: Pool
+    queries: list[Query]
+    device: torch.device
+
+
+def read_task(config: MineConfig, device: torch.device | str = "cpu") -> Task:
+    if not config.data or not config.output:
+        raise InputError("set data=<BEIR folder> and output=<file.jsonl or file.jsonl.gz>")
+    if not config.output.endswith((".jsonl", ".jsonl.gz")):
+        raise InputError(f"output={config.output} is no name of JSON lines; let it end in .jsonl or .jsonl.gz")
+    chosen = read_retrieval(Path(config.data), config.split)
+    pool = pool_of(chosen.corpus)
+    queries = queries_of(chosen, pool, config.limit)
+    if not queries:
+        raise InputError(f"{config.data}/qrels/{config.split}.tsv: no query has a positive (score above 0) with a text of its own; nothing to mine for")
+    return Task(config, chosen, pool, queries, torch.device(device))
+
+
+def pool_of(corpus: dict[str, str]) -> Pool:
+    rows: dict[str, int] = {}
+    row_of_text: dict[str, int] = {}
+    names, places = [], []
+    for place, (name, text) in enumerate(corpus.items()):
+        if stripped := text.strip():
+            rows[name] = row_of_text.setdefault(stripped, len(row_of_text))
+            if rows[name] == len(names):
+                names.append(name)
+                places.append(place)
+    return Pool(names, list(row_of_text), rows, np.array(places, dtype=np.int64))
+
+
+def queries_of(chosen: RetrievalSet, pool: Pool, limit: int | None) -> list[Query]:
+    """The judged queries that have a text and a positive, one that is not the query itself. Queries of equal text bar each other's positives."""
+    row_of_text = {text: row for row, text in enumerate(pool.texts)}
+    texts = {name: chosen.queries[name].strip() for name in chosen.qrels}
+    positives: dict[str, dict[int, str]] = {name: {} for name in texts}
+    barred: dict[str, set[int]] = {text: {row_of_text[text]} if text in row_of_text else set() for text in texts.values()}
+    for name, judged in chosen.qrels.items():
+        for document, score in sorted(judged.items(), key=lambda pair: -pair[1]):
+            if score > 0 and document in pool.rows:
+                positives[name].setdefault(pool.rows[document], document)
+        barred[texts[name]].update(positives[name])
+        positives[name].pop(row_of_text.get(texts[name], -1), None)  # the query itself
+    usable = [name for name in list(texts)[:limit] if texts[name] and positives[name]]
+    return [Query(name, chosen.queries[name], positives[name], frozenset(barred[texts[name]])) for name in usable]

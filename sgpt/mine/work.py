@@ -1,0 +1,93 @@
+"""The whole: read, go on with what is there, mine block by block, write."""
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sgpt.data.jsonl import write_rows
+from sgpt.distributed import barrier, world
+from sgpt.errors import InputError
+from sgpt.mine.config import MineConfig
+from sgpt.mine.parts import Parts, fingerprint, read_manifest, remove_parts, write_manifest
+from sgpt.mine.report import COUNTS, write_page
+from sgpt.mine.rules import cross_encoder, mine_block
+from sgpt.mine.sources import SOURCES
+from sgpt.mine.task import Task, read_task
+from sgpt.run import environment
+
+log = logging.getLogger(__name__)
+SAMPLES = 10  # rows on the page
+
+
+def mine(config: MineConfig, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Mines, or goes on with it, and returns the statistics; {} on all but the main process."""
+    main, output = world()[0] == 0, Path(config.output)
+    task = read_task(config, device)
+    manifest = read_manifest(config)
+    source = SOURCES[config.source](task)
+    rescore = cross_encoder(config.rescore, task.device) if config.rescore else None
+    identity = fingerprint(task, source.digest)
+    if manifest and manifest["fingerprint"] != identity:
+        raise InputError(f"{output} was begun with other texts, judgements, weights or scores than are there now; choose another output=<file>")
+    barrier()  # everybody has read the manifest
+    if "finished" in manifest:
+        remove_parts(output)  # of a run that was killed while it removed them
+        return manifest["statistics"] if main else {}
+    if main and not manifest:
+        manifest = {"config": asdict(config), "fingerprint": identity, "environment": environment()}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        remove_parts(output)  # of a manifest that somebody removed
+        write_manifest(output, manifest)
+    barrier()
+    parts = Parts(output)
+    barrier()  # everybody has read the parts, now they may grow
+    source.prepare(parts)
+    log.info("%s: %s queries in blocks of %d, %d blocks done", output, f"{len(task.queries):,}", config.queries_per_block, len(parts.done["block"]))
+    for block, chosen in parts.left("block", len(task.queries), config.queries_per_block, f"mining for {len(task.queries):,} queries"):
+        rows, counts = mine_block(task.queries[chosen], task, source, rescore)
+        parts.append({"block": block, "counts": counts, "rows": rows})
+    barrier()
+    statistics = finish(task, manifest) if main else {}
+    barrier()
+    return statistics
+
+
+def finish(task: Task, manifest: dict) -> dict[str, Any]:
+    """Writes the rows in the order of the queries, the report, and last of all that it is finished."""
+    config, output, pool = task.config, Path(task.config.output), task.pool
+    parts, blocks = Parts(output), range(math.ceil(len(task.queries) / config.queries_per_block))
+    counts = Counter(queries=len(list(task.chosen.qrels)[: config.limit]), documents=len(task.chosen.corpus), copies=len(pool.rows) - len(pool.texts))
+    counts.update(unusable=counts["queries"] - len(task.queries), blank=counts["documents"] - len(pool.rows))
+    for block in blocks:
+        counts.update(parts.read(block)["counts"])
+    scores: dict[str, list[float]] = {"positive": [], "negative": []}
+    samples: list[dict] = []
+    shown = set(np.linspace(0, max(counts["rows"] - 1, 0), SAMPLES).astype(int).tolist())
+
+    def rows() -> Iterator[dict]:
+        """On their way into the file they are looked at: a whole corpus of rows is never in memory."""
+        for number, row in enumerate(row for block in blocks for row in parts.read(block)["rows"]):
+            for side, values in scores.items():
+                values += [value for value in row["scores"][side] if value is not None]
+            if number in shown:
+                samples.append(row)
+            yield row
+
+    write_rows(output, rows())
+    spread = {side: np.quantile(values, [0.05, 0.5, 0.95]).tolist() for side, values in scores.items() if values}
+    statistics = {
+        "counts": {key: counts[key] for key in COUNTS},
+        "scores": {side: dict(zip(("5 %", "median", "95 %"), quantiles, strict=True)) for side, quantiles in spread.items()},
+    }
+    write_page(config, statistics, scores, samples)
+    write_manifest(output, {**manifest, "statistics": statistics, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    remove_parts(output)
+    return statistics

@@ -1,0 +1,534 @@
+"""Mined rows against a reference of a few lines, the same from every source, after kills, and by two processes."""
+
+import gzip
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from sgpt.data.beir import RetrievalSet, read_retrieval
+from sgpt.data.jsonl import read_rows
+from sgpt.data.readers import DataConfig, read_examples
+from sgpt.encoder import Encoder
+from sgpt.errors import InputError
+from sgpt.evaluate import EvaluationConfig, bm25_run, read_sets
+from sgpt.mine import MineConfig, mine
+from sgpt.mine.parts import Parts
+from sgpt.mine.rules import cross_encoder, mine_block
+from sgpt.mine.sources import SOURCES
+from sgpt.mine.task import read_task
+
+REPOSITORY = Path(__file__).parents[1]
+SCIFACT = REPOSITORY.parent / "shared" / "data" / "scifact"
+WIDE = {"first_rank": 1, "last_rank": 50, "negatives_per_query": 5}
+needs_scifact = pytest.mark.skipif(not SCIFACT.is_dir(), reason=f"no SciFact at {SCIFACT}")
+
+
+def beir(folder: Path, corpus: dict[str, str], queries: dict[str, str], qrels: dict[str, dict[str, int]]) -> Path:
+    (folder / "qrels").mkdir(parents=True)
+    for name, texts in (("corpus", corpus), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items()))
+    judged = "".join(f"{query}\t{document}\t{score}\n" for query, documents in qrels.items() for document, score in documents.items())
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    """70 documents, among them copies, a blank one and a query's text; 24 queries with one to three positives, two of them with equal texts."""
+    chance = random.Random(0)
+    words = ["cat", "dog", "house", "tree", "river", "stone", "cloud", "train", "music", "bread", "glass", "light"]
+    corpus = {f"d{n}": " ".join(chance.choices(words, k=chance.randint(3, 8))) for n in range(70)}
+    corpus |= {f"d{n}": f" {corpus[f'd{n - 7}']} " for n in (10, 20, 30, 40)} | {"d50": "  "}
+    queries = {f"q{n}": " ".join(chance.sample(words, k=3)) for n in range(24)}
+    queries["q11"] = queries["q5"]
+    corpus["d60"] = queries["q3"]
+    qrels = {query: {document: chance.randint(0, 2) for document in chance.sample(sorted(corpus), 3)} for query in queries}
+    qrels["q0"] = {"d50": 1}  # blank: nothing to learn from
+    qrels["q3"] = {"d60": 1, "d3": 2, "d13": 1}  # d60 is the query itself
+    qrels["q4"] = {"d10": 2, "d3": 1}  # copies of each other
+    return beir(tmp_path_factory.mktemp("mine") / "toy", corpus, queries, qrels)
+
+
+def scores_of(folder: Path, seed: int = 1) -> dict[str, dict[str, float]]:
+    """Random scores with many ties for every query and document; a copy may have another score than its original."""
+    chance = random.Random(seed)
+    chosen = read_retrieval(folder, "train")
+    return {query: {document: round(chance.uniform(1, 9), 1) for document in chosen.corpus} for query in chosen.queries}
+
+
+def trec(file: Path, run: dict[str, dict[str, float]]) -> Path:
+    ranked = ((query, sorted(scores.items(), key=lambda pair: -pair[1])) for query, scores in run.items())
+    file.write_text("".join(f"{query} Q0 {document} {rank} {score!r} tag\n" for query, scores in ranked for rank, (document, score) in enumerate(scores, 1)))
+    return file
+
+
+def as_json(file: Path, run: dict) -> Path:
+    file.write_text(json.dumps(run))
+    return file
+
+
+def rows_of(folder: Path, scratch: Path, **options) -> list[dict]:
+    """The rows without the files around them."""
+    config = MineConfig(data=str(folder), output=str(scratch / "rows.jsonl"), **{**WIDE, **options})
+    task = read_task(config)
+    source = SOURCES[config.source](task)
+    source.prepare(Parts(Path(config.output)))
+    rescore = cross_encoder(config.rescore, task.device) if config.rescore else None
+    return mine_block(task.queries, task, source, rescore)[0]
+
+
+def reference(chosen: RetrievalSet, run: dict[str, dict[str, float]], first: int, last: int, count: int, margin: float, ratio: float) -> dict:
+    """query id -> [(text, score)] of its negatives, from texts alone. Every document has a positive score in the run."""
+    corpus, found = {document: text.strip() for document, text in chosen.corpus.items()}, {}
+    place = {text: number for number, text in reversed([*enumerate(corpus.values())])}
+    for query, judged in chosen.qrels.items():
+        text = chosen.queries[query]
+        twins = [other for other in chosen.qrels if chosen.queries[other] == text]
+        never = {corpus[document] for twin in twins for document, score in chosen.qrels[twin].items() if score > 0} | {text, ""}
+        own = {corpus[document] for document, score in judged.items() if score > 0} - {text, ""}
+        if not own:
+            continue
+        best = {text: max(score for document, score in run[query].items() if corpus[document] == text) for text in place}
+        ranking = sorted(best.keys() - never, key=lambda text: (-best[text], place[text]))[first - 1 : last]
+        weakest = min(best[text] for text in own)
+        found[query] = [(text, best[text]) for text in ranking if best[text] <= weakest - margin and best[text] <= ratio * weakest][:count]
+    return found
+
+
+# --- the rules ---
+
+
+@pytest.mark.parametrize("margin", [None, 0.0, 1.5])
+@pytest.mark.parametrize("ratio", [None, 0.8])
+@pytest.mark.parametrize(("first", "last", "count"), [(1, 50, 5), (10, 30, 3), (3, 4, 1), (60, 100, 9)])
+def test_negatives_are_those_of_a_reference_of_ten_lines(first, last, count, ratio, margin, toy, tmp_path):
+    run = scores_of(toy)
+    rows = rows_of(toy, tmp_path, source="run", trec=str(as_json(tmp_path / "run.json", run)), score_margin=margin, score_ratio=ratio,
+                   first_rank=first, last_rank=last, negatives_per_query=count)  # fmt: skip
+    expected = reference(read_retrieval(toy, "train"), run, first, last, count, -1e9 if margin is None else margin, 1e9 if ratio is None else ratio)
+    assert {row["ids"]["query"]: list(zip(row["negative"], row["scores"]["negative"], strict=True)) for row in rows} == expected
+    assert "q0" not in expected
+
+
+def test_positives_are_all_there_the_most_relevant_first_without_copies_and_the_query_itself(toy, tmp_path):
+    rows = {row["ids"]["query"]: row for row in rows_of(toy, tmp_path)}
+    corpus = read_retrieval(toy, "train").corpus
+    assert "q0" not in rows
+    assert rows["q3"]["ids"]["positive"] == ["d3", "d13"]  # d60 is the query
+    assert rows["q4"]["ids"]["positive"] == ["d10"]
+    several = [row for row in rows.values() if isinstance(row["positive"], list)]
+    assert several
+    for row in several:
+        assert row["positive"] == [corpus[document] for document in row["ids"]["positive"]]
+
+
+def test_random_negatives_come_from_the_window_and_depend_on_the_seed_only(toy, tmp_path):
+    options = {"source": "run", "trec": str(as_json(tmp_path / "run.json", scores_of(toy))), "first_rank": 5, "last_rank": 30, "score_ratio": 0.9}
+    whole = {row["ids"]["query"]: row["negative"] for row in rows_of(toy, tmp_path, **options, negatives_per_query=26)}
+    drawn = [rows_of(toy, tmp_path, **options, pick="random", seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] != rows_of(toy, tmp_path, **options)
+    for row in drawn[0]:
+        eligible = whole[row["ids"]["query"]]
+        assert [text for text in eligible if text in row["negative"]] == row["negative"]  # in ranked order
+        assert len(row["negative"]) == min(5, len(eligible))
+    again = rows_of(toy, tmp_path, **options, pick="random", limit=4)  # neither do other queries matter
+    assert again == drawn[0][: len(again)]
+
+
+def test_a_ratio_below_zero_means_as_far_below(tmp_path):
+    folder = beir(tmp_path / "b", {"p": "p", "a": "a", "b": "b", "c": "c"}, {"q": "q"}, {"q": {"p": 1}})
+    file = as_json(tmp_path / "run.json", {"q": {"p": -2.0, "a": -1.9, "b": -2.15, "c": -2.25}})
+    [row] = rows_of(folder, tmp_path, source="run", trec=str(file), score_ratio=0.9)
+    assert row["negative"] == ["c"]  # -2.2 and less; 0.9 * -2 would let all through that is worse than -1.8
+
+
+# --- the sources ---
+
+
+def test_bm25_its_trec_run_and_its_json_give_the_same_bytes(toy, tmp_path):
+    """Some positives share no word with their query; margins are left out, as these have no score in a run."""
+    found = {query: {d: s for d, s in scores.items() if s > 0} for query, scores in bm25_run(read_retrieval(toy, "train"), depth=70).items()}
+    files = {"bm25": None, "trec": trec(tmp_path / "run.trec", found), "json": as_json(tmp_path / "run.json", found)}
+    rows = {name: rows_of(toy, tmp_path, **({"source": "run", "trec": str(file)} if file else {})) for name, file in files.items()}
+    assert rows["trec"] == rows["json"]
+    for row, other in zip(rows["trec"], rows["bm25"], strict=True):
+        row["scores"]["positive"] = [score or 0.0 for score in row["scores"]["positive"]]
+        assert row == other
+
+
+def test_a_models_cosines_rank_and_the_window_is_exact(toy, tiny_base, tmp_path):
+    base, options = str(tiny_base("gpt_neo")), {"first_rank": 4, "last_rank": 40, "score_margin": 0.01}
+    rows = rows_of(toy, tmp_path, source="model", model=base, documents_per_block=16, **options)
+    encoder, chosen = Encoder.from_pretrained(base), read_retrieval(toy, "train")
+    documents = torch.from_numpy(encoder.encode_documents(list(chosen.corpus.values()), normalize=True))
+    queries = torch.from_numpy(encoder.encode_queries(list(chosen.queries.values()), normalize=True))
+    run = {query: dict(zip(chosen.corpus, row.tolist(), strict=True)) for query, row in zip(chosen.queries, queries @ documents.T, strict=True)}
+    expected = reference(chosen, run, 4, 40, 5, 0.01, 1e9)
+    assert [row["ids"]["query"] for row in rows] == list(expected)
+    for row in rows:  # scores and not texts: float32 may order neighbours otherwise in other packs
+        assert row["scores"]["negative"] == pytest.approx([score for _, score in expected[row["ids"]["query"]]], abs=1e-5)
+        assert row["scores"]["negative"] == pytest.approx([run[row["ids"]["query"]][document] for document in row["ids"]["negative"]], abs=1e-5)
+
+
+def test_a_cross_encoder_orders_the_window_and_margins_are_by_its_scores(toy, tiny_base, tmp_path):
+    from sentence_transformers import CrossEncoder
+    from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
+
+    folder = tmp_path / "cross"
+    torch.manual_seed(3)
+    model = BertForSequenceClassification.from_pretrained(tiny_base("bert"), num_labels=1)
+    torch.nn.init.normal_(model.classifier.weight, std=2.0)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(tiny_base("bert")).save_pretrained(folder)
+    window = {row["ids"]["query"]: row["negative"] for row in rows_of(toy, tmp_path, first_rank=2, last_rank=21, negatives_per_query=20)}
+    rows = rows_of(toy, tmp_path, first_rank=2, last_rank=21, rescore=str(folder), score_ratio=0.98)
+    scorer = CrossEncoder(str(folder), device="cpu")
+    dropped = 0
+    for row in rows[:6]:
+        positives = row["positive"] if isinstance(row["positive"], list) else [row["positive"]]
+        scores = [float(scorer.predict([(row["query"], text)])[0]) for text in (*positives, *window[row["ids"]["query"]])]
+        weakest, others = min(scores[: len(positives)]), sorted(scores[len(positives) :], reverse=True)
+        kept = [score for score in others if score <= 0.98 * weakest]
+        dropped += len(others) - len(kept)
+        assert row["scores"]["positive"] == pytest.approx(scores[: len(positives)], abs=1e-4)  # alone and in a padded batch
+        assert row["scores"]["negative"] == pytest.approx(kept[:5], abs=1e-4)
+    assert dropped > 0
+
+
+# --- the file ---
+
+
+def mined(folder: Path, output: Path, **options) -> tuple[dict, bytes]:
+    statistics = mine(MineConfig(data=str(folder), output=str(output), threads=1, **{**WIDE, **options}))
+    return statistics, output.read_bytes()
+
+
+def test_rows_are_read_as_training_examples(toy, tmp_path):
+    statistics, _ = mined(toy, tmp_path / "rows.jsonl", on_few="drop")
+    examples = read_examples(DataConfig(path=str(tmp_path / "rows.jsonl"), num_hard_negatives=5), tmp_path / "cache")
+    rows = [row for _, row in read_rows(tmp_path / "rows.jsonl")]
+    assert len(examples) == len(rows) == statistics["counts"]["rows"] > 10
+    for example, row in zip(examples, rows, strict=True):
+        positives = row["positive"] if isinstance(row["positive"], list) else [row["positive"]]
+        assert (example.query, [example.positive, *example.other_positives], [*example.hard_negatives]) == (row["query"], positives, row["negative"])
+    assert any(example.other_positives for example in examples)
+
+
+def test_queries_with_few_negatives_are_kept_or_dropped_and_counted(toy, tmp_path):
+    run = as_json(tmp_path / "run.json", scores_of(toy))
+    options = {"source": "run", "trec": str(run), "score_ratio": 0.9, "negatives_per_query": 10}
+    kept, _ = mined(toy, tmp_path / "kept.jsonl", **options)
+    dropped, _ = mined(toy, tmp_path / "dropped.jsonl", on_few="drop", **options)
+    rows = {name: [row for _, row in read_rows(tmp_path / f"{name}.jsonl")] for name in ("kept", "dropped")}
+    assert rows["dropped"] == [row for row in rows["kept"] if len(row["negative"]) == 10]
+    assert 0 < len(rows["dropped"]) < len(rows["kept"])
+    assert kept["counts"]["few"] == dropped["counts"]["few"] == len(rows["kept"]) - len(rows["dropped"])
+    unusable = kept["counts"]["unusable"]
+    assert (kept["counts"]["queries"], kept["counts"]["rows"]) == (24, 24 - unusable)
+    assert kept["counts"]["negatives"] == sum(len(row["negative"]) for row in rows["kept"])
+    assert (kept["counts"]["documents"], kept["counts"]["blank"]) == (70, 1)
+    assert kept["counts"]["copies"] == 70 - 1 - len({text.strip() for text in read_retrieval(toy, "train").corpus.values()} - {""})
+
+
+def test_a_compressed_output_holds_the_same_rows_in_the_same_bytes_each_time(toy, tmp_path):
+    plain = mined(toy, tmp_path / "rows.jsonl")[1]
+    first, second = (mined(toy, tmp_path / folder / "rows.jsonl.gz")[1] for folder in ("a", "b"))
+    assert first == second
+    assert gzip.decompress(first) == plain
+
+
+def test_the_report_shows_counts_and_samples_and_stands_alone(tmp_path):
+    texts = {"p": "<script>alert(1)</script> cat", **{f"n{n}": f"cat {n} & more" for n in range(9)}}
+    folder = beir(tmp_path / "b", texts, {"q": "<b>cat</b>"}, {"q": {"p": 1}})
+    mined(folder, tmp_path / "rows.jsonl")
+    page = (tmp_path / "rows.report.html").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; cat" in page
+    assert "&lt;b&gt;cat&lt;/b&gt;" in page
+    assert "<script" not in page
+    assert not re.search(r"(?:src|href)=[\"'](?!#)", page)
+    assert page.count("<svg") == 1
+    assert "<td>rows written</td><td>1</td>" in page
+
+
+# --- going on ---
+
+
+def test_a_finished_output_is_kept_and_resuming_it_shows_its_statistics(toy, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    statistics, content = mined(toy, output)
+    with pytest.raises(InputError, match=r"rows\.jsonl exists; go on with resume=true, or choose another output="):
+        mined(toy, output)
+    before = output.stat().st_mtime_ns
+    assert mined(toy, output, resume=True) == (statistics, content)
+    assert output.stat().st_mtime_ns == before
+    with pytest.raises(InputError, match=r"another configuration: last_rank: 50 -> 40\. Resume it unchanged"):
+        mined(toy, output, resume=True, last_rank=40)
+    assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl", "rows.jsonl.manifest.json", "rows.report.html"}
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text("{}\n")
+    with pytest.raises(InputError, match=r"foreign\.jsonl exists and was not mined here"):
+        mined(toy, foreign, resume=True)
+
+
+def test_resuming_on_other_texts_is_refused(toy, tmp_path):
+    chosen = read_retrieval(toy, "train")
+    for number, corpus in enumerate((chosen.corpus, {**chosen.corpus, "d69": "another text"})):
+        folder = beir(tmp_path / str(number) / "b", chosen.corpus if number == 0 else corpus, chosen.queries, chosen.qrels)
+        (tmp_path / "b").unlink(missing_ok=True)
+        (tmp_path / "b").symlink_to(folder)
+        if number == 0:
+            mined(tmp_path / "b", tmp_path / "rows.jsonl")
+    with pytest.raises(InputError, match=r"begun with other texts, judgements, weights or scores than are there now; choose another output="):
+        mined(tmp_path / "b", tmp_path / "rows.jsonl", resume=True)
+
+
+# --- as it is started ---
+
+
+# One process imports everything; every start is a fork of it. It kills one when its part file has so many lines, and leaves half a line there,
+# as a kill inside of a write does.
+STARTER = """
+import json, os, runpy, signal, sys, time
+import accelerate, bm25s, rich.console, torch
+torch.set_num_threads(1)
+import sgpt.config, sgpt.launch, sgpt.mine
+def started(number, job, rank):
+    child = os.fork()
+    if child:
+        return child
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{number}-{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    if job["port"]:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
+    sys.argv, code = job["command"], 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+def lines(file):
+    return open(file, "rb").read().count(b"\\n") if os.path.exists(file) else 0
+for number, job in enumerate(json.load(sys.stdin)):
+    children = [started(number, job, rank) for rank in range(2 if job["port"] else 1)]
+    if job["kill"]:
+        while lines(job["kill"][0]) < job["kill"][1] and not os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.0005)
+        os.kill(children[0], signal.SIGKILL)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if job["kill"]:
+        with open(job["kill"][0], "ab") as file:
+            file.write(b'{"block": 9, "counts": {"ro')
+    parts = [name for name in os.listdir(".") if ".part-" in name]
+    print(json.dumps([codes, {name: open(name).read() for name in parts}, sorted(os.listdir("."))]), flush=True)
+"""
+
+
+class Start(NamedTuple):
+    """arguments of train/mine.py; kill: part file and its lines at which the process is killed. port: two processes meet there."""
+
+    arguments: list[str]
+    kill: tuple[str, int] | None = None
+    port: int | None = None
+
+
+class Ended(NamedTuple):
+    codes: list[int]
+    parts: dict[str, str]
+    files: list[str]
+    out: str
+    err: str
+
+
+def free_port() -> int:
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        return chosen.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def started(toy, tiny_base, tmp_path_factory) -> tuple[Path, dict[str, Ended]]:
+    folder = tmp_path_factory.mktemp("started")
+    (folder / "toy").symlink_to(toy)
+    (folder / "base").symlink_to(tiny_base("gpt_neo"))
+    wide = [f"{key}={value}" for key, value in WIDE.items()]
+    model = ["data=toy", "source=model", "model=base", "queries_per_block=1", "documents_per_block=4", "threads=1", *wide]
+    named = {
+        "model": Start([*model, "output=model.jsonl"]),
+        "model killed": Start([*model, "output=killed.jsonl"], ("killed.jsonl.part-0", 5)),
+        "model not resumed": Start([*model, "output=killed.jsonl"]),
+        "model killed again": Start([*model, "output=killed.jsonl", "resume=true"], ("killed.jsonl.part-0", 19)),
+        "model gone on": Start([*model, "output=killed.jsonl", "resume=true"], port=free_port()),
+        "model by two": Start([*model, "output=two.jsonl"], port=free_port()),
+        "model again": Start([*model, "output=model.jsonl"]),
+        "no model": Start(["data=toy", "output=x.jsonl", "source=model"]),
+    }
+    if SCIFACT.is_dir():
+        [some] = read_sets(EvaluationConfig([str(SCIFACT)], split="train", limit=150)).retrieval
+        beir(folder / "scifact", some.corpus, some.queries, some.qrels)
+        rules = ["first_rank=2", "last_rank=20", "negatives_per_query=3", "score_ratio=0.9"]
+        scifact = ["data=scifact", "queries_per_block=1", "threads=1", *rules]
+        named |= {
+            "scifact": Start([*scifact, "output=scifact.jsonl"]),
+            "scifact killed": Start([*scifact, "output=scifact_killed.jsonl"], ("scifact_killed.jsonl.part-0", 20)),
+            "scifact gone on": Start([*scifact, "output=scifact_killed.jsonl", "resume=true"], port=free_port()),
+        }
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    jobs = [{"command": [str(REPOSITORY / "train" / "mine.py"), *start.arguments], "kill": start.kill, "port": start.port} for start in named.values()]
+    ended = subprocess.run([sys.executable, "-c", STARTER], input=json.dumps(jobs), cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr
+    told = [json.loads(line) for line in ended.stdout.splitlines()]
+    texts = [[(folder / f"{number}-0.{stream}").read_text() for stream in ("out", "err")] for number in range(len(jobs))]
+    return folder, {name: Ended(*one, *text) for name, one, text in zip(named, told, texts, strict=True)}
+
+
+def blocks(ended: Ended, kind: str) -> list[int]:
+    """Whole lines only: a kill may tear the last."""
+    lines = [line for part in ended.parts.values() for line in part.split("\n")[:-1]]
+    return [row[kind] for row in map(json.loads, lines) if kind in row]
+
+
+def test_a_killed_run_of_a_model_goes_on_where_it_was_and_ends_with_the_same_bytes(started):
+    folder, ended = started
+    assert ended["model"].codes == [0], ended["model"].err
+    first, second = ended["model killed"], ended["model killed again"]
+    assert (first.codes, second.codes, ended["model gone on"].codes) == ([-9], [-9], [0, 0])
+    assert blocks(first, "documents") == list(range(len(blocks(first, "documents"))))  # while encoding
+    assert blocks(second, "documents") == list(range(17))  # 65 texts in blocks of 4, none of them twice
+    assert blocks(second, "block") == list(range(len(blocks(second, "block"))))
+    assert 2 <= len(blocks(second, "block")) < 22
+    assert (folder / "killed.jsonl").read_bytes() == (folder / "model.jsonl").read_bytes()
+    assert not [name for name in ended["model gone on"].files if "part" in name or "embeddings" in name]
+
+
+@needs_scifact
+def test_a_killed_run_of_scifact_goes_on_where_it_was_and_ends_with_the_same_bytes(started):
+    folder, ended = started
+    assert (ended["scifact"].codes, ended["scifact gone on"].codes) == ([0], [0, 0]), ended["scifact gone on"].err
+    killed = ended["scifact killed"]
+    assert killed.codes == [-9]
+    assert blocks(killed, "block") == list(range(len(blocks(killed, "block"))))
+    assert 20 <= len(blocks(killed, "block")) < 150
+    assert "scifact_killed.jsonl" not in killed.files
+    content = (folder / "scifact.jsonl").read_bytes()
+    assert (folder / "scifact_killed.jsonl").read_bytes() == content
+    assert content.count(b"\n") == 150
+
+
+def test_two_processes_write_the_file_of_one(started):
+    folder, ended = started
+    assert ended["model by two"].codes == [0, 0], ended["model by two"].err
+    assert (folder / "two.jsonl").read_bytes() == (folder / "model.jsonl").read_bytes()
+
+
+def test_the_script_ends_with_a_table_and_refuses_in_one_sentence(started):
+    _, ended = started
+    assert re.search(r"rows written .* 2\d", ended["model"].out)
+    assert re.search(r"negative scores, median .*\d\.\d", ended["model"].out)
+    assert re.search(r"report +model\.report\.html", ended["model"].out)
+    assert ended["model again"].codes == ended["no model"].codes == [2]
+    assert ended["model again"].err == "error: model.jsonl exists; go on with resume=true, or choose another output=<file>\n"
+    assert ended["no model"].err == "error: source=model needs model=<path>\n"
+    assert ended["model not resumed"].err == (
+        "error: killed.jsonl.manifest.json belongs to a killed run; go on with resume=true, or choose another output=<file>\n"
+    )
+
+
+@needs_scifact
+def test_bm25_margins_count_positives_at_any_depth(started):
+    chosen = read_retrieval(started[0] / "scifact", "train")
+    rows, expected, deep = [row for _, row in read_rows(started[0] / "scifact.jsonl")], bm25_run(chosen, len(chosen.corpus)), 0
+    for row in rows:
+        scores = expected[row["ids"]["query"]]
+        for side in ("positive", "negative"):
+            assert row["scores"][side] == pytest.approx([scores[document] for document in row["ids"][side]], abs=1e-6)
+        judged = {document for document, score in chosen.qrels[row["ids"]["query"]].items() if score > 0}
+        weakest = min(scores[document] for document in judged)
+        others = sorted((score for document, score in scores.items() if document not in judged and score > 0), reverse=True)[1:20]
+        assert row["scores"]["negative"] == pytest.approx([score for score in others if score <= 0.9 * weakest][:3], abs=1e-6)
+        deep += weakest < others[-1]
+    assert deep > 0  # some positive is ranked below the window
+
+
+# --- bad input ---
+
+
+LINE = "q1 Q0 d1 1 3.5 tag\n"
+BAD_RUNS = {
+    "six fields": (LINE + "q1 Q0 d2 2 1.5\n", {}, r"run, line 2: 5 fields, a TREC run has 6, query-id Q0 document-id rank score tag: 'q1 Q0 d2 2 1\.5'"),
+    "no number": ("q1 Q0 d1 1 high tag\n", {}, r"run, line 1: rank '1' or score 'high' is no number"),
+    "not finite": ("q1 Q0 d1 1 nan tag\n", {}, r"run, line 1: score 'nan' is not finite"),
+    "unknown query": ("q99 Q0 d1 1 3.5 tag\n", {}, r"run, line 1: query id 'q99' is not in .*toy; the run belongs to another folder"),
+    "unknown document": ("q1 Q0 x1 1 3.5 tag\n", {}, r"run, line 1: document id 'x1' is not in .*toy"),
+    "twice": (LINE + LINE, {}, r"run, line 2: document id 'd1' stands twice under query id 'q1'"),
+    "distances": (LINE + "q1 Q0 d2 2 4.5 tag\n", {}, r"run, line 2: rank 2 scores 4\.5, more than rank 1 with 3\.5; higher must be better"),
+    "nothing": ("", {}, r"run: ranks none of the queries of split 'train'"),
+    "no positive": (LINE, {"score_ratio": 0.95}, r"run: query id 'q1' has no score for its positive 'd\d+', so score_margin and score_ratio cannot be applied"),
+    "not json": ('{"q1": ', {}, r"run, line 1: not JSON"),
+    "a list": ('{"q1": ["d1"]}', {}, r"run, query id 'q1': holds list, expected document ids with scores"),
+    "a text": ('{"q1": {"d1": "3"}}', {}, r"run, query id 'q1': score '3' of 'd1' is no finite number"),
+    "unknown in json": ('{"q1": {"x1": 3}}', {}, r"run, query id 'q1': document id 'x1' is not in"),
+    "not text": (b"\xff\xfe", {}, r"run: cannot be read .* it should be UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_a_bad_run_file_is_refused_with_its_place_and_leaves_nothing(name, toy, tmp_path):
+    content, options, message = BAD_RUNS[name]
+    (tmp_path / "run").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message):
+        mined(toy, tmp_path / "rows.jsonl", source="run", trec=str(tmp_path / "run"), **options)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "tfidf"}, r"source='tfidf' is unknown; choose bm25, model or run"),
+        ({"source": "model"}, r"source=model needs model=<path>"),
+        ({"source": "run"}, r"source=run needs trec=<path>"),
+        ({"model": "base"}, r"source=bm25 does not read model=base; set source=model, or leave it out"),
+        ({"pick": "first"}, r"pick='first' is unknown; choose top or random"),
+        ({"on_few": "fill"}, r"on_few='fill' is unknown; choose keep or drop"),
+        ({"first_rank": 0}, r"first_rank=0 must be 1 or more"),
+        ({"first_rank": 98, "last_rank": 100, "negatives_per_query": 4}, r"first_rank=98 to last_rank=100 cannot hold negatives_per_query=4"),
+        ({"score_margin": -0.1}, r"score_margin=-0\.1 must be 0 or more"),
+        ({"score_ratio": 1.5}, r"score_ratio=1\.5 must be above 0 and at most 1"),
+        ({"output": "rows.json"}, r"output=rows\.json is no name of JSON lines"),
+        ({"data": ""}, r"set data=<BEIR folder> and output="),
+        ({"split": "dev"}, r"dev\.tsv: no such file; .* has the splits: train"),
+        ({"source": "run", "trec": "nowhere"}, r"trec=nowhere: no such file"),
+        ({"rescore": "nowhere"}, r"rescore=nowhere: no folder with a config\.json"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message, toy):
+    with pytest.raises(InputError, match=message):
+        mine(MineConfig(**{"data": str(toy), "output": "rows.jsonl", **options}))
+
+
+def test_a_folder_without_columns_or_positives_is_refused(tmp_path):
+    folder = beir(tmp_path / "b", {"d": "text"}, {"q": "query"}, {"q": {"d": 0}})
+    with pytest.raises(InputError, match=r"train\.tsv: no query has a positive \(score above 0\)"):
+        mined(folder, tmp_path / "rows.jsonl")
+    (folder / "corpus.jsonl").write_text('{"_id": "d", "body": "text"}\n')
+    with pytest.raises(InputError, match=r"corpus\.jsonl, line 1: needs text columns _id and text"):
+        mined(folder, tmp_path / "rows.jsonl")
+
+
+def test_a_model_without_a_scoring_head_is_no_cross_encoder(toy, tiny_base, tmp_path):
+    with pytest.raises(InputError, match=r"BertModel is no cross-encoder; its scores would come from random weights"):
+        mined(toy, tmp_path / "rows.jsonl", rescore=str(tiny_base("bert")))

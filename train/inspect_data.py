@@ -1,0 +1,39 @@
+"""Look at training data before spending compute on it: `python train/inspect_data.py experiment=pydocs`, with training's overrides.
+
+On several processes a batch is as large as all of theirs: set trainer.queries_per_process to the queries in total.
+"""
+
+from omegaconf import DictConfig
+
+from sgpt.door import script
+
+
+@script("inspect_data")
+def main(composed: DictConfig) -> None:
+    import logging
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from sgpt import inspection
+    from sgpt.config import InspectConfig, plain, typed
+    from sgpt.data.readers import build_feed
+    from sgpt.model import load_tokenizer
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("sgpt").setLevel(logging.INFO)
+    config = typed(InspectConfig, composed)
+    page = inspection.free_place(Path(config.output or f"{config.runs}/{config.name}.inspection.html"))
+    tokenizer = load_tokenizer(config.model.path)
+    feed = build_feed(config.data, tokenizer, config.markers, queries_per_process=config.trainer.queries_per_process, seed=config.trainer.seed)
+    steps = config.trainer.steps(feed.batches_per_epoch)
+    found = inspection.inspect_feed(
+        feed, tokenizer, num_examples=config.examples, num_batches=config.batches, steps=steps, batches_per_step=config.trainer.gradient_accumulation
+    )
+    inspection.show(found, Console())
+    inspection.write_page(found, page, config.name, plain(config))
+    print(f"page  {page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Mine hard negatives: `python train/mine.py data=<BEIR folder> output=rows.jsonl`, or `accelerate launch train/mine.py …`. Rules: sgpt/mine/."""
+
+from omegaconf import DictConfig
+
+from sgpt.door import script
+
+
+@script("mine", groups=False)
+def main(composed: DictConfig) -> None:
+    from rich.console import Console
+
+    from sgpt import launch
+    from sgpt.config import typed
+    from sgpt.mine import MineConfig, mine, page_of, table
+
+    config = typed(MineConfig, composed)
+    accelerator = launch.accelerate(precision="fp32", seed=config.seed, threads=config.threads)
+    statistics = mine(config, accelerator.device)
+    if accelerator.is_main_process:
+        console = Console()
+        console.print(table(config, statistics))
+        few, most = statistics["counts"]["few"], config.negatives_per_query
+        if few and config.on_few == "keep":
+            console.print(f"{few:,} rows have fewer than {most} negatives; a run with data.num_hard_negatives={most} refuses them: lower it, or on_few=drop")
+        console.print(f"rows    {config.output}\nreport  {page_of(config)}", highlight=False, soft_wrap=True)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
