@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from torch.utils.data import BatchSampler
 from sgpt.contract import Contract
 from sgpt.data.example import Example
 from sgpt.data.readers import DataConfig, read_examples
-from sgpt.data.sampling import Schedule
+from sgpt.data.sampling import Feed, Source
+from sgpt.data.store import Examples, Tokens
 from sgpt.encoder import Encoder
 from sgpt.evaluate import EvaluationConfig, evaluate, read_sets
 from sgpt.export import export
@@ -47,15 +49,16 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-2)
     options = parser.parse_args()
 
-    examples = distinct(read_examples(DataConfig("pydocs", options.data, num_hard_negatives=1)))
+    examples = distinct(read_examples(DataConfig("pydocs", options.data, num_hard_negatives=1), Path("data/cache")))
     optim = OptimConfig(learning_rate=options.learning_rate)
     sets = read_sets(EvaluationConfig([f"{options.data}/pydocs_dev"], split="dev"))
     encoder = fresh_encoder(options.base)
     print(f"{len(examples):,} examples without a repeated text; before: {evaluate(encoder, sets)}")
     with tempfile.TemporaryDirectory() as folder:
         export(encoder, Path(folder) / "base", card="the untuned base")
-        ours, our_seconds = train_ours(encoder, examples, optim, options.steps, Path(folder) / "run")
-        theirs, their_seconds, tuned = train_theirs(Path(folder) / "base", examples, optim, options.steps, Path(folder) / "st")
+        feed = feed_of(examples, encoder)
+        ours, our_seconds = train_ours(encoder, feed, optim, options.steps, Path(folder) / "run")
+        theirs, their_seconds, tuned = train_theirs(Path(folder) / "base", examples, feed, optim, options.steps, Path(folder) / "st")
         other = fresh_encoder(options.base)
         other.trunk.load_state_dict(tuned.transformers_model.state_dict())
 
@@ -69,7 +72,7 @@ def main() -> None:
     print(f"pairs per second: ours {pairs / our_seconds:.1f}, sentence-transformers {pairs / their_seconds:.1f}, ratio {their_seconds / our_seconds:.2f}")
 
 
-def distinct(examples: list[Example]) -> list[Example]:
+def distinct(examples: Iterable[Example]) -> list[Example]:
     """Examples none of whose texts was seen before."""
     seen: set[str] = set()
     kept = []
@@ -88,16 +91,24 @@ def fresh_encoder(base: str) -> Encoder:
     return encoder
 
 
-def train_ours(encoder: Encoder, examples: list[Example], optim: OptimConfig, steps: int, folder: Path) -> tuple[list[float], float]:
+def feed_of(examples: list[Example], encoder: Encoder) -> Feed:
+    kept = Examples.of(examples)
+    tokens = Tokens(kept, encoder.tokenizer, max(frame.content_tokens for frame in encoder.frames.values()))
+    return Feed([Source("pydocs", kept, tokens, encoder.frames, num_hard_negatives=1)], QUERIES, seed=SEED)
+
+
+def train_ours(encoder: Encoder, feed: Feed, optim: OptimConfig, steps: int, folder: Path) -> tuple[list[float], float]:
     folder.mkdir()
     run = Run(folder)
     config = TrainerConfig(queries_per_process=QUERIES, max_steps=steps, seed=SEED, log_every_steps=1, save_every_steps=10**9)
-    state = train(encoder, examples, Accelerator(), run, config, LossConfig(), optim, dict)
+    state = train(encoder, feed, Accelerator(), run, config, LossConfig(), optim, dict)
 
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()], state.seconds
 
 
-def train_theirs(base: Path, examples: list[Example], optim: OptimConfig, steps: int, folder: Path) -> tuple[list[float], float, torch.nn.Module]:
+def train_theirs(
+    base: Path, examples: list[Example], feed: Feed, optim: OptimConfig, steps: int, folder: Path
+) -> tuple[list[float], float, torch.nn.Module]:
     model = SentenceTransformer(str(base), device="cpu")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("bias"))
@@ -106,14 +117,13 @@ def train_theirs(base: Path, examples: list[Example], optim: OptimConfig, steps:
         "positive": [example.positive for example in examples],
         "negative": [example.hard_negatives[0] for example in examples],
     }
-    order = Schedule(len(examples), QUERIES, 1, SEED)
 
     class OurOrder(BatchSampler):
         def __init__(self, *arguments, **options) -> None:
             pass
 
         def __iter__(self):
-            yield from (order.rows(step, 0) for step in range(steps))
+            yield from ([example for _, example, _ in feed.rows(step, 0)] for step in range(steps))
 
         def __len__(self) -> int:
             return steps

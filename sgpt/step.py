@@ -179,11 +179,12 @@ def _embed(encoder: Encoder, made: list[Pack], keep_bytes: float) -> list[_Part]
     """Keeps what fits, by what the packs before took for each of their tokens; the first is tried when it may fit at all."""
     parts: list[_Part] = []
     kept_bytes, kept_tokens = 0, 0
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*encoder.trunk.parameters(), *encoder.trunk.buffers())}
     for pack in made:
         state = _random_state(encoder.device)
         expected = kept_bytes / kept_tokens * len(pack) if kept_tokens else 0
         if keep_bytes > 0 and kept_bytes + expected <= keep_bytes:
-            with _SavedBytes() as saved:
+            with _SavedBytes(weights) as saved:
                 embeddings = encoder.embed_pack(pack)
             if kept_bytes + saved.bytes <= keep_bytes:
                 kept_bytes, kept_tokens = kept_bytes + saved.bytes, kept_tokens + len(pack)
@@ -198,10 +199,12 @@ def _embed(encoder: Encoder, made: list[Pack], keep_bytes: float) -> list[_Part]
 
 
 class _SavedBytes:
-    """Counts what autograd keeps for the backward pass: each storage once, parameters not at all."""
+    """Counts what autograd keeps for the backward pass: each storage once, and the weights, of which it keeps views, not at all."""
+
+    def __init__(self, weights: set[int]) -> None:
+        self.weights, self.storages = weights, {}
 
     def __enter__(self) -> "_SavedBytes":
-        self.storages: dict[int, int] = {}
         self.hooks = saved_tensors_hooks(self._count, lambda tensor: tensor)
         self.hooks.__enter__()
         return self
@@ -210,8 +213,8 @@ class _SavedBytes:
         self.hooks.__exit__(*error)
 
     def _count(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.weights:
             self.storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 

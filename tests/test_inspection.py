@@ -235,7 +235,7 @@ def test_a_batch_without_any_negative_is_warned_of(tokenizer):
 def page(tokenizer, tmp_path_factory) -> str:
     examples = [*EXAMPLES, Example("<script>alert(1)</script>", "https://example.org/ is an address", ("bad one",))]
     file = tmp_path_factory.mktemp("page") / "runs" / "x.inspection.html"
-    of_them = made(tokenizer, examples, limits=MarkersConfig(), name="data.path=<i>hand</i>")
+    of_them = made(tokenizer, examples, limits=MarkersConfig(), name="<i>hand</i>")
     inspection.write_page(inspected(tokenizer, of_them, queries=21), file, "a & b", {"note": "<b>&"})
     return file.read_text(encoding="utf-8")
 
