@@ -53,7 +53,7 @@ def assert_equal_gradients(found: dict[str, torch.Tensor], expected: dict[str, t
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("hard_negatives", [0, 2])
-@pytest.mark.parametrize("keep_bytes", [0, 1, 2_000_000])
+@pytest.mark.parametrize("keep_bytes", [0, 1, 700_000])
 def test_what_is_computed_again_gives_the_gradient_of_what_was_kept_for_every_parameter(keep_bytes, hard_negatives, symmetric, tiny_base):
     """Reference: both sides embedded and scored with their graphs, and one backward pass."""
     encoder, loss = encoder_of("gpt_neo", tiny_base), LossConfig(symmetric=symmetric)
@@ -89,7 +89,7 @@ def test_a_budget_is_kept_to_and_used(tiny_base):
         sizes[len(sizes)] = (len(pack), sum(storages.values()))
         del embeddings
     total, tokens = sum(size for _, size in sizes.values()), sum(length for length, _ in sizes.values())
-    shares = [contrastive_step(encoder, batch, loss, keep_bytes=budget).kept for budget in (0, total // 3, total // 2, total)]
+    shares = [contrastive_step(encoder, batch, loss, keep_bytes=budget).kept for budget in (0, total // 3, total // 2, 2 * total)]
     assert shares[0] == 0
     assert shares[-1] == 1
     assert 0.15 < shares[1] < 0.36
