@@ -41,7 +41,7 @@ BENCH = $(BIN)/python benchmarks/$(1).py --threads $(THREADS) --output runs/benc
 
 bench: $(BIN)/.installed-dev  ## speed and memory beside sentence-transformers, small model, a few minutes
 	$(call BENCH,train_step,--shape small --rounds 3 --steps 3 --competitors mnrl cached-32)
-	$(call BENCH,encode,--shape small --rounds 2 --documents 200 --batch-sizes 32)
+	$(call BENCH,encode,--shape small --rounds 2 --documents 200 --batch-sizes 16 32)
 	$(call BENCH,memory,--shape small --rounds 1 --batch 64 --packs 1024 --competitors mnrl cached-32)
 	$(call BENCH,scaling,--shape small --batches 64 256 1024)
 
