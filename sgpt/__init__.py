@@ -3,13 +3,15 @@
 The rooms, in reading order; each imports only from earlier ones:
 
     markers, pooling, packing, loss,      pure: tensors and ids, no model, no process
-    metrics, template, errors, files,
-    progress, page
+    metrics, fusion, template, errors,
+    files, progress, page
     data/, attention, model, tuning,      parts
     distributed, optim, contract
     encoder, adapter, probes, step        joined: texts to embeddings, batches to gradients
-    checkpoint, run, evaluate, search,    uses
-    export, report, mine/, inspection
+    checkpoint, run, evaluate, compare,   uses
+    useb, index,
+    search, mteb, export, report, mine/,
+    inspection, guide
     trainer, pretrain                     the loops
     config, launch, outcome, door         the door, then train/*.py
 

@@ -75,6 +75,36 @@ def load_adapter(trunk: nn.Module, folder: Path) -> None:
     _set(trunk, folder)
 
 
+class Delta:
+    """The trained tensors of an adapter beside the frozen trunk that others use, too: inside of `with delta:` the trunk has them.
+
+    Nothing is copied on entering: each parameter is given other storage, and its own again on leaving. Raises InputError for
+    another base, and for low-rank adapters, which change the modules themselves.
+    """
+
+    def __init__(self, trunk: nn.Module, folder: Path) -> None:
+        if not (folder / DELTA).is_file():
+            raise InputError(f"{folder} holds no {DELTA}: it is no bias delta, so it cannot share a trunk; open it by itself, or train with tuning=bitfit")
+        _refuse_other_base(trunk, folder)
+        parameters = dict(trunk.named_parameters())
+        self.inside = False
+        self.pairs = [(parameters[name], value.to(parameters[name].device)) for name, value in load_file(folder / TRAINED).items()]
+
+    def __enter__(self) -> None:
+        assert not self.inside, "entered twice, the trunk would be the base again"
+        self._exchange()
+
+    def __exit__(self, *failure) -> None:
+        self._exchange()
+
+    def _exchange(self) -> None:
+        exchanged = []
+        for parameter, value in self.pairs:
+            exchanged.append((parameter, parameter.data))
+            parameter.data = value
+        self.pairs, self.inside = exchanged, not self.inside
+
+
 def open_trunk(folder: Path, dtype: str) -> nn.Module:
     """The base that the contract names, with the adapter in it: changed in place, or wrapped by PEFT for low rank."""
     base = Contract.load(folder).base

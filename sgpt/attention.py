@@ -8,6 +8,8 @@ Most families have an attention interface, in which ours is registered. GPT-Neo,
 [rows, heads, T, T] scores eagerly and keep them for the backward pass: their attention methods are replaced; projections,
 parameters and checkpoints stay as they are. Kept exactly: GPT-Neo's local layers see the last `window_size` positions and
 its scores are not divided by sqrt(head size); BLOOM's ALiBi adds slope · position to the scores.
+
+For scoring (sgpt/continuation.py) the texts of a pack may also go on from a `Past`, whose keys and values they read.
 """
 
 from collections.abc import Iterator
@@ -22,11 +24,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu, dropout_add
+from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu, build_alibi_tensor, dropout_add
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
-from sgpt.packing import Pack
+from sgpt.packing import Pack, Past
 
 NAME = "sgpt"  # of our attention in transformers' tables
 PACKED_FAMILIES = {"gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "llama", "qwen2", "qwen3", "bert"}  # proved by tests/test_gradient_parity.py
@@ -34,17 +36,29 @@ PACKED_FAMILIES = {"gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "llama
 _PACK: ContextVar["_Borders | None"] = ContextVar("pack", default=None)
 
 
+Layers = list[tuple[Tensor, Tensor]]  # of every layer, keys and values [heads, N, head size]
+
+
 class _Borders:
     """Of the pack that is being computed, and the masks that its layers share."""
 
-    def __init__(self, pack: Pack) -> None:
+    def __init__(self, pack: Pack, past: Past | None = None, kept: Layers | None = None) -> None:
         self.blocks, self.masks = pack.blocks, {}
+        self.position_ids, self.past, self.kept = pack.position_ids, past, kept
+        self.layer = 0  # attentions are called in the order of the layers
+
+    @property
+    def continues(self) -> bool:
+        return self.past is not None or self.kept is not None
 
 
 @contextmanager
-def packed(pack: Pack) -> Iterator[None]:
-    """Inside, a prepared trunk takes the pack's tokens as one row [1, N]."""
-    token = _PACK.set(_Borders(pack))
+def packed(pack: Pack, past: Past | None = None, kept: Layers | None = None) -> Iterator[None]:
+    """Inside, a prepared trunk takes the pack's tokens as one row [1, N].
+
+    Without gradient or dropout: `past` is what its texts go on from, and `kept` is given the keys and values of every layer.
+    """
+    token = _PACK.set(_Borders(pack, past, kept))
     try:
         yield
     finally:
@@ -114,12 +128,12 @@ def _bloom_attention(self: BloomAttention, hidden_states: Tensor, residual: Tens
     """hidden_states [rows, T, D]; alibi [rows·heads, 1, T], slope · position; attention_mask as above."""
     query, key, value = self._reshape(self.query_key_value(hidden_states))
     dropout = self.attention_dropout.p if self.training else 0.0
-    slopes = alibi.view(len(hidden_states), self.num_heads, 1, -1)
     if borders := _PACK.get():
-        attended = _by_blocks(query, key, value, borders, dropout=dropout, slopes=slopes[0, :, 0, 1:2].unsqueeze(-1))
+        slopes = build_alibi_tensor(torch.ones(1, 2, device=query.device), self.num_heads, torch.float32)[:, :, 1:]
+        attended = _by_blocks(query, key, value, borders, dropout=dropout, slopes=slopes)
     else:
         allowed = _causal_mask(query.shape[2], query.device) if attention_mask is None else attention_mask
-        bias = slopes.to(query.dtype).masked_fill(~allowed, float("-inf"))
+        bias = alibi.view(len(hidden_states), self.num_heads, 1, -1).to(query.dtype).masked_fill(~allowed, float("-inf"))
         attended = _attend(query, key, value, bias, dropout=dropout)
     merged = attended.transpose(1, 2).flatten(2)
     return dropout_add(self.dense(merged), residual, self.hidden_dropout, self.training), None
@@ -130,6 +144,8 @@ def _by_blocks(
     scale: float | None = None, dropout: float = 0.0, window: int | None = None, slopes: Tensor | None = None, causal: bool = True,
 ) -> Tensor:  # fmt: skip
     """query, key, value [1, heads, N, head size], with fewer heads of keys and values allowed; slopes [heads, 1, 1]; as query out."""
+    if borders.continues:
+        return _continued(query, key, value, borders, scale, window, slopes)
     return _Blocks.apply(query, key, value, borders, scale, dropout, window, slopes, causal)
 
 
@@ -167,6 +183,43 @@ class _Blocks(torch.autograd.Function):
                 _block(given[place], start, number, length).copy_(part)
         ctx.graphs = None
         return (*given, None, None, None, None, None, None)
+
+
+def _continued(query: Tensor, key: Tensor, value: Tensor, borders: _Borders, scale: float | None, window: int | None, slopes: Tensor | None) -> Tensor:
+    """As `_by_blocks`, causal and without gradient, for texts with a past."""
+    layer, borders.layer = borders.layer, borders.layer + 1
+    if borders.kept is not None:
+        borders.kept.append((key[0].contiguous(), value[0].contiguous()))
+    attended = torch.empty_like(query)
+    for place, (start, (number, length)) in enumerate(zip(_starts(borders.blocks), borders.blocks, strict=True)):
+        queries, keys, values = (_block(tensor, start, number, length) for tensor in (query, key, value))
+        if borders.past is not None:
+            old_keys, old_values = borders.past.of(layer, place)
+            keys = torch.cat([old_keys.expand(number, -1, -1, -1), keys], 2)
+            values = torch.cat([old_values.expand(number, -1, -1, -1), values], 2)
+        mask = _continued_mask(borders, place, start, length, keys.shape[2], window, slopes)
+        _block(attended, start, number, length).copy_(_attend(*_alike(queries, keys, values), mask, scale=scale))
+    return attended
+
+
+def _continued_mask(borders: _Borders, place: int, start: int, length: int, keys: int, window: int | None, slopes: Tensor | None) -> Tensor | None:
+    """As `_block_mask`, [T, keys]: a token sees its past and what stands before it in its own row."""
+    rows = None if borders.past is None else borders.past.rows
+    if keys == length and slopes is None and (window is None or window >= length):
+        return None
+    shared = (length, keys) if rows is None else place  # blocks of one shape look alike
+    key = (shared, window, slopes is not None)
+    if key not in borders.masks:
+        positions = borders.position_ids[start : start + length]
+        seen = torch.cat([torch.arange(keys - length, device=positions.device), positions])
+        allowed = seen[None] <= positions[:, None]
+        if window is not None:
+            allowed &= positions[:, None] - seen[None] < window
+        if rows is not None:
+            own = rows[start : start + length]
+            allowed[:, keys - length :] &= own[:, None] == own[None]
+        borders.masks[key] = allowed if slopes is None else (slopes * seen).expand(-1, length, -1).masked_fill(~allowed, float("-inf"))
+    return borders.masks[key]
 
 
 def _starts(blocks: tuple[tuple[int, int], ...]) -> list[int]:

@@ -8,7 +8,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sgpt.data.readers import DataConfig
 from sgpt.errors import InputError
-from sgpt.evaluate import EvaluationConfig
+from sgpt.evaluate import BEIR_ROOT, EvaluationConfig
+from sgpt.index import IndexConfig
 from sgpt.loss import LossConfig
 from sgpt.markers import ROLES, MarkersConfig
 from sgpt.model import ModelConfig
@@ -83,17 +84,37 @@ class InspectConfig(TrainConfig):
 class EvaluateConfig:
     """model: run, export, adapter, base or sentence-transformers folder. markers, pooling: only for bases without a contract.
 
-    output: JSON keyed by set name.
+    retrieval: BEIR folders, or names of BEIR's sets, which are looked for in beir_root and else downloaded there.
+    sts: files of scored sentence pairs. useb: USEB's folder data-eval. split: null is each set's own, test but for msmarco.
+    bm25, fuse: systems beside the model, on the retrieval sets; the weight of one fusion is tuned on dev_split.
+    rerank: a decoder, folder or hub id, that scores the best `depth` documents of a query again by `prompt`.
+    runs: folder of a TREC run for each set and system. output: JSON of the model's metrics keyed by set name;
+    systems_output: JSON of all systems' metrics, intervals and bounds.
     """
 
     model: str = ""
     retrieval: list[str] = field(default_factory=list)
     sts: list[str] = field(default_factory=list)
-    split: str = "test"
+    useb: str | None = None
+    split: str | None = None
+    dev_split: str = "dev"
+    beir_root: str = BEIR_ROOT
     bm25: bool = True
+    fuse: bool = True
+    rerank: str | None = None
+    prompt: str = "G"
+    depth: int = 100
+    runs: str | None = None
     output: str | None = None
+    systems_output: str | None = None
     pooling: str | None = None
     markers: MarkersConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise InputError(f"depth={self.depth} must be 1 or more: the documents of a query that are scored again")
+        if self.rerank and not self.retrieval:
+            raise InputError(f"rerank={self.rerank} has nothing to rank again; set retrieval=[<BEIR folder or name>,…], or leave it out")
 
 
 @dataclass
@@ -108,13 +129,18 @@ class ExportConfig:
 class SearchConfig:
     """run: run or export. query: null asks at a prompt. corpus: JSON lines of _id and text, or a BEIR folder; null takes
 
-    what the run was trained to search. top: results shown.
+    what the run was trained to search. top: results shown. index: how the corpus is kept and searched.
+    rerank: score the best `depth` documents again by SGPT-CE with `prompt` and the run's own base.
     """
 
     run: str = ""
     query: str | None = None
     corpus: str | None = None
     top: int = 10
+    rerank: bool = False
+    prompt: str = "G"
+    depth: int = 100
+    index: IndexConfig = field(default_factory=IndexConfig)
 
 
 Config = TypeVar("Config")

@@ -45,15 +45,22 @@ LEGACY_POOLINGS = {  # sentence-transformers before 6, and every published SGPT 
 
 
 class Encoder(nn.Module):
-    """trunk: any decoder or BERT-like encoder. contract: markers, limits, pooling. `forward` is what training calls."""
+    """trunk: any decoder or BERT-like encoder. contract: markers, limits, pooling. `forward` is what training calls.
 
-    def __init__(self, trunk: nn.Module, tokenizer, contract: Contract, *, tokens_per_pack: int = TOKENS_PER_PACK) -> None:
+    delta: where others use the trunk as well, what makes it this encoder's (sgpt/adapter.py); `encode` puts it on and off.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, tokenizer, contract: Contract, *, tokens_per_pack: int = TOKENS_PER_PACK, delta: AbstractContextManager | None = None
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.weights = nullcontext() if delta is None else delta
         self.trunk, self.tokenizer, self.contract = trunk, tokenizer, contract
         self.tokens_per_pack = tokens_per_pack
         self.frames: dict[Role, Frame] = frames(contract.markers, tokenizer)
         self.causal = is_causal(trunk)
         _check_limits(contract.markers, trunk)
+        self.train(trunk.training)  # a new module says it is training, and `encode` would leave its trunk so
 
     def forward(self, rows: Rows) -> Tensor:
         """Token ids of any lengths -> embeddings [rows, D], with gradient, in the order given.
@@ -117,7 +124,7 @@ class Encoder(nn.Module):
         self.eval()
         rows = self.token_ids(texts, role)
         embeddings = torch.zeros(len(rows), self.embedding_size)
-        with progress_bar(f"encoding {len(texts):,} {role} texts", sum(map(len, rows)), progress) as advance:
+        with self.weights, progress_bar(f"encoding {len(texts):,} {role} texts", sum(map(len, rows)), progress) as advance:
             for pack in self.packs(rows):
                 embeddings[pack.rows] = self.embed_pack(pack).float().cpu()
                 advance(len(pack))

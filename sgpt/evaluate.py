@@ -5,7 +5,7 @@ Exact search in chunks: memory is bounded by `chunk` documents, whatever the cor
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,25 +13,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgpt.data.beir import PairSet, RetrievalSet, read_pairs, read_retrieval
+from sgpt.data.beir import PairSet, RetrievalSet, read_pairs
+from sgpt.data.beir_sets import places, read_place
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.metrics import Run, correlations, ranking
 
 DEPTH = 100  # results kept for each query; the deepest metric is at 100
+BEIR_ROOT = "data/raw/beir"  # where sets of BEIR are looked for and downloaded to
 Results = dict[str, dict[str, float]]
 
 
 @dataclass
 class EvaluationConfig:
-    """retrieval: BEIR folders. sts: files of scored sentence pairs. split: of both. bm25: score retrieval sets by BM25 too.
+    """retrieval: BEIR folders, or names of BEIR's sets. sts: files of scored sentence pairs. bm25: score retrieval sets by BM25 too.
+
+    split: of both; None is each set's own, which is test but for BEIR's msmarco.
 
     limit: so many queries and pairs, with the queries' documents and as many others; for trying things out.
     """
 
     retrieval: list[str] = field(default_factory=list)
     sts: list[str] = field(default_factory=list)
-    split: str = "test"
+    split: str | None = "test"
     bm25: bool = True
     limit: int | None = None
 
@@ -46,8 +50,8 @@ class Sets:
 
 def read_sets(config: EvaluationConfig) -> Sets:
     """Reads every file now: a missing one must stop a run before it trains, not after."""
-    retrieval = [read_retrieval(Path(folder), config.split) for folder in config.retrieval]
-    pairs = [read_pairs(Path(file), config.split) for file in config.sts]
+    retrieval = [read_place(place) for place in places(config.retrieval, config.split, Path(BEIR_ROOT))]
+    pairs = [chosen for file in config.sts for chosen in read_pairs(Path(file), config.split or "test")]
     names = [chosen.name for chosen in (*retrieval, *pairs)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"two evaluation sets are called {twice!r}, and results are kept by name; rename a folder, or evaluate one after the other")
@@ -62,12 +66,16 @@ def evaluate(encoder: Encoder, sets: Sets) -> Results:
     return results | {pairs.name: correlations(pairs.scores, cosines(encoder, pairs)) for pairs in sets.sts}
 
 
-def retrieve(encoder: Encoder, chosen: RetrievalSet, depth: int = DEPTH) -> Run:
-    """Cosine scores of the best `depth` documents of each query."""
+def retrieve(encoder: Encoder, chosen: RetrievalSet, depth: int = DEPTH, documents: Tensor | None = None) -> Run:
+    """Cosine scores of the best `depth` documents of each query. documents: their embeddings, when they are there already."""
     queries = encoder.encode_queries(list(chosen.queries.values()), normalize=True, as_tensor=True)
-    documents = encoder.encode_documents(list(chosen.corpus.values()), normalize=True, as_tensor=True)
-    scores, rows = search(queries, documents, depth)
-    return as_run(list(chosen.queries), list(chosen.corpus), scores, rows)
+    scores, rows = search(queries, embedded(encoder, chosen) if documents is None else documents, depth + chosen.skip_own_id)
+    return _found(chosen, scores, rows, depth)
+
+
+def embedded(encoder: Encoder, chosen: RetrievalSet) -> Tensor:
+    """The corpus [documents, D], float32 of length 1."""
+    return encoder.encode_documents(list(chosen.corpus.values()), normalize=True, as_tensor=True)
 
 
 def search(queries: Tensor, documents: Tensor, depth: int, chunk: int = 50_000) -> tuple[Tensor, Tensor]:
@@ -104,10 +112,12 @@ def bm25(sets: Sets) -> Results:
     return {chosen.name: ranking(chosen.qrels, bm25_run(chosen)) for chosen in sets.retrieval}
 
 
-def bm25_run(chosen: RetrievalSet, depth: int = DEPTH) -> Run:
-    index, words = bm25_index(list(chosen.corpus.values())), bm25_words(list(chosen.queries.values()))
-    rows, scores = index.retrieve(words, k=min(depth, len(chosen.corpus)), show_progress=False)
-    return as_run(list(chosen.queries), list(chosen.corpus), torch.from_numpy(scores), torch.from_numpy(rows))
+def bm25_run(chosen: RetrievalSet, depth: int = DEPTH, index=None) -> Run:
+    """index: of `bm25_index`, when it is there already. A document without any of the query's words is no result."""
+    index, words = index or bm25_index(list(chosen.corpus.values())), bm25_words(list(chosen.queries.values()))
+    rows, scores = index.retrieve(words, k=min(depth + chosen.skip_own_id, len(chosen.corpus)), show_progress=False)
+    run = _found(chosen, torch.from_numpy(scores), torch.from_numpy(rows), depth)
+    return {query: {document: score for document, score in documents.items() if score > 0} for query, documents in run.items()}
 
 
 def bm25_index(documents: list[str]):
@@ -145,12 +155,20 @@ def similarity_sample(encoder: Encoder, queries: Sequence[str], positives: Seque
     return {"positive": (left * right).sum(1).tolist(), "negative": (left * right.roll(1, 0)).sum(1).tolist()}
 
 
+def _found(chosen: RetrievalSet, scores: Tensor, rows: Tensor, depth: int) -> Run:
+    """The results without each query's own document, where the set says so."""
+    run = as_run(list(chosen.queries), list(chosen.corpus), scores, rows)
+    if not chosen.skip_own_id:
+        return run
+    return {query: dict(islice(((name, score) for name, score in documents.items() if name != query), depth)) for query, documents in run.items()}
+
+
 def _fewer(chosen: RetrievalSet, limit: int) -> RetrievalSet:
     qrels = dict(islice(chosen.qrels.items(), limit))
     judged = {document for documents in qrels.values() for document in documents}
     kept = judged | set(islice(chosen.corpus, len(judged)))
     corpus = {document: text for document, text in chosen.corpus.items() if document in kept}
-    return RetrievalSet(chosen.name, corpus, {query: chosen.queries[query] for query in qrels}, qrels)
+    return replace(chosen, corpus=corpus, queries={query: chosen.queries[query] for query in qrels}, qrels=qrels)
 
 
 def _fewer_pairs(pairs: PairSet, limit: int) -> PairSet:

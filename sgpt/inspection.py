@@ -296,7 +296,7 @@ def see(number: int, batch: Batch, tokenizer) -> SeenBatch:
 
 def _ignored(batch: Batch) -> Iterator[list[list[int]]]:
     """The loss' own judgement of each query: numbers of the candidates that are left out."""
-    contest = Contest.of(batch, torch.device("cpu"), symmetric=False)
+    contest = Contest.of(batch, torch.device("cpu"))
     for start in range(0, len(batch.queries), QUERIES_AT_A_TIME):
         yield [row.nonzero()[:, 0].tolist() for row in contest.duplicates(slice(start, start + QUERIES_AT_A_TIME))]
 

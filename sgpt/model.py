@@ -43,7 +43,7 @@ def load_trunk(config: ModelConfig) -> nn.Module:
             raise InputError(f"model.path={config.path}: {architecture.model_type} is an encoder-decoder; use a decoder or an encoder")
         trunk = AutoModel.from_pretrained(path, dtype=getattr(torch, config.dtype), use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise _cannot_load(config.path, error) from error
+        raise cannot_load(config.path, error) from error
     trunk.config.use_cache = False
     return prepare(trunk).eval()
 
@@ -53,7 +53,7 @@ def load_tokenizer(path: str):
     try:
         tokenizer = unwrap(AutoTokenizer.from_pretrained(located(path)))
     except (OSError, ValueError) as error:
-        raise _cannot_load(path, error) from error
+        raise cannot_load(path, error) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(f"model.path={path}: the tokenizer has neither a pad token nor an end token; set one in its tokenizer_config.json")
@@ -123,7 +123,7 @@ def takes_position_ids(trunk: nn.Module) -> bool:
     return "position_ids" in inspect.signature(base.forward).parameters and base.config.model_type not in offset_families
 
 
-def _cannot_load(path: str, error: Exception) -> InputError:
+def cannot_load(path: str, error: Exception) -> InputError:
     if isinstance(error, InputError):
         return error
     if Path(path).exists():

@@ -53,6 +53,25 @@ class Pack:
         return Pack(self.rows, self.blocks, self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True))
 
 
+@dataclass(frozen=True)
+class Past:
+    """What the texts of a pack go on from: the keys and values of M tokens that were computed before.
+
+    layers: of each layer keys and values [heads, M, head size]. spans: of each block of the pack, the slices of the M tokens
+    that stand before it, together at positions 0, 1, …. rows [N]: where a block of one row holds several texts, which one a
+    token belongs to; tokens of different texts do not see each other.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+    spans: list[tuple[slice, ...]]
+    rows: Tensor | None = None
+
+    def of(self, layer: int, block: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [heads, tokens, head size] that stand before a block."""
+        keys, values = self.layers[layer]
+        return (torch.cat([keys[:, span] for span in self.spans[block]], 1), torch.cat([values[:, span] for span in self.spans[block]], 1))
+
+
 def packs(rows: Rows, tokens_per_pack: int, *, padded: bool = False) -> Iterator[Pack]:
     """Every row with a token is in exactly one pack of at most `tokens_per_pack` tokens (one row, if that alone is longer).
 

@@ -1,28 +1,28 @@
-"""Search in a corpus with a stored index.
+"""Search in a corpus with a stored index (sgpt/index.py), and again among what was found with SGPT-CE.
 
-An index is a folder: `embeddings.npy` [documents, D] float32 of length 1, opened by memory map, `ids.json`, and `index.json`
-with the fingerprint of model, contract and corpus. An index with another fingerprint is stale and is built again.
+One decoder does both: the encoder's biases are a delta over its frozen trunk, which is on while texts are embedded and off
+while the language-model head scores (`open_both`). Beside the language model that costs kilobytes.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
+from sgpt import contract as contracts
+from sgpt.adapter import Delta
+from sgpt.contract import Contract
+from sgpt.cross_encoder import CrossEncoder, load_language_model
 from sgpt.data.beir import read_corpus
 from sgpt.data.jsonl import read_rows
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
-from sgpt.evaluate import search
-from sgpt.files import write_whole
+from sgpt.index import IndexConfig, open_index
+from sgpt.model import ModelConfig, load_tokenizer
+from sgpt.prompts import PromptConfig
 
 
 @dataclass(frozen=True)
 class Hit:
-    """score: cosine. name: the document's id."""
+    """score: cosine; after re-ranking the query's log-probability. name: the document's id."""
 
     score: float
     name: str
@@ -30,24 +30,41 @@ class Hit:
 
 
 class Searcher:
-    """An encoder and the index of one corpus; builds or opens the index when made."""
+    """An encoder and the index of one corpus; builds or opens the index when made.
 
-    def __init__(self, encoder: Encoder, corpus: dict[str, str], folder: Path) -> None:
-        self.encoder, self.corpus, self.names = encoder, corpus, list(corpus)
-        stored = folder / "index.json"
-        wanted = {"fingerprint": fingerprint(encoder, corpus), "documents": len(corpus)}
-        if not stored.is_file() or json.loads(stored.read_text()) != wanted:
-            stored.unlink(missing_ok=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            np.save(folder / "embeddings.npy", encoder.encode_documents(list(corpus.values()), normalize=True))
-            write_whole(stored, json.dumps(wanted))
-        self.embeddings = np.load(folder / "embeddings.npy", mmap_mode="c")
+    ranker: scores the best `depth` documents again, and of these the results are the best.
+    """
+
+    def __init__(
+        self, encoder: Encoder, corpus: dict[str, str], folder: Path, index: IndexConfig | None = None, *, ranker: CrossEncoder | None = None, depth: int = 100
+    ) -> None:  # fmt: skip
+        self.encoder, self.corpus, self.names, self.ranker, self.depth = encoder, corpus, list(corpus), ranker, depth
+        self.find = open_index(encoder, corpus, folder, index)
 
     def __call__(self, query: str, top: int = 10) -> list[Hit]:
         """The best documents, best first."""
         vector = self.encoder.encode_queries([query], normalize=True, as_tensor=True)
-        scores, rows = search(vector, torch.from_numpy(self.embeddings), top)
-        return [Hit(score, self.names[row], self.corpus[self.names[row]]) for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True)]
+        scores, rows = self.find(vector, max(top, self.depth) if self.ranker else top)
+        names = [self.names[row] for row in rows[0].tolist()]
+        found = scores[0].tolist()
+        if self.ranker is not None:
+            found = self.ranker.score([query] * len(names), [self.corpus[name] for name in names]).tolist()
+        hits = [Hit(score, name, self.corpus[name]) for score, name in zip(found, names, strict=True)]
+        return sorted(hits, key=lambda hit: -hit.score)[:top]
+
+
+def open_both(path: str | Path, prompt: PromptConfig | str = "G", *, dtype: str = "float32") -> tuple[Encoder, CrossEncoder]:
+    """The encoder of a run or adapter folder of ours, and SGPT-CE with its base: one trunk in memory for both.
+
+    Raises InputError where there is no bias delta to put on and off, as for a run with tuning=full.
+    """
+    folder = next((place for place in (Path(path) / "adapter", Path(path)) if (place / contracts.FILE).is_file()), None)
+    if folder is None or not (folder / contracts.FILE).is_file():
+        raise InputError(f"{path} holds no adapter/, so there is no base to re-rank with; give the run's folder, or search without rerank")
+    contract = Contract.load(folder)
+    model, tokenizer = load_language_model(ModelConfig(contract.base, dtype)), load_tokenizer(contract.base)
+    encoder = Encoder(model.base_model, tokenizer, contract, delta=Delta(model.base_model, folder))
+    return encoder, CrossEncoder(model, tokenizer, prompt)
 
 
 def read_documents(path: Path) -> dict[str, str]:
@@ -60,14 +77,3 @@ def read_documents(path: Path) -> dict[str, str]:
             raise InputError(f"{where}: needs text columns _id and text; it has {', '.join(row)}")
         documents[row["_id"]] = f"{row.get('title') or ''} {row['text']}".strip()
     return documents
-
-
-def fingerprint(encoder: Encoder, corpus: dict[str, str]) -> str:
-    """Changes with any weight, any part of the contract, any document."""
-    digest = hashlib.sha256(encoder.contract.fingerprint().encode())
-    for name, parameter in encoder.trunk.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    for name, text in corpus.items():
-        digest.update(f"{name}\x1f{text}\x1e".encode())
-    return digest.hexdigest()

@@ -24,39 +24,77 @@ from sgpt.loss import LossConfig, duplicate_queries, duplicates, positive_rows, 
 from sgpt.packing import Pack, distinct
 
 SCORES_AT_A_TIME = 2**25  # 128 MB in float32, a few times that while they are computed
+ROUNDING = 1e-6  # of a cosine in float32
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A frozen guide's embeddings of the texts of a batch, of length 1: queries [Q, G] and positives [Q, G] of this process,
+
+    all_queries [W·Q, G] and all_documents [C, G] of all.
+    """
+
+    queries: Tensor
+    positives: Tensor
+    all_queries: Tensor
+    all_documents: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> "Guided | None":
+        if batch.guide_queries is None or batch.guide_documents is None:
+            return None
+        queries, documents = batch.guide_queries.to(device), batch.guide_documents.to(device)
+        return cls(queries, documents[:: batch.documents_per_query], gather(queries), gather(documents))
 
 
 @dataclass(frozen=True)
 class Contest:
     """Who competes for whom in a batch, over all processes, on the device: hashes of own queries [Q], of all queries [W·Q]
 
-    and of all documents [C]; positives [Q], the row of each own query's positive among the candidates; other_positives
-    [Q, any], further positives of the own queries.
+    and of all documents [C]; positives [Q], the row of each own query's positive among the candidates; all_other_positives
+    [W·Q, any], further positives of all queries; guided, None without a guide.
     """
 
     queries: Tensor
     all_queries: Tensor
     all_documents: Tensor
     positives: Tensor
-    other_positives: Tensor
-    all_other_positives: Tensor | None
+    all_other_positives: Tensor
     documents_per_query: int
+    guided: Guided | None = None
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device, *, symmetric: bool) -> "Contest":
+    def of(cls, batch: Batch, device: torch.device) -> "Contest":
         queries, documents, r = batch.query_hashes.to(device), batch.document_hashes.to(device), batch.documents_per_query
         positives, others = positive_rows(len(queries), r, world()[0], device), batch.other_positive_hashes.to(device)
-        return cls(queries, gather(queries), gather(documents), positives, others, _gather_ragged(others, documents[::r]) if symmetric else None, r)
+        return cls(queries, gather(queries), gather(documents), positives, _gather_ragged(others, documents[::r]), r, Guided.of(batch, device))
 
     def duplicates(self, rows: slice) -> Tensor:
-        """ignored [rows, C]."""
-        return duplicates(self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], self.documents_per_query, self.other_positives[rows])
+        """ignored [rows, C], by equal texts."""
+        return duplicates(self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], self.documents_per_query, self.all_other_positives)
 
-    def duplicate_queries(self, rows: slice) -> Tensor:
-        """ignored [rows, W·Q]."""
-        return duplicate_queries(
-            self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], self.documents_per_query, self.all_other_positives
-        )
+    def no_negatives(self, rows: slice, guide_margin: float) -> Tensor:
+        """ignored [rows, C]: those, and what the guide takes for false negatives."""
+        ignored, guided = self.duplicates(rows), self.guided
+        if guided is None:
+            return ignored
+        return ignored | _guided(guided.queries[rows], guided.all_documents, self.positives[rows], self.documents_per_query, guide_margin)
+
+    def no_negative_queries(self, rows: slice, guide_margin: float) -> Tensor:
+        """ignored [rows, W·Q] of the other direction: queries of which the positives of these rows are no negatives."""
+        r, guided = self.documents_per_query, self.guided
+        ignored = duplicate_queries(self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], r, self.all_other_positives)
+        if guided is None:
+            return ignored
+        return ignored | _guided(guided.positives[rows], guided.all_queries, self.positives[rows] // r, 1, guide_margin)
+
+
+def _guided(rows: Tensor, candidates: Tensor, positives: Tensor, own: int, margin: float) -> Tensor:
+    """`too_alike` of a guide's embeddings. Texts that are one to the guide tie with the positive but for rounding, and must do so
+
+    alike in chunks of any size and on any number of processes: a candidate has to be above by more than that.
+    """
+    return too_alike(scaled(rows, candidates, 1.0), positives, own, margin - ROUNDING)
 
 
 @dataclass(frozen=True)
@@ -92,21 +130,24 @@ def contrastive_step(encoder: Encoder, batch: Batch, config: LossConfig, *, keep
 
 def objective(queries: Tensor, documents: Tensor, batch: Batch, config: LossConfig) -> tuple[Tensor, Outcome]:
     """InfoNCE of this process' queries [Q, D] against the documents [Q·R, D] of all processes."""
-    contest = Contest.of(batch, queries.device, symmetric=config.symmetric)
+    assert config.guide is None or batch.guide_queries is not None, "loss.guide is set and the feed knows no guide; see sgpt/guide.py"
+    contest = Contest.of(batch, queries.device)
     queries, candidates = unit(queries), unit(gather_with_gradient(documents))  # [C, D], rank-major
-    loss = _cross_entropy(queries, candidates, config, contest.positives, contest.documents_per_query, contest.duplicates)
+    loss = _cross_entropy(queries, candidates, config, contest.positives, contest.documents_per_query, contest.no_negatives)
     if config.symmetric:  # each positive document finds its query among all queries
         own = positive_rows(len(queries), 1, world()[0], queries.device)
         positives = candidates[contest.positives]
-        loss = (loss + _cross_entropy(positives, gather_with_gradient(queries), config, own, 1, contest.duplicate_queries)) / 2
+        loss = (loss + _cross_entropy(positives, gather_with_gradient(queries), config, own, 1, contest.no_negative_queries)) / 2
     return loss, Outcome(loss.detach(), queries.detach(), candidates.detach(), contest, config)
 
 
-def _cross_entropy(rows: Tensor, candidates: Tensor, config: LossConfig, positives: Tensor, own: int, duplicated: Callable[[slice], Tensor]) -> Tensor:
+def _cross_entropy(
+    rows: Tensor, candidates: Tensor, config: LossConfig, positives: Tensor, own: int, no_negatives: Callable[[slice, float], Tensor]
+) -> Tensor:
     """`info_nce` of rows of length 1, of which so many are scored at a time that memory stays bounded; their scores are made again backwards."""
 
     def part(chosen: slice) -> Tensor:
-        scores, _ = _scores(rows[chosen], candidates, config, config.scale, positives[chosen], own, duplicated(chosen))
+        scores, _ = _scores(rows[chosen], candidates, config, config.scale, positives[chosen], own, no_negatives(chosen, config.guide_margin))
         return F.cross_entropy(scores, positives[chosen], reduction="sum")
 
     chunks = _chunks(len(rows), len(candidates))
@@ -116,10 +157,10 @@ def _cross_entropy(rows: Tensor, candidates: Tensor, config: LossConfig, positiv
 
 
 def _scores(
-    rows: Tensor, candidates: Tensor, config: LossConfig, scale: float, positives: Tensor, own: int, duplicated: Tensor
+    rows: Tensor, candidates: Tensor, config: LossConfig, scale: float, positives: Tensor, own: int, ignored: Tensor
 ) -> tuple[Tensor, Tensor]:
     """scale · cosine, -inf where a candidate is no negative, and where that is, both [rows, candidates]."""
-    scores, ignored = scaled(rows, candidates, scale), duplicated
+    scores = scaled(rows, candidates, scale)
     if config.false_negative_margin is not None:
         ignored = ignored | too_alike(scores.detach(), positives, own, scale * config.false_negative_margin)
     return scores.masked_fill(ignored, float("-inf")), ignored
@@ -145,7 +186,8 @@ def health(outcome: Outcome) -> dict[str, float | None]:
     for chosen in _chunks(len(outcome.queries), len(outcome.candidates)):
         own = contest.positives[chosen]
         cosines, ignored = _scores(
-            outcome.queries[chosen], outcome.candidates, outcome.config, 1.0, own, contest.documents_per_query, contest.duplicates(chosen)
+            outcome.queries[chosen], outcome.candidates, outcome.config, 1.0, own, contest.documents_per_query,
+            contest.no_negatives(chosen, outcome.config.guide_margin),
         )
         positives.append(cosines.gather(1, own[:, None]))
         hardest.append(cosines.scatter_(1, own[:, None], float("-inf")).amax(1))

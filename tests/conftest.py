@@ -10,7 +10,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sgpt.contract import Contract
 from sgpt.encoder import Encoder
@@ -66,6 +66,28 @@ def tiny_encoder(tiny_base: Callable[..., Path]) -> Callable[..., Encoder]:
         base = str(tiny_base(family, real_tokenizer=real_tokenizer))
         contract = Contract(pooling, MarkersConfig(markers, **{**LIMITS, **limits}), normalize, base)
         return Encoder(load_trunk(ModelConfig(base, dtype)), load_tokenizer(base), contract)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory, tiny_base: Callable[..., Path]) -> Callable[[str], Path]:
+    """language_model(family): folder of a tiny causal language model with its tokenizer, saved once a session. Biases are not zero."""
+    saved: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in saved:
+            folder = tmp_path_factory.mktemp(f"{family}_lm")
+            tokenizer = AutoTokenizer.from_pretrained(tiny_base(family))
+            torch.manual_seed(1)
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_base(family)))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            saved[family] = folder
+        return saved[family]
 
     return make
 

@@ -14,13 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 from sgpt.config import EvaluateConfig, ExportConfig, InspectConfig, SearchConfig, TrainConfig, plain, typed
 from sgpt.errors import InputError
 from sgpt.mine import MineConfig
+from sgpt.mteb import MtebConfig
 from sgpt.pretrain import PretrainConfig
+from sgpt.rerank import RerankConfig
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
 SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig, "pretrain": PretrainConfig, "mine": MineConfig,
-    "inspect_data": InspectConfig,
+    "inspect_data": InspectConfig, "rerank": RerankConfig, "evaluate_mteb": MtebConfig,
 }  # fmt: skip
 SCRIPTS = {"biencoder": "train"} | {name: name for name in SCHEMAS if name != "train"}
 OPTIONS = sorted((file.parent.name, file.stem) for file in CONFIGS.glob("*/*.yaml"))

@@ -265,15 +265,15 @@ def test_pairs_of_the_split_are_read_and_a_label_or_the_quora_names_serve_too(tm
         {"sentence1": "e", "sentence2": "f", "label": 1},
         {"question1": "g", "question2": "h", "duplicate": 0},
     ]
-    pairs = beir.read_pairs(lines(tmp_path / "stsb.jsonl", *rows), "test")
+    [pairs] = beir.read_pairs(lines(tmp_path / "stsb.jsonl", *rows), "test")
     assert (pairs.name, pairs.first, pairs.second, pairs.scores) == ("stsb", ["a", "e", "g"], ["b", "f", "h"], [0.5, 1.0, 0.0])
 
 
 def test_sets_are_called_after_their_folder_also_when_it_is_the_working_directory(folder, monkeypatch):
     lines(folder / "pairs.jsonl.gz", {"sentence1": "a", "sentence2": "b", "score": 1}, {"sentence1": "c", "sentence2": "d", "score": 2})
-    assert beir.read_pairs(folder / "pairs.jsonl.gz", "test").name == "toy"
+    assert beir.read_pairs(folder / "pairs.jsonl.gz", "test")[0].name == "toy"
     monkeypatch.chdir(folder)
-    assert beir.read_pairs(Path("pairs.jsonl.gz"), "test").name == "toy"
+    assert beir.read_pairs(Path("pairs.jsonl.gz"), "test")[0].name == "toy"
     assert beir.read_retrieval(Path("."), "test").name == "toy"
 
 

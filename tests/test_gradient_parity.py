@@ -194,7 +194,7 @@ def plain_embeddings(trunk: nn.Module, texts: Rows, side: str = "right") -> Tens
 def plain_loss(embeddings: Tensor, texts: Texts, case: Case) -> Tensor:
     """InfoNCE with its duplicates told by their token ids. embeddings [Q + Q·R, D]."""
     asked, answers, r = texts.queries, texts.documents, 1 + case.hard_negatives
-    right = [[answers[i * r], *texts.others[i]] for i in range(QUERIES)]
+    right = [[text for j in range(QUERIES) if asked[j] == asked[i] for text in (answers[j * r], *texts.others[j])] for i in range(QUERIES)]
     lengths = embeddings.pow(2).sum(1, keepdim=True).sqrt()
     queries, documents = (embeddings / lengths).split([len(asked), len(answers)])
     scores = SCALE * queries @ documents.T
@@ -202,9 +202,9 @@ def plain_loss(embeddings: Tensor, texts: Texts, case: Case) -> Tensor:
     too_near = [float("inf") if case.margin is None else float(seen[i, i * r]) - SCALE * case.margin for i in range(QUERIES)]
     terms = []
     for i in range(QUERIES):
-        # own: curated, always counts. Others: not a positive's text, not my text, not the answer to my text
+        # own: curated, always counts. Others: not my text, and not an answer to it, whoever has it for a positive
         rivals = [c for c in range(QUERIES * r) if c // r == i or not (
-            answers[c] in right[i] or answers[c] == asked[i] or (c % r == 0 and asked[c // r] == asked[i]) or float(seen[i, c]) > too_near[i]
+            answers[c] in right[i] or answers[c] == asked[i] or float(seen[i, c]) > too_near[i]
         )]  # fmt: skip
         terms.append(scores[i, rivals].logsumexp(0) - scores[i, i * r])
     if case.symmetric:

@@ -12,10 +12,11 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 LAYERS: dict[str, set[str]] = {
     # tensors, ids, text and files whole or not: no model, no process
-    "pure": {"errors", "files", "page", "progress", "markers", "pooling", "loss", "metrics", "packing", "template"},
-    "parts": {"data", "attention", "model", "contract", "tuning", "distributed", "optim"},
-    "joined": {"adapter", "encoder", "probes", "step"},
-    "uses": {"checkpoint", "evaluate", "export", "run", "search", "report", "mine", "inspection"},
+    "pure": {"errors", "files", "page", "progress", "markers", "pooling", "loss", "metrics", "fusion", "packing", "template", "prompts"},
+    "parts": {"data", "attention", "model", "contract", "tuning", "distributed", "optim", "continuation"},
+    "joined": {"adapter", "encoder", "probes", "step", "likelihood", "cross_encoder"},
+    "uses": {"checkpoint", "evaluate", "compare", "useb", "export", "guide", "index", "mteb", "run",
+             "search", "report", "mine", "inspection", "parts", "rerank"},
     "trainer": {"trainer", "pretrain"},
     "door": {"config", "launch", "outcome", "door"},
 }

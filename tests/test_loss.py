@@ -120,6 +120,22 @@ def test_the_positive_of_an_equal_query_is_ignored_and_its_hard_negative_is_not(
     assert ignored_pairs(["a", "a"], ["A1", "A1-", "A2", "A2-"], r=2) == {(0, 2), (1, 0)}
 
 
+def test_an_answer_to_an_equal_query_is_ignored_wherever_it_stands():
+    """c curated A2 for itself; for both a it is an answer that happens to stand there, and for c it stays."""
+    assert ignored_pairs(["a", "a", "c"], ["A1", "A1-", "A2", "A2-", "C", "A2"], r=2) == {(0, 2), (0, 5), (1, 0), (1, 5)}
+    assert ignored_pairs(["a", "a", "c"], ["A1", "A2", "A2", "A2-", "C", "C-"], r=2) == {(0, 2), (1, 0), (1, 1)}  # the first a chose A2, and keeps it
+
+
+def test_another_positive_of_an_equal_query_is_ignored():
+    """Texts are numbers: the queries 1, 1, 2 with the positives 10, 11, 12, their hard negatives 20, 21, 13; 13 is another positive of the second."""
+    queries, documents = torch.tensor([1, 1, 2]), torch.tensor([10, 20, 11, 21, 12, 13])
+    others = torch.tensor([[10], [13], [12]])
+    ignored = duplicates(queries, queries, documents, positive_rows(3, 2, 0), 2, others)
+    assert {tuple(pair) for pair in ignored.nonzero().tolist()} == {(0, 2), (0, 5), (1, 0), (1, 5)}
+    back = duplicate_queries(queries, queries, documents, positive_rows(3, 2, 0), 2, others)
+    assert torch.equal(back, ignored[:, ::2].T)
+
+
 def test_a_document_with_the_querys_own_text_is_ignored():
     assert ignored_pairs(["a", "b"], ["A", "b"], r=1) == set()  # as its own positive it counts
     assert ignored_pairs(["a", "b"], ["b", "B"], r=1) == {(1, 0)}

@@ -1,12 +1,14 @@
-"""Metrics against hand-worked numbers, against pytrec_eval called directly, and against the formulas of the correlations."""
+"""Metrics against hand-worked numbers, against pytrec_eval called directly, and against the formulas of correlations and intervals."""
 
 import math
 import random
+from itertools import permutations
 
+import numpy as np
 import pytest
 import pytrec_eval
 
-from sgpt.metrics import correlations, main_metric, ranking, ranking_per_query
+from sgpt.metrics import correlations, cut, difference, main_metric, perfect, ranked, ranking, ranking_per_query
 
 
 def run(*documents: str) -> dict[str, float]:
@@ -97,3 +99,56 @@ def test_tied_scores_share_their_ranks():
 def test_the_main_metric_is_ndcg_or_spearman():
     assert main_metric({"mrr@10": 0.3, "ndcg@10": 0.2}) == ("ndcg@10", 0.2)
     assert main_metric({"pearson_cosine": 0.3, "spearman_cosine": 0.1}) == ("spearman_cosine", 0.1)
+
+
+def test_scores_that_differ_past_single_precision_are_ties_as_for_trec_eval():
+    scores = {"a": 1.0 + 1e-9, "b": 1.0, "c": 1.0 + 1e-5}
+    assert ranked(scores) == ["c", "b", "a"]
+    theirs = {document: pytrec_eval.RelevanceEvaluator({"q": {document: 1}}, {"recip_rank"}).evaluate({"q": scores})["q"]["recip_rank"] for document in scores}
+    assert theirs == pytest.approx({"c": 1, "b": 1 / 2, "a": 1 / 3})
+    assert cut({"q": scores}, 2) == {"q": {"c": 1.0 + 1e-5, "b": 1.0}}
+
+
+def test_a_perfect_reranker_is_as_good_as_the_best_of_all_orders():
+    chance = random.Random(0)
+    for _ in range(20):
+        qrels = {"q": {document: chance.choice([0, 1, 2]) for document in "abcdxyz"}}
+        run = {"q": {document: chance.random() for document in "abcdefgh"}}
+        top = ranked(run["q"])[:5]
+        orders = ({"q": {document: float(-place) for place, document in enumerate(order)}} for order in permutations(top))
+        best = max(ranking(qrels, order)["ndcg@10"] for order in orders)
+        assert ranking(qrels, perfect(qrels, run, 5))["ndcg@10"] == pytest.approx(best)
+
+
+def test_the_perfect_reranker_of_a_run_without_relevant_documents_scores_zero():
+    assert perfect({"q": {"a": 1}}, {"q": {"b": 2.0}, "r": {"a": 1.0}}, 10) == {"q": {"b": 0.0}, "r": {"a": 0.0}}
+
+
+def test_the_interval_of_many_queries_is_the_normal_one():
+    """The mean of 2,000 differences is normal by the central limit theorem; 10,000 resamples leave about 3 % of the half width to chance."""
+    chance = np.random.default_rng(1)
+    theirs = chance.uniform(0, 1, 2000)
+    ours = theirs + chance.exponential(0.1, 2000) - 0.08
+    found = difference(ours, theirs)
+    half = 1.96 * (ours - theirs).std() / math.sqrt(2000)
+    assert found.mean == pytest.approx((ours - theirs).mean())
+    assert (found.low, found.high) == (pytest.approx(found.mean - half, abs=0.05 * half), pytest.approx(found.mean + half, abs=0.05 * half))
+
+
+def test_the_interval_is_paired_and_equals_percentiles_of_a_loop_over_resamples():
+    """Queries differ by far more than the systems: unpaired resampling would give an interval ten times as wide."""
+    chance = np.random.default_rng(2)
+    theirs = chance.uniform(0, 1, 40)
+    ours = theirs + chance.normal(0.02, 0.03, 40)
+    found = difference(ours, theirs)
+    rows = [chance.integers(0, 40, 40) for _ in range(10_000)]
+    low, high = np.percentile([ours[row].mean() - theirs[row].mean() for row in rows], [2.5, 97.5])
+    assert (found.low, found.high) == (pytest.approx(low, abs=5e-4), pytest.approx(high, abs=5e-4))  # two samplings of 10,000
+    assert found == difference(ours, theirs)  # seeded
+    assert found != difference(ours, theirs, seed=1)
+
+
+def test_equal_systems_differ_by_nothing_and_one_query_has_no_interval():
+    assert difference([0.5, 0.2, 0.9], [0.5, 0.2, 0.9]) == (same := difference([1, 2], [1, 2]))
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    assert (difference([0.5], [0.25]).mean, difference([0.5], [0.25]).low, difference([], []).mean) == (0.25, None, 0.0)

@@ -2,14 +2,9 @@
 
 import gzip
 import json
-import os
 import random
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,24 +16,17 @@ from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.evaluate import EvaluationConfig, bm25_run, read_sets
 from sgpt.mine import MineConfig, mine
-from sgpt.mine.parts import Parts
 from sgpt.mine.rules import cross_encoder, mine_block
 from sgpt.mine.sources import SOURCES
 from sgpt.mine.task import read_task
+from sgpt.parts import Parts
+from tests.starts import Ended, Start, beir, blocks, free_port, start_all
+from tests.test_cross_encoder import as_the_original
 
 REPOSITORY = Path(__file__).parents[1]
 SCIFACT = REPOSITORY.parent / "shared" / "data" / "scifact"
 WIDE = {"first_rank": 1, "last_rank": 50, "negatives_per_query": 5}
 needs_scifact = pytest.mark.skipif(not SCIFACT.is_dir(), reason=f"no SciFact at {SCIFACT}")
-
-
-def beir(folder: Path, corpus: dict[str, str], queries: dict[str, str], qrels: dict[str, dict[str, int]]) -> Path:
-    (folder / "qrels").mkdir(parents=True)
-    for name, texts in (("corpus", corpus), ("queries", queries)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items()))
-    judged = "".join(f"{query}\t{document}\t{score}\n" for query, documents in qrels.items() for document, score in documents.items())
-    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +168,15 @@ def test_a_models_cosines_rank_and_the_window_is_exact(toy, tiny_base, tmp_path)
         assert row["scores"]["negative"] == pytest.approx([run[row["ids"]["query"]][document] for document in row["ids"]["negative"]], abs=1e-5)
 
 
+def test_a_decoder_orders_the_window_by_the_log_probability_of_the_query(toy, language_model, tmp_path):
+    folder = language_model("gpt2")
+    window = {row["ids"]["query"]: row["negative"] for row in rows_of(toy, tmp_path, first_rank=2, last_rank=21, negatives_per_query=20)}
+    rows = rows_of(toy, tmp_path, first_rank=2, last_rank=21, rescore=str(folder))
+    for row in rows[:3]:
+        scores = sorted((as_the_original(folder, row["query"], text) for text in window[row["ids"]["query"]]), reverse=True)
+        assert row["scores"]["negative"] == pytest.approx(scores[: len(row["negative"])], abs=1e-4)
+
+
 def test_a_cross_encoder_orders_the_window_and_margins_are_by_its_scores(toy, tiny_base, tmp_path):
     from sentence_transformers import CrossEncoder
     from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
@@ -276,7 +273,7 @@ def test_a_finished_output_is_kept_and_resuming_it_shows_its_statistics(toy, tmp
     assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl", "rows.jsonl.manifest.json", "rows.report.html"}
     foreign = tmp_path / "foreign.jsonl"
     foreign.write_text("{}\n")
-    with pytest.raises(InputError, match=r"foreign\.jsonl exists and was not mined here"):
+    with pytest.raises(InputError, match=r"foreign\.jsonl exists and was not made here"):
         mined(toy, foreign, resume=True)
 
 
@@ -293,71 +290,6 @@ def test_resuming_on_other_texts_is_refused(toy, tmp_path):
 
 
 # --- as it is started ---
-
-
-# One process imports everything; every start is a fork of it. It kills one when its part file has so many lines, and leaves half a line there,
-# as a kill inside of a write does.
-STARTER = """
-import json, os, runpy, signal, sys, time
-import accelerate, bm25s, rich.console, torch
-torch.set_num_threads(1)
-import sgpt.config, sgpt.launch, sgpt.mine
-def started(number, job, rank):
-    child = os.fork()
-    if child:
-        return child
-    for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{number}-{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    if job["port"]:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
-    sys.argv, code = job["command"], 0
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as error:
-        code = error.code or 0
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
-def lines(file):
-    return open(file, "rb").read().count(b"\\n") if os.path.exists(file) else 0
-for number, job in enumerate(json.load(sys.stdin)):
-    children = [started(number, job, rank) for rank in range(2 if job["port"] else 1)]
-    if job["kill"]:
-        while lines(job["kill"][0]) < job["kill"][1] and not os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            time.sleep(0.0005)
-        os.kill(children[0], signal.SIGKILL)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if job["kill"]:
-        with open(job["kill"][0], "ab") as file:
-            file.write(b'{"block": 9, "counts": {"ro')
-    parts = [name for name in os.listdir(".") if ".part-" in name]
-    print(json.dumps([codes, {name: open(name).read() for name in parts}, sorted(os.listdir("."))]), flush=True)
-"""
-
-
-class Start(NamedTuple):
-    """arguments of train/mine.py; kill: part file and its lines at which the process is killed. port: two processes meet there."""
-
-    arguments: list[str]
-    kill: tuple[str, int] | None = None
-    port: int | None = None
-
-
-class Ended(NamedTuple):
-    codes: list[int]
-    parts: dict[str, str]
-    files: list[str]
-    out: str
-    err: str
-
-
-def free_port() -> int:
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        return chosen.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -387,19 +319,7 @@ def started(toy, tiny_base, tmp_path_factory) -> tuple[Path, dict[str, Ended]]:
             "scifact killed": Start([*scifact, "output=scifact_killed.jsonl"], ("scifact_killed.jsonl.part-0", 20)),
             "scifact gone on": Start([*scifact, "output=scifact_killed.jsonl", "resume=true"], port=free_port()),
         }
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    jobs = [{"command": [str(REPOSITORY / "train" / "mine.py"), *start.arguments], "kill": start.kill, "port": start.port} for start in named.values()]
-    ended = subprocess.run([sys.executable, "-c", STARTER], input=json.dumps(jobs), cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
-    assert ended.returncode == 0, ended.stderr
-    told = [json.loads(line) for line in ended.stdout.splitlines()]
-    texts = [[(folder / f"{number}-0.{stream}").read_text() for stream in ("out", "err")] for number in range(len(jobs))]
-    return folder, {name: Ended(*one, *text) for name, one, text in zip(named, told, texts, strict=True)}
-
-
-def blocks(ended: Ended, kind: str) -> list[int]:
-    """Whole lines only: a kill may tear the last."""
-    lines = [line for part in ended.parts.values() for line in part.split("\n")[:-1]]
-    return [row[kind] for row in map(json.loads, lines) if kind in row]
+    return folder, start_all("mine", folder, named)
 
 
 def test_a_killed_run_of_a_model_goes_on_where_it_was_and_ends_with_the_same_bytes(started):
@@ -455,9 +375,9 @@ def test_bm25_margins_count_positives_at_any_depth(started):
     for row in rows:
         scores = expected[row["ids"]["query"]]
         for side in ("positive", "negative"):
-            assert row["scores"][side] == pytest.approx([scores[document] for document in row["ids"][side]], abs=1e-6)
+            assert row["scores"][side] == pytest.approx([scores.get(document, 0.0) for document in row["ids"][side]], abs=1e-6)
         judged = {document for document, score in chosen.qrels[row["ids"]["query"]].items() if score > 0}
-        weakest = min(scores[document] for document in judged)
+        weakest = min(scores.get(document, 0.0) for document in judged)
         others = sorted((score for document, score in scores.items() if document not in judged and score > 0), reverse=True)[1:20]
         assert row["scores"]["negative"] == pytest.approx([score for score in others if score <= 0.9 * weakest][:3], abs=1e-6)
         deep += weakest < others[-1]

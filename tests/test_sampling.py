@@ -2,9 +2,11 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from sgpt.data.example import Example
+from sgpt.data.grouping import Walk
 from sgpt.data.sampling import Feed, Source
 from sgpt.data.store import Examples
 from sgpt.errors import InputError
@@ -12,6 +14,7 @@ from sgpt.markers import Frame
 
 FRAMES = {"query": Frame((90,), (91,), 5), "document": Frame((92,), (93,), 5)}
 SIZES = [(100, 8, 1), (100, 8, 3), (64, 8, 2), (17, 1, 4), (5, 5, 1)]  # examples, queries a process, processes
+BATCHES = ["random", "hard"]
 
 
 class Numbers:
@@ -21,21 +24,25 @@ class Numbers:
         return [text]
 
 
-def source(size: int, *, positives: int = 1, negatives: int = 0, take: int = 0, weight: float = 1.0, name: str = "s") -> Source:
+def source(
+    size: int, *, positives: int = 1, negatives: int = 0, take: int = 0, weight: float = 1.0, name: str = "s", batches: str = "random"
+) -> Source:  # fmt: skip
     made = Examples.of(
         Example(f"{name} q{n}", f"{name} p{n}.0", tuple(f"{name} n{n}.{k}" for k in range(negatives)), tuple(f"{name} p{n}.{k}" for k in range(1, positives)))
         for n in range(size)
     )
-    return Source(name, made, Numbers(), FRAMES, take, weight)
+    walked = Walk(np.random.default_rng(9).permutation(size)) if batches == "hard" else None
+    return Source(name, made, Numbers(), FRAMES, take, weight, walk=walked)
 
 
-def feed(examples: int, queries: int, processes: int, seed: int) -> Feed:
-    return Feed([source(examples)], queries, processes, seed)
+def feed(examples: int, queries: int, processes: int, seed: int, batches: str = "random") -> Feed:
+    return Feed([source(examples, batches=batches)], queries, processes, seed)
 
 
+@pytest.mark.parametrize("batches", BATCHES)
 @pytest.mark.parametrize(("examples", "queries", "processes"), SIZES)
-def test_an_epoch_sees_every_example_exactly_once_over_all_processes(examples, queries, processes):
-    made = feed(examples, queries, processes, seed=3)
+def test_an_epoch_sees_every_example_exactly_once_over_all_processes(examples, queries, processes, batches):
+    made = feed(examples, queries, processes, seed=3, batches=batches)
     batches = [made.rows(batch, rank) for batch in range(-(-3 * examples // (queries * processes))) for rank in range(processes)]
     assert all(len(batch) == queries for batch in batches)  # no process ever holds fewer
     seen = Counter((epoch, example) for batch in batches for _, example, epoch in batch)
@@ -44,25 +51,28 @@ def test_an_epoch_sees_every_example_exactly_once_over_all_processes(examples, q
     assert len(seen) - 3 * examples < queries * processes  # the last batch takes the beginning of the next epoch
 
 
+@pytest.mark.parametrize("batches", BATCHES)
 @pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_together_draw_the_batch_of_one_process_that_is_as_large(processes):
-    several, one = feed(100, 4, processes, 0), feed(100, 4 * processes, 1, 0)
+def test_several_processes_together_draw_the_batch_of_one_process_that_is_as_large(processes, batches):
+    several, one = (feed(100, queries, number, 0, batches) for queries, number in ((4, processes), (4 * processes, 1)))
     for batch in range(40):
         assert [row for rank in range(processes) for row in several.rows(batch, rank)] == one.rows(batch, 0)
 
 
-def test_rows_depend_on_the_position_alone():
-    one, other = (Feed([source(50, name="a"), source(70, name="b", weight=2)], 4, 2, 1) for _ in range(2))
+@pytest.mark.parametrize("batches", BATCHES)
+def test_rows_depend_on_the_position_alone(batches):
+    one, other = (Feed([source(50, name="a", batches=batches), source(70, name="b", weight=2, batches=batches)], 4, 2, 1) for _ in range(2))
     forwards = [one.rows(batch, 1) for batch in range(20)]
     assert [other.rows(batch, 1) for batch in reversed(range(20))] == forwards[::-1]
 
 
-def test_epochs_and_seeds_are_shuffled_differently():
-    made = feed(50, 50, 1, seed=1)
-    first, second, other = ([example for _, example, _ in rows] for rows in (made.rows(0, 0), made.rows(1, 0), feed(50, 50, 1, seed=2).rows(0, 0)))
+@pytest.mark.parametrize("batches", BATCHES)
+def test_epochs_and_seeds_are_shuffled_differently(batches):
+    made, reseeded = feed(50, 50, 1, 1, batches), feed(50, 50, 1, 2, batches)
+    first, second, other = ([example for _, example, _ in rows] for rows in (made.rows(0, 0), made.rows(1, 0), reseeded.rows(0, 0)))
     assert sorted(first) == sorted(second) == sorted(other) == list(range(50))
     assert first != second != other != first
-    assert second != [example for _, example, _ in feed(50, 50, 1, seed=2).rows(1, 0)]  # the next epoch is not the next seed
+    assert second != [example for _, example, _ in reseeded.rows(1, 0)]  # the next epoch is not the next seed
 
 
 def test_batches_are_of_one_source_and_sources_come_by_weight():

@@ -19,6 +19,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.data.readers import build_feed
     from sgpt.encoder import Encoder
     from sgpt.export import export
+    from sgpt.guide import grouped, guided
     from sgpt.model import load_tokenizer, load_trunk
     from sgpt.report import write_report
     from sgpt.run import begin, claim
@@ -37,6 +38,7 @@ def main(composed: DictConfig) -> None:
     with accelerator.main_process_first():  # one process harvests, reads and tokenises, the others find it done
         feed = build_feed(config.data, tokenizer, config.markers, queries_per_process=config.trainer.queries_per_process,
                           processes=accelerator.num_processes, seed=config.trainer.seed)
+    feed = guided(grouped(feed, config.data, accelerator.device), config.loss, accelerator.device)
     check(feed)
     config.trainer.steps(feed.batches_per_epoch)
     sets, dev = evaluate.read_sets(config.evaluation), evaluate.read_sets(config.dev)

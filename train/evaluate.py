@@ -1,4 +1,4 @@
-"""Evaluate any model: `python train/evaluate.py model=runs/pydocs retrieval=[<folder>] sts=[<file>]`. `--help` shows the keys."""
+"""Evaluate any model: `python train/evaluate.py model=runs/pydocs retrieval=[<folder or BEIR name>] sts=[<file>]`. `--help` shows the keys."""
 
 from omegaconf import DictConfig
 
@@ -7,30 +7,72 @@ from sgpt.door import script
 
 @script("evaluate", groups=False)
 def main(composed: DictConfig) -> None:
+    import sys
+    from functools import partial
+    from pathlib import Path
+
+    import torch
+    from rich.console import Console
+
+    from sgpt import compare, evaluate
+    from sgpt.config import EvaluateConfig, typed
+    from sgpt.data.beir_sets import places, read_place
+    from sgpt.data.useb import read_useb
+    from sgpt.encoder import Encoder
+    from sgpt.errors import InputError
+    from sgpt.useb import useb
+
+    config, console = typed(EvaluateConfig, composed), Console(width=None if sys.stdout.isatty() else 200)
+    if not config.model or not (config.retrieval or config.sts or config.useb):
+        raise InputError("set model=<folder or hub id> and retrieval=[<BEIR folder or name>,…], sts=[<pairs file>,…] or useb=<folder data-eval>")
+    there = places(config.retrieval, config.split, Path(config.beir_root))  # what is missing stops us now and not after hours
+    similar = evaluate.read_sets(evaluate.EvaluationConfig(sts=config.sts, split=config.split))
+    tasks = read_useb(Path(config.useb), config.split or "test") if config.useb else []
+    if twice := {place.name for place in there} & {pairs.name for pairs in similar.sts}:
+        raise InputError(f"two evaluation sets are called {min(twice)!r}, and results are kept by name; rename a folder, or evaluate one after the other")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling).to(device)
+    rescore = None
+    if config.rerank:
+        from sgpt.cross_encoder import CrossEncoder
+        from sgpt.rerank import rerank
+
+        ranker = CrossEncoder.from_pretrained(config.rerank, prompt=config.prompt)
+        ranker.model.to(device)
+        rescore = partial(rerank, ranker)
+
+    sets: dict[str, compare.Systems] = {}
+    for place in there:  # one corpus in memory at a time
+        chosen = read_place(place)
+        dev, reason = compare.tuning_set(place, chosen, config.dev_split) if config.bm25 and config.fuse else (None, "")
+        if reason:
+            console.print(reason)
+        systems = compare.rank(encoder, chosen, dev, bm25=config.bm25, fuse=config.fuse, rescore=rescore, depth=config.depth)
+        if config.runs:
+            compare.write_runs(Path(config.runs), chosen, systems)
+        sets[place.name] = compare.measured(chosen, systems, config.depth)
+        record(config, sets)  # after every set: a killed evaluation keeps what it has
+    sets = compare.with_cqadupstack(sets)
+    sets |= {name: {"model": {"metrics": metrics}} for name, metrics in (evaluate.evaluate(encoder, similar) | useb(encoder, tasks)).items()}
+    record(config, sets)
+    console.print(compare.table(sets | compare.beir_averages(sets), f"{config.split or 'test'}, results × 100, differences with 95 % intervals"))
+
+
+def record(config, sets) -> None:
+    """output: set -> metrics of the model. systems_output: set -> system -> everything."""
     import json
     from pathlib import Path
 
-    from rich.console import Console
-
-    from sgpt import evaluate
-    from sgpt.config import EvaluateConfig, typed
-    from sgpt.encoder import Encoder
-    from sgpt.errors import InputError
+    from sgpt.compare import beir_averages
     from sgpt.files import write_whole
 
-    config = typed(EvaluateConfig, composed)
-    if not config.model or not (config.retrieval or config.sts):
-        raise InputError("set model=<folder or hub id> and retrieval=[<BEIR folder>,…] or sts=[<pairs file>,…]")
-    sets = evaluate.read_sets(evaluate.EvaluationConfig(config.retrieval, config.sts, config.split))
-    encoder = Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling)
-    results = evaluate.evaluate(encoder, sets)
-    columns = {Path(config.model).name: results}
-    if config.bm25 and sets.retrieval:
-        columns["bm25"] = evaluate.bm25(sets)
-    Console().print(evaluate.table(columns, f"{config.split}, results × 100"))
-    if config.output:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(config.output), json.dumps(results, indent=2) + "\n")
+    everything = {
+        "model": config.model, "rerank": config.rerank, "prompt": config.prompt, "depth": config.depth, "sets": sets, "averages": beir_averages(sets),
+    }  # fmt: skip
+    for file, content in ((config.output, {name: systems["model"]["metrics"] for name, systems in sets.items()}), (config.systems_output, everything)):
+        if file:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(Path(file), json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def main(composed: DictConfig) -> None:
     from sgpt import inspection
     from sgpt.config import InspectConfig, plain, typed
     from sgpt.data.readers import build_feed
+    from sgpt.guide import grouped
     from sgpt.model import load_tokenizer
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -26,6 +27,7 @@ def main(composed: DictConfig) -> None:
     page = inspection.free_place(Path(config.output or f"{config.runs}/{config.name}.inspection.html"))
     tokenizer = load_tokenizer(config.model.path)
     feed = build_feed(config.data, tokenizer, config.markers, queries_per_process=config.trainer.queries_per_process, seed=config.trainer.seed)
+    feed = grouped(feed, config.data)
     steps = config.trainer.steps(feed.batches_per_epoch)
     found = inspection.inspect_feed(
         feed, tokenizer, num_examples=config.examples, num_batches=config.batches, steps=steps, batches_per_step=config.trainer.gradient_accumulation

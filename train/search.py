@@ -16,14 +16,14 @@ def main(composed: DictConfig) -> None:
     from sgpt.data.readers import default_corpus
     from sgpt.encoder import Encoder
     from sgpt.errors import InputError
-    from sgpt.search import Searcher, read_documents
+    from sgpt.search import Searcher, open_both, read_documents
 
     config = typed(SearchConfig, composed)
     if not config.run:
         raise InputError("set run=<run or export folder>, for example run=runs/pydocs")
-    encoder = Encoder.from_pretrained(config.run)
+    encoder, ranker = open_both(config.run, config.prompt) if config.rerank else (Encoder.from_pretrained(config.run), None)
     path = Path(config.corpus) if config.corpus else default_corpus()
-    searcher = Searcher(encoder, read_documents(path), Path(config.run) / "index" / path.name)
+    searcher = Searcher(encoder, read_documents(path), Path(config.run) / "index" / path.name, config.index, ranker=ranker, depth=config.depth)
     console = Console()
 
     def answer(query: str) -> None:

@@ -12,12 +12,16 @@ from sgpt.metrics import Qrels
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """corpus and queries: id -> text (title and text joined by a blank); qrels: query id -> document id -> relevance."""
+    """corpus and queries: id -> text (title and text joined by a blank); qrels: query id -> document id -> relevance.
+
+    skip_own_id: a query's results never hold the document of its id, which is the query itself.
+    """
 
     name: str
     corpus: dict[str, str]
     queries: dict[str, str]
     qrels: Qrels
+    skip_own_id: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,25 +34,35 @@ class PairSet:
     scores: list[float]
 
 
-def read_retrieval(folder: Path, split: str) -> RetrievalSet:
-    """The judged queries of a split and the whole corpus. Every id in the qrels must exist."""
+def read_retrieval(folder: Path, split: str, *, name: str | None = None, skip_empty: bool = False, skip_own_id: bool = False) -> RetrievalSet:
+    """The judged queries of a split and the whole corpus. Every id in the qrels must exist.
+
+    name: None is the folder's. skip_empty: documents with an empty text are no candidates, whatever their title and judgements.
+    """
+    queries, qrels = read_judged(folder, split)
+    rows = _by_id(_table(folder, "corpus"))
+    for document in (document for documents in qrels.values() for document in documents):
+        if document not in rows:
+            file = folder / "qrels" / f"{split}.tsv"
+            raise InputError(f"{file}: document id {document!r} is not in {folder}/corpus.jsonl; the files do not belong together")
+    corpus = {identifier: _document(row) for identifier, row in rows.items() if row["text"] or not skip_empty}
+    return RetrievalSet(name or folder.absolute().name, corpus, queries, qrels, skip_own_id)
+
+
+def read_judged(folder: Path, split: str) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
+    """The queries that a split judges, id -> text, and its qrels."""
     qrels = read_qrels(folder, split)
-    corpus = read_corpus(folder)
     queries = {identifier: row["text"] for identifier, row in _by_id(_table(folder, "queries")).items()}
-    file = folder / "qrels" / f"{split}.tsv"
-    for query, documents in qrels.items():
+    for query in qrels:
         if query not in queries:
+            file = folder / "qrels" / f"{split}.tsv"
             raise InputError(f"{file}: query id {query!r} is not in {folder}/queries.jsonl; the files do not belong together")
-        for document in documents:
-            if document not in corpus:
-                raise InputError(f"{file}: document id {document!r} is not in {folder}/corpus.jsonl; the files do not belong together")
-    return RetrievalSet(folder.absolute().name, corpus, {query: queries[query] for query in qrels}, qrels)
+    return {query: queries[query] for query in qrels}, qrels
 
 
 def read_corpus(folder: Path) -> dict[str, str]:
     """id -> title and text. Titles are optional; a document may be empty, as some are in the old test collections."""
-    rows = _by_id(_table(folder, "corpus"))
-    return {identifier: f"{row.get('title') or ''} {row['text']}".strip() for identifier, row in rows.items()}
+    return {identifier: _document(row) for identifier, row in _by_id(_table(folder, "corpus")).items()}
 
 
 def read_qrels(folder: Path, split: str) -> dict[str, dict[str, int]]:
@@ -91,22 +105,37 @@ def read_examples(folder: Path, split: str, triples: str | None, num_hard_negati
             yield checked_example(queries[query], texts[0], (), where, texts[1:])
 
 
-def read_pairs(file: Path, split: str) -> PairSet:
-    """`sentence1`, `sentence2`, `score` a line; lines of another `split` are left out. A `label` may stand for the score."""
-    pairs = PairSet(file.absolute().parent.name if file.name.startswith("pairs.") else file.name.split(".")[0], [], [], [])
+def read_pairs(file: Path, split: str) -> list[PairSet]:
+    """`sentence1`, `sentence2`, `score` a line; lines of another `split` are left out. A `label` may stand for the score.
+
+    The SemEval files of 2012 to 2016 hold several years and sources: with columns `year` (a number) and `part` (their word for the
+    split) the file gives a set a year, STS12, STS13 …, the sources of a year in one list as SentEval's "all" and MTEB have them.
+    """
+    plain = file.absolute().parent.name if file.name.startswith("pairs.") else file.name.split(".")[0]
+    sets: dict[str, PairSet] = {}
     for where, row in read_rows(file):
-        if row.get("split", split) != split:
+        if row.get("split", row.get("part", split)) != split:
             continue
         score = row.get("score", row.get("duplicate", row.get("label")))
         first, second = row.get("sentence1", row.get("question1")), row.get("sentence2", row.get("question2"))
         if not isinstance(score, int | float) or not isinstance(first, str) or not isinstance(second, str):
             raise InputError(f"{where}: needs sentence1, sentence2 and a numeric score; it has {', '.join(row)}")
+        name = f"STS{row['year'] % 100:02}" if "part" in row and isinstance(row.get("year"), int) else plain
+        pairs = sets.setdefault(name, PairSet(name, [], [], []))
         pairs.first.append(first)
         pairs.second.append(second)
         pairs.scores.append(float(score))
-    if len(set(pairs.scores)) < 2:
-        raise InputError(f"{file}: {len(pairs.scores)} pairs in split {split!r} with fewer than two different scores; nothing to correlate")
-    return pairs
+    for pairs in sets.values() or [PairSet(plain, [], [], [])]:
+        if len(set(pairs.scores)) < 2:
+            raise InputError(
+                f"{file}: {len(pairs.scores)} pairs{f' of {pairs.name}' if pairs.name != plain else ''} in split {split!r} "
+                "with fewer than two different scores; nothing to correlate"
+            )
+    return list(sets.values())
+
+
+def _document(row: dict) -> str:
+    return f"{row.get('title') or ''} {row['text']}".strip()
 
 
 def _table(folder: Path, name: str) -> Path:

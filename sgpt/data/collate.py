@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sgpt.data.embeddings import Embeddings
 from sgpt.data.example import Example
 from sgpt.data.store import Examples, Tokens
 from sgpt.markers import Frame, Role
@@ -19,6 +21,7 @@ class Batch:
 
     The hashes [Q] and [Q·R] are int64 of the texts, by which equal texts are known over all processes;
     other_positive_hashes [Q, any] those of further positives, which are no negatives (the positive's own where there are fewer).
+    guide_queries [Q, G], guide_documents [Q·R, G]: embeddings of length 1 by a frozen guide, None without one.
     """
 
     queries: Rows
@@ -26,6 +29,8 @@ class Batch:
     query_hashes: Tensor
     document_hashes: Tensor
     other_positive_hashes: Tensor
+    guide_queries: Tensor | None = None
+    guide_documents: Tensor | None = None
 
     @property
     def documents_per_query(self) -> int:
@@ -37,7 +42,7 @@ class Batch:
 
 
 class Drawn(NamedTuple):
-    """One example of a batch, as numbers of texts of `examples`, with the frames of its source."""
+    """One example of a batch, as numbers of texts of `examples`, with the frames and the guide's embeddings of its source."""
 
     examples: Examples
     tokens: Tokens
@@ -45,10 +50,12 @@ class Drawn(NamedTuple):
     query: int
     documents: tuple[int, ...]
     other_positives: tuple[int, ...]
+    guide: dict[Role, Embeddings] | None = None
 
 
 def batch_of(drawn: Sequence[Drawn]) -> Batch:
     most = max(len(one.other_positives) for one in drawn)
+    guided = all(one.guide is not None for one in drawn)
     return Batch(
         [one.frames["query"].put_around(one.tokens[one.query]) for one in drawn],
         [one.frames["document"].put_around(one.tokens[text]) for one in drawn for text in one.documents],
@@ -58,6 +65,8 @@ def batch_of(drawn: Sequence[Drawn]) -> Batch:
             [one.examples.hashes[text] for text in (*one.other_positives, *(one.documents[0] for _ in range(most - len(one.other_positives))))]
             for one in drawn
         ]).view(len(drawn), most).long(),
+        torch.from_numpy(np.stack([one.guide["query"][one.query] for one in drawn])) if guided else None,
+        torch.from_numpy(np.stack([one.guide["document"][text] for one in drawn for text in one.documents])) if guided else None,
     )  # fmt: skip
 
 

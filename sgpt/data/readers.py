@@ -76,18 +76,29 @@ class DataConfig(SourceConfig):
 
     temperature: without weights a source's share is size ** (1 / temperature); 1 sees every example equally often.
     mixed: a batch takes examples of all sources; else each batch is of one, so that in-batch negatives are of its kind.
+    batches: random; or hard, of near queries, so that in-batch negatives are hard (and more of them false), as the
+    grouping_model sees it: folder of a run, export or sentence-transformers model.
     cache: folder of what was read and tokenised.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
     temperature: float = 1.0
     mixed: bool = False
+    batches: str = "random"
+    grouping_model: str | None = None
     cache: str = "data/cache"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.temperature > 0:
             raise InputError(f"data.temperature={self.temperature} must be positive; 1 is by size, larger evens the sources out")
+        if self.batches not in ("random", "hard"):
+            raise InputError(f"data.batches={self.batches!r} is unknown; choose random or hard")
+        if (self.batches == "hard") != bool(self.grouping_model):
+            remedy = "needs data.grouping_model=<folder of a model>" if self.batches == "hard" else "does not read data.grouping_model; set data.batches=hard"
+            raise InputError(f"data.batches={self.batches} {remedy}")
+        if self.batches == "hard" and self.mixed:
+            raise InputError("data.batches=hard groups the queries of one source, and data.mixed=true puts all sources into each batch; choose one of them")
 
     def each(self) -> list[SourceConfig]:
         return self.sources or [SourceConfig(**{chosen.name: getattr(self, chosen.name) for chosen in fields(SourceConfig)})]
@@ -107,7 +118,7 @@ def build_feed(config: DataConfig, tokenizer, markers: MarkersConfig, *, queries
             framed = dict.fromkeys(framed, framed["query"])
         tokens = Tokens(examples, tokenizer, max(frame.content_tokens for frame in framed.values()))
         weight = source.weight or len(examples) ** (1 / config.temperature)
-        sources.append(Source(source.path, examples, tokens, framed, source.num_hard_negatives, weight))
+        sources.append(Source(source.path, examples, tokens, framed, source.num_hard_negatives, weight, source.symmetric))
     return Feed(sources, queries_per_process, processes, seed, config.mixed)
 
 

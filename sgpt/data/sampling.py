@@ -2,7 +2,8 @@
 
 So the position of a run is one integer, and a resumed run draws exactly the batches that it would have drawn. Batches are
 cut from an endless stream of shuffled epochs, over all processes: every example comes exactly once an epoch, and the
-batch at a border takes the end of one epoch and the beginning of the next.
+batch at a border takes the end of one epoch and the beginning of the next. `data.batches=hard` shuffles runs of near
+queries in place of examples (grouping.py).
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from functools import lru_cache
 import numpy as np
 
 from sgpt.data.collate import Batch, Drawn, batch_of
+from sgpt.data.embeddings import Embeddings
+from sgpt.data.grouping import Walk, order
 from sgpt.data.store import Examples, Tokens
 from sgpt.errors import InputError
 from sgpt.markers import Frame, Role
@@ -21,7 +24,8 @@ from sgpt.markers import Frame, Role
 class Source:
     """Examples with the frames their texts are put in. weight: share of the batches, relative to the other sources'.
 
-    num_hard_negatives: H. name: for messages.
+    num_hard_negatives: H. name: for messages. symmetric: documents are of the queries' kind. guide: a frozen model's embeddings
+    of the queries and of the documents. walk: batches are runs of it, else they are random.
     """
 
     name: str
@@ -30,6 +34,9 @@ class Source:
     frames: dict[Role, Frame]
     num_hard_negatives: int = 0
     weight: float = 1.0
+    symmetric: bool = False
+    guide: dict[Role, Embeddings] | None = None
+    walk: Walk | None = None
 
     def draw(self, number: int, epoch: int, seed: int) -> Drawn:
         """One positive of several, seeded by example and epoch; of more than H hard negatives the next H, epoch by epoch.
@@ -44,7 +51,7 @@ class Source:
         first = epoch * self.num_hard_negatives
         hard = (negatives[(first + place) % len(negatives)] for place in range(self.num_hard_negatives))
         others = tuple(text for place, text in enumerate(positives) if place != chosen)
-        return Drawn(self.examples, self.tokens, self.frames, self.examples.queries[number], (positives[chosen], *hard), others)
+        return Drawn(self.examples, self.tokens, self.frames, self.examples.queries[number], (positives[chosen], *hard), others, self.guide)
 
 
 @dataclass
@@ -90,10 +97,17 @@ class Feed:
             source, turn = self._turn(batch)
             slots = [(source, slot) for slot in range((turn * self.processes + rank) * q, (turn * self.processes + rank + 1) * q)]
         placed = [(source, *divmod(slot, len(self.sources[source].examples))) for source, slot in slots]
-        return [(source, int(_order(len(self.sources[source].examples), self.seed, source, epoch)[place]), epoch) for source, epoch, place in placed]
+        return [(source, int(self._order(source, epoch)[place]), epoch) for source, epoch, place in placed]
 
     def batch(self, number: int, rank: int) -> Batch:
         return batch_of([self.sources[source].draw(example, epoch, self.seed) for source, example, epoch in self.rows(number, rank)])
+
+    def _order(self, source: int, epoch: int) -> np.ndarray:
+        """The examples of a source as an epoch draws them, [n]."""
+        walked = self.sources[source].walk
+        if walked is not None:
+            return order(walked, self.queries_in_total, self.seed, source, epoch)
+        return _shuffled(len(self.sources[source].examples), self.seed, source, epoch)
 
     def _turn(self, number: int) -> tuple[int, int]:
         """Which source has turn `number`, and how many it has had: always the one that is furthest behind its weight."""
@@ -109,5 +123,5 @@ class Feed:
 
 
 @lru_cache(maxsize=8)
-def _order(size: int, seed: int, source: int, epoch: int) -> np.ndarray:
+def _shuffled(size: int, seed: int, source: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, source, epoch)).permutation(size)

@@ -3,9 +3,11 @@
     <cache>/<key>/texts.arrow          every text once: text, and 64 bits of its hash
                   examples.arrow       query, positives, hard_negatives: numbers of texts
                   tokens-<key>.arrow   token ids of every text, without markers, cut at the longest limit
+                  embeddings-<key>/    of the texts, by a guide (embeddings.py); walk-<key>.npy, its order of the queries
 
-The first key is made of the source's bytes and its reader's settings, the second of the tokenizer and the limit. Whatever
-changes gives another key, so nothing stale is ever served. Everything is written under a temporary name and renamed.
+The first key is made of the source's bytes and its reader's settings, the others of the tokenizer and the limit, or of the
+guide's weights. Whatever changes gives another key, so nothing stale is ever served. Everything is written under a temporary
+name and renamed.
 """
 
 import hashlib

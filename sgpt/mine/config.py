@@ -15,7 +15,8 @@ class MineConfig:
 
     source: bm25; model, with model=<run, export, adapter, base or sentence-transformers folder>, markers and pooling only for a
     base without a contract; or run, with trec=<TREC run, or JSON of query id -> document id -> score>.
-    rescore: folder of a cross-encoder (sentence-transformers), whose scores replace the source's inside of the window.
+    rescore: folder of a decoder (SGPT-CE) or of a cross-encoder of sentence-transformers, whose scores replace the source's inside of
+    the window.
     first_rank, last_rank: the window, counted from 1 without positives. negatives_per_query: at most so many.
     pick: top, or random inside the window (by `seed` and query id).
     score_margin: a negative scores at most the weakest positive's score minus this; null for any.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sgpt.cross_encoder import CrossEncoder as SgptCrossEncoder
 from sgpt.errors import InputError
 from sgpt.mine.config import MineConfig
 from sgpt.mine.sources import Candidate, Ranked, Source
@@ -104,10 +105,13 @@ def training_row(query: Query, chosen: Sequence[Candidate], positives: Sequence[
 
 
 def cross_encoder(folder: str, device: torch.device) -> Rescore:
+    """A decoder scores as SGPT-CE (prompt G), a classifier as sentence-transformers' CrossEncoder."""
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise InputError(f"rescore={folder}: no folder with a config.json; give the local folder of a cross-encoder")
     heads = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    if any(head.endswith(("ForCausalLM", "LMHeadModel")) for head in heads):
+        return _by_decoder(folder, device)
     if not (path / "modules.json").is_file() and not any("SequenceClassification" in head for head in heads):
         raise InputError(f"rescore={folder}: {', '.join(heads) or 'a model without a head'} is no cross-encoder; its scores would come from random weights")
     try:
@@ -118,3 +122,9 @@ def cross_encoder(folder: str, device: torch.device) -> Rescore:
     if model.num_labels != 1:
         raise InputError(f"rescore={folder}: gives {model.num_labels} scores for a pair, one is needed; give a cross-encoder for ranking")
     return lambda pairs: model.predict(list(pairs), show_progress_bar=False).tolist() if pairs else []
+
+
+def _by_decoder(folder: str, device: torch.device) -> Rescore:
+    ranker = SgptCrossEncoder.from_pretrained(folder)
+    ranker.model.to(device)
+    return lambda pairs: ranker.score([query for query, _ in pairs], [document for _, document in pairs], progress=False).tolist()

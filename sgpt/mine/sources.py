@@ -8,14 +8,15 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from sgpt.data.trec import read_run
 from sgpt.distributed import barrier, world
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.evaluate import bm25_index, bm25_words, search
-from sgpt.mine.parts import Parts, beside, file_digest
-from sgpt.mine.run_file import read_run
+from sgpt.index import fingerprint
+from sgpt.mine.identity import file_digest
 from sgpt.mine.task import Query, Task
-from sgpt.search import fingerprint
+from sgpt.parts import Parts, beside
 
 
 class Candidate(NamedTuple):
@@ -111,7 +112,7 @@ class RunFile:
         config = task.config
         assert config.trec
         self.task, file = task, Path(config.trec)
-        self.ranking = read_run(file, Path(config.data), task.chosen)
+        self.ranking = read_run(file, Path(config.data), task.chosen, "trec")
         self.digest = file_digest(file)
         if not self.ranking:
             raise InputError(f"{file}: ranks none of the queries of split {config.split!r} of {config.data}; give the run of this split")

@@ -1,4 +1,8 @@
-"""The whole: read, go on with what is there, mine block by block, write."""
+"""The whole: read, go on with what is there, mine block by block, write.
+
+Blocks of documents to encode and of queries to mine, not single ones: a text's embedding differs in its last bits with the texts
+beside it, and so any number of processes (of as many threads each) writes the same file.
+"""
 
 import logging
 import math
@@ -16,11 +20,12 @@ from sgpt.data.jsonl import write_rows
 from sgpt.distributed import barrier, world
 from sgpt.errors import InputError
 from sgpt.mine.config import MineConfig
-from sgpt.mine.parts import Parts, fingerprint, read_manifest, remove_parts, write_manifest
+from sgpt.mine.identity import fingerprint
 from sgpt.mine.report import COUNTS, write_page
 from sgpt.mine.rules import cross_encoder, mine_block
 from sgpt.mine.sources import SOURCES
 from sgpt.mine.task import Task, read_task
+from sgpt.parts import Parts, beside, read_manifest, remove_parts, write_manifest
 from sgpt.run import environment
 
 log = logging.getLogger(__name__)
@@ -39,12 +44,12 @@ def mine(config: MineConfig, device: torch.device | str = "cpu") -> dict[str, An
         raise InputError(f"{output} was begun with other texts, judgements, weights or scores than are there now; choose another output=<file>")
     barrier()  # everybody has read the manifest
     if "finished" in manifest:
-        remove_parts(output)  # of a run that was killed while it removed them
+        _remove_leftovers(output)  # of a run that was killed while it removed them
         return manifest["statistics"] if main else {}
     if main and not manifest:
         manifest = {"config": asdict(config), "fingerprint": identity, "environment": environment()}
         output.parent.mkdir(parents=True, exist_ok=True)
-        remove_parts(output)  # of a manifest that somebody removed
+        _remove_leftovers(output)  # of a manifest that somebody removed
         write_manifest(output, manifest)
     barrier()
     parts = Parts(output)
@@ -89,5 +94,11 @@ def finish(task: Task, manifest: dict) -> dict[str, Any]:
     }
     write_page(config, statistics, scores, samples)
     write_manifest(output, {**manifest, "statistics": statistics, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-    remove_parts(output)
+    _remove_leftovers(output)
     return statistics
+
+
+def _remove_leftovers(output: Path) -> None:
+    remove_parts(output)
+    for ending in (".embeddings.npy", ".embeddings.tmp"):
+        beside(output, ending).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Runs that someone else made: TREC's six columns, or BEIR's JSON of query id -> document id -> score; plain or .gz."""
+"""Runs as files: TREC's six columns, or BEIR's JSON of query id -> document id -> score; plain or .gz. Read and written."""
 
 import gzip
 import json
@@ -11,12 +11,30 @@ from typing import TextIO
 from sgpt.data.beir import RetrievalSet
 from sgpt.data.jsonl import read_rows
 from sgpt.errors import InputError
+from sgpt.files import write_whole
+from sgpt.metrics import Run, ranked
 
 
-def read_run(file: Path, data: Path, chosen: RetrievalSet) -> dict[str, dict[str, float]]:
-    """query id -> document id -> score, of the judged queries. Every id must be one of the folder `data`."""
+def write_run(file: Path, run: Run, system: str) -> None:
+    """Six columns, `query-id Q0 document-id rank score system`, ranked as trec_eval ranks; it orders by score and reads no rank.
+
+    InputError for an id with a blank inside, which the format cannot hold.
+    """
+    for identifier in (name for query, documents in run.items() for name in (query, *documents)):
+        if len(identifier.split()) != 1:
+            raise InputError(f"{file}: id {identifier!r} is empty or holds a blank, and a TREC run is separated by blanks; leave runs=<folder> out")
+    tag = "".join("_" if letter.isspace() else letter for letter in system)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, "".join(
+        f"{query} Q0 {document} {rank} {documents[document]!r} {tag}\n"
+        for query, documents in run.items() for rank, document in enumerate(ranked(documents), 1)
+    ))  # fmt: skip
+
+
+def read_run(file: Path, data: Path, chosen: RetrievalSet, key: str) -> dict[str, dict[str, float]]:
+    """query id -> document id -> score, of the judged queries. Every id must be one of the folder `data`. key: what the user named the file by."""
     if not file.is_file():
-        raise InputError(f"trec={file}: no such file; check the path")
+        raise InputError(f"{key}={file}: no such file; check the path")
     table = next(path for path in (data / "queries.jsonl", data / "queries.jsonl.gz") if path.is_file())
     queries = {row["_id"] for _, row in read_rows(table)}
     run: dict[str, dict[str, float]] = {}

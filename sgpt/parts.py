@@ -1,29 +1,33 @@
-"""What a killed run leaves behind, and how the next one goes on with it.
+"""What a killed run leaves behind, and how the next one goes on with it: mining and re-ranking.
 
-Work is cut into blocks of documents to encode and of queries to mine; process r of W takes the blocks r, r + W, …. Blocks, not
-single queries: a text's embedding differs in its last bits with the texts beside it, and so any number of processes (of as many
-threads each) writes the same file. A finished block is a line in `<output>.part-<rank>`; a killed run loses the blocks that were
-under way. `<output>.manifest.json` says what the parts belong to, and at the end what was mined.
+Work is cut into blocks; process r of W takes the blocks r, r + W, … of those that are left. A finished block is a line in
+`<output>.part-<rank>`, and a killed run loses the blocks that were under way. Any number of processes goes on.
+`<output>.manifest.json` says what the parts belong to, and at the end what was made.
 """
 
 import glob
-import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 from sgpt.distributed import world
 from sgpt.errors import InputError
 from sgpt.files import write_whole
-from sgpt.mine.config import MineConfig
-from sgpt.mine.task import Task
 from sgpt.progress import progress_bar
 from sgpt.run import differences
 
 FREE = {"resume", "threads"}  # keys that may change on resuming
+
+
+class Resumable(Protocol):
+    """A dataclass of configuration. output: the file that is made. resume: go on with what is there."""
+
+    output: str
+    resume: bool
 
 
 def beside(output: Path, ending: str) -> Path:
@@ -31,7 +35,7 @@ def beside(output: Path, ending: str) -> Path:
 
 
 class Parts:
-    """JSON lines, one a block; the first key is its kind, `documents` or `block` (of queries). Any number of processes goes on with what any other left.
+    """JSON lines, one a block; the first key is its kind: `block`, or `documents` for those that mining encodes beforehand.
 
     done: kind -> block -> file and byte of its line, as it was when this was made: all processes then share out the same blocks.
     """
@@ -67,7 +71,7 @@ class Parts:
             os.fsync(out.fileno())
 
     def read(self, block: int) -> dict:
-        """The line of a block of queries."""
+        """The line of a block of kind `block`."""
         file, place = self.done["block"][block]
         with file.open("rb") as lines:
             lines.seek(place)
@@ -78,7 +82,7 @@ def _parsed(line: bytes, file: Path, place: int) -> dict:
     try:
         return json.loads(line)
     except ValueError:
-        raise InputError(f"{file}: damaged at byte {place}; delete this file and resume, its blocks are mined again") from None
+        raise InputError(f"{file}: damaged at byte {place}; delete this file and resume, its blocks are done again") from None
 
 
 def _part_files(output: Path) -> list[Path]:
@@ -86,19 +90,19 @@ def _part_files(output: Path) -> list[Path]:
 
 
 def remove_parts(output: Path) -> None:
-    for file in (*_part_files(output), beside(output, ".embeddings.npy"), beside(output, ".embeddings.tmp")):
+    for file in _part_files(output):
         file.unlink(missing_ok=True)
 
 
-def read_manifest(config: MineConfig) -> dict:
-    """{} when nothing is there to go on with. Refuses what is there unless told to resume."""
+def read_manifest(config: Resumable) -> dict:
+    """Of `<output>.manifest.json`; {} when nothing is there to go on with. Refuses what is there unless told to resume."""
     output = Path(config.output)
     file = beside(output, ".manifest.json")
     manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if output.exists() and not config.resume:
         raise InputError(f"{output} exists; go on with resume=true, or choose another output=<file>")
     if output.exists() and not manifest:
-        raise InputError(f"{output} exists and was not mined here: there is no {file}; choose another output=<file>")
+        raise InputError(f"{output} exists and was not made here: there is no {file}; choose another output=<file>")
     if "finished" in manifest and not output.exists():
         return {}  # somebody removed the rows
     if manifest and not config.resume:
@@ -110,20 +114,3 @@ def read_manifest(config: MineConfig) -> dict:
 
 def write_manifest(output: Path, manifest: dict) -> None:
     write_whole(beside(output, ".manifest.json"), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-
-
-def fingerprint(task: Task, source_digest: str) -> str:
-    """Changes with every text, judgement, weight and score that is read; the configuration is compared apart."""
-    digest = hashlib.sha256(source_digest.encode())
-    for name, text in (*task.chosen.corpus.items(), *task.chosen.queries.items()):
-        digest.update(f"{name}\x1f{text}\x1e".encode())
-    digest.update(json.dumps(task.chosen.qrels).encode())
-    for file in sorted(Path(task.config.rescore).rglob("*")) if task.config.rescore else ():
-        if file.is_file():
-            digest.update(f"{file.name} {file_digest(file)}".encode())
-    return digest.hexdigest()
-
-
-def file_digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

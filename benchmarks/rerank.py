@@ -1,0 +1,126 @@
+"""How fast does a decoder re-rank? `CrossEncoder.score` and the original's method: one pair at a time, the whole vocabulary at every position.
+
+    python benchmarks/rerank.py [--shape 125m] [--data scifact] [--documents 40] [--queries 1] [--rounds 3]
+
+Every query meets every document. With --queries 1 all documents are fresh; with more, each document is computed once for all
+queries, its building included in the time. The original's method gets a share of the pairs (--one-by-one): its time does not
+depend on what stands beside a pair. "ours, alone" computes every pair from its beginning, and tells from which number of
+queries on sharing pays. No time is shown before the scores are equal: 1e-4 in float32.
+--precision bf16: our weights in bfloat16 beside the original's method in float32, as it was run.
+"""
+
+import itertools
+import random
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure.engines import Variant
+from measure.given import Setting, setting
+from measure.processes import fresh, peak_bytes, settle, stopwatch
+from measure.report import Report, compare, parser, race
+
+from sgpt.cross_encoder import CrossEncoder
+from sgpt.data.beir import read_retrieval
+from sgpt.likelihood import log_probabilities
+
+PROMPT = "G"
+TOLERANCE = {"fp32": 1e-4, "bf16": 5.0}  # nats, of scores around -100; what bfloat16 does to a ranking is another question
+COLUMNS = {
+    "cpu_seconds": ("CPU s", ".2f"), "wall_seconds": ("wall s", ".2f"), "pairs_per_second": ("pairs/s", ".1f"), "pairs": ("pairs", "d"),
+    "memory_mb": ("MB", ".0f"), "load": ("load", ".1f"),
+}  # fmt: skip
+
+
+def main() -> None:
+    made = parser(__doc__, shape="125m", rounds=3)
+    made.add_argument("--data", choices=("scifact", "squad"), default="scifact", help="queries and documents below --shared (default: %(default)s)")
+    made.add_argument("--documents", type=int, default=40, help="(default: %(default)s)")
+    made.add_argument("--queries", type=int, default=1, help="each meets every document (default: %(default)s)")
+    made.add_argument("--one-by-one", type=int, default=20, help="pairs of the original's method (default: %(default)s)")
+    made.add_argument("--tokens-per-pack", type=int, default=4096, help="of ours (default: %(default)s)")
+    options = made.parse_args()
+    with setting(options, "squad", lambda folder: read_texts(folder / options.data, options.queries, options.documents)) as given:
+        report = Report(options, COLUMNS, same_scores(options))
+        pairs = options.documents * options.queries
+        names = {
+            "one by one": Variant("one by one", "one_by_one", {"pairs": min(pairs, options.one_by_one)}),
+            "ours": Variant("ours", "ours", {"pairs": pairs}),
+            "ours, alone": Variant("ours, alone", "alone", {"pairs": pairs}),
+        }
+        chosen = list(names.values())[: 3 if options.queries > 1 else 2]
+        rows = race(report, chosen, options.rounds, lambda variant: fresh(score, given, asdict(variant), options.tokens_per_pack))
+    for row in itertools.chain.from_iterable(rows.values()):  # a pair's time
+        row.update({key: row[key] / row["pairs"] for key in ("cpu_seconds", "wall_seconds")})
+    compare(report, rows, "ours", "one by one")
+    if options.queries > 1:
+        compare(report, rows, "ours", "ours, alone")
+
+
+def read_texts(folder: Path, queries: int, documents: int) -> list:
+    chosen = read_retrieval(folder, "test")
+    drawn = random.Random(0)
+    return [drawn.sample(sorted(set(texts.values())), number) for texts, number in ((chosen.queries, queries), (chosen.corpus, documents))]
+
+
+def score(setting: dict, variant: dict, tokens_per_pack: int) -> dict:
+    """One row; the first pairs of every engine are the same, spread over the documents."""
+    chosen, given = Variant(**variant), Setting(**setting)
+    queries, documents = given.texts()
+    pairs = [(query, document) for query in queries for document in documents][: int(chosen.options["pairs"])]
+    dtype = "bfloat16" if given.precision == "bf16" and chosen.engine != "one_by_one" else "float32"
+    ranker = CrossEncoder.from_pretrained(given.model, PROMPT, dtype=dtype, tokens_per_pack=tokens_per_pack)
+    ENGINES[chosen.engine](ranker, pairs[:1])
+    before = settle()
+    with stopwatch() as spent:
+        scores = ENGINES[chosen.engine](ranker, pairs)
+    return {
+        "cpu_seconds": spent["cpu"], "wall_seconds": spent["wall"], "pairs": len(pairs), "pairs_per_second": len(pairs) / spent["wall"],
+        "memory_mb": (peak_bytes() - before) / 2**20, "scores": scores.tolist(),
+    }  # fmt: skip
+
+
+def ours(ranker: CrossEncoder, pairs: list[tuple[str, str]]) -> np.ndarray:
+    return ranker.score(*map(list, zip(*pairs, strict=True)), progress=False)
+
+
+def alone(ranker: CrossEncoder, pairs: list[tuple[str, str]]) -> np.ndarray:
+    texts = ranker.texts(*map(list, zip(*pairs, strict=True)))
+    return log_probabilities(ranker.model, texts, tokens_per_pack=ranker.tokens_per_pack, share=False).numpy()
+
+
+@torch.inference_mode()
+def one_by_one(ranker: CrossEncoder, pairs: list[tuple[str, str]]) -> np.ndarray:
+    """As the original's script computes it, with transformers' attention and its tokenisation of every pair."""
+    from transformers import AutoModelForCausalLM
+
+    global _plain
+    if _plain is None:
+        _plain = AutoModelForCausalLM.from_pretrained(ranker.model.config._name_or_path, dtype=torch.float32).eval()
+    found = []
+    for query, document in pairs:
+        (text,) = ranker.texts([query], [document])
+        logits = _plain(torch.tensor([text.read])).logits.log_softmax(-1)[0, -text.targets :]
+        found.append(logits.gather(1, torch.tensor(text.ids[-text.targets :])[:, None]).sum().item())
+    return np.array(found)
+
+
+_plain = None
+ENGINES: dict[str, Callable[[CrossEncoder, list[tuple[str, str]]], np.ndarray]] = {"ours": ours, "alone": alone, "one_by_one": one_by_one}
+
+
+def same_scores(options: Namespace) -> Callable[[dict, dict], str | None]:
+    def agree(reference: dict, row: dict) -> str | None:
+        both = min(reference["pairs"], row["pairs"])
+        row["differs"] = float(np.abs(np.array(reference["scores"][:both]) - np.array(row["scores"][:both])).max())
+        allowed = TOLERANCE[options.precision]
+        return None if row["differs"] <= allowed else f"scores differ by {row['differs']:.1e} nats, allowed {allowed:.0e}"
+
+    return agree
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Every way to search one set, side by side: BM25, the bi-encoder, both fused, both re-ranked by a cross-encoder.
+
+Beside the metrics each system has its speed, its index's size, the interval of its difference to BM25 and to its first stage,
+and each first stage the score that a perfect re-ranker would reach: what re-ranking could gain, and what it did.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sgpt.data.beir import RetrievalSet, read_judged
+from sgpt.data.beir_sets import FORUMS, Place, averages, splits
+from sgpt.data.trec import write_run
+from sgpt.encoder import Encoder
+from sgpt.evaluate import DEPTH, bm25_index, bm25_run, embedded, retrieve
+from sgpt.fusion import interpolated, reciprocal_rank_fusion, reordered
+from sgpt.metrics import Qrels, Run, difference, perfect, ranking, ranking_per_query
+
+SYSTEMS = {
+    "bm25": "BM25", "model": "bi-encoder", "bm25_reranked": "BM25→CE", "model_reranked": "bi-encoder→CE",
+    "reciprocal_rank": "fused by rank", "interpolated": "fused by score",
+}  # fmt: skip
+FIRST_STAGES = {"bm25_reranked": "bm25", "model_reranked": "model"}
+SHALLOW = 10  # a second, shallower depth of re-ranking, from the same scores: a weak scorer does less harm there
+WEIGHTS = [step / 20 for step in range(21)]
+GROUPS = ("metrics", "reranking", "cost")
+Systems = dict[str, dict[str, dict[str, Any]]]  # system -> group -> name -> number
+Rescore = Callable[[RetrievalSet, Run, int], Run]  # scores of the best `depth` documents of each query
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One system's results on one set.
+
+    seconds: for all queries, from their texts on, with the documents indexed before. index_bytes: a document, None if not measured.
+    scores: of the re-ranked documents. weight: of the bi-encoder, where it was tuned.
+    """
+
+    run: Run
+    seconds: float
+    index_bytes: float | None = None
+    scores: Run | None = None
+    weight: float | None = None
+
+
+def rank(
+    encoder: Encoder, chosen: RetrievalSet, dev: RetrievalSet | None = None, *,
+    bm25: bool = True, fuse: bool = True, rescore: Rescore | None = None, depth: int = DEPTH,
+) -> dict[str, Ranked]:  # fmt: skip
+    """System -> results, in the order of SYSTEMS. dev: tunes the fusion by scores, which is left out without it."""
+    kept, made = max(depth, DEPTH), {}
+    if bm25:
+        index = bm25_index(list(chosen.corpus.values()))
+        run, seconds = _timed(lambda: bm25_run(chosen, kept, index))
+        made["bm25"] = Ranked(run, seconds, index_bytes(index) / len(chosen.corpus))
+    documents = embedded(encoder, chosen)  # [documents, D]
+    run, seconds = _timed(lambda: retrieve(encoder, chosen, kept, documents))
+    made["model"] = Ranked(run, seconds, documents.shape[1] * documents.element_size())
+    if bm25 and fuse:
+        before = made["bm25"].seconds + made["model"].seconds
+        both = [made["bm25"].run, made["model"].run]
+        run, seconds = _timed(lambda: reciprocal_rank_fusion(both, kept))
+        made["reciprocal_rank"] = Ranked(run, before + seconds)
+        if dev:
+            weight = best_weight(dev.qrels, bm25_run(dev, kept, index), retrieve(encoder, dev, kept, documents), kept)
+            run, seconds = _timed(lambda: interpolated(*both, weight, kept))
+            made["interpolated"] = Ranked(run, before + seconds, weight=weight)
+    for name, first in FIRST_STAGES.items() if rescore else ():
+        if stage := made.get(first):
+            scores, seconds = _timed(lambda stage=stage: rescore(chosen, stage.run, depth))
+            made[name] = Ranked(reordered(stage.run, scores, depth), stage.seconds + seconds, stage.index_bytes, scores)
+    return {name: made[name] for name in SYSTEMS if name in made}
+
+
+def best_weight(qrels: Qrels, first: Run, second: Run, depth: int) -> float:
+    """Of the second run, 0 to 1 in steps of 0.05: the best nDCG@10; of equals the nearest to one half."""
+    scores = {weight: ranking(qrels, interpolated(first, second, weight, depth))["ndcg@10"] for weight in WEIGHTS}
+    return max(WEIGHTS, key=lambda weight: (round(scores[weight], 9), -abs(weight - 0.5)))
+
+
+def tuning_set(place: Place, chosen: RetrievalSet, split: str) -> tuple[RetrievalSet | None, str]:
+    """The queries of another split of the same folder; None and the reason when there is none."""
+    left_out = f"{chosen.name}: {SYSTEMS['interpolated']} is left out, for its weight is tuned"
+    if split == place.split:
+        return None, f"{left_out} on split {split!r}, which is what is scored; set dev_split=<another>"
+    if split not in (there := splits(place.folder)):
+        return None, f"{left_out} on split {split!r}, and {place.folder} has: {', '.join(there)}; set dev_split=<one of the others>"
+    queries, qrels = read_judged(place.folder, split)
+    return replace(chosen, queries=queries, qrels=qrels), ""
+
+
+def measured(chosen: RetrievalSet, systems: Mapping[str, Ranked], depth: int = DEPTH) -> Systems:
+    """What there is to say of each system.
+
+    metrics: as `ranking`. reranking: nDCG@10 with fewer documents re-ranked, or with the best ones in perfect order. cost: speed,
+    size of the index, weight of the bi-encoder. differences: other system -> mean, low and high of the difference of nDCG@10, 95 %.
+    """
+    gains = {name: [row["ndcg@10"] for row in ranking_per_query(chosen.qrels, system.run).values()] for name, system in systems.items()}
+    found: Systems = {}
+    for name, system in systems.items():
+        first = FIRST_STAGES.get(name)
+        if system.scores:
+            shallow = {f"ndcg@10_reranked_top_{SHALLOW}": reordered(systems[first].run, system.scores, min(SHALLOW, depth))}
+        else:
+            bounds = sorted({depth, SHALLOW}) if name in FIRST_STAGES.values() else []
+            shallow = {f"ndcg@10_perfect_top_{bound}": perfect(chosen.qrels, system.run, bound) for bound in bounds}
+        cost = {"queries_per_second": len(chosen.queries) / max(system.seconds, 1e-9), "bytes_per_document": system.index_bytes, "weight": system.weight}
+        others = dict.fromkeys(other for other in ("bm25", first) if other in systems and other != name)
+        found[name] = {
+            "metrics": ranking(chosen.qrels, system.run),
+            "reranking": {metric: ranking(chosen.qrels, run)["ndcg@10"] for metric, run in shallow.items()},
+            "cost": {metric: number for metric, number in cost.items() if number is not None},
+            "differences": {other: vars(difference(gains[name], gains[other])) for other in others},
+        }
+    return found
+
+
+def with_cqadupstack(sets: Mapping[str, Systems]) -> dict[str, Systems]:
+    """And `cqadupstack`, the mean of its forums, when all twelve are there. Of intervals there is no mean."""
+    forums = [sets[name] for name in (f"cqadupstack/{forum}" for forum in FORUMS) if name in sets]
+    if len(forums) < len(FORUMS):
+        return dict(sets)
+    shared = [system for system in forums[0] if all(system in forum for forum in forums)]
+    mean = {system: {group: _mean([forum[system][group] for forum in forums]) for group in GROUPS} for system in shared}
+    return {**sets, "cqadupstack": mean}
+
+
+def beir_averages(sets: Mapping[str, Systems]) -> dict[str, Systems]:
+    """BEIR's averages of nDCG@10 for each system, when all of their sets are there; in the form of a set's results."""
+    made: dict[str, Systems] = {}
+    for system in SYSTEMS:
+        results = {name: systems[system]["metrics"] for name, systems in sets.items() if system in systems}
+        for kind, number in averages(results).items():
+            made.setdefault(kind, {})[system] = {"metrics": {"ndcg@10": number}}
+    return made
+
+
+def write_runs(folder: Path, chosen: RetrievalSet, systems: Mapping[str, Ranked]) -> None:
+    """`<folder>/<set>.<system>.trec` each, as deep as it was measured."""
+    for name, system in systems.items():
+        write_run(folder / f"{chosen.name.replace('/', '_')}.{name}.trec", system.run, name)
+
+
+def table(sets: Mapping[str, Systems], title: str):
+    """A rich table: a row for each set and number, a column for each system. The forums of CQADupStack are left to the files."""
+    from rich.table import Table
+
+    columns = [system for system in SYSTEMS if any(system in systems for systems in sets.values())]
+    made = Table("set", "metric", *(SYSTEMS[system] for system in columns), title=title)
+    for name in (name for name in sets if not name.startswith("cqadupstack/") or "cqadupstack" not in sets):
+        numbers = {system: {metric: number for group in GROUPS for metric, number in found.get(group, {}).items()} for system, found in sets[name].items()}
+        for metric in dict.fromkeys(metric for found in numbers.values() for metric in found):
+            label = metric.replace("_per_", " per ").replace("@10_", "@10, ").replace("_top_", " of top ")
+            made.add_row(name, label, *(_shown(metric, numbers.get(system, {}).get(metric)) for system in columns))
+        for label, other in (("ndcg@10 − BM25's", dict.fromkeys(columns, "bm25")), ("ndcg@10 − first stage's", FIRST_STAGES)):
+            cells = [_interval(sets[name].get(system, {}).get("differences", {}).get(other.get(system))) for system in columns]
+            if set(cells) != {"–"}:
+                made.add_row(name, label, *cells)
+        made.add_section()
+    return made
+
+
+def index_bytes(index) -> int:
+    """What bm25s holds in memory for its scores, and the words; the map from word to number counts with the word's own bytes only."""
+    return sum(part.nbytes for part in index.scores.values() if hasattr(part, "nbytes")) + sum(len(word.encode()) for word in index.vocab_dict)
+
+
+def _timed(work: Callable[[], Run]) -> tuple[Run, float]:
+    started = time.perf_counter()
+    return work(), time.perf_counter() - started
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {metric: sum(row[metric] for row in rows) / len(rows) for metric in rows[0]}
+
+
+def _shown(metric: str, number: float | None) -> str:
+    if number is None:
+        return "–"
+    if metric in ("queries_per_second", "bytes_per_document"):
+        return f"{number:,.0f}" if number >= 10 else f"{number:.2f}"
+    return f"{number:.2f}" if metric == "weight" else f"{100 * number:.2f}"
+
+
+def _interval(found: Mapping[str, float | None] | None) -> str:
+    if found is None:
+        return "–"
+    return f"{100 * found['mean']:+.2f}" + (f" ({100 * found['low']:+.2f} … {100 * found['high']:+.2f})" if found["low"] is not None else "")

@@ -1,0 +1,148 @@
+"""SGPT-CE: a document is scored by the log-probability that a decoder gives to the query after a prompt that holds the document.
+
+    ranker = CrossEncoder.from_pretrained("EleutherAI/gpt-neo-125M")
+    ranker.score(["what is bitfit"], ["BitFit trains the biases alone."])  # [1], natural logarithm
+
+Nothing is trained (Muennighoff 2022, SGPT, section 3). As in the original the query is tokenised on its own, directly behind
+the prompt; the sum is not divided by its length; and where a pair is longer than the model, the beginning of the document is
+cut, never the instruction, the prompt's tail or the query. Two variations, off by default: the mean over the query's tokens, and
+minus the score of an empty document (as OpenAI's search endpoint had it), which takes out how likely the query is by itself.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sgpt.attention import PACKED_FAMILIES, prepare
+from sgpt.errors import InputError
+from sgpt.likelihood import Text, log_probabilities
+from sgpt.model import BIDIRECTIONAL, ModelConfig, cannot_load, load_tokenizer, located, position_limit
+from sgpt.progress import progress_bar
+from sgpt.prompts import PromptConfig, build_prompt
+
+log = logging.getLogger(__name__)
+
+Ids = tuple[int, ...]
+TOKENS_PER_PACK = 4096
+LENGTH_WITHOUT_TABLE = 2048  # BLOOM's training length: ALiBi has no limit of its own
+
+
+@dataclass
+class ScoreConfig:
+    """mean: over the query's tokens instead of their sum. prior: minus the score of an empty document."""
+
+    mean: bool = False
+    prior: bool = False
+
+
+class CrossEncoder:
+    """A causal language model, its tokenizer and a prompt. `model.base_model` is prepared (sgpt/attention.py)."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer, prompt: PromptConfig | str = "G", *, scoring: ScoreConfig | None = None, tokens_per_pack: int = TOKENS_PER_PACK
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.tokens_per_pack = model, tokenizer, tokens_per_pack
+        self.prompt = build_prompt(PromptConfig(prompt) if isinstance(prompt, str) else prompt)
+        self.scoring = scoring or ScoreConfig()
+        self.max_tokens = position_limit(model.base_model) or LENGTH_WITHOUT_TABLE
+        empty = tokenizer("")["input_ids"]
+        self.start: Ids = tuple(empty[:1]) if empty and empty[0] == tokenizer.bos_token_id else ()  # Llama and OPT were trained with it
+        self.instruction_tokens = len(self.start) + len(self._tokens([self.prompt.instruction])[self.prompt.instruction])
+        self.answers = self._answer_tokens()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, prompt: PromptConfig | str = "G", *, dtype: str = "float32", **options) -> "CrossEncoder":
+        """A local folder or hub id of a decoder with its language-model head. Raises InputError for an encoder."""
+        return cls(load_language_model(ModelConfig(str(path), dtype)), load_tokenizer(str(path)), prompt, **options)
+
+    def score(self, queries: Sequence[str], documents: Sequence[str], *, progress: bool | None = None) -> np.ndarray:
+        """Of each pair queries[i], documents[i], higher is better: float64 [pairs], natural logarithm. Equal pairs are scored once.
+
+        Raises InputError for an empty query, and for one that does not fit the model beside the prompt.
+        """
+        sums = self.log_likelihoods(queries, documents, progress=progress)
+        if self.scoring.prior:
+            sums = sums - self.log_likelihoods(queries, [""] * len(queries), progress=False)
+        if self.scoring.mean and not self.answers:  # an answer is one token
+            sums = sums / self.query_tokens(queries)
+        return sums
+
+    def log_likelihoods(self, queries: Sequence[str], documents: Sequence[str], *, progress: bool | None = None) -> np.ndarray:
+        """log p(query | prompt with document), float64 [pairs]: what `score` is made of."""
+        texts = self.texts(queries, documents)
+        with progress_bar(f"scoring {len(texts):,} pairs", len(set(texts)), progress) as advance:
+            return log_probabilities(self.model, texts, tokens_per_pack=self.tokens_per_pack, choices=self.answers, advance=advance).numpy()
+
+    def query_tokens(self, queries: Sequence[str]) -> np.ndarray:
+        """Numbers of tokens that a score sums over, int64 [queries]."""
+        ids = self._tokens(queries)
+        return np.array([len(ids[query]) for query in queries], dtype=np.int64)
+
+    def texts(self, queries: Sequence[str], documents: Sequence[str]) -> list[Text]:
+        """Token ids of the pairs, cut to the model's length; those of one document are a group."""
+        if isinstance(queries, str) or isinstance(documents, str) or len(queries) != len(documents):
+            raise InputError(f"score takes a list of queries and as many documents; got {len(queries)} and {len(documents)}")
+        blank = next((place for place, query in enumerate(queries) if not query.strip()), None)
+        if blank is not None:
+            raise InputError(f"query {blank} is empty ({queries[blank]!r}): it has no token whose probability could be a score; leave it out")
+        read = [self.prompt.before_query(document, query) for query, document in zip(queries, documents, strict=True)]
+        tails = [self.prompt.behind_document(query) for query in queries]
+        ids = self._tokens({*read, *tails, *queries})
+        groups = {document: number for number, document in enumerate(dict.fromkeys(documents))}
+        return [
+            self._text(ids[context], self.answers[:1] or ids[query], len(ids[tail]), groups[document], query)
+            for context, query, tail, document in zip(read, queries, tails, documents, strict=True)
+        ]
+
+    def _text(self, context: Ids, scored: Ids, tail: int, group: int, query: str) -> Text:
+        """The original's cut: the instruction, then the rightmost tokens of document, tail and what is scored; `max_tokens` are read in all."""
+        context = (*self.start, *context)
+        room = self.max_tokens + 1 - self.instruction_tokens  # one more than is read: the last token is only predicted
+        if tail + len(scored) > room:
+            raise InputError(
+                f"query {query[:60]!r} takes {tail + len(scored)} tokens with the prompt's tail, and of the model's {self.max_tokens} positions the "
+                f"instruction leaves {room}; shorten the query or the prompt"
+            )
+        ids = (*context[: self.instruction_tokens], *(*context[self.instruction_tokens :], *scored)[-room:])
+        return Text(ids if len(ids) > len(scored) else (self.tokenizer.eos_token_id, *ids), len(scored), group)
+
+    def _tokens(self, texts: Iterable[str]) -> dict[str, Ids]:
+        """text -> its token ids, without special tokens."""
+        different = list(dict.fromkeys(texts))
+        ids = self.tokenizer(different, add_special_tokens=False)["input_ids"] if different else []
+        return {text: tuple(row) for text, row in zip(different, ids, strict=True)}
+
+    def _answer_tokens(self) -> Ids:
+        ids = self._tokens(self.prompt.answers) if self.prompt.answers else {}
+        first = tuple(ids[answer][0] for answer in self.prompt.answers)
+        if len(set(first)) < len(first):
+            raise InputError(f"prompt answers {list(self.prompt.answers)} begin with the same token in this vocabulary; choose other answers")
+        return first
+
+
+def load_language_model(config: ModelConfig) -> nn.Module:
+    """A decoder with its language-model head, prepared, in evaluation mode.
+
+    Raises InputError for an encoder, and for a folder without the head, which would score at random and say nothing.
+    """
+    path = located(config.path)
+    try:
+        architecture = AutoConfig.from_pretrained(path)
+        if architecture.is_encoder_decoder or architecture.model_type in BIDIRECTIONAL:
+            raise InputError(f"{config.path}: {architecture.model_type} predicts no next token; re-rank with a decoder such as EleutherAI/gpt-neo-125M")
+        model, loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise cannot_load(config.path, error) from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise InputError(f"{config.path}: {', '.join(missing[:3])} is missing, so it is no whole language model; re-rank with the base it was made from")
+    if architecture.model_type not in PACKED_FAMILIES:
+        log.warning("%s: nothing is known of how its attention keeps texts apart, so texts are padded and no beginning is shared", architecture.model_type)
+    model.config.use_cache = False
+    prepare(model.base_model)
+    return model.eval()

@@ -1,0 +1,101 @@
+"""Scripts as users start them, many in a row, some killed on the way and some by two processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).parents[1]
+
+# One process imports everything; every start is a fork of it. It kills one when its part file has so many lines, and leaves half a line there,
+# as a kill inside of a write does.
+_STARTER = """
+import json, os, runpy, signal, sys, time
+import accelerate, bm25s, rich.console, torch
+torch.set_num_threads(1)
+import sgpt.config, sgpt.launch, sgpt.mine, sgpt.rerank
+def started(number, job, rank):
+    child = os.fork()
+    if child:
+        return child
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{number}-{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    if job["port"]:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
+    sys.argv, code = job["command"], 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+def lines(file):
+    return open(file, "rb").read().count(b"\\n") if os.path.exists(file) else 0
+for number, job in enumerate(json.load(sys.stdin)):
+    children = [started(number, job, rank) for rank in range(2 if job["port"] else 1)]
+    if job["kill"]:
+        while lines(job["kill"][0]) < job["kill"][1] and not os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.0005)
+        os.kill(children[0], signal.SIGKILL)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if job["kill"]:
+        with open(job["kill"][0], "ab") as file:
+            file.write(b'{"block": 9, "some')
+    parts = [name for name in os.listdir(".") if ".part-" in name]
+    print(json.dumps([codes, {name: open(name).read() for name in parts}, sorted(os.listdir("."))]), flush=True)
+"""
+
+
+class Start(NamedTuple):
+    """arguments of the script. kill: part file and its lines at which the process is killed. port: two processes meet there."""
+
+    arguments: list[str]
+    kill: tuple[str, int] | None = None
+    port: int | None = None
+
+
+class Ended(NamedTuple):
+    codes: list[int]
+    parts: dict[str, str]
+    files: list[str]
+    out: str
+    err: str
+
+
+def free_port() -> int:
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        return chosen.getsockname()[1]
+
+
+def start_all(script: str, folder: Path, named: dict[str, Start]) -> dict[str, Ended]:
+    """Runs train/<script>.py in `folder` once for each start, one after the other."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    jobs = [{"command": [str(REPOSITORY / "train" / f"{script}.py"), *start.arguments], "kill": start.kill, "port": start.port} for start in named.values()]
+    ended = subprocess.run([sys.executable, "-c", _STARTER], input=json.dumps(jobs), cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr
+    told = [json.loads(line) for line in ended.stdout.splitlines()]
+    texts = [[(folder / f"{number}-0.{stream}").read_text() for stream in ("out", "err")] for number in range(len(jobs))]
+    return {name: Ended(*one, *text) for name, one, text in zip(named, told, texts, strict=True)}
+
+
+def blocks(ended: Ended, kind: str) -> list[int]:
+    """Whole lines only: a kill may tear the last."""
+    lines = [line for part in ended.parts.values() for line in part.split("\n")[:-1]]
+    return [row[kind] for row in map(json.loads, lines) if kind in row]
+
+
+def beir(folder: Path, corpus: dict[str, str], queries: dict[str, str], qrels: dict[str, dict[str, int]]) -> Path:
+    (folder / "qrels").mkdir(parents=True)
+    for name, texts in (("corpus", corpus), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items()))
+    judged = "".join(f"{query}\t{document}\t{score}\n" for query, documents in qrels.items() for document, score in documents.items())
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    return folder

@@ -1,0 +1,354 @@
+"""Systems side by side, BEIR's rules, and the script: against pytrec_eval, numbers worked by hand and the parts called alone."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytrec_eval
+import transformers
+from conftest import SIZES, byte_level
+
+from sgpt import compare
+from sgpt.config import EvaluateConfig
+from sgpt.data.beir import read_pairs, read_retrieval
+from sgpt.data.beir_sets import AVERAGES, BEIR_SETS, FORUMS, Place, averages, places, read_place
+from sgpt.errors import InputError
+from sgpt.evaluate import EvaluationConfig, bm25_run, read_sets, retrieve
+from sgpt.fusion import interpolated, reciprocal_rank_fusion
+from sgpt.metrics import ranked, ranking, ranking_per_query
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED = REPOSITORY.parent / "shared" / "data"
+VERBS = ["parse", "open", "read", "write", "sort", "join", "count", "split", "find", "match"]
+NOUNS = ["date", "file", "list", "path", "text"]
+PAIRS = [(f"{verb}-{noun}", verb, noun) for verb in VERBS for noun in NOUNS]
+
+
+def beir(folder: Path, corpus: dict[str, str], queries: dict[str, str], qrels: dict[str, dict[str, dict[str, int]]]) -> Path:
+    """qrels: split -> query -> document -> relevance."""
+    (folder / "qrels").mkdir(parents=True)
+    for name, texts in (("corpus", corpus), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items()))
+    for split, judged in qrels.items():
+        lines = [f"{query}\t{document}\t{score}" for query, documents in judged.items() for document, score in documents.items()]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    """Fifty documents; thirty queries of test, twenty of dev, some with a word that no document has."""
+    corpus = {f"d-{name}": f"how to {verb} every {noun} of the folder" for name, verb, noun in PAIRS}
+    queries = {f"q-{name}": f"{verb} a {noun}" if place % 4 else f"unheard {noun}" for place, (name, verb, noun) in enumerate(PAIRS)}
+    judged = {f"q-{name}": {f"d-{name}": 2, f"d-{VERBS[0]}-{noun}": 1} for name, _, noun in PAIRS}
+    dev = list(judged)[30:]
+    splits = {"test": {query: judged[query] for query in judged if query not in dev}, "dev": {query: judged[query] for query in dev}}
+    return beir(tmp_path_factory.mktemp("sets") / "toy", corpus, queries, splits)
+
+
+def shared_words(chosen, run, depth):
+    """A scorer of some worth, of our interface: the words that query and document share, the shorter document first."""
+    def score(query: str, document: str) -> float:
+        words = set(chosen.queries[query].split()) & set(chosen.corpus[document].split())
+        return len(words) - len(chosen.corpus[document]) / 1000
+    return {query: {document: score(query, document) for document in ranked(documents)[:depth]} for query, documents in run.items()}
+
+
+@pytest.fixture(scope="module")
+def compared(toy, tiny_encoder):
+    encoder, chosen = tiny_encoder(), read_retrieval(toy, "test")
+    dev, reason = compare.tuning_set(Place("toy", toy, "test", None), chosen, "dev")
+    assert reason == ""
+    systems = compare.rank(encoder, chosen, dev, rescore=shared_words, depth=20)
+    return encoder, chosen, dev, systems, compare.measured(chosen, systems, depth=20)
+
+
+# --- systems ---
+
+
+def test_the_systems_are_the_parts_called_alone(compared):
+    encoder, chosen, _, systems, _ = compared
+    assert list(systems) == ["bm25", "model", "bm25_reranked", "model_reranked", "reciprocal_rank", "interpolated"]
+    assert systems["bm25"].run == bm25_run(chosen)
+    assert systems["model"].run == retrieve(encoder, chosen)
+    assert systems["reciprocal_rank"].run == reciprocal_rank_fusion([bm25_run(chosen), retrieve(encoder, chosen)], 100)
+    for name, first in (("bm25_reranked", "bm25"), ("model_reranked", "model")):
+        expected = shared_words(chosen, systems[first].run, 20)
+        for query, documents in systems[name].run.items():
+            assert ranked(documents)[: len(expected[query])] == ranked(expected[query])
+            assert set(documents) == set(systems[first].run[query])
+
+
+def test_the_weight_is_the_best_on_dev_and_knows_nothing_of_test(compared):
+    encoder, chosen, dev, systems, _ = compared
+    left, right = bm25_run(dev), retrieve(encoder, dev)
+
+    def mean(weight: float) -> float:
+        evaluator = pytrec_eval.RelevanceEvaluator({query: dict(documents) for query, documents in dev.qrels.items()}, {"ndcg_cut.10"})
+        rows = evaluator.evaluate({query: dict(documents) for query, documents in interpolated(left, right, weight, 100).items()})
+        return sum(row["ndcg_cut_10"] for row in rows.values()) / len(dev.qrels)
+
+    scores = {step / 20: mean(step / 20) for step in range(21)}
+    assert scores[systems["interpolated"].weight] == pytest.approx(max(scores.values()))
+    other = compare.rank(encoder, replace(chosen, qrels={query: {"d-match-text": 1} for query in chosen.qrels}), dev)
+    assert other["interpolated"].weight == systems["interpolated"].weight
+    assert set(dev.queries).isdisjoint(chosen.queries)
+
+
+def test_of_equal_weights_the_one_nearest_to_one_half_is_taken():
+    run = {"q": {"a": 2.0, "b": 1.0}}
+    assert compare.best_weight({"q": {"a": 1}}, run, run, 10) == 0.5
+
+
+def test_without_a_split_to_tune_on_the_fusion_by_scores_is_left_out_and_the_reason_is_given(toy, compared):
+    encoder, chosen, *_ = compared
+    for split, reason in (("train", r"on split 'train', and .*toy has: dev, test; set dev_split"), ("test", r"on split 'test', which is what is scored")):
+        dev, said = compare.tuning_set(Place("toy", toy, "test", None), chosen, split)
+        assert dev is None
+        assert re.search(reason, said), said
+    assert list(compare.rank(encoder, chosen)) == ["bm25", "model", "reciprocal_rank"]
+    assert list(compare.rank(encoder, chosen, fuse=False)) == ["bm25", "model"]
+    assert list(compare.rank(encoder, chosen, bm25=False, rescore=shared_words)) == ["model", "model_reranked"]
+
+
+# --- what is said of them ---
+
+
+def test_the_numbers_are_those_of_the_runs(compared):
+    _, chosen, _, systems, found = compared
+    for name, numbers in found.items():
+        assert numbers["metrics"] == ranking(chosen.qrels, systems[name].run)
+        assert numbers["cost"]["queries_per_second"] == pytest.approx(len(chosen.queries) / systems[name].seconds)
+    assert found["model"]["cost"]["bytes_per_document"] == found["model_reranked"]["cost"]["bytes_per_document"] == 32 * 4
+    assert "bytes_per_document" not in found["reciprocal_rank"]["cost"]
+    assert systems["model_reranked"].seconds > systems["model"].seconds
+
+
+def test_ten_reranked_documents_come_from_the_same_scores(compared):
+    """Worked again from the first stage's ten best, by pytrec_eval: what stands behind them cannot enter the first ten."""
+    _, chosen, _, systems, found = compared
+    for name, first in (("bm25_reranked", "bm25"), ("model_reranked", "model")):
+        ten = {query: {document: systems[name].scores[query][document] for document in ranked(run)[:10]} for query, run in systems[first].run.items()}
+        evaluator = pytrec_eval.RelevanceEvaluator({query: dict(documents) for query, documents in chosen.qrels.items()}, {"ndcg_cut.10"})
+        rows = evaluator.evaluate({query: documents for query, documents in ten.items() if documents})
+        expected = sum(row["ndcg_cut_10"] for row in rows.values()) / len(chosen.qrels)
+        assert found[name]["reranking"]["ndcg@10_reranked_top_10"] == pytest.approx(expected)
+
+
+def test_no_reranking_passes_the_bound_of_its_first_stage(compared):
+    *_, found = compared
+    for name, first in (("bm25_reranked", "bm25"), ("model_reranked", "model")):
+        bounds = found[first]["reranking"]
+        assert found[name]["metrics"]["ndcg@10"] <= bounds["ndcg@10_perfect_top_20"] + 1e-9
+        assert found[name]["reranking"]["ndcg@10_reranked_top_10"] <= bounds["ndcg@10_perfect_top_10"] + 1e-9
+        assert bounds["ndcg@10_perfect_top_10"] <= bounds["ndcg@10_perfect_top_20"]
+
+
+def test_differences_stand_against_bm25_and_the_first_stage(compared):
+    *_, found = compared
+    assert {name: set(numbers["differences"]) for name, numbers in found.items()} == {
+        "bm25": set(), "model": {"bm25"}, "bm25_reranked": {"bm25"}, "model_reranked": {"bm25", "model"},
+        "reciprocal_rank": {"bm25"}, "interpolated": {"bm25"},
+    }  # fmt: skip
+    for numbers in found.values():
+        for other, interval in numbers["differences"].items():
+            assert interval["mean"] == pytest.approx(numbers["metrics"]["ndcg@10"] - found[other]["metrics"]["ndcg@10"])
+            assert interval["low"] <= interval["mean"] <= interval["high"]
+
+
+def test_the_table_has_a_column_for_each_system_and_a_dash_for_what_is_not_there(compared):
+    *_, found = compared
+    made = compare.table({"toy": found, "stsb": {"model": {"metrics": {"spearman_cosine": 0.5}}}}, "title")
+    assert [column.header for column in made.columns] == ["set", "metric", *compare.SYSTEMS.values()]
+    rows = dict(zip(made.columns[1].cells, zip(*(list(column.cells) for column in made.columns[2:]), strict=True), strict=True))
+    assert rows["ndcg@10"] == tuple(f"{100 * found[system]['metrics']['ndcg@10']:.2f}" for system in compare.SYSTEMS)
+    assert rows["spearman_cosine"] == ("–", "50.00", "–", "–", "–", "–")
+    assert rows["bytes per document"][1] == "128"
+    assert re.fullmatch(r"[+-]\d+\.\d\d \([+-]\d+\.\d\d … [+-]\d+\.\d\d\)", rows["ndcg@10 − first stage's"][3])
+
+
+def test_runs_are_files_that_pytrec_eval_scores_alike(compared, tmp_path):
+    _, chosen, _, systems, _ = compared
+    compare.write_runs(tmp_path, replace(chosen, name="cqadupstack/android"), systems)
+    assert {file.name for file in tmp_path.iterdir()} == {f"cqadupstack_android.{system}.trec" for system in systems}
+    for name, system in systems.items():
+        with (tmp_path / f"cqadupstack_android.{name}.trec").open() as lines:
+            assert ranking_per_query(chosen.qrels, pytrec_eval.parse_run(lines)) == ranking_per_query(chosen.qrels, system.run)
+
+
+# --- BEIR's rules ---
+
+
+@pytest.fixture
+def beir_root(tmp_path) -> Path:
+    """ArguAna and another set, in which queries are documents under one id; MS MARCO with two splits; CQADupStack."""
+    texts = {f"t{n}": f"argument {word} stands against {other}" for n, (word, other) in enumerate([("one", "two"), ("two", "three"), ("three", "one")])}
+    qrels = {"t0": {"t1": 1}, "t1": {"t2": 1}}
+    for name in ("arguana", "other"):
+        beir(tmp_path / name, texts, texts, {"test": qrels})
+    beir(tmp_path / "msmarco", {"d": "a text", "e": "another"}, {"q": "a text", "r": "other"}, {"test": {"q": {"d": 1}}, "dev": {"r": {"e": 1}}})
+    for forum in FORUMS:
+        beir(tmp_path / "cqadupstack" / forum, {"d": f"of {forum}"}, {"q": forum}, {"test": {"q": {"d": 1}}})
+    return tmp_path
+
+
+def test_the_query_itself_is_no_result_where_beir_says_so(beir_root, tiny_encoder):
+    encoder = tiny_encoder()
+    for name, own in (("arguana", False), ("other", True)):
+        [place] = places([str(beir_root / name)], None, beir_root)
+        chosen = read_place(place)
+        for run in (bm25_run(chosen, 2), retrieve(encoder, chosen, 2)):
+            assert {query in documents for query, documents in run.items()} == {own}, name
+            assert {len(documents) for documents in run.values()} == {2}
+
+
+def test_msmarco_counts_on_dev_unless_a_split_is_named(beir_root):
+    assert [place.split for place in places(["msmarco", "arguana"], None, beir_root)] == ["dev", "test"]
+    assert [place.split for place in places(["msmarco"], "test", beir_root)] == ["test"]
+    assert [place.folder for place in places(["other"], None, beir_root)] == [beir_root / "other"]  # any folder of the root
+    [chosen] = read_sets(EvaluationConfig([str(beir_root / "msmarco")], split=None)).retrieval
+    assert list(chosen.qrels) == ["r"]
+
+
+def test_documents_with_an_empty_text_are_no_candidates_in_a_set_of_beir(tmp_path):
+    for name, kept in (("trec-covid", ["d"]), ("mine", ["d", "e"])):
+        folder = beir(tmp_path / name, {"d": "a text", "e": ""}, {"q": "text"}, {"test": {"q": {"d": 1, "e": 1}}})
+        [place] = places([str(folder)], None, tmp_path)
+        chosen = read_place(place)
+        assert list(chosen.corpus) == kept
+        assert chosen.qrels == {"q": {"d": 1, "e": 1}}  # a relevant document that cannot be found costs, as in the original
+
+
+def test_cqadupstack_is_the_mean_of_its_twelve_forums(beir_root):
+    there = places(["cqadupstack"], None, beir_root)
+    assert [place.name for place in there] == [f"cqadupstack/{forum}" for forum in FORUMS]
+    assert read_place(there[0]).corpus == {"d": "of android"}
+    sets = {place.name: {"model": {"metrics": {"ndcg@10": number / 100}, "reranking": {}, "cost": {}}} for number, place in enumerate(there)}
+    assert compare.with_cqadupstack(sets)["cqadupstack"]["model"]["metrics"]["ndcg@10"] == pytest.approx(0.055)
+    del sets["cqadupstack/tex"]
+    assert compare.with_cqadupstack(sets) == sets
+
+
+def test_the_averages_are_the_papers(beir_root):
+    """nDCG@10 of SGPT-BE-5.8B and of BM25, table 4 of the paper: .490 and .428 over 18 sets, .550 and .477 over 11."""
+    names = ["trec-covid", "bioasq", "nfcorpus", "nq", "hotpotqa", "fiqa", "signal1m", "trec-news", "robust04", "arguana", "webis-touche2020",
+             "cqadupstack", "quora", "dbpedia-entity", "scidocs", "fever", "climate-fever", "scifact"]  # fmt: skip
+    sgpt = [.873, .413, .362, .524, .593, .372, .267, .481, .514, .514, .254, .381, .846, .399, .197, .783, .305, .747]  # fmt: skip
+    bm25 = [.688, .488, .306, .326, .602, .254, .330, .405, .425, .472, .347, .326, .808, .320, .165, .649, .186, .611]  # fmt: skip
+    scores = zip(names, sgpt, bm25, strict=True)
+    sets = {name: {"model": {"metrics": {"ndcg@10": ours}}, "bm25": {"metrics": {"ndcg@10": theirs}}} for name, ours, theirs in scores}
+    sets["msmarco"] = {"model": {"metrics": {"ndcg@10": 0.399}}}
+    found = compare.beir_averages(sets)
+    numbers = {kind: {system: round(groups["metrics"]["ndcg@10"], 3) for system, groups in systems.items()} for kind, systems in found.items()}
+    assert numbers == {"average": {"bm25": 0.428, "model": 0.490}, "sub_average": {"bm25": 0.477, "model": 0.550}}
+    assert {kind: len(names) for kind, names in AVERAGES.items()} == {"average": 18, "sub_average": 11}
+    assert len(BEIR_SETS) == 19
+    del sets["scidocs"]
+    assert compare.beir_averages(sets).keys() == {"sub_average"}
+    assert averages({"scifact": {"ndcg@10": 0.5}}) == {}
+
+
+def test_what_is_not_there_is_refused_with_what_to_do(beir_root):
+    cases = {
+        "scifactt": r"scifactt: no such folder, none of this name in .*, and no name of a BEIR set; did you mean scifact\?",
+        "nowhere": r"nowhere: no such folder, none of this name in .*, and no name of a BEIR set; a BEIR folder with .* or one of msmarco, trec-covid",
+        "robust04": r"robust04: not in .*, and its licence allows no public copy; make it as .* then set beir_root=<folder that holds robust04/>",
+    }
+    for entry, message in cases.items():
+        with pytest.raises(InputError, match=message):
+            places([entry], None, beir_root)
+    with pytest.raises(InputError, match=r"arguana/qrels/dev\.tsv: no such file; .*arguana has the splits: test; set split="):
+        places(["arguana"], "dev", beir_root)
+    with pytest.raises(InputError, match=r"two evaluation sets are called 'arguana'"):
+        places(["arguana", str(beir_root / "arguana")], None, beir_root)
+
+
+# --- similarity of pairs by year ---
+
+
+def test_the_semeval_files_give_a_set_a_year_and_all_sources_of_it_together(tmp_path):
+    rows = [{"year": year, "file": file, "part": part, "score": place, "sentence1": f"{file} {place}", "sentence2": "b"}
+            for place, (year, file, part) in enumerate([(2012, "MSRpar", "test"), (2012, "OnWN", "test"), (2012, "OnWN", "train"), (2013, "FNWN", "test"),
+                                                        (2013, "OnWN", "test")])]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = read_pairs(tmp_path / "pairs.jsonl", "test")
+    assert (first.name, first.first, first.scores) == ("STS12", ["MSRpar 0", "OnWN 1"], [0.0, 1.0])
+    assert (second.name, second.first) == ("STS13", ["FNWN 3", "OnWN 4"])
+    with pytest.raises(InputError, match=r"1 pairs of STS12 in split 'train' with fewer than two different scores"):
+        read_pairs(tmp_path / "pairs.jsonl", "train")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
+def test_the_shared_files_have_as_many_pairs_as_mteb():
+    """STS13, STS14, STS-B and SICK-R have MTEB's test sets; STS12 lacks the 750 pairs of MSRvid, see SOURCE.md."""
+    files = [SHARED / name / "pairs.jsonl.gz" for name in ("sts12_14", "stsb", "sick")]
+    counts = {pairs.name: len(pairs.scores) for file in files for pairs in read_pairs(file, "test")}
+    assert counts == {"STS12": 3108 - 750, "STS13": 1500, "STS14": 3750, "stsb": 1379, "sick": 4927}
+
+
+# --- the script ---
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"depth": 0}, r"depth=0 must be 1 or more"),
+    ({"rerank": "gpt"}, r"rerank=gpt has nothing to rank again; set retrieval="),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        EvaluateConfig(**options)
+
+
+@pytest.fixture(scope="module")
+def project(toy, tiny_base, tmp_path_factory) -> Path:
+    """A bi-encoder's base, a decoder with its head, a BERT, and the set, in one folder."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tokenizer = byte_level()
+    decoder = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(
+        vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, attention_types=[[["global", "local"], 1]], **SIZES))
+    decoder.save_pretrained(folder / "decoder")
+    tokenizer.save_pretrained(folder / "decoder")
+    for name, place in (("base", tiny_base("gpt_neo")), ("bert", tiny_base("bert")), ("toy", toy)):
+        (folder / name).symlink_to(place)
+    pairs = [{"sentence1": f"{verb} a {noun}", "sentence2": f"how to {verb}", "score": place} for place, (_, verb, noun) in enumerate(PAIRS)]
+    (folder / "similar.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return folder
+
+
+def started(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "train" / "evaluate.py"), *arguments]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=240)
+
+
+def test_the_script_gives_one_table_of_all_systems_their_runs_and_both_files(project):
+    ended = started(project, "model=base", "retrieval=[toy]", "sts=[similar.jsonl]", "rerank=decoder", "prompt=G", "depth=12", "runs=out/runs",
+                    "output=out/model.json", "systems_output=out/systems.json")  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    model, systems = (json.loads((project / "out" / f"{name}.json").read_text()) for name in ("model", "systems"))
+    assert {name: set(metrics) for name, metrics in model.items()} == {  # as before there were other systems
+        "toy": {"ndcg@10", "map@100", "recall@100", "mrr@10"}, "similar": {"spearman_cosine", "pearson_cosine"}}  # fmt: skip
+    assert list(systems["sets"]["toy"]) == list(compare.SYSTEMS)
+    assert systems["sets"]["toy"]["model"]["metrics"] == model["toy"]
+    chosen = read_retrieval(project / "toy", "test")
+    for name, numbers in systems["sets"]["toy"].items():
+        with (project / "out" / "runs" / f"toy.{name}.trec").open() as lines:
+            assert ranking(chosen.qrels, pytrec_eval.parse_run(lines)) == pytest.approx(numbers["metrics"])
+    assert re.search(r"set .* BM25 .* bi-encoder .* BM25→CE .* bi-encoder→CE .* fused by rank .* fused by score", ended.stdout)
+    assert ended.stdout.count("┏") == 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["model=base", "retrieval=[toy]", "rerank=bert"], r"bert"),
+    (["model=base", "retrieval=[toy]", "rerank=decoder", "prompt=Z"], r"prompt"),
+    (["model=base", "retrieval=[toy,./toy]"], r"two evaluation sets are called 'toy'"),
+    (["model=base", "retrieval=[toy]", "split=train"], r"toy/qrels/train\.tsv: no such file; toy has the splits: dev, test"),
+    (["model=base", "useb=toy"], r"useb=toy: holds none of askubuntu, cqadupstack, twitterpara, scidocs"),
+    (["model=base"], r"set model=<folder or hub id> and retrieval="),
+])  # fmt: skip
+def test_the_script_refuses_in_one_sentence(arguments, message, project):
+    ended = started(project, *arguments)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
+    assert re.match(f"error: .*{message}", ended.stderr)

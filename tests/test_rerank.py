@@ -1,0 +1,142 @@
+"""Re-ranked runs: the scores of a plain loop, after kills, by two processes, and from every first stage."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytrec_eval
+
+from sgpt.cross_encoder import CrossEncoder
+from sgpt.data.beir import read_retrieval
+from sgpt.errors import InputError
+from sgpt.evaluate import bm25_run
+from sgpt.metrics import cut, perfect, ranking
+from sgpt.rerank import RerankConfig, rerank, run_rerank
+from tests.starts import Start, beir, blocks, free_port, start_all
+from tests.test_cross_encoder import as_the_original
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    chance = random.Random(0)
+    words = ["parser", "argument", "help", "option", "value", "name", "type", "action", "group", "error"]
+    corpus = {f"d{n}": " ".join(chance.choices(words, k=chance.randint(1, 30))) for n in range(40)}
+    queries = {f"q{n}": " ".join(chance.sample(words, k=3)) for n in range(12)}
+    qrels = {query: dict.fromkeys(chance.sample(sorted(corpus), 3), 1) for query in queries}
+    return beir(tmp_path_factory.mktemp("rerank") / "toy", corpus, queries, qrels)
+
+
+@pytest.fixture(scope="module")
+def started(toy, language_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("started")
+    (folder / "toy").symlink_to(toy)
+    (folder / "base").symlink_to(language_model("gpt_neo"))
+    common = ["data=toy", "split=train", "model=base", "depth=20", "documents_per_block=2", "threads=1"]
+    return folder, start_all("rerank", folder, {
+        "whole": Start([*common, "output=whole.trec"]),
+        "killed": Start([*common, "output=killed.trec"], ("killed.trec.part-0", 4)),
+        "not resumed": Start([*common, "output=killed.trec"]),
+        "other": Start([*common, "output=killed.trec", "prompt=A", "resume=true"]),
+        "killed again": Start([*common, "output=killed.trec", "resume=true"], ("killed.trec.part-0", 9)),
+        "gone on": Start([*common, "output=killed.trec", "resume=true"], port=free_port()),
+        "by two": Start([*common, "output=two.trec"], port=free_port()),
+        "again": Start([*common, "output=whole.trec", "resume=true"]),
+        "misspelt": Start([*common, "output=x.trec", "promt=A"]),
+        "no slot": Start([*common, "output=x.trec", "prompt='what is it'"]),
+    })  # fmt: skip
+
+
+def test_the_run_holds_the_loop_s_scores_of_bm25_s_documents(started, toy, language_model):
+    folder, ended = started
+    assert ended["whole"].codes == [0], ended["whole"].err
+    with open(folder / "whole.trec") as lines:
+        run = pytrec_eval.parse_run(lines)
+    chosen = read_retrieval(toy, "train")
+    first = bm25_run(chosen, 20)
+    assert {query: set(documents) for query, documents in run.items()} == {query: set(documents) for query, documents in first.items()}
+    some = random.Random(1).sample([(query, document) for query in run for document in run[query]], 12)
+    for query, document in some:
+        assert run[query][document] == pytest.approx(as_the_original(language_model("gpt_neo"), chosen.queries[query], chosen.corpus[document]), abs=1e-4)
+
+
+def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(started):
+    folder, ended = started
+    first, second = ended["killed"], ended["killed again"]
+    assert (first.codes, second.codes, ended["gone on"].codes) == ([-9], [-9], [0, 0]), ended["gone on"].err
+    assert blocks(first, "block") == list(range(len(blocks(first, "block"))))
+    assert blocks(second, "block") == list(range(len(blocks(second, "block"))))  # none of them twice
+    assert 4 <= len(blocks(first, "block")) < len(blocks(second, "block")) < 20
+    assert (folder / "killed.trec").read_bytes() == (folder / "whole.trec").read_bytes()
+    assert not [name for name in ended["gone on"].files if "killed.trec.part" in name]
+    assert ended["not resumed"].codes == ended["other"].codes == [2]
+    assert "belongs to a killed run; go on with resume=true" in ended["not resumed"].err
+    assert "was begun with another configuration: prompt: G -> A. Resume it unchanged" in ended["other"].err
+
+
+def test_two_processes_write_the_file_of_one(started):
+    folder, ended = started
+    assert ended["by two"].codes == [0, 0], ended["by two"].err
+    assert (folder / "two.trec").read_bytes() == (folder / "whole.trec").read_bytes()
+
+
+def test_the_metrics_are_trec_eval_s(started, toy):
+    folder, ended = started
+    results = json.loads((folder / "whole.trec.json").read_text())["toy"]
+    assert list(results) == ["bm25", "bm25 → CE, 10", "bm25 → CE, 20", "perfect, 20"]
+    with open(folder / "whole.trec") as lines:
+        run = pytrec_eval.parse_run(lines)
+    chosen = read_retrieval(toy, "train")
+    rows = pytrec_eval.RelevanceEvaluator(chosen.qrels, {"ndcg_cut.10", "map_cut.100"}).evaluate(run).values()
+    assert results["bm25 → CE, 20"]["ndcg@10"] == pytest.approx(np.mean([row["ndcg_cut_10"] for row in rows]))
+    assert results["bm25 → CE, 20"]["map@100"] == pytest.approx(np.mean([row["map_cut_100"] for row in rows]))
+    first = bm25_run(chosen, 20)
+    shallow = {query: {document: run[query][document] for document in documents} for query, documents in cut(first, 10).items()}
+    assert results["bm25 → CE, 10"] == pytest.approx(ranking(chosen.qrels, shallow))
+    assert results["perfect, 20"]["ndcg@10"] == ranking(chosen.qrels, perfect(chosen.qrels, first, 20))["ndcg@10"] >= results["bm25"]["ndcg@10"]
+    assert "bm25 → CE, 20" in ended["again"].out  # a finished run is shown
+    assert ended["again"].codes == [0]
+
+
+def test_the_script_refuses_in_one_sentence(started):
+    _, ended = started
+    assert ended["misspelt"].codes == ended["no slot"].codes == [2]
+    assert "did you mean prompt or prior?" in ended["misspelt"].err
+    assert ended["no slot"].err.startswith("error: prompt='what is it' is no name of A, B")
+    assert ended["no slot"].err.count("\n") == 1
+
+
+def test_any_first_stage(toy, language_model, tiny_base, tmp_path):
+    folder = language_model("gpt2")
+    common = {"data": str(toy), "split": "train", "model": str(folder), "depth": 10}
+    by_model = run_rerank(RerankConfig(**common, output=str(tmp_path / "a.trec"), first="encoder", encoder=str(tiny_base("gpt_neo"))))
+    assert next(iter(by_model)) == "encoder"
+    by_run = run_rerank(RerankConfig(**common, output=str(tmp_path / "b.trec"), first="run", trec=str(tmp_path / "a.trec")))
+    assert by_run["run → CE, 10"] == by_model["encoder → CE, 10"]
+    assert (tmp_path / "a.trec").read_text() == (tmp_path / "b.trec").read_text()
+
+
+def test_posteriors_are_probabilities_over_a_query_s_candidates(toy, language_model):
+    chosen, ranker = read_retrieval(toy, "train"), CrossEncoder.from_pretrained(language_model("gpt2"))
+    first = bm25_run(chosen, 8)
+    scores, posteriors = rerank(ranker, chosen, first), rerank(ranker, chosen, first, posterior=True)
+    for query, found in posteriors.items():
+        assert np.exp(list(found.values())).sum() == pytest.approx(1)
+        shift = {round(scores[query][document] - value, 6) for document, value in found.items()}
+        assert max(shift) - min(shift) < 1e-5
+
+
+def test_bad_input_is_refused(toy, language_model, tmp_path):
+    chosen, ranker = read_retrieval(toy, "train"), CrossEncoder.from_pretrained(language_model("gpt2"))
+    with pytest.raises(InputError, match=r"document id 'nowhere' for query 'q0', and toy has no such document"):
+        rerank(ranker, chosen, {"q0": {"nowhere": 1.0}})
+    with pytest.raises(InputError, match=r"query id 'nobody', which toy does not have"):
+        rerank(ranker, chosen, {"nobody": {"d0": 1.0}})
+    (tmp_path / "bad.trec").write_text("q0 Q0 nowhere 1 2.0 x\n")
+    with pytest.raises(InputError, match=r"bad\.trec, line 1: document id 'nowhere' is not in"):
+        run_rerank(RerankConfig(str(toy), "train", str(language_model("gpt2")), output=str(tmp_path / "c.trec"), first="run", trec=str(tmp_path / "bad.trec")))
+    for given, told in (({"first": "magic"}, "first='magic' is unknown; choose one of bm25, encoder, run"), ({"first": "run"}, "first=run needs trec="),
+                        ({"encoder": "x"}, "first=bm25 does not read encoder=x"), ({"depth": 0}, "depth=0 must be 1 or more")):  # fmt: skip
+        with pytest.raises(InputError, match=told):
+            RerankConfig(**given)

@@ -1,0 +1,104 @@
+"""One frozen trunk for the encoder and the re-ranker: each gives what it gives alone, and beside the language model there are only biases."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sgpt.adapter import Delta, save_adapter
+from sgpt.contract import Contract
+from sgpt.cross_encoder import CrossEncoder
+from sgpt.encoder import Encoder
+from sgpt.errors import InputError
+from sgpt.markers import MarkersConfig
+from sgpt.model import ModelConfig, load_tokenizer, load_trunk
+from sgpt.search import Searcher, open_both
+from sgpt.tuning import TuningConfig, learning, tune
+from tests.conftest import LIMITS
+
+CORPUS = {f"d{n}": text for n, text in enumerate(["parse a date", "open a file", "sort a list of names", "date arithmetic", "close the file again"])}
+
+
+def tuned_run(base, folder, seed: int = 0) -> Encoder:
+    """A run folder whose biases were moved at random, saved as a training run saves them."""
+    trunk = load_trunk(ModelConfig(str(base)))
+    encoder = Encoder(tune(trunk, TuningConfig()), load_tokenizer(str(base)), Contract("weighted_mean", MarkersConfig("brackets", **LIMITS), base=str(base)))
+    before = {name: value.detach().clone() for name, value in learning(trunk).items()}
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for value in learning(trunk).values():
+            value.add_(torch.randn_like(value) * 0.3)
+    save_adapter(encoder, before, folder / "adapter")
+    return encoder
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "gpt2", "bloom"])
+def test_each_gives_what_it_gives_alone(language_model, tmp_path, family):
+    alone = tuned_run(language_model(family), tmp_path)
+    encoder, ranker = open_both(tmp_path)
+    expected = alone.encode_documents(list(CORPUS.values()))
+    scores = CrossEncoder.from_pretrained(language_model(family)).score(["a date"] * 5, list(CORPUS.values()))
+    for _ in range(2):  # one after the other, and again
+        assert np.array_equal(encoder.encode_documents(list(CORPUS.values())), expected)
+        assert np.array_equal(ranker.score(["a date"] * 5, list(CORPUS.values())), scores)
+
+
+def test_beside_the_language_model_there_are_only_biases(language_model, tmp_path):
+    tuned_run(language_model("gpt_neo"), tmp_path)
+    encoder, ranker = open_both(tmp_path)
+    delta = [value for _, value in encoder.weights.pairs]
+    tensors = [*ranker.model.parameters(), *ranker.model.buffers(), *encoder.parameters(), *encoder.buffers(), *delta]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    model = AutoModelForCausalLM.from_pretrained(language_model("gpt_neo"))
+    one = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (*model.parameters(), *model.buffers())}
+    biases = sum(value.numel() * 4 for name, value in model.named_parameters() if name.endswith("bias"))
+    assert sum(storages.values()) <= sum(one.values()) + biases
+
+
+def test_several_tuned_models_over_one_trunk(language_model, tmp_path):
+    """Served side by side from one trunk, each is bit for bit what it is alone."""
+    base = language_model("gpt_neo")
+    alone = [tuned_run(base, tmp_path / str(seed), seed) for seed in range(3)]
+    trunk, tokenizer = load_trunk(ModelConfig(str(base))), load_tokenizer(str(base))
+    together = [Encoder(trunk, tokenizer, one.contract, delta=Delta(trunk, tmp_path / str(seed) / "adapter")) for seed, one in enumerate(alone)]
+    for _ in range(2):
+        for one, shared in zip(alone, together, strict=True):
+            assert np.array_equal(shared.encode_queries(["parse a date"]), one.encode_queries(["parse a date"]))
+
+
+def test_the_searcher_re_ranks_what_it_found(language_model, tmp_path):
+    tuned_run(language_model("gpt_neo"), tmp_path)
+    encoder, ranker = open_both(tmp_path)
+    plain = Searcher(encoder, CORPUS, tmp_path / "index")
+    found = plain("open the date", top=3)
+    again = Searcher(encoder, CORPUS, tmp_path / "index", ranker=ranker, depth=3)("open the date", top=2)
+    names = [hit.name for hit in found]
+    alone = CrossEncoder.from_pretrained(language_model("gpt_neo")).score(["open the date"] * 3, [CORPUS[name] for name in names])
+    scores = dict(zip(names, alone, strict=True))
+    assert [hit.name for hit in again] == sorted(names, key=lambda name: -scores[name])[:2]
+    assert [hit.score for hit in again] == sorted(scores.values(), reverse=True)[:2]
+
+
+def test_an_index_knows_the_weights_it_was_made_with(language_model, tmp_path):
+    """Also where the trunk holds the base's while the index is opened."""
+    base = language_model("gpt_neo")
+    for seed in range(2):
+        tuned_run(base, tmp_path / str(seed), seed)
+    first, second = (open_both(tmp_path / str(seed))[0] for seed in range(2))
+    before = Searcher(first, CORPUS, tmp_path / "index")("a date", 5)
+    after = Searcher(second, CORPUS, tmp_path / "index")("a date", 5)
+    fresh = Searcher(second, CORPUS, tmp_path / "other")("a date", 5)
+    assert [(hit.name, hit.score) for hit in after] == [(hit.name, hit.score) for hit in fresh]
+    assert [hit.score for hit in before] != [hit.score for hit in after]
+    assert Searcher(Encoder.from_pretrained(tmp_path / "1" / "adapter"), CORPUS, tmp_path / "index")("a date", 5) == after  # the same model, opened by itself
+
+
+def test_what_cannot_share_is_refused(language_model, tiny_base, tmp_path):
+    tuned_run(language_model("gpt_neo"), tmp_path)
+    other = load_trunk(ModelConfig(str(tiny_base("gpt2"))))
+    with pytest.raises(InputError, match=r"made from .* and this GPT2Model .* is another"):
+        Delta(other, tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"holds no adapter/, so there is no base to re-rank with"):
+        open_both(tiny_base("gpt2"))
+    with pytest.raises(InputError, match=r"holds no sgpt_delta\.json: it is no bias delta"):
+        Delta(other, tiny_base("gpt2"))

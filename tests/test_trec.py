@@ -1,0 +1,67 @@
+"""Run files against pytrec_eval's own reader. That bad ones are refused with their place is in test_mine."""
+
+import gzip
+import json
+import random
+
+import pytest
+import pytrec_eval
+
+from sgpt.data.beir import RetrievalSet
+from sgpt.data.trec import read_run, write_run
+from sgpt.errors import InputError
+from sgpt.metrics import ranking_per_query
+
+CHANCE = random.Random(0)
+DOCUMENTS = {f"d{n:02}": f"text {n}" for n in range(30)}
+RUN = {f"q{n}": {document: CHANCE.choice([1.0, 1 / 3, -2e-7, 1e20, 0.1 + 0.2]) for document in CHANCE.sample(sorted(DOCUMENTS), 20)} for n in range(6)}
+QRELS = {query: {document: CHANCE.choice([0, 1, 2]) for document in CHANCE.sample(sorted(DOCUMENTS), 10)} for query in RUN}
+
+
+@pytest.fixture
+def chosen(tmp_path) -> RetrievalSet:
+    rows = [{"_id": query, "text": f"text of {query}"} for query in RUN]
+    (tmp_path / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return RetrievalSet("toy", DOCUMENTS, {row["_id"]: row["text"] for row in rows}, QRELS)
+
+
+def test_a_written_run_is_what_pytrec_eval_reads_and_ranks_alike(tmp_path):
+    file = tmp_path / "runs" / "toy.bm25.trec"
+    write_run(file, RUN, "BM25 of us")
+    with file.open() as lines:
+        assert pytrec_eval.parse_run(lines) == RUN  # every bit of every score
+    ranks: dict[str, list[str]] = {}
+    for line in file.read_text().splitlines():
+        query, q0, document, rank, _, tag = line.split()
+        assert (q0, tag) == ("Q0", "BM25_of_us")
+        ranks.setdefault(query, []).append(document)
+        assert int(rank) == len(ranks[query])
+    for query, documents in ranks.items():  # a document at our rank r has the reciprocal rank 1/r by trec_eval: ties rank as there
+        for rank, document in enumerate(documents, 1):
+            found = pytrec_eval.RelevanceEvaluator({query: {document: 1}}, {"recip_rank"}).evaluate({query: RUN[query]})
+            assert found[query]["recip_rank"] == pytest.approx(1 / rank)
+    assert [path.name for path in file.parent.iterdir()] == ["toy.bm25.trec"]
+
+
+@pytest.mark.parametrize("kind", ["trec", "trec.gz", "json"])
+def test_what_is_read_is_what_was_written(kind, chosen, tmp_path):
+    file = tmp_path / f"run.{kind}"
+    write_run(tmp_path / "run.trec", RUN, "tag")
+    if kind == "trec.gz":
+        file.write_bytes(gzip.compress((tmp_path / "run.trec").read_bytes()))
+    elif kind == "json":
+        file.write_text(json.dumps(RUN))
+    assert read_run(file, tmp_path, chosen, "trec") == RUN
+    assert ranking_per_query(QRELS, read_run(file, tmp_path, chosen, "trec")) == ranking_per_query(QRELS, RUN)
+
+
+def test_a_missing_file_is_named_with_its_key(chosen, tmp_path):
+    with pytest.raises(InputError, match=r"first=nowhere: no such file; check the path"):
+        read_run(tmp_path.__class__("nowhere"), tmp_path, chosen, "first")
+
+
+@pytest.mark.parametrize("run", [{"a query": {"d": 1.0}}, {"q": {"a document": 1.0}}, {"q": {"": 1.0}}])
+def test_an_id_that_the_format_cannot_hold_is_refused_and_nothing_is_written(run, tmp_path):
+    with pytest.raises(InputError, match=r"run: id '.*' is empty or holds a blank.*leave runs=<folder> out"):
+        write_run(tmp_path / "run", run, "tag")
+    assert not list(tmp_path.iterdir())

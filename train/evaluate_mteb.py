@@ -1,0 +1,35 @@
+"""Evaluate on MTEB: `python train/evaluate_mteb.py model=runs/pydocs tasks=[STSBenchmark,SciFact]`. `--help` shows the keys."""
+
+from omegaconf import DictConfig
+
+from sgpt.door import script
+
+
+@script("evaluate_mteb", groups=False)
+def main(composed: DictConfig) -> None:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from sgpt.config import typed
+    from sgpt.cross_encoder import CrossEncoder
+    from sgpt.encoder import Encoder
+    from sgpt.errors import InputError
+    from sgpt.evaluate import table
+    from sgpt.mteb import MtebConfig, MtebEncoder, MtebReranker, name_of, read_tasks, run
+
+    config = typed(MtebConfig, composed)
+    if not config.model or not config.tasks:
+        raise InputError("set model=<folder or hub id> and tasks=[<task or benchmark of mteb>,…], for example tasks=[STSBenchmark,SciFact]")
+    tasks, name = read_tasks(config.tasks), config.name or name_of(config.model)
+    if config.prompt:
+        model = MtebReranker(CrossEncoder.from_pretrained(config.model, config.prompt), name)
+    else:
+        model = MtebEncoder(Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling), name)
+    results = run(model, tasks, Path(config.output))
+    Console().print(table({name: results}, "MTEB, main scores × 100"))
+    Console().print(f"results  {config.output}/results", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
