@@ -83,8 +83,8 @@ class PretrainConfig:
     lexical_steps: int = 728
     lexical_pairs_per_step: int = 1024
     lexical_learning_rate: float = 1e-2
-    joint_steps: int = 480
-    language_steps: int = 320
+    joint_steps: int = 1280
+    language_steps: int = 120
     window_tokens: int = 384
     windows_per_step: int = 20
     windows_per_forward: int = 4
