@@ -44,6 +44,7 @@ bench: $(BIN)/.installed-dev  ## speed and memory beside sentence-transformers, 
 	$(call BENCH,encode,--shape small --rounds 2 --documents 200 --batch-sizes 16 32)
 	$(call BENCH,memory,--shape small --rounds 1 --batch 64 --packs 1024 --competitors mnrl cached-32)
 	$(call BENCH,scaling,--shape small --batches 64 256 1024)
+	$(call BENCH,rerank,--shape small --documents 20 --queries 10 --rounds 2)
 
 bench-full: $(BIN)/.installed-dev  ## the same at GPT-Neo-125M, every option of theirs, and whether both train alike; hours
 	$(call BENCH,train_step,--shape 125m --data nli --rounds 3 --steps 4,train_step-nli)
@@ -54,6 +55,10 @@ bench-full: $(BIN)/.installed-dev  ## the same at GPT-Neo-125M, every option of 
 	$(call BENCH,memory,--shape small --batch 256 --rounds 2)
 	$(call BENCH,memory,--shape 125m --batch 64 --rounds 1 --steps 1,memory-125m)
 	$(call BENCH,scaling,--shape small --rounds 2)
+	$(call BENCH,rerank,--shape 125m --data scifact --documents 16 --one-by-one 16,rerank-fresh)
+	$(call BENCH,rerank,--shape 125m --data scifact --documents 10 --queries 10 --one-by-one 10 --rounds 2,rerank-many)
+	$(call BENCH,rerank,--shape 125m --data squad --documents 24 --one-by-one 24,rerank-fresh-squad)
+	$(call BENCH,rerank,--shape 125m --data squad --documents 12 --queries 10 --one-by-one 12 --rounds 2,rerank-many-squad)
 	$(BIN)/python benchmarks/parity_sentence_transformers.py
 
 clean:          ## remove runs, harvested and cached data, keep .venv

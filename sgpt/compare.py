@@ -99,12 +99,13 @@ def measured(chosen: RetrievalSet, systems: Mapping[str, Ranked], depth: int = D
     """
     gains = {name: [row["ndcg@10"] for row in ranking_per_query(chosen.qrels, system.run).values()] for name, system in systems.items()}
     found: Systems = {}
+    top = min(SHALLOW, depth)
     for name, system in systems.items():
         first = FIRST_STAGES.get(name)
         if system.scores:
-            shallow = {f"ndcg@10_reranked_top_{SHALLOW}": reordered(systems[first].run, system.scores, min(SHALLOW, depth))}
+            shallow = {f"ndcg@10_reranked_top_{top}": reordered(systems[first].run, system.scores, top)}
         else:
-            bounds = sorted({depth, SHALLOW}) if name in FIRST_STAGES.values() else []
+            bounds = sorted({depth, top}) if name in FIRST_STAGES.values() else []
             shallow = {f"ndcg@10_perfect_top_{bound}": perfect(chosen.qrels, system.run, bound) for bound in bounds}
         cost = {"queries_per_second": len(chosen.queries) / max(system.seconds, 1e-9), "bytes_per_document": system.index_bytes, "weight": system.weight}
         others = dict.fromkeys(other for other in ("bm25", first) if other in systems and other != name)

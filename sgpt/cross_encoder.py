@@ -54,7 +54,8 @@ class CrossEncoder:
         empty = tokenizer("")["input_ids"]
         self.start: Ids = tuple(empty[:1]) if empty and empty[0] == tokenizer.bos_token_id else ()  # Llama and OPT were trained with it
         self.instruction_tokens = len(self.start) + len(self._tokens([self.prompt.instruction])[self.prompt.instruction])
-        self.answers = self._answer_tokens()
+        self.answers, self.answers_start = self._answer_tokens()
+        self.priors: dict[str, float] = {}  # of queries, with an empty document
 
     @classmethod
     def from_pretrained(cls, path: str | Path, prompt: PromptConfig | str = "G", *, dtype: str = "float32", **options) -> "CrossEncoder":
@@ -68,7 +69,9 @@ class CrossEncoder:
         """
         sums = self.log_likelihoods(queries, documents, progress=progress)
         if self.scoring.prior:
-            sums = sums - self.log_likelihoods(queries, [""] * len(queries), progress=False)
+            unknown = [query for query in dict.fromkeys(queries) if query not in self.priors]
+            self.priors |= dict(zip(unknown, self.log_likelihoods(unknown, [""] * len(unknown), progress=False).tolist(), strict=True))
+            sums = sums - np.array([self.priors[query] for query in queries])
         if self.scoring.mean and not self.answers:  # an answer is one token
             sums = sums / self.query_tokens(queries)
         return sums
@@ -96,7 +99,7 @@ class CrossEncoder:
         ids = self._tokens({*read, *tails, *queries})
         groups = {document: number for number, document in enumerate(dict.fromkeys(documents))}
         return [
-            self._text(ids[context], self.answers[:1] or ids[query], len(ids[tail]), groups[document], query)
+            self._text((*ids[context], *self.answers_start), self.answers[:1] or ids[query], len(ids[tail]), groups[document], query)
             for context, query, tail, document in zip(read, queries, tails, documents, strict=True)
         ]
 
@@ -118,12 +121,14 @@ class CrossEncoder:
         ids = self.tokenizer(different, add_special_tokens=False)["input_ids"] if different else []
         return {text: tuple(row) for text, row in zip(different, ids, strict=True)}
 
-    def _answer_tokens(self) -> Ids:
-        ids = self._tokens(self.prompt.answers) if self.prompt.answers else {}
-        first = tuple(ids[answer][0] for answer in self.prompt.answers)
-        if len(set(first)) < len(first):
-            raise InputError(f"prompt answers {list(self.prompt.answers)} begin with the same token in this vocabulary; choose other answers")
-        return first
+    def _answer_tokens(self) -> tuple[Ids, Ids]:
+        """The first tokens in which the answers differ, and those before, which all share: a vocabulary may know " Yes" as a blank and a word."""
+        ids = [self._tokens(self.prompt.answers)[answer] for answer in self.prompt.answers]
+        shared = next((place for place, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1), min(map(len, ids), default=0))
+        first = tuple(row[shared] for row in ids if shared < len(row))
+        if len(set(first)) < len(ids):
+            raise InputError(f"prompt answers {list(self.prompt.answers)} cannot be told apart by one token of this vocabulary; choose other answers")
+        return first, ids[0][:shared] if ids else ()
 
 
 def load_language_model(config: ModelConfig) -> nn.Module:

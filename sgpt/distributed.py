@@ -7,11 +7,16 @@ the one-process batch is then the mean over processes, provided that documents c
 worse, in direction.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from sgpt.errors import InputError
+
+Made = TypeVar("Made")
 
 
 def world() -> tuple[int, int]:
@@ -47,6 +52,22 @@ def gather(rows: Tensor) -> Tensor:
     gathered = [torch.empty_like(rows) for _ in range(world()[1])]
     dist.all_gather(gathered, rows.contiguous())
     return torch.cat(gathered)
+
+
+def from_main(make: Callable[[], Made]) -> Made:
+    """What the main process makes, on all of them; or the InputError that it raises, so that none waits for it."""
+    if world()[1] == 1:
+        return make()
+    made: list = [None, None]
+    if world()[0] == 0:
+        try:
+            made[0] = make()
+        except InputError as error:
+            made[1] = error
+    dist.broadcast_object_list(made)
+    if made[1]:
+        raise made[1]
+    return made[0]
 
 
 def barrier() -> None:

@@ -163,12 +163,17 @@ def _found(chosen: RetrievalSet, scores: Tensor, rows: Tensor, depth: int) -> Ru
     return {query: dict(islice(((name, score) for name, score in documents.items() if name != query), depth)) for query, documents in run.items()}
 
 
-def _fewer(chosen: RetrievalSet, limit: int) -> RetrievalSet:
+def fewer_queries(chosen: RetrievalSet, limit: int | None) -> RetrievalSet:
+    """The first `limit` queries, all if None, over the whole corpus."""
     qrels = dict(islice(chosen.qrels.items(), limit))
-    judged = {document for documents in qrels.values() for document in documents}
+    return replace(chosen, queries={query: chosen.queries[query] for query in qrels}, qrels=qrels)
+
+
+def _fewer(chosen: RetrievalSet, limit: int) -> RetrievalSet:
+    few = fewer_queries(chosen, limit)
+    judged = {document for documents in few.qrels.values() for document in documents}
     kept = judged | set(islice(chosen.corpus, len(judged)))
-    corpus = {document: text for document, text in chosen.corpus.items() if document in kept}
-    return replace(chosen, corpus=corpus, queries={query: chosen.queries[query] for query in qrels}, qrels=qrels)
+    return replace(few, corpus={document: text for document, text in chosen.corpus.items() if document in kept})
 
 
 def _fewer_pairs(pairs: PairSet, limit: int) -> PairSet:

@@ -65,8 +65,8 @@ def log_probabilities(
 ) -> Tensor:  # fmt: skip
     """Summed natural log-probability of each text's targets: [texts], float64, on the CPU.
 
-    model: a causal language model whose `base_model` is prepared (sgpt/attention.py); others are padded. Equal texts are
-    computed once. choices: the vocabulary is these ids alone. share=False reads every text from its beginning.
+    model: a causal language model whose `base_model` is prepared (sgpt/attention.py); others are padded, with
+    logits at every position. Equal texts are computed once. choices: the vocabulary is these ids alone. share=False reads every text from its beginning.
     advance: told of numbers of texts as they are done.
     """
     different = {text: place for place, text in enumerate(dict.fromkeys(texts))}
@@ -186,7 +186,7 @@ def _padded(model: nn.Module, texts: list[Text], tokens_per_pack: int, choices: 
             text = texts[place]
             scored = row[text.unscored : len(text.read)]
             if choices:
-                scored = torch.full_like(scored, float("-inf")).index_copy(1, torch.tensor(choices), scored[:, list(choices)])
+                scored = torch.full_like(scored, float("-inf")).index_copy(1, torch.tensor(choices, device=row.device), scored[:, list(choices)])
             targets = torch.tensor(text.ids[-text.targets :], device=row.device)
             sums.append(-F.cross_entropy(scored, targets, reduction="sum").double().cpu())
         yield pack.rows, torch.stack(sums)

@@ -4,6 +4,7 @@ A to M and quoraA to quoraE are the original's (crossencoder/beir of the SGPT re
 for questions of the same meaning. The paper chose them on BEIR's test sets, so scores there are not quite zero-shot.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -106,4 +107,9 @@ def _shots(shot: str | None, shots: Sequence[Sequence[str]], named: str) -> str:
         raise InputError(f"shots: {bad!r} is not a document and a query")
     if shot is not None and (DOCUMENT not in shot or QUERY not in shot):
         raise InputError(f"shot={shot!r} must hold {DOCUMENT} and {QUERY}")
-    return "".join((shot or "").replace(QUERY, query).replace(DOCUMENT, document) for document, query in shots)
+    return "".join(_filled(shot or "", {DOCUMENT: document, QUERY: query}) for document, query in shots)
+
+
+def _filled(text: str, values: dict[str, str]) -> str:
+    """At once: an example's document may itself hold a slot, as code does."""
+    return re.sub("|".join(map(re.escape, values)), lambda slot: values[slot[0]], text)

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,20 @@ import numpy as np
 import torch
 
 from sgpt.adapter import base_hash
+from sgpt.compare import SHALLOW
 from sgpt.cross_encoder import TOKENS_PER_PACK, CrossEncoder, ScoreConfig
 from sgpt.data.beir import RetrievalSet, read_retrieval
-from sgpt.data.trec import read_run, write_run
-from sgpt.distributed import barrier, world
+from sgpt.data.beir_sets import BEIR_SETS
+from sgpt.data.trec import check_ids, read_run, write_run
+from sgpt.distributed import barrier, from_main, world
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
-from sgpt.evaluate import bm25_run, retrieve
+from sgpt.evaluate import bm25_run, fewer_queries, retrieve
 from sgpt.files import write_whole
+from sgpt.fusion import reordered
 from sgpt.metrics import Run, cut, perfect, ranking
 from sgpt.parts import Parts, beside, read_manifest, remove_parts, write_manifest
+from sgpt.progress import progress_bar
 from sgpt.prompts import PromptConfig, build_prompt
 from sgpt.run import environment
 
@@ -35,8 +39,9 @@ FIRST = {"bm25": None, "encoder": "encoder", "run": "trec"}  # first stage -> th
 
 @dataclass
 class RerankConfig:
-    """data, split: BEIR folder and its qrels. model, dtype: the decoder. output: a TREC run, a new file; metrics go to <output>.json.
+    """data, split: BEIR folder and its qrels; one that is called like a set of BEIR follows its rules. model, dtype: the decoder.
 
+    output: a TREC run, a new file; metrics go to <output>.json.
     first: bm25; encoder, with encoder=<run, export, adapter, base or sentence-transformers folder>; or run, with trec=<TREC run, or
     JSON of query id -> document id -> score>. depth: documents scored for each query. prompt, shots, start, shot, answers: as
     in sgpt/prompts.py. mean, prior: as in sgpt/cross_encoder.py. posterior: as `rerank` says. limit: the first queries only.
@@ -77,6 +82,8 @@ class RerankConfig:
         for key in ("depth", "limit", "tokens_per_pack", "documents_per_block", "threads"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise InputError(f"{key}={getattr(self, key)} must be 1 or more")
+        if self.posterior and (self.mean or self.answers):
+            raise InputError("posterior=true makes probabilities of the query's, which a mean over its tokens and an answer are not; set one of them")
         build_prompt(self.prompt_config)
 
     @property
@@ -97,38 +104,63 @@ def run_rerank(config: RerankConfig, device: torch.device | str = "cpu") -> dict
     if not config.data or not config.output:
         raise InputError("set data=<BEIR folder> and output=<file.trec>")
     main, output = world()[0] == 0, Path(config.output)
+    if not output.name or output.is_dir():
+        raise InputError(f"output={config.output} is a folder; name a new file in it, for example {output / 'run.trec'}")
     manifest = read_manifest(config)
-    chosen = fewer_queries(read_retrieval(Path(config.data), config.split), config.limit)
-    first = cut(first_stage(config, chosen, device), config.depth)
+    chosen = fewer_queries(read_set(config), config.limit)
+    kept = beside(output, ".first.json")
+    first = from_main(lambda: _kept_first_stage(kept) if manifest and kept.is_file() else cut(first_stage(config, chosen, device), config.depth))
     ranker = CrossEncoder.from_pretrained(
         config.model, config.prompt_config, dtype=config.dtype, scoring=ScoreConfig(config.mean, config.prior), tokens_per_pack=config.tokens_per_pack
     )
     ranker.model.to(device)
+    refuse_unscorable(ranker, chosen, first)  # before anything is written
+    check_ids(output, first)
     identity = _fingerprint(chosen, first, ranker, config.dtype)
     if manifest and manifest["fingerprint"] != identity:
         raise InputError(f"{output} was begun with other texts, judgements, first-stage scores or weights than are there now; choose another output=<file>")
     barrier()  # everybody has read the manifest
     if "finished" in manifest:
-        remove_parts(output)  # of a run that was killed while it removed them
+        _remove_work(output)  # of a run that was killed while it removed them
         return manifest["results"] if main else {}
     if main and not manifest:
         manifest = {"config": asdict(config), "fingerprint": identity, "environment": environment()}
         output.parent.mkdir(parents=True, exist_ok=True)
-        remove_parts(output)  # of a manifest that somebody removed
+        _remove_work(output)  # of a manifest that somebody removed
+        if config.first == "encoder":
+            write_whole(kept, json.dumps(first))
         write_manifest(output, manifest)
     barrier()
     parts = Parts(output)
     barrier()  # everybody has read the parts, now they may grow
     run = rerank(ranker, chosen, first, config.depth, posterior=config.posterior, parts=parts, documents_per_block=config.documents_per_block)
+    barrier()  # everybody has read the scores, now the parts may go
     results: dict[str, Any] = {}
     if main:
         results = metrics(chosen, config.first, first, run, config.depth)
         write_run(output, run, f"sgpt-ce-{Path(config.model).name}")
         write_whole(beside(output, ".json"), json.dumps({chosen.name: results}, indent=2) + "\n")
         write_manifest(output, {**manifest, "results": results, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-        remove_parts(output)
+        _remove_work(output)
     barrier()
     return results
+
+
+def _kept_first_stage(file: Path) -> Run:
+    """Of an encoder: a killed run does not encode the corpus again, and other threads, which round otherwise, bring in no other document."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _remove_work(output: Path) -> None:
+    remove_parts(output)
+    beside(output, ".first.json").unlink(missing_ok=True)
+
+
+def read_set(config: RerankConfig) -> RetrievalSet:
+    """By BEIR's rules where the folder is called like one of its sets; a run that somebody made may rank documents without a text."""
+    folder = Path(config.data)
+    rules = BEIR_SETS.get(folder.absolute().name)
+    return read_retrieval(folder, config.split, skip_empty=bool(rules) and config.first != "run", skip_own_id=bool(rules) and rules.skip_own_id)
 
 
 def first_stage(config: RerankConfig, chosen: RetrievalSet, device: torch.device | str) -> Run:
@@ -136,20 +168,17 @@ def first_stage(config: RerankConfig, chosen: RetrievalSet, device: torch.device
         return bm25_run(chosen, config.depth)
     if config.first == "run":
         run = read_run(Path(config.trec or ""), Path(config.data), chosen, "trec")
-        return {query: run[query] for query in chosen.queries if query in run}
+        own = {query: {query} if chosen.skip_own_id else set() for query in chosen.queries}
+        return {query: {name: score for name, score in run[query].items() if name not in own[query]} for query in chosen.queries if query in run}
     return retrieve(Encoder.from_pretrained(config.encoder or "").to(device), chosen, config.depth)
 
 
 def metrics(chosen: RetrievalSet, name: str, first: Run, run: Run, depth: int) -> dict[str, dict[str, float]]:
     """The first stage, re-ranked at `depth` and, from the same scores, at 10 (as in the paper), and what no re-ranker could pass."""
-    shallow = {query: {document: run[query][document] for document in documents} for query, documents in cut(first, 10).items()}
-    systems = {name: first, f"{name} → CE, 10": shallow, f"{name} → CE, {depth}": run, f"perfect, {depth}": perfect(chosen.qrels, first, depth)}
+    top = min(SHALLOW, depth)
+    reranked = {f"{name} → CE, {top}": reordered(first, run, top), f"{name} → CE, {depth}": run}
+    systems = {name: first, **reranked, f"perfect, {depth}": perfect(chosen.qrels, first, depth)}
     return {system: ranking(chosen.qrels, ranks) for system, ranks in systems.items()}
-
-
-def fewer_queries(chosen: RetrievalSet, limit: int | None) -> RetrievalSet:
-    names = list(chosen.queries)[:limit]
-    return replace(chosen, queries={name: chosen.queries[name] for name in names}, qrels={name: chosen.qrels[name] for name in names})
 
 
 def rerank(
@@ -160,9 +189,10 @@ def rerank(
 
     posterior: log-probability of the document among its query's candidates, given the query and that all were equally likely before;
     it orders them as before and can be compared between queries. parts: where finished blocks are kept, shared by all processes; the
-    run is then returned on all of them. Raises InputError for ids that are not in `chosen`.
+    run is then returned on all of them. Raises InputError for ids that are not in `chosen`, and for queries that cannot be scored.
     """
     work = pairs_by_document(chosen, cut(first, depth))
+    refuse_unscorable(ranker, chosen, first)
     scores: dict[str, dict[str, float]] = {query: {} for query in first}
     for block in _scored_blocks(ranker, chosen, work, parts, documents_per_block):
         for query, document, score in block:
@@ -183,23 +213,34 @@ def pairs_by_document(chosen: RetrievalSet, run: Run) -> list[Pairs]:
     return [Pairs(document, tuple(met[document])) for document in sorted(met, key=lambda name: (-len(chosen.corpus[name]), name))]
 
 
+def refuse_unscorable(ranker: CrossEncoder, chosen: RetrievalSet, run: Run) -> None:
+    """InputError for an empty query, and for one that does not fit the model: now, and not when its block comes."""
+    queries = {query: chosen.queries[query] for query, documents in run.items() if documents}
+    if empty := next((query for query, text in queries.items() if not text.strip()), None):
+        raise InputError(f"query id {empty!r} of {chosen.name} is empty: it has no token whose probability could be a score; take it out of the qrels")
+    ranker.texts(list(queries.values()), [""] * len(queries))
+
+
 def _scored_blocks(ranker: CrossEncoder, chosen: RetrievalSet, work: list[Pairs], parts: Parts | None, size: int) -> Iterator[list[tuple[str, str, float]]]:
     """Triples of query id, document id and score, block by block."""
-    if parts is None:
-        yield _scores(ranker, chosen, work, progress=None)
-        return
     title = f"re-ranking {sum(len(pairs.queries) for pairs in work):,} pairs"
+    if parts is None:
+        with progress_bar(title, len(work)) as advance:
+            for start in range(0, len(work), size):  # token ids of a block's pairs exist at a time, not those of all
+                yield _scores(ranker, chosen, work[start : start + size])
+                advance(size)
+        return
     for block, items in parts.left("block", len(work), size, title):
-        parts.append({"block": block, "scores": _scores(ranker, chosen, work[items], progress=False)})
+        parts.append({"block": block, "scores": _scores(ranker, chosen, work[items])})
     barrier()
     done = Parts(parts.output)
     for block in range(math.ceil(len(work) / size)):
         yield done.read(block)["scores"]
 
 
-def _scores(ranker: CrossEncoder, chosen: RetrievalSet, work: list[Pairs], progress: bool | None) -> list[tuple[str, str, float]]:
+def _scores(ranker: CrossEncoder, chosen: RetrievalSet, work: list[Pairs]) -> list[tuple[str, str, float]]:
     pairs = [(query, item.document) for item in work for query in item.queries]
-    scores = ranker.score([chosen.queries[query] for query, _ in pairs], [chosen.corpus[document] for _, document in pairs], progress=progress)
+    scores = ranker.score([chosen.queries[query] for query, _ in pairs], [chosen.corpus[document] for _, document in pairs], progress=False)
     return [(query, document, score) for (query, document), score in zip(pairs, scores.tolist(), strict=True)]
 
 

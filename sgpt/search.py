@@ -7,6 +7,8 @@ while the language-model head scores (`open_both`). Beside the language model th
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from sgpt import contract as contracts
 from sgpt.adapter import Delta
 from sgpt.contract import Contract
@@ -53,7 +55,9 @@ class Searcher:
         return sorted(hits, key=lambda hit: -hit.score)[:top]
 
 
-def open_both(path: str | Path, prompt: PromptConfig | str = "G", *, dtype: str = "float32") -> tuple[Encoder, CrossEncoder]:
+def open_both(
+    path: str | Path, prompt: PromptConfig | str = "G", *, dtype: str = "float32", device: torch.device | str = "cpu"
+) -> tuple[Encoder, CrossEncoder]:  # fmt: skip
     """The encoder of a run or adapter folder of ours, and SGPT-CE with its base: one trunk in memory for both.
 
     Raises InputError where there is no bias delta to put on and off, as for a run with tuning=full.
@@ -62,7 +66,7 @@ def open_both(path: str | Path, prompt: PromptConfig | str = "G", *, dtype: str 
     if folder is None or not (folder / contracts.FILE).is_file():
         raise InputError(f"{path} holds no adapter/, so there is no base to re-rank with; give the run's folder, or search without rerank")
     contract = Contract.load(folder)
-    model, tokenizer = load_language_model(ModelConfig(contract.base, dtype)), load_tokenizer(contract.base)
+    model, tokenizer = load_language_model(ModelConfig(contract.base, dtype)).to(device), load_tokenizer(contract.base)
     encoder = Encoder(model.base_model, tokenizer, contract, delta=Delta(model.base_model, folder))
     return encoder, CrossEncoder(model, tokenizer, prompt)
 

@@ -106,6 +106,22 @@ def test_yes_and_no_share_out_the_probability(language_model):
         assert score == pytest.approx(logits[[yes, no]].log_softmax(0)[0].item(), abs=1e-4)
 
 
+def test_answers_that_begin_alike_are_told_apart_by_their_first_difference(language_model):
+    """As where " Yes" and " No" are a blank and a word each: the blank is read, and the word is scored."""
+    folder = language_model("gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    yes, no = "parser parse", "parser value"
+    shared = tokenizer("parser ")["input_ids"][:1]
+    assert tokenizer(yes)["input_ids"][:1] == tokenizer(no)["input_ids"][:1] == shared
+    assert tokenizer(yes)["input_ids"][1] != tokenizer(no)["input_ids"][1]
+    found = CrossEncoder.from_pretrained(folder, PromptConfig("{document} {query}", answers=[yes, no])).score(["query"], ["document"])
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokenizer("document query")["input_ids"] + shared])).logits[0, -1]
+    choices = [tokenizer(answer)["input_ids"][len(shared)] for answer in (yes, no)]
+    assert found[0] == pytest.approx(logits[choices].log_softmax(0)[0].item(), abs=1e-4)
+
+
 def test_mean_and_prior(language_model):
     folder, queries, documents = language_model("gpt_neo"), QUERIES, DOCUMENTS[1:4]
     plain = CrossEncoder.from_pretrained(folder).score(queries, documents)
@@ -132,6 +148,12 @@ def test_bfloat16_scores_are_close(language_model):
     exact = CrossEncoder.from_pretrained(language_model("gpt2")).score(*pairs)
     half = CrossEncoder.from_pretrained(language_model("gpt2"), dtype="bfloat16").score(*pairs)
     assert half == pytest.approx(exact, rel=0.02)
+
+
+def test_an_example_that_holds_a_slot_is_left_as_it_is():
+    shots = [["print(f'{query}')", "format {document}"], ["d", "q"]]
+    prompt = build_prompt(PromptConfig("K", shots))
+    assert prompt.instruction == "Document:\nprint(f'{query}')\nQuery:\nformat {document}\nDocument:\nd\nQuery:\nq\nDocument:\n"
 
 
 @pytest.mark.parametrize(
@@ -162,6 +184,6 @@ def test_bad_input_is_refused(language_model, tiny_base):
         CrossEncoder.from_pretrained(tiny_base("bert"))
     with pytest.raises(InputError, match=r"lm_head.*is missing, so it is no whole language model; re-rank with the base"):
         CrossEncoder.from_pretrained(tiny_base("gpt_neox"))  # a trunk alone, whose head would be random
-    with pytest.raises(InputError, match=r"begin with the same token"):
+    with pytest.raises(InputError, match=r"cannot be told apart by one token"):
         CrossEncoder.from_pretrained(language_model("gpt2"), PromptConfig("{document} {query}", answers=[" Yes", " Yes"]))
     assert ranker.score([], []).shape == (0,)

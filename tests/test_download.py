@@ -26,12 +26,20 @@ FILES = {
 }  # fmt: skip
 
 
-def zipped(files: dict[str, str]) -> bytes:
+def zipped(files: dict[str, str], compression: int = zipfile.ZIP_STORED) -> bytes:
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
+    with zipfile.ZipFile(out, "w", compression) as archive:
         for name, text in files.items():
             archive.writestr(name, text)
     return out.getvalue()
+
+
+def damaged(content: bytes) -> bytes:
+    """With a wrong byte in the compressed text; the table of contents is whole."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        member = archive.infolist()[0]
+        start = member.header_offset + 30 + len(member.filename)
+    return content[:start] + bytes([content[start] | 6]) + content[start + 1 :]
 
 
 def linked(name: str, target: str) -> bytes:
@@ -107,6 +115,7 @@ def test_a_name_of_beir_is_downloaded_once_and_then_read_from_its_root(served, t
     ("none", None, r"none\.zip: the server answers 404"),
     ("text", b"<html>sorry</html>", r"text\.zip: no whole zip \(File is not a zip file\)"),
     ("empty", b"", r"empty\.zip: no whole zip"),
+    ("damaged", damaged(zipped(FILES, zipfile.ZIP_DEFLATED)), r"damaged\.zip: no whole zip \(Error -3"),
     ("other", zipped({"elsewhere/corpus.jsonl": "x"}), r"other\.zip: holds no folder toy/"),
     ("up", zipped({**FILES, "../outside.txt": "x"}), r"up\.zip: its member '\.\./outside\.txt' would be written outside of its folder; set beir_root="),
     ("deep", zipped({**FILES, "toy/../../outside.txt": "x"}), r"'toy/\.\./\.\./outside\.txt' would be written outside"),

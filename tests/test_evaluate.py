@@ -139,6 +139,13 @@ def test_ten_reranked_documents_come_from_the_same_scores(compared):
         assert found[name]["reranking"]["ndcg@10_reranked_top_10"] == pytest.approx(expected)
 
 
+def test_a_depth_below_ten_is_called_by_its_number(compared):
+    encoder, chosen, *_ = compared
+    found = compare.measured(chosen, compare.rank(encoder, chosen, rescore=shared_words, depth=4), depth=4)
+    assert [list(found[name]["reranking"]) for name in ("bm25", "bm25_reranked")] == [["ndcg@10_perfect_top_4"], ["ndcg@10_reranked_top_4"]]
+    assert found["bm25_reranked"]["reranking"]["ndcg@10_reranked_top_4"] == found["bm25_reranked"]["metrics"]["ndcg@10"]
+
+
 def test_no_reranking_passes_the_bound_of_its_first_stage(compared):
     *_, found = compared
     for name, first in (("bm25_reranked", "bm25"), ("model_reranked", "model")):

@@ -29,10 +29,11 @@ def toy(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def started(toy, language_model, tmp_path_factory):
+def started(toy, language_model, tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("started")
     (folder / "toy").symlink_to(toy)
     (folder / "base").symlink_to(language_model("gpt_neo"))
+    (folder / "encoder").symlink_to(tiny_base("gpt_neo"))
     common = ["data=toy", "split=train", "model=base", "depth=20", "documents_per_block=2", "threads=1"]
     return folder, start_all("rerank", folder, {
         "whole": Start([*common, "output=whole.trec"]),
@@ -43,6 +44,9 @@ def started(toy, language_model, tmp_path_factory):
         "gone on": Start([*common, "output=killed.trec", "resume=true"], port=free_port()),
         "by two": Start([*common, "output=two.trec"], port=free_port()),
         "again": Start([*common, "output=whole.trec", "resume=true"]),
+        "killed with encoder": Start([*common, "output=e.trec", "first=encoder", "encoder=encoder"], ("e.trec.part-0", 4)),
+        "whole with encoder": Start([*common, "output=f.trec", "first=encoder", "encoder=encoder"]),
+        "no run": Start([*common, "output=x.trec", "first=run", "trec=nowhere"], port=free_port()),
         "misspelt": Start([*common, "output=x.trec", "promt=A"]),
         "no slot": Start([*common, "output=x.trec", "prompt='what is it'"]),
     })  # fmt: skip
@@ -75,6 +79,16 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(started)
     assert "was begun with another configuration: prompt: G -> A. Resume it unchanged" in ended["other"].err
 
 
+def test_a_killed_run_does_not_encode_the_corpus_again(started, monkeypatch):
+    folder, ended = started
+    assert (ended["killed with encoder"].codes, ended["whole with encoder"].codes) == ([-9], [0, 0]), ended["whole with encoder"].err
+    (folder / "encoder").unlink()
+    monkeypatch.chdir(folder)
+    run_rerank(RerankConfig("toy", "train", "base", output="e.trec", first="encoder", encoder="encoder", depth=20, documents_per_block=2, resume=True))
+    assert (folder / "e.trec").read_bytes() == (folder / "f.trec").read_bytes()
+    assert sorted(file.name for file in folder.glob("e.trec.*")) == ["e.trec.json", "e.trec.manifest.json"]
+
+
 def test_two_processes_write_the_file_of_one(started):
     folder, ended = started
     assert ended["by two"].codes == [0, 0], ended["by two"].err
@@ -93,7 +107,10 @@ def test_the_metrics_are_trec_eval_s(started, toy):
     assert results["bm25 → CE, 20"]["map@100"] == pytest.approx(np.mean([row["map_cut_100"] for row in rows]))
     first = bm25_run(chosen, 20)
     shallow = {query: {document: run[query][document] for document in documents} for query, documents in cut(first, 10).items()}
-    assert results["bm25 → CE, 10"] == pytest.approx(ranking(chosen.qrels, shallow))
+    assert {metric: results["bm25 → CE, 10"][metric] for metric in ("ndcg@10", "mrr@10")} == pytest.approx(
+        {metric: number for metric, number in ranking(chosen.qrels, shallow).items() if metric.endswith("@10")}
+    )
+    assert results["bm25 → CE, 10"]["recall@100"] == pytest.approx(results["bm25"]["recall@100"])  # the others stay behind the ten
     assert results["perfect, 20"]["ndcg@10"] == ranking(chosen.qrels, perfect(chosen.qrels, first, 20))["ndcg@10"] >= results["bm25"]["ndcg@10"]
     assert "bm25 → CE, 20" in ended["again"].out  # a finished run is shown
     assert ended["again"].codes == [0]
@@ -105,6 +122,8 @@ def test_the_script_refuses_in_one_sentence(started):
     assert "did you mean prompt or prior?" in ended["misspelt"].err
     assert ended["no slot"].err.startswith("error: prompt='what is it' is no name of A, B")
     assert ended["no slot"].err.count("\n") == 1
+    assert ended["no run"].codes == [2, 2]
+    assert ended["no run"].err == "error: trec=nowhere: no such file; check the path\n"
 
 
 def test_any_first_stage(toy, language_model, tiny_base, tmp_path):
@@ -115,6 +134,56 @@ def test_any_first_stage(toy, language_model, tiny_base, tmp_path):
     by_run = run_rerank(RerankConfig(**common, output=str(tmp_path / "b.trec"), first="run", trec=str(tmp_path / "a.trec")))
     assert by_run["run → CE, 10"] == by_model["encoder → CE, 10"]
     assert (tmp_path / "a.trec").read_text() == (tmp_path / "b.trec").read_text()
+
+
+@pytest.fixture
+def quora(tmp_path) -> Path:
+    """As in BEIR's Quora each query is a document of its id; one document has no text."""
+    texts = {f"t{n}": f"question {word} of the parser" for n, word in enumerate(["one", "two", "three"])}
+    return beir(tmp_path / "quora", texts | {"e": ""}, texts, {"t0": {"t1": 1}, "t1": {"t2": 1}})
+
+
+def test_a_set_of_beir_follows_its_rules(quora, language_model, tmp_path):
+    """A query is no candidate of its own, also where somebody's run has it; in such a run a document without a text is known."""
+    (tmp_path / "theirs.json").write_text(json.dumps({query: {"t0": 3.0, "t1": 2.0, "t2": 1.0, "e": 0.5} for query in ("t0", "t1")}))
+    for first, options, expected in (("bm25", {}, {"t0", "t1", "t2"}), ("run", {"trec": str(tmp_path / "theirs.json")}, {"t0", "t1", "t2", "e"})):
+        output = tmp_path / f"{first}.trec"
+        results = run_rerank(RerankConfig(str(quora), "train", str(language_model("gpt2")), output=str(output), first=first, depth=5, **options))
+        assert list(results) == [first, f"{first} → CE, 5", "perfect, 5"]  # five are fewer than the ten that are told beside a greater depth
+        with output.open() as lines:
+            assert {query: set(documents) for query, documents in pytrec_eval.parse_run(lines).items()} == {name: expected - {name} for name in ("t0", "t1")}
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"queries": {"q1": " "}}, r"query id 'q1' of odd is empty: it has no token"),
+    ({"queries": {"q1": "parser " * 200}}, r"query 'parser parser .* takes \d+ tokens with the prompt's tail"),
+    ({"corpus": {"a b": "a parser"}}, r"out\.trec: id 'a b' is empty or holds a blank"),
+])  # fmt: skip
+def test_what_cannot_be_scored_or_written_stops_a_run_before_it_begins(change, told, language_model, tmp_path):
+    texts = {"corpus": {"d0": "a parser", "d1": "an option"}, "queries": {"q0": "parser", "q1": "option"}}
+    texts = {name: rows | change.get(name, {}) for name, rows in texts.items()}
+    folder = beir(tmp_path / "odd", texts["corpus"], texts["queries"], {"q0": {"d0": 1}, "q1": {"d1": 1}})
+    (tmp_path / "all.json").write_text(json.dumps({query: dict.fromkeys(texts["corpus"], 1.0) for query in texts["queries"]}))
+    options = {"output": str(tmp_path / "out.trec"), "first": "run", "trec": str(tmp_path / "all.json"), "documents_per_block": 1}
+    with pytest.raises(InputError, match=told):
+        run_rerank(RerankConfig(str(folder), "train", str(language_model("gpt2")), **options))
+    assert not list(tmp_path.glob("out.trec*"))
+
+
+def test_pairs_of_a_block_exist_at_a_time_with_and_without_parts(toy, language_model):
+    class Counted(CrossEncoder):
+        def score(self, queries, documents, **options):
+            counts.append(len(set(documents)))
+            return super().score(queries, documents, **options)
+
+    counts: list[int] = []
+    chosen, ranker = read_retrieval(toy, "train"), Counted.from_pretrained(language_model("gpt2"))
+    first = bm25_run(chosen, 8)
+    found = rerank(ranker, chosen, first, documents_per_block=3)
+    assert max(counts) == 3
+    assert len(counts) > 5
+    whole = rerank(ranker, chosen, first)
+    assert {query: pytest.approx(scores, abs=1e-4) for query, scores in whole.items()} == found
 
 
 def test_posteriors_are_probabilities_over_a_query_s_candidates(toy, language_model):

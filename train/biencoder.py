@@ -35,13 +35,13 @@ def main(composed: DictConfig) -> None:
 
     # everything that can be wrong is read and checked before anything is written
     tokenizer = load_tokenizer(config.model.path)
-    with accelerator.main_process_first():  # one process harvests, reads and tokenises, the others find it done
+    with accelerator.main_process_first():  # one process harvests, downloads, reads and tokenises, the others find it done
         feed = build_feed(config.data, tokenizer, config.markers, queries_per_process=config.trainer.queries_per_process,
                           processes=accelerator.num_processes, seed=config.trainer.seed)
+        sets, dev = evaluate.read_sets(config.evaluation), evaluate.read_sets(config.dev)
     feed = guided(grouped(feed, config.data, accelerator.device), config.loss, accelerator.device)
     check(feed)
     config.trainer.steps(feed.batches_per_epoch)
-    sets, dev = evaluate.read_sets(config.evaluation), evaluate.read_sets(config.dev)
     contract = Contract(config.pooling.name, config.markers, base=config.model.path)
     encoder = Encoder(load_trunk(config.model), tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
     encoder.trunk = tune(encoder.trunk, config.tuning)

@@ -9,6 +9,7 @@ from sgpt.door import script
 def main(composed: DictConfig) -> None:
     from pathlib import Path
 
+    import torch
     from rich.console import Console
 
     from sgpt.config import typed
@@ -22,10 +23,13 @@ def main(composed: DictConfig) -> None:
     if not config.model or not config.tasks:
         raise InputError("set model=<folder or hub id> and tasks=[<task or benchmark of mteb>,…], for example tasks=[STSBenchmark,SciFact]")
     tasks, name = read_tasks(config.tasks), config.name or name_of(config.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.prompt:
-        model = MtebReranker(CrossEncoder.from_pretrained(config.model, config.prompt), name)
+        ranker = CrossEncoder.from_pretrained(config.model, config.prompt)
+        ranker.model.to(device)
+        model = MtebReranker(ranker, name)
     else:
-        model = MtebEncoder(Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling), name)
+        model = MtebEncoder(Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling).to(device), name)
     results = run(model, tasks, Path(config.output))
     Console().print(table({name: results}, "MTEB, main scores × 100"))
     Console().print(f"results  {config.output}/results", highlight=False, soft_wrap=True)

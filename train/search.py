@@ -9,6 +9,7 @@ from sgpt.door import script
 def main(composed: DictConfig) -> None:
     from pathlib import Path
 
+    import torch
     from rich.console import Console
     from rich.markup import escape
 
@@ -21,7 +22,8 @@ def main(composed: DictConfig) -> None:
     config = typed(SearchConfig, composed)
     if not config.run:
         raise InputError("set run=<run or export folder>, for example run=runs/pydocs")
-    encoder, ranker = open_both(config.run, config.prompt) if config.rerank else (Encoder.from_pretrained(config.run), None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder, ranker = open_both(config.run, config.prompt, device=device) if config.rerank else (Encoder.from_pretrained(config.run).to(device), None)
     path = Path(config.corpus) if config.corpus else default_corpus()
     searcher = Searcher(encoder, read_documents(path), Path(config.run) / "index" / path.name, config.index, ranker=ranker, depth=config.depth)
     console = Console()

@@ -7,6 +7,7 @@ import stat
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from sgpt.errors import InputError
@@ -68,5 +69,5 @@ def _unpack(archive: Path, folder: Path, address: str, remedy: str) -> None:
                 if path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1]) or stat.S_ISLNK(member.external_attr >> 16):
                     raise InputError(f"{address}: its member {member.filename!r} would be written outside of its folder; {remedy}")
             packed.extractall(folder)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise InputError(f"{address}: no whole zip ({error}); start again, or {remedy}") from error

@@ -18,17 +18,24 @@ from sgpt.metrics import Run, ranked
 def write_run(file: Path, run: Run, system: str) -> None:
     """Six columns, `query-id Q0 document-id rank score system`, ranked as trec_eval ranks; it orders by score and reads no rank.
 
-    InputError for an id with a blank inside, which the format cannot hold.
+    InputError as by `check_ids`.
     """
-    for identifier in (name for query, documents in run.items() for name in (query, *documents)):
-        if len(identifier.split()) != 1:
-            raise InputError(f"{file}: id {identifier!r} is empty or holds a blank, and a TREC run is separated by blanks; leave runs=<folder> out")
+    check_ids(file, run)
     tag = "".join("_" if letter.isspace() else letter for letter in system)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, "".join(
         f"{query} Q0 {document} {rank} {documents[document]!r} {tag}\n"
         for query, documents in run.items() for rank, document in enumerate(ranked(documents), 1)
     ))  # fmt: skip
+
+
+def check_ids(file: Path, run: Run) -> None:
+    """InputError for an id with a blank inside, which a TREC run cannot hold. file: the one that would be written."""
+    for identifier in (name for query, documents in run.items() for name in (query, *documents)):
+        if len(identifier.split()) != 1:
+            raise InputError(
+                f"{file}: id {identifier!r} is empty or holds a blank, and a TREC run is separated by blanks; rename it, or evaluate without runs=<folder>"
+            )
 
 
 def read_run(file: Path, data: Path, chosen: RetrievalSet, key: str) -> dict[str, dict[str, float]]:
