@@ -45,7 +45,7 @@ def started(toy, language_model, tiny_base, tmp_path_factory):
         "by two": Start([*common, "output=two.trec"], port=free_port()),
         "again": Start([*common, "output=whole.trec", "resume=true"]),
         "killed with encoder": Start([*common, "output=e.trec", "first=encoder", "encoder=encoder"], ("e.trec.part-0", 4)),
-        "whole with encoder": Start([*common, "output=f.trec", "first=encoder", "encoder=encoder"]),
+        "whole with encoder": Start([*common, "output=f.trec", "first=encoder", "encoder=encoder"], port=free_port()),
         "no run": Start([*common, "output=x.trec", "first=run", "trec=nowhere"], port=free_port()),
         "misspelt": Start([*common, "output=x.trec", "promt=A"]),
         "no slot": Start([*common, "output=x.trec", "prompt='what is it'"]),
