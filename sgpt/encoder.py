@@ -76,6 +76,7 @@ class Encoder(nn.Module):
 
     def embed_pack(self, pack: Pack) -> Tensor:
         """[rows of the pack, D], with gradient. No padding is computed, except for trunks that cannot be told the borders."""
+        assert getattr(self.weights, "inside", True), "the trunk is the base here: call this inside of `with encoder.weights:`"
         with self._precision():
             if not takes_packs(self.trunk):
                 return self.embed(*pack.padded(self.tokenizer.pad_token_id), right_padded=True)

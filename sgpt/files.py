@@ -1,7 +1,39 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, also when two processes make the same one."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sgpt.errors import InputError
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Inside, no other process of this machine makes `path`: it waits, and should look again whether the work is done.
+
+    The lock is a file beside it, `.<name>.lock`; the system lets go of it when its process dies, however that happens.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(_lock_of(path)):
+        yield
+
+
+def held(path: Path) -> FileLock:
+    """`path` for this process alone for as long as the lock that is returned lives. InputError when another one has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(_lock_of(path))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{path}: another process is writing it now; wait for it, or choose another name") from None
+    return lock
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 def write_whole(file: Path, text: str) -> None:

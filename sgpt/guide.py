@@ -6,6 +6,7 @@ cache (sgpt/data/embeddings.py); a second start reads it, and a step costs nothi
 
 import json
 import logging
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,7 @@ def _walk(source: Source, found: Embeddings, queries: np.ndarray, key: str) -> n
         return walk(found, queries)
     file = source.examples.folder / f"walk-{key_of(key)}.npy"
     if world()[0] == 0 and not file.is_file():
-        temporary = file.with_name(f".{file.name}.tmp.npy")
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp.npy")  # another run may make the same
         np.save(temporary, walk(found, queries))
         temporary.replace(file)
     barrier()

@@ -13,16 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from sgpt.errors import InputError
-from sgpt.files import write_whole
+from sgpt.files import held, write_whole
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy")
 MAY_CHANGE = {"resume", "logging", "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints"}  # on resuming
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
+    """lock: held by the process that writes the run, from `begin` to its end."""
+
     folder: Path
+    lock: FileLock | None = None
 
     @property
     def name(self) -> str:
@@ -65,9 +70,10 @@ def claim(folder: Path, config: dict, *, resume: bool) -> Run:
 
 
 def begin(run: Run, config: dict) -> None:
-    """Makes the folder, once everything that can be checked beforehand has been."""
+    """Makes the folder, once everything that can be checked beforehand has been. InputError while another process writes it."""
     import yaml
 
+    run.lock = held(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
     if not (run.folder / "config.yaml").is_file():
         write_whole(run.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

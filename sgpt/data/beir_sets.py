@@ -14,6 +14,7 @@ from pathlib import Path
 from sgpt.data.beir import RetrievalSet, read_retrieval
 from sgpt.data.download import fetch
 from sgpt.errors import InputError
+from sgpt.files import alone
 
 ADDRESS = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets"
 REPRODUCE = "https://github.com/beir-cellar/beir/tree/main/examples/dataset"
@@ -122,5 +123,7 @@ def _named(name: str, root: Path, address: str) -> Path:
             f"{name}: not in {root}, and its licence allows no public copy; make it as {REPRODUCE} says, "
             f"then set beir_root=<folder that holds {name}/> or give its folder"
         )
-    fetch(f"{address}/{name}.zip", folder, md5=BEIR_SETS[name].md5, remedy=f"set beir_root=<folder that holds {name}/>, or give its folder")
+    with alone(folder):
+        if not folder.is_dir():
+            fetch(f"{address}/{name}.zip", folder, md5=BEIR_SETS[name].md5, remedy=f"set beir_root=<folder that holds {name}/>, or give its folder")
     return folder

@@ -6,6 +6,7 @@ The second key is made of the model and of what the texts are to it. All process
 is always made of the same texts, so their number changes nothing, and a killed run loses the blocks that were under way.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
@@ -63,7 +64,7 @@ def embeddings(examples: Examples, side: Role, embed: Embed, key: str) -> Embedd
     own = missing[rank::processes]
     with progress_bar(f"embedding {len(numbers):,} texts, {side} side", len(own)) as advance:
         for block in own:
-            temporary = folder / f".{block}.tmp.npy"
+            temporary = folder / f".{block}.{os.getpid()}.tmp.npy"  # another run may make the same
             np.save(temporary, embed([examples.texts[int(text)] for text in blocks[block]]).astype(np.float32))
             temporary.replace(files[block])
             advance(1)

@@ -32,7 +32,7 @@ from packaging.requirements import Requirement
 
 from sgpt.data.jsonl import write_rows
 from sgpt.errors import InputError
-from sgpt.files import write_whole
+from sgpt.files import alone, write_whole
 from sgpt.progress import progress_bar
 
 # Whole packages are held out, chosen for breadth: data frames, graphs, terminal, networking, dates, parsing.
@@ -66,9 +66,21 @@ def build(folder: Path) -> Path:
     stdlib/, everything/       corpora to search in, ids are dotted names
     manifest.json              counts, versions, content hash
     """
-    key, manifest = _key(), folder / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text())["key"] == key:
-        return folder
+    key = _key()
+    if not _is(folder, key):
+        with alone(folder):
+            if not _is(folder, key):
+                _build(folder, key)
+    return folder
+
+
+def _is(folder: Path, key: str) -> bool:
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8"))["key"] == key
+
+
+def _build(folder: Path, key: str) -> None:
+    manifest = folder / "manifest.json"
     documented = harvest(installed_packages())
     splits: dict[str, list[Documented]] = {"train": [], "dev": [], "test": []}
     for found in documented:
@@ -86,7 +98,6 @@ def build(folder: Path) -> Path:
         "python": sys.version.split()[0],
         "sha256": content_hash(documented),
     }, indent=2) + "\n")
-    return folder
 
 
 def _write_retrieval_set(folder: Path, split: str, documented: list[Documented]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from sgpt.data.example import Example
-from sgpt.files import replace_folder
+from sgpt.files import alone, replace_folder
 from sgpt.progress import progress_bar
 
 FORMAT = 1  # of these files; a change makes every key another
@@ -123,17 +123,23 @@ class Writer:
 def stored(cache: Path, key: str, fill: Callable[[Writer], None]) -> Examples:
     """What `fill` writes, from the cache when it is there. An error in it leaves nothing that looks whole."""
     folder = cache / key
-    if not (folder / "examples.arrow").is_file():
-        temporary = cache / f".{key}.tmp"
-        temporary.mkdir(parents=True, exist_ok=True)
-        try:
-            with _Table(temporary / "texts.arrow", TEXTS) as texts, _Table(temporary / "examples.arrow", EXAMPLES) as rows:
-                fill(Writer(texts, rows))
-        except BaseException:
-            shutil.rmtree(temporary)
-            raise
-        replace_folder(temporary, folder)
+    if not folder.is_dir():
+        with alone(folder):
+            if not folder.is_dir():
+                _fill(folder, fill)
     return Examples.open(folder)
+
+
+def _fill(folder: Path, fill: Callable[[Writer], None]) -> None:
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary.mkdir(exist_ok=True)
+    try:
+        with _Table(temporary / "texts.arrow", TEXTS) as texts, _Table(temporary / "examples.arrow", EXAMPLES) as rows:
+            fill(Writer(texts, rows))
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    replace_folder(temporary, folder)
 
 
 class _Table:
@@ -185,17 +191,23 @@ class Tokens:
             return
         file = examples.folder / f"tokens-{key_of(tokenizer.backend_tokenizer.to_str(), limit)}.arrow"
         if not file.is_file():
-            temporary = file.with_name(f".{file.name}.tmp")
-            with _Table(temporary, TOKENS) as table, progress_bar("tokenising", len(examples.texts)) as advance:
-                for texts in _batches(examples.texts):
-                    for ids in _content_ids(texts, tokenizer, limit):
-                        table.add(ids)
-                    advance(len(texts))
-            temporary.replace(file)
+            with alone(file):
+                if not file.is_file():
+                    _tokenise(examples.texts, tokenizer, limit, file)
         self.ids = Column(file, "ids")
 
     def __getitem__(self, text: int) -> list[int]:
         return self.ids[text]
+
+
+def _tokenise(texts: Sequence[str], tokenizer, limit: int, file: Path) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    with _Table(temporary, TOKENS) as table, progress_bar("tokenising", len(texts)) as advance:
+        for part in _batches(texts):
+            for ids in _content_ids(part, tokenizer, limit):
+                table.add(ids)
+            advance(len(part))
+    temporary.replace(file)
 
 
 def _content_ids(texts: list[str], tokenizer, limit: int) -> Iterator[list[int]]:

@@ -1,0 +1,63 @@
+"""Two starts at once: what both need is made once, and one run folder has one writer."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sgpt.data.store import Examples
+from sgpt.errors import InputError
+from sgpt.run import Run, begin
+
+STORING = """
+import sys, time
+from pathlib import Path
+from sgpt.data.example import Example
+from sgpt.data.store import stored
+folder = Path(sys.argv[1])
+
+def fill(writer):
+    with (folder / "filled").open("a") as log:
+        log.write("once\\n")
+    for number in range(100):
+        writer.example(Example(f"query {number}", f"answer {number}"))
+        time.sleep(0.01)
+
+(folder / f"ready-{sys.argv[2]}").touch()
+while len(list(folder.glob("ready-*"))) < 3:
+    time.sleep(0.001)
+print(len(stored(folder / "cache", "key", fill)))
+"""
+HOLDING = """
+import sys, time
+from pathlib import Path
+from sgpt.run import Run, begin
+run = Run(Path(sys.argv[1]))
+begin(run, {})
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+def test_three_starts_fill_one_cache_once(tmp_path: Path):
+    starts = [subprocess.Popen([sys.executable, "-c", STORING, str(tmp_path), str(n)], stdout=subprocess.PIPE, text=True) for n in range(3)]
+    assert [start.communicate(timeout=120)[0].strip() for start in starts] == ["100"] * 3
+    assert (tmp_path / "filled").read_text() == "once\n"
+    examples = Examples.open(tmp_path / "cache" / "key")
+    assert [(example.query, example.positive) for example in examples] == [(f"query {n}", f"answer {n}") for n in range(100)]
+
+
+def test_a_run_has_one_writer_and_is_free_when_that_is_killed(tmp_path: Path):
+    folder = tmp_path / "runs" / "mine"
+    writer = subprocess.Popen([sys.executable, "-c", HOLDING, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout.readline() == "begun\n"
+        with pytest.raises(InputError, match=r"runs/mine: another process is writing it now; wait for it, or choose another name"):
+            begin(Run(folder), {"seed": 1})
+        assert (folder / "config.yaml").read_text() == "{}\n"
+    finally:
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+    begin(Run(folder), {})
