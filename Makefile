@@ -59,6 +59,7 @@ bench-full: $(BIN)/.installed-dev  ## the same at GPT-Neo-125M, every option of 
 	$(call BENCH,rerank,--shape 125m --data scifact --documents 10 --queries 10 --one-by-one 10 --rounds 2,rerank-many)
 	$(call BENCH,rerank,--shape 125m --data squad --documents 24 --one-by-one 24,rerank-fresh-squad)
 	$(call BENCH,rerank,--shape 125m --data squad --documents 12 --queries 10 --one-by-one 12 --rounds 2,rerank-many-squad)
+	$(call BENCH,one_trunk,--shape 125m)
 	$(BIN)/python benchmarks/parity_sentence_transformers.py
 
 clean:          ## remove runs, harvested and cached data, keep .venv
