@@ -1,9 +1,9 @@
 """Is training with mined hard negatives better than with random ones? nDCG@10 on the test split, by the roads that users take.
 
-    python benchmarks/mined_negatives.py [--sets scifact squad] [--seeds 0 1 2] [--steps 60] [--source bm25] [--threads 2]
+    python benchmarks/mined_negatives.py [--sets scifact squad] [--seeds 0 1 2] [--steps 60] [--source bm25] [--ranks 10 100] [--threads 2]
 
 Both arms train on the same queries in the same order, from the same base, for as many steps; only the negatives differ. Mined:
-`sgpt.mine` with BM25 (or a model: --source <its folder>), ranks 10 to 100. Random: `sgpt.mine` of a run that ranks documents by
+`sgpt.mine` with BM25 (or a model: --source <its folder>), drawn from --ranks. Random: `sgpt.mine` of a run that ranks documents by
 chance. Training is `train/biencoder.py` with data=file; finished runs are found finished, so a stopped benchmark goes on. The
 difference of a query is the mean over the seeds; its interval is a paired bootstrap over queries.
 """
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60, help="of 64 queries with one hard negative each (default: %(default)s)")
     parser.add_argument("--source", default="bm25", help="bm25, or the folder of a model (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, nargs=2, default=[10, 100], metavar=("FIRST", "LAST"), help="window of what is mined (default: %(default)s)")
     parser.add_argument("--base", default="data/nano", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--output", default="runs/bench/mined_negatives.jsonl", help="each row is appended to it (default: %(default)s)")
@@ -65,11 +66,12 @@ def main() -> None:
 
 def rows(name: str, options: argparse.Namespace) -> dict[str, Path]:
     """The training files of both arms: those queries, in one order, for which both have negatives enough."""
-    folder, data = WORK / f"{name}-{Path(options.source).name}", str(Path(options.shared) / name)
+    folder, data = WORK / mined_from(name, options), str(Path(options.shared) / name)
     folder.mkdir(parents=True, exist_ok=True)
     common = {"data": data, "negatives_per_query": NEGATIVES, "on_few": "drop", "threads": options.threads, "resume": True}
     given = {"source": "bm25"} if options.source == "bm25" else {"source": "model", "model": options.source}
-    mine(MineConfig(**common, **given, pick="random", output=str(folder / "mined.all.jsonl")))
+    window = dict(zip(("first_rank", "last_rank"), options.ranks, strict=True))
+    mine(MineConfig(**common, **given, **window, pick="random", output=str(folder / "mined.all.jsonl")))
     mine(MineConfig(**common, source="run", trec=str(by_chance(name, options)), first_rank=1, last_rank=BY_CHANCE, output=str(folder / "random.all.jsonl")))
     read = {arm: {row["ids"]["query"]: row for _, row in read_rows(folder / f"{arm}.all.jsonl")} for arm in ARMS}
     both = [query for query in read["mined"] if query in read["random"]]
@@ -78,6 +80,11 @@ def rows(name: str, options: argparse.Namespace) -> dict[str, Path]:
         write_rows(file, (read[arm][query] for query in both))
     print(f"{name}: {len(both):,} training queries, {NEGATIVES} negatives each; mined by {options.source}", flush=True)
     return files
+
+
+def mined_from(name: str, options: argparse.Namespace) -> str:
+    first, last = options.ranks
+    return f"{name}-{Path(options.source).name}-{first}-{last}"
 
 
 def by_chance(name: str, options: argparse.Namespace) -> Path:
@@ -91,7 +98,7 @@ def by_chance(name: str, options: argparse.Namespace) -> Path:
 
 def scores(name: str, arm: str, seed: int, file: Path, judged: RetrievalSet, options: argparse.Namespace) -> dict[str, float]:
     """nDCG@10 of each test query, by the export of a run."""
-    run = f"mined_negatives/{name}-{Path(options.source).name}-{arm}-{options.steps}-{seed}"
+    run = f"mined_negatives/{mined_from(name, options)}-{arm}-{options.steps}-{seed}"
     command = [
         sys.executable, "train/biencoder.py", "data=file", f"data.path={file}", "data.num_hard_negatives=1", *SETS[name], f"model.path={options.base}",
         f"trainer.max_steps={options.steps}", "trainer.epochs=1000", f"trainer.seed={seed}", f"trainer.threads={options.threads}", f"name={run}", "resume=true",

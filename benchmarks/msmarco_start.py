@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 SYSTEMS, DEPTH, CANDIDATES, BATCH = 13, 50, 200, 64
+DIFFERENT = 50_000
 WORDS = re.findall("[A-Za-z]+", " ".join(pydoc_data.topics.topics.values()))  # as often as English has them
 
 
@@ -49,12 +50,11 @@ def main() -> None:
 
 
 def make_collection(folder: Path, passages: int) -> None:
+    """DIFFERENT texts, made different again by a number at the end."""
     draw = np.random.default_rng(0)
+    texts = [" ".join(WORDS[word] for word in draw.integers(0, len(WORDS), length)) for length in draw.integers(30, 81, DIFFERENT)]
     with (folder / "collection.tsv").open("w", encoding="utf-8") as out:
-        for start in range(0, passages, 10_000):
-            lengths = draw.integers(30, 81, min(10_000, passages - start))
-            words = iter(draw.integers(0, len(WORDS), lengths.sum()).tolist())
-            out.writelines(f"{start + place}\t{' '.join(WORDS[next(words)] for _ in range(length))}\n" for place, length in enumerate(lengths.tolist()))
+        out.writelines(f"{number}\t{texts[number % DIFFERENT]} {number}\n" for number in range(passages))
     print(f"made: {folder / 'collection.tsv'}", flush=True)
 
 
