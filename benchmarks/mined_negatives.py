@@ -1,6 +1,7 @@
 """Is training with mined hard negatives better than with random ones? nDCG@10 on the test split, by the roads that users take.
 
-    python benchmarks/mined_negatives.py [--sets scifact squad] [--seeds 0 1 2] [--steps 60] [--source bm25] [--ranks 10 100] [--threads 2]
+    python benchmarks/mined_negatives.py [--sets scifact squad] [--seeds 0 1 2] [--steps 60] [--batch 16] [--hard-negatives 3]
+        [--source bm25] [--ranks 1 20] [--threads 2]
 
 Both arms train on the same queries in the same order, from the same base, for as many steps; only the negatives differ. Mined:
 `sgpt.mine` with BM25 (or a model: --source <its folder>), drawn from --ranks. Random: `sgpt.mine` of a run that ranks documents by
@@ -29,8 +30,8 @@ from sgpt.mine import MineConfig, mine
 
 WORK = Path("runs/mined_negatives")
 SETS = {
-    "scifact": ["markers.query_max_tokens=64", "markers.document_max_tokens=256", "optim.learning_rate=5e-2"],
-    "squad": ["markers.query_max_tokens=48", "markers.document_max_tokens=192", "optim.learning_rate=5e-2"],
+    "scifact": ["markers.query_max_tokens=64", "markers.document_max_tokens=128", "optim.learning_rate=5e-2"],
+    "squad": ["markers.query_max_tokens=48", "markers.document_max_tokens=128", "optim.learning_rate=5e-2"],
 }
 ARMS = ("random", "mined")
 NEGATIVES = 8  # of each query; an epoch takes the next one
@@ -42,9 +43,11 @@ def main() -> None:
     parser.add_argument("--shared", default="../shared/data", help="folder of the sets (default: %(default)s)")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60, help="of 64 queries with one hard negative each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=16, help="queries a step: the fewer, the more the hard negatives weigh (default: %(default)s)")
+    parser.add_argument("--hard-negatives", type=int, default=3, help="of each query (default: %(default)s)")
     parser.add_argument("--source", default="bm25", help="bm25, or the folder of a model (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, nargs=2, default=[10, 100], metavar=("FIRST", "LAST"), help="window of what is mined (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, nargs=2, default=[1, 20], metavar=("FIRST", "LAST"), help="window of what is mined (default: %(default)s)")
     parser.add_argument("--base", default="data/nano", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--output", default="runs/bench/mined_negatives.jsonl", help="each row is appended to it (default: %(default)s)")
@@ -98,10 +101,11 @@ def by_chance(name: str, options: argparse.Namespace) -> Path:
 
 def scores(name: str, arm: str, seed: int, file: Path, judged: RetrievalSet, options: argparse.Namespace) -> dict[str, float]:
     """nDCG@10 of each test query, by the export of a run."""
-    run = f"mined_negatives/{mined_from(name, options)}-{arm}-{options.steps}-{seed}"
+    run = f"mined_negatives/{mined_from(name, options)}-{arm}-{options.steps}-{options.batch}-{options.hard_negatives}-{seed}"
     command = [
-        sys.executable, "train/biencoder.py", "data=file", f"data.path={file}", "data.num_hard_negatives=1", *SETS[name], f"model.path={options.base}",
-        f"trainer.max_steps={options.steps}", "trainer.epochs=1000", f"trainer.seed={seed}", f"trainer.threads={options.threads}", f"name={run}", "resume=true",
+        sys.executable, "train/biencoder.py", "data=file", f"data.path={file}", f"data.num_hard_negatives={options.hard_negatives}", *SETS[name],
+        f"model.path={options.base}", f"trainer.queries_per_process={options.batch}", f"trainer.max_steps={options.steps}", "trainer.epochs=1000",
+        f"trainer.seed={seed}", f"trainer.threads={options.threads}", f"name={run}", "resume=true",
     ]  # fmt: skip
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:

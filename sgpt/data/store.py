@@ -44,9 +44,16 @@ class Column:
     """One column of an Arrow file, opened by memory map: `column[row]` is a string, a number or a list of numbers."""
 
     def __init__(self, file: Path, name: str) -> None:
-        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()  # maps, reads nothing
-        self.chunks = table.column(name).chunks
+        self.file, self.name = file, name
+        self.chunks = self._mapped()
         self.starts = np.cumsum([0, *map(len, self.chunks)])
+
+    def _mapped(self) -> list[pa.Array]:
+        return pa.ipc.open_file(pa.memory_map(str(self.file))).read_all().column(self.name).chunks  # reads nothing
+
+    def give_back(self) -> None:
+        """The memory of the pages that were read, which else counts as this process's as long as the file is open."""
+        self.chunks = self._mapped()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -217,3 +224,5 @@ def _content_ids(texts: list[str], tokenizer, limit: int) -> Iterator[list[int]]
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
     for start in range(0, len(texts), ROWS_AT_A_TIME):
         yield [texts[row] for row in range(start, min(start + ROWS_AT_A_TIME, len(texts)))]
+        if isinstance(texts, Column):
+            texts.give_back()
