@@ -1,12 +1,12 @@
 """Is training with mined hard negatives better than with random ones? nDCG@10 on the test split, by the roads that users take.
 
     python benchmarks/mined_negatives.py [--sets scifact squad] [--seeds 0 1 2] [--steps 60] [--batch 16] [--hard-negatives 3]
-        [--source bm25] [--ranks 1 20] [--threads 2]
+        [--ranks 1 20] [--threads 2]
 
-Both arms train on the same queries in the same order, from the same base, for as many steps; only the negatives differ. Mined:
-`sgpt.mine` with BM25 (or a model: --source <its folder>), drawn from --ranks. Random: `sgpt.mine` of a run that ranks documents by
-chance. Training is `train/biencoder.py` with data=file; finished runs are found finished, so a stopped benchmark goes on. The
-difference of a query is the mean over the seeds; its interval is a paired bootstrap over queries.
+Three arms train on the same queries in the same order, from the same base, for as many steps; only the negatives differ. random: `sgpt.mine`
+of a run that ranks documents by chance. bm25: `sgpt.mine` with BM25, drawn from --ranks. itself: the same with the model that the random arm of
+that seed made (as in ANCE, Xiong et al. 2021, once). Training is `train/biencoder.py` with data=file; finished runs are found finished, so a
+stopped benchmark goes on. The difference of a query is the mean over the seeds; its interval is a paired bootstrap over queries.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SETS = {
     "scifact": ["markers.query_max_tokens=64", "markers.document_max_tokens=128", "optim.learning_rate=5e-2"],
     "squad": ["markers.query_max_tokens=48", "markers.document_max_tokens=128", "optim.learning_rate=5e-2"],
 }
-ARMS = ("random", "mined")
+ARMS = ("random", "bm25", "itself")
 NEGATIVES = 8  # of each query; an epoch takes the next one
 BY_CHANCE = 50  # documents of each query in the run of random negatives
 
@@ -46,7 +46,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=16, help="queries a step: the fewer, the more the hard negatives weigh (default: %(default)s)")
     parser.add_argument("--hard-negatives", type=int, default=3, help="of each query (default: %(default)s)")
-    parser.add_argument("--source", default="bm25", help="bm25, or the folder of a model (default: %(default)s)")
     parser.add_argument("--ranks", type=int, nargs=2, default=[1, 20], metavar=("FIRST", "LAST"), help="window of what is mined (default: %(default)s)")
     parser.add_argument("--base", default="data/nano", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
@@ -55,53 +54,66 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     described = about(options)
     for name in options.sets:
-        files, judged = rows(name, options), read_retrieval(Path(options.shared) / name, "test")
+        judged = read_retrieval(Path(options.shared) / name, "test")
+        queries = common_queries(name, options)
         found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
         for seed in options.seeds:
             for arm in ARMS:
                 started = time.perf_counter()
-                found[arm].append(per_query := scores(name, arm, seed, files[arm], judged, options))
+                found[arm].append(per_query := scores(name, arm, seed, queries, judged, options))
                 row = {"set": name, "arm": arm, "seed": seed, "ndcg@10": statistics.mean(per_query.values()), "seconds": time.perf_counter() - started}
                 print(f"{name:8s}  seed {seed}  {arm:7s} nDCG@10 × 100 {100 * row['ndcg@10']:6.2f}   {row['seconds']:5.0f} s", flush=True)
                 append(options.output, described | row | {"per_query": per_query})
-        verdict(name, found, described, options)
+        for arm in ARMS[1:]:
+            verdict(name, arm, found, described, options)
 
 
-def rows(name: str, options: argparse.Namespace) -> dict[str, Path]:
-    """The training files of both arms: those queries, in one order, for which both have negatives enough."""
-    folder, data = WORK / mined_from(name, options), str(Path(options.shared) / name)
-    folder.mkdir(parents=True, exist_ok=True)
-    common = {"data": data, "negatives_per_query": NEGATIVES, "on_few": "drop", "threads": options.threads, "resume": True}
-    given = {"source": "bm25"} if options.source == "bm25" else {"source": "model", "model": options.source}
-    window = dict(zip(("first_rank", "last_rank"), options.ranks, strict=True))
-    mine(MineConfig(**common, **given, **window, pick="random", output=str(folder / "mined.all.jsonl")))
-    mine(MineConfig(**common, source="run", trec=str(by_chance(name, options)), first_rank=1, last_rank=BY_CHANCE, output=str(folder / "random.all.jsonl")))
-    read = {arm: {row["ids"]["query"]: row for _, row in read_rows(folder / f"{arm}.all.jsonl")} for arm in ARMS}
-    both = [query for query in read["mined"] if query in read["random"]]
-    files = {arm: folder / f"{arm}.jsonl" for arm in ARMS}
-    for arm, file in files.items():
-        write_rows(file, (read[arm][query] for query in both))
-    print(f"{name}: {len(both):,} training queries, {NEGATIVES} negatives each; mined by {options.source}", flush=True)
-    return files
+def common_queries(name: str, options: argparse.Namespace) -> list[str]:
+    """The training queries for which both chance and BM25 have negatives enough."""
+    by_arm = [{row["ids"]["query"]: None for _, row in read_rows(mined(name, arm, 0, options))} for arm in ("random", "bm25")]
+    both = [query for query in by_arm[1] if query in by_arm[0]]
+    print(f"{name}: {len(both):,} training queries, {NEGATIVES} negatives each", flush=True)
+    return both
 
 
-def mined_from(name: str, options: argparse.Namespace) -> str:
-    first, last = options.ranks
-    return f"{name}-{Path(options.source).name}-{first}-{last}"
+def mined(name: str, arm: str, seed: int, options: argparse.Namespace) -> Path:
+    """The rows that `sgpt.mine` writes for an arm; only those of `itself` differ with the seed."""
+    first, last = options.ranks if arm != "random" else (1, BY_CHANCE)
+    output = WORK / name / (f"itself-{first}-{last}-{seed}.all.jsonl" if arm == "itself" else f"{arm}-{first}-{last}.all.jsonl")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if arm == "random":
+        source = {"source": "run", "trec": str(by_chance(name, options))}
+    elif arm == "bm25":
+        source = {"source": "bm25", "pick": "random"}
+    else:
+        source = {"source": "model", "model": f"runs/{run_name(name, 'random', seed, options)}/export", "pick": "random"}
+    mine(MineConfig(
+        data=str(Path(options.shared) / name), output=str(output), **source, first_rank=first, last_rank=last, negatives_per_query=NEGATIVES, on_few="drop",
+        threads=options.threads, resume=True,
+    ))  # fmt: skip
+    return output
+
+
+def run_name(name: str, arm: str, seed: int, options: argparse.Namespace) -> str:
+    window = "" if arm == "random" else f"-{options.ranks[0]}-{options.ranks[1]}"
+    return f"mined_negatives/{name}-{arm}{window}-{options.steps}-{options.batch}-{options.hard_negatives}-{seed}"
 
 
 def by_chance(name: str, options: argparse.Namespace) -> Path:
     """A run that ranks BY_CHANCE documents of each training query by chance, the same every time."""
-    file, train = WORK / f"{name}.by-chance.json", read_retrieval(Path(options.shared) / name, "train")
+    file, train = WORK / name / "by-chance.json", read_retrieval(Path(options.shared) / name, "train")
     draw, documents = random.Random(0), list(train.corpus)
     chosen = {query: {document: draw.random() for document in draw.sample(documents, min(BY_CHANCE, len(documents)))} for query in train.qrels}
     file.write_text(json.dumps(chosen))
     return file
 
 
-def scores(name: str, arm: str, seed: int, file: Path, judged: RetrievalSet, options: argparse.Namespace) -> dict[str, float]:
-    """nDCG@10 of each test query, by the export of a run."""
-    run = f"mined_negatives/{mined_from(name, options)}-{arm}-{options.steps}-{options.batch}-{options.hard_negatives}-{seed}"
+def scores(name: str, arm: str, seed: int, queries: list[str], judged: RetrievalSet, options: argparse.Namespace) -> dict[str, float]:
+    """nDCG@10 of each test query, by the export of a run that trains on `queries`, in their order."""
+    rows = {row["ids"]["query"]: row for _, row in read_rows(mined(name, arm, seed, options))}
+    run = run_name(name, arm, seed, options)
+    file = WORK / name / f"{Path(run).name}.jsonl"
+    write_rows(file, (rows[query] for query in queries))
     command = [
         sys.executable, "train/biencoder.py", "data=file", f"data.path={file}", f"data.num_hard_negatives={options.hard_negatives}", *SETS[name],
         f"model.path={options.base}", f"trainer.queries_per_process={options.batch}", f"trainer.max_steps={options.steps}", "trainer.epochs=1000",
@@ -114,16 +126,16 @@ def scores(name: str, arm: str, seed: int, file: Path, judged: RetrievalSet, opt
     return {query: metrics["ndcg@10"] for query, metrics in ranking_per_query(judged.qrels, retrieve(encoder, judged)).items()}
 
 
-def verdict(name: str, found: dict[str, list[dict[str, float]]], described: dict, options: argparse.Namespace) -> None:
+def verdict(name: str, arm: str, found: dict[str, list[dict[str, float]]], described: dict, options: argparse.Namespace) -> None:
     """Of the mean difference a query, and of each seed alone."""
-    queries = sorted(found["mined"][0])
-    mean = {arm: [statistics.mean(run[query] for run in runs) for query in queries] for arm, runs in found.items()}
-    made = difference(mean["mined"], mean["random"])
-    each = [statistics.mean(mined.values()) - statistics.mean(drawn.values()) for mined, drawn in zip(found["mined"], found["random"], strict=True)]
+    queries = sorted(found[arm][0])
+    mean = {side: [statistics.mean(run[query] for run in found[side]) for query in queries] for side in (arm, "random")}
+    made = difference(mean[arm], mean["random"])
+    each = [statistics.mean(hard.values()) - statistics.mean(drawn.values()) for hard, drawn in zip(found[arm], found["random"], strict=True)]
     decided = "mined is better" if made.low > 0 else "random is better" if made.high < 0 else "no verdict: the interval holds 0"
-    print(f"{name}: mined − random, nDCG@10 × 100: {100 * made.mean:+.2f}, 95 % interval {100 * made.low:+.2f} to {100 * made.high:+.2f}, "
+    print(f"{name}: {arm} − random, nDCG@10 × 100: {100 * made.mean:+.2f}, 95 % interval {100 * made.low:+.2f} to {100 * made.high:+.2f}, "
           f"{len(queries)} queries, seeds {', '.join(f'{100 * value:+.2f}' for value in each)}: {decided}", flush=True)  # fmt: skip
-    append(options.output, described | {"set": name, "difference": made.mean, "low": made.low, "high": made.high, "seeds": each, "verdict": decided})
+    append(options.output, described | {"set": name, "arm": arm, "difference": made.mean, "low": made.low, "high": made.high, "seeds": each, "what": decided})
 
 
 def append(output: str, row: dict) -> None:
