@@ -17,8 +17,12 @@ def alone(path: Path) -> Iterator[None]:
     The lock is a file beside it, `.<name>.lock`; the system lets go of it when its process dies, however that happens.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(_lock_of(path)):
-        yield
+    lock = FileLock(_lock_of(path))
+    with lock:
+        try:
+            yield
+        finally:
+            _lock_of(path).unlink(missing_ok=True)  # still held: who waits for it sees that it is gone, and takes a new one
 
 
 def held(path: Path) -> FileLock:
@@ -30,6 +34,12 @@ def held(path: Path) -> FileLock:
     except Timeout:
         raise InputError(f"{path}: another process is writing it now; wait for it, or choose another name") from None
     return lock
+
+
+def let_go(lock: FileLock) -> None:
+    """Of `held`, with its file."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def _lock_of(path: Path) -> Path:

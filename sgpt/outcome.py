@@ -58,6 +58,7 @@ def record_after(run: Run, encoder: Encoder, sets: Sets, base: Mapping[str, Tens
 def finish(run: Run) -> None:
     """From here on the run is finished, and starting it again shows its table."""
     run.update("manifest.json", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    run.close()
 
 
 def show(run: Run) -> None:

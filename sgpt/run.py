@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from sgpt.errors import InputError
-from sgpt.files import held, write_whole
+from sgpt.files import held, let_go, write_whole
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy")
 MAY_CHANGE = {"resume", "logging", "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints"}  # on resuming
@@ -51,6 +51,12 @@ class Run:
 
     def update(self, file: str, **content: Any) -> None:
         self.write(file, self.read(file, {}) | content)
+
+    def close(self) -> None:
+        """The run is written."""
+        if self.lock is not None:
+            let_go(self.lock)
+            self.lock = None
 
 
 def claim(folder: Path, config: dict, *, resume: bool) -> Run:

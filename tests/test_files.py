@@ -8,6 +8,7 @@ import pytest
 
 from sgpt.data.store import Examples
 from sgpt.errors import InputError
+from sgpt.files import alone
 from sgpt.run import Run, begin
 
 STORING = """
@@ -61,3 +62,12 @@ def test_a_run_has_one_writer_and_is_free_when_that_is_killed(tmp_path: Path):
         writer.wait()
         writer.stdout.close()
     begin(Run(folder), {})
+
+
+def test_no_lock_is_left_behind(tmp_path: Path):
+    with alone(tmp_path / "made"):
+        assert (tmp_path / ".made.lock").is_file()
+    run = Run(tmp_path / "run")
+    begin(run, {})
+    run.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
