@@ -86,7 +86,9 @@ def tuning_set(place: Place, chosen: RetrievalSet, split: str) -> tuple[Retrieva
     if split == place.split:
         return None, f"{left_out} on split {split!r}, which is what is scored; set dev_split=<another>"
     if split not in (there := splits(place.folder)):
-        return None, f"{left_out} on split {split!r}, and {place.folder} has: {', '.join(there)}; set dev_split=<one of the others>"
+        others = [other for other in there if other != place.split]
+        remedy = f"set dev_split={' or dev_split='.join(others)}" if others else "no other split is there to tune it on"
+        return None, f"{left_out} on split {split!r}, and {place.folder} has: {', '.join(there)}; {remedy}"
     queries, qrels = read_judged(place.folder, split)
     return replace(chosen, queries=queries, qrels=qrels), ""
 

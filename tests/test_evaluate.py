@@ -104,9 +104,11 @@ def test_of_equal_weights_the_one_nearest_to_one_half_is_taken():
     assert compare.best_weight({"q": {"a": 1}}, run, run, 10) == 0.5
 
 
-def test_without_a_split_to_tune_on_the_fusion_by_scores_is_left_out_and_the_reason_is_given(toy, compared):
+def test_without_a_split_to_tune_on_the_fusion_by_scores_is_left_out_and_the_reason_is_given(toy, compared, tmp_path):
     encoder, chosen, *_ = compared
-    for split, reason in (("train", r"on split 'train', and .*toy has: dev, test; set dev_split"), ("test", r"on split 'test', which is what is scored")):
+    alone = beir(tmp_path / "alone", {"d": "a text"}, {"q": "a text"}, {"test": {"q": {"d": 1}}})
+    assert compare.tuning_set(Place("alone", alone, "test", None), chosen, "dev")[1].endswith("alone has: test; no other split is there to tune it on")
+    for split, reason in (("train", r"on split 'train', and .*toy has: dev, test; set dev_split=dev$"), ("test", r"on split 'test', which is what is scored")):
         dev, said = compare.tuning_set(Place("toy", toy, "test", None), chosen, split)
         assert dev is None
         assert re.search(reason, said), said
