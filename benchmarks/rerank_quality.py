@@ -26,6 +26,7 @@ from sgpt.data.beir import RetrievalSet, read_judged, read_retrieval
 from sgpt.data.beir_sets import splits
 from sgpt.data.jsonl import read_rows
 from sgpt.encoder import Encoder
+from sgpt.errors import InputError
 from sgpt.evaluate import fewer_queries
 from sgpt.fusion import reordered
 from sgpt.metrics import Run, ranking
@@ -69,7 +70,11 @@ def results(name: str, encoder: Encoder, options: argparse.Namespace) -> dict:
     found = {"systems": measured, "others": {}}
     bm25 = systems["bm25"].run
     for other in others:
-        scores = scorer(other, prompt)(chosen, bm25, options.depth)
+        try:
+            scores = scorer(other, prompt)(chosen, bm25, options.depth)
+        except InputError as error:  # a query that does not fit its positions, for one
+            print(f"{name}: {other} is left out: {error}", flush=True)
+            continue
         row = {str(top): ranking(chosen.qrels, reordered(bm25, scores, top))["ndcg@10"] for top in (compare.SHALLOW, options.depth)}
         print(f"{name}: BM25 → {other}, nDCG@10 × 100: " + ", ".join(f"top {top} {100 * value:.2f}" for top, value in row.items()), flush=True)
         found["others"][other] = row
