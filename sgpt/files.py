@@ -1,8 +1,7 @@
 """Files that are whole or not there, also when two processes make the same one."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -10,17 +9,18 @@ from filelock import FileLock, Timeout
 from sgpt.errors import InputError
 
 
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Inside, no other process of this machine makes `path`: it waits, and should look again whether the work is done.
+def make_once(path: Path, is_there: Callable[[], bool], make: Callable[[], None]) -> None:
+    """`make()` of `path` unless `is_there()`. Of several processes of this machine one makes it; the others wait and find it there.
 
     The lock is a file beside it, `.<name>.lock`; the system lets go of it when its process dies, however that happens.
     """
+    if is_there():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(_lock_of(path))
-    with lock:
+    with FileLock(_lock_of(path)):
         try:
-            yield
+            if not is_there():
+                make()
         finally:
             _lock_of(path).unlink(missing_ok=True)  # still held: who waits for it sees that it is gone, and takes a new one
 

@@ -6,7 +6,6 @@ cache (sgpt/data/embeddings.py); a second start reads it, and a step costs nothi
 
 import json
 import logging
-import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from sgpt.data.store import key_of
 from sgpt.distributed import barrier, world
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
+from sgpt.files import make_once
 from sgpt.index import fingerprint
 from sgpt.loss import LossConfig
 from sgpt.markers import ROLES, Role
@@ -63,12 +63,16 @@ def _walk(source: Source, found: Embeddings, queries: np.ndarray, key: str) -> n
     if source.examples.folder is None:
         return walk(found, queries)
     file = source.examples.folder / f"walk-{key_of(key)}.npy"
-    if world()[0] == 0 and not file.is_file():
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp.npy")  # another run may make the same
-        np.save(temporary, walk(found, queries))
-        temporary.replace(file)
+    if world()[0] == 0:
+        make_once(file, file.is_file, lambda: _save(file, walk(found, queries)))
     barrier()
     return np.load(file)
+
+
+def _save(file: Path, walked: np.ndarray) -> None:
+    temporary = file.with_name(f".{file.name}.tmp.npy")
+    np.save(temporary, walked)
+    temporary.replace(file)
 
 
 def _embedded(source: Source, side: Role, encoder: Encoder, key: str) -> Embeddings:

@@ -32,7 +32,7 @@ from torch import Tensor
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.evaluate import search
-from sgpt.files import alone, replace_folder, write_whole
+from sgpt.files import make_once, replace_folder, write_whole
 from sgpt.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -112,18 +112,12 @@ def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: I
         _faiss()  # before hours of encoding
     wanted = {"fingerprint": fingerprint(encoder, corpus), "documents": len(corpus), "dtype": config.dtype}
     whole = {**wanted, "encoded": len(corpus)}
-    if not _is(folder, whole):
-        with alone(folder):
-            if not _is(folder, whole):
-                _encode(encoder, list(corpus.values()), folder, wanted, config.documents_per_block)
+    make_once(folder, lambda: _is(folder, whole), lambda: _encode(encoder, list(corpus.values()), folder, wanted, config.documents_per_block))
     stored = Stored(folder / "embeddings.npy")
     find = partial(_exact, stored)
     if config.kind == "exact":
         return find
-    if not _is(folder, {"kind": "faiss"}):
-        with alone(folder):
-            if not _is(folder, {"kind": "faiss"}):
-                _link(folder, stored)
+    make_once(folder, lambda: _is(folder, {"kind": "faiss"}), lambda: _link(folder, stored))
     return Graphs(folder, find)
 
 

@@ -3,11 +3,13 @@
 import gzip
 import json
 import logging
+import os
 import pickle
 import random
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sgpt.data import msmarco, nli
@@ -459,14 +461,29 @@ def test_a_pickle_of_scores_is_refused_and_not_opened(tmp_path):
         built(folder, tmp_path / "cache")
 
 
-def test_the_docstrings_conversion_of_the_pickle_gives_the_scores(tmp_path, monkeypatch):
-    folder = by_hand(tmp_path / "data", {f"{SCORES_NAME}.jsonl": []})
-    scores = {5: {int(pid): score for pid, score in SCORES_LINE.items() if pid != "qid"}}
-    (folder / f"{SCORES_NAME}.pkl.gz").write_bytes(gzip.compress(pickle.dumps(scores)))
+def convert_as_the_docstring_says(folder: Path, monkeypatch, content: object) -> None:
+    (folder / f"{SCORES_NAME}.pkl.gz").write_bytes(gzip.compress(pickle.dumps(content)))
     code = msmarco.__doc__.split("\n    import gzip")[1].split("\n\n")[0]
     monkeypatch.chdir(folder)
-    exec("\n".join(line.removeprefix("    ") for line in f"    import gzip{code}".splitlines()), {})  # a pickle of our own
+    exec("\n".join(line.removeprefix("    ") for line in f"    import gzip{code}".splitlines()), {})
+
+
+@pytest.mark.parametrize("number", [float, np.float32])
+def test_the_docstrings_conversion_of_the_pickle_gives_the_scores(number, tmp_path, monkeypatch):
+    folder = by_hand(tmp_path / "data", {f"{SCORES_NAME}.jsonl": []})
+    convert_as_the_docstring_says(folder, monkeypatch, {5: {int(pid): number(score) for pid, score in SCORES_LINE.items() if pid != "qid"}})
     assert len(built(folder, tmp_path / "cache")) == 1
+
+
+def test_the_docstrings_conversion_runs_no_code(tmp_path, monkeypatch):
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, ("harmed",)
+
+    folder = by_hand(tmp_path / "data", {f"{SCORES_NAME}.jsonl": []})
+    with pytest.raises(pickle.UnpicklingError, match=r"posix\.mkdir is no number"):
+        convert_as_the_docstring_says(folder, monkeypatch, {5: Harmful()})
+    assert not (folder / "harmed").exists()
 
 
 @pytest.mark.parametrize("name", ["collection.tsv", "queries.train.tsv"])

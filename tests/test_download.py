@@ -42,6 +42,17 @@ def damaged(content: bytes) -> bytes:
     return content[:start] + bytes([content[start] | 6]) + content[start + 1 :]
 
 
+def unknown_compression(content: bytes) -> bytes:
+    """Method 97 for every member, in its own header and in the table of contents."""
+    changed = bytearray(content)
+    for signature, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        place = content.find(signature)
+        while place >= 0:
+            changed[place + offset : place + offset + 2] = (97).to_bytes(2, "little")
+            place = content.find(signature, place + 1)
+    return bytes(changed)
+
+
 def linked(name: str, target: str) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
@@ -116,6 +127,7 @@ def test_a_name_of_beir_is_downloaded_once_and_then_read_from_its_root(served, t
     ("text", b"<html>sorry</html>", r"text\.zip: no whole zip \(File is not a zip file\)"),
     ("empty", b"", r"empty\.zip: no whole zip"),
     ("damaged", damaged(zipped(FILES, zipfile.ZIP_DEFLATED)), r"damaged\.zip: no whole zip \(Error -3"),
+    ("method", unknown_compression(zipped(FILES)), r"method\.zip: no whole zip \(That compression method is not supported\)"),
     ("other", zipped({"elsewhere/corpus.jsonl": "x"}), r"other\.zip: holds no folder toy/"),
     ("up", zipped({**FILES, "../outside.txt": "x"}), r"up\.zip: its member '\.\./outside\.txt' would be written outside of its folder; set beir_root="),
     ("deep", zipped({**FILES, "toy/../../outside.txt": "x"}), r"'toy/\.\./\.\./outside\.txt' would be written outside"),

@@ -8,7 +8,7 @@ import pytest
 
 from sgpt.data.store import Examples
 from sgpt.errors import InputError
-from sgpt.files import alone
+from sgpt.files import make_once
 from sgpt.run import Run, begin
 
 STORING = """
@@ -65,8 +65,9 @@ def test_a_run_has_one_writer_and_is_free_when_that_is_killed(tmp_path: Path):
 
 
 def test_no_lock_is_left_behind(tmp_path: Path):
-    with alone(tmp_path / "made"):
-        assert (tmp_path / ".made.lock").is_file()
+    locked: list[bool] = []
+    make_once(tmp_path / "made", (tmp_path / "made").is_dir, lambda: locked.append((tmp_path / ".made.lock").is_file()))
+    assert locked == [True]
     run = Run(tmp_path / "run")
     begin(run, {})
     run.close()

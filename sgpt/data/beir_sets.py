@@ -14,7 +14,7 @@ from pathlib import Path
 from sgpt.data.beir import RetrievalSet, read_retrieval
 from sgpt.data.download import fetch
 from sgpt.errors import InputError
-from sgpt.files import alone
+from sgpt.files import make_once
 
 ADDRESS = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets"
 REPRODUCE = "https://github.com/beir-cellar/beir/tree/main/examples/dataset"
@@ -112,7 +112,8 @@ def averages(results: Mapping[str, Mapping[str, float]], metric: str = "ndcg@10"
 
 
 def _named(name: str, root: Path, address: str) -> Path:
-    if (folder := root / name).is_dir():
+    folder = root / name
+    if folder.is_dir():
         return folder
     if name not in BEIR_SETS:
         near = difflib.get_close_matches(name.lower(), BEIR_SETS, n=1)
@@ -123,7 +124,6 @@ def _named(name: str, root: Path, address: str) -> Path:
             f"{name}: not in {root}, and its licence allows no public copy; make it as {REPRODUCE} says, "
             f"then set beir_root=<folder that holds {name}/> or give its folder"
         )
-    with alone(folder):
-        if not folder.is_dir():
-            fetch(f"{address}/{name}.zip", folder, md5=BEIR_SETS[name].md5, remedy=f"set beir_root=<folder that holds {name}/>, or give its folder")
+    remedy = f"set beir_root=<folder that holds {name}/>, or give its folder"
+    make_once(folder, folder.is_dir, lambda: fetch(f"{address}/{name}.zip", folder, md5=BEIR_SETS[name].md5, remedy=remedy))
     return folder

@@ -69,5 +69,5 @@ def _unpack(archive: Path, folder: Path, address: str, remedy: str) -> None:
                 if path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1]) or stat.S_ISLNK(member.external_attr >> 16):
                     raise InputError(f"{address}: its member {member.filename!r} would be written outside of its folder; {remedy}")
             packed.extractall(folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:  # the last is zipfile's, of a compression it does not know
         raise InputError(f"{address}: no whole zip ({error}); start again, or {remedy}") from error

@@ -8,12 +8,18 @@
 each of them gzipped or not. The older form of the third file, with {"pid": …, "ce-score": …} for every pid, has the scores in
 it and needs no fourth. The first two are MS MARCO's passage ranking data, the others the hub's data set
 sentence-transformers/msmarco-hard-negatives. It has the scores as a pickle, which may run any code when it is loaded and is
-never loaded here. Who trusts it turns it into lines once, in a process that can hold 160 million scores as dictionaries:
+never loaded here. It is turned into lines once, by a reader that knows dictionaries and numbers and refuses everything that
+could run code, in a process that can hold 160 million scores as dictionaries:
 
     import gzip, json, pickle
+    class Numbers(pickle.Unpickler):
+        def find_class(self, module, name):
+            if (module, name) not in {("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype")}:
+                raise pickle.UnpicklingError(f"{module}.{name} is no number")
+            return super().find_class(module, name)
     name = "cross-encoder-ms-marco-MiniLM-L-6-v2-scores"
     with gzip.open(f"{name}.pkl.gz") as source, gzip.open(f"{name}.jsonl.gz", "wt", compresslevel=4) as lines:
-        for qid, scores in pickle.load(source).items():
+        for qid, scores in Numbers(source).load().items():
             lines.write(json.dumps({"qid": int(qid)} | {str(pid): float(score) for pid, score in scores.items()}) + "\\n")
 
 The rules are those of `train_bi-encoder_mnrl.py` (Muennighoff/sgpt, after sentence-transformers). The threshold of a query is

@@ -32,7 +32,7 @@ from packaging.requirements import Requirement
 
 from sgpt.data.jsonl import write_rows
 from sgpt.errors import InputError
-from sgpt.files import alone, write_whole
+from sgpt.files import make_once, write_whole
 from sgpt.progress import progress_bar
 
 # Whole packages are held out, chosen for breadth: data frames, graphs, terminal, networking, dates, parsing.
@@ -67,10 +67,7 @@ def build(folder: Path) -> Path:
     manifest.json              counts, versions, content hash
     """
     key = _key()
-    if not _is(folder, key):
-        with alone(folder):
-            if not _is(folder, key):
-                _build(folder, key)
+    make_once(folder, lambda: _is(folder, key), lambda: _build(folder, key))
     return folder
 
 

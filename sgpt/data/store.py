@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from sgpt.data.example import Example
-from sgpt.files import alone, replace_folder
+from sgpt.files import make_once, replace_folder
 from sgpt.progress import progress_bar
 
 FORMAT = 1  # of these files; a change makes every key another
@@ -130,10 +130,7 @@ class Writer:
 def stored(cache: Path, key: str, fill: Callable[[Writer], None]) -> Examples:
     """What `fill` writes, from the cache when it is there. An error in it leaves nothing that looks whole."""
     folder = cache / key
-    if not folder.is_dir():
-        with alone(folder):
-            if not folder.is_dir():
-                _fill(folder, fill)
+    make_once(folder, folder.is_dir, lambda: _fill(folder, fill))
     return Examples.open(folder)
 
 
@@ -197,10 +194,7 @@ class Tokens:
             self.ids: Sequence = [ids for texts in _batches(examples.texts) for ids in _content_ids(texts, tokenizer, limit)]
             return
         file = examples.folder / f"tokens-{key_of(tokenizer.backend_tokenizer.to_str(), limit)}.arrow"
-        if not file.is_file():
-            with alone(file):
-                if not file.is_file():
-                    _tokenise(examples.texts, tokenizer, limit, file)
+        make_once(file, file.is_file, lambda: _tokenise(examples.texts, tokenizer, limit, file))
         self.ids = Column(file, "ids")
 
     def __getitem__(self, text: int) -> list[int]:
