@@ -1,12 +1,13 @@
 """Is training with mined hard negatives better than with random ones? nDCG@10 on the test split, by the roads that users take.
 
     python benchmarks/mined_negatives.py [--sets scifact squad] [--seeds 0 1 2] [--steps 60] [--batch 16] [--hard-negatives 3]
-        [--ranks 1 20] [--threads 2]
+        [--ranks 1 20] [--hold-out 0] [--threads 2]
 
 Three arms train on the same queries in the same order, from the same base, for as many steps; only the negatives differ. random: `sgpt.mine`
 of a run that ranks documents by chance. bm25: `sgpt.mine` with BM25, drawn from --ranks. itself: the same with the model that the random arm of
 that seed made (as in ANCE, Xiong et al. 2021, once). Training is `train/biencoder.py` with data=file; finished runs are found finished, so a
-stopped benchmark goes on. The difference of a query is the mean over the seeds; its interval is a paired bootstrap over queries.
+stopped benchmark goes on. --hold-out scores training queries that it kept back from training: settings are chosen without the test split. The
+difference of a query is the mean over the seeds; its interval is a paired bootstrap over queries.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="queries a step: the fewer, the more the hard negatives weigh (default: %(default)s)")
     parser.add_argument("--hard-negatives", type=int, default=3, help="of each query (default: %(default)s)")
     parser.add_argument("--ranks", type=int, nargs=2, default=[1, 20], metavar=("FIRST", "LAST"), help="window of what is mined (default: %(default)s)")
+    parser.add_argument("--hold-out", type=int, default=0, help="training queries to score in place of the test split (default: %(default)s)")
     parser.add_argument("--base", default="data/nano", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--output", default="runs/bench/mined_negatives.jsonl", help="each row is appended to it (default: %(default)s)")
@@ -54,8 +57,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     described = about(options)
     for name in options.sets:
-        judged = read_retrieval(Path(options.shared) / name, "test")
         queries = common_queries(name, options)
+        judged = read_retrieval(Path(options.shared) / name, "train" if options.hold_out else "test")
+        if options.hold_out:
+            queries, kept_back = queries[options.hold_out :], queries[: options.hold_out]
+            judged = replace(judged, qrels={query: judged.qrels[query] for query in kept_back}, queries={query: judged.queries[query] for query in kept_back})
         found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
         for seed in options.seeds:
             for arm in ARMS:
@@ -79,7 +85,7 @@ def common_queries(name: str, options: argparse.Namespace) -> list[str]:
 def mined(name: str, arm: str, seed: int, options: argparse.Namespace) -> Path:
     """The rows that `sgpt.mine` writes for an arm; only those of `itself` differ with the seed."""
     first, last = options.ranks if arm != "random" else (1, BY_CHANCE)
-    output = WORK / name / (f"itself-{first}-{last}-{seed}.all.jsonl" if arm == "itself" else f"{arm}-{first}-{last}.all.jsonl")
+    output = WORK / name / (f"{Path(run_name(name, arm, seed, options)).name}.all.jsonl" if arm == "itself" else f"{arm}-{first}-{last}.all.jsonl")
     output.parent.mkdir(parents=True, exist_ok=True)
     if arm == "random":
         source = {"source": "run", "trec": str(by_chance(name, options))}
@@ -96,7 +102,8 @@ def mined(name: str, arm: str, seed: int, options: argparse.Namespace) -> Path:
 
 def run_name(name: str, arm: str, seed: int, options: argparse.Namespace) -> str:
     window = "" if arm == "random" else f"-{options.ranks[0]}-{options.ranks[1]}"
-    return f"mined_negatives/{name}-{arm}{window}-{options.steps}-{options.batch}-{options.hard_negatives}-{seed}"
+    held = f"-without-{options.hold_out}" if options.hold_out else ""
+    return f"mined_negatives/{name}-{arm}{window}-{options.steps}-{options.batch}-{options.hard_negatives}{held}-{seed}"
 
 
 def by_chance(name: str, options: argparse.Namespace) -> Path:

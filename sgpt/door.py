@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sgpt.errors import InputError
+from sgpt.memory import keep_freed_memory
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -31,6 +32,7 @@ def script(config_name: str, *, groups: bool = True) -> Callable[[Callable[[Dict
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
         @functools.wraps(main)
         def run() -> None:
+            keep_freed_memory()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints its own report and exits with 1
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # "Loading weights" of a few milliseconds

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 LAYERS: dict[str, set[str]] = {
     # tensors, ids, text and files whole or not: no model, no process
-    "pure": {"errors", "files", "page", "progress", "markers", "pooling", "loss", "metrics", "fusion", "packing", "template", "prompts"},
+    "pure": {"errors", "files", "memory", "page", "progress", "markers", "pooling", "loss", "metrics", "fusion", "packing", "template", "prompts"},
     "parts": {"data", "attention", "model", "contract", "tuning", "distributed", "optim", "continuation"},
     "joined": {"adapter", "encoder", "probes", "step", "likelihood", "cross_encoder"},
     "uses": {"checkpoint", "evaluate", "compare", "useb", "export", "guide", "index", "mteb", "run",
@@ -99,4 +99,4 @@ def test_the_door_and_the_scripts_import_nothing_heavy_at_the_top(file):
     top |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert not top & {"torch", "transformers", "accelerate", "peft", "datasets", "numpy", "scipy", "rich", "sentence_transformers"}
     ours = {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module.startswith("sgpt")}
-    assert ours <= {"sgpt.door", "sgpt.errors"}
+    assert ours <= {"sgpt.door", "sgpt.errors", "sgpt.memory"}
