@@ -2,7 +2,8 @@
 
 `prepare` gives a trunk this attention. Outside of `packed` it is scaled-dot-product attention over padded rows, as
 transformers calls it; inside, the one row that it is given holds the tokens of many texts (sgpt/packing.py), and each
-block of equally long texts is attended to by itself: no padding, no [N, N] mask.
+block of equally long texts is attended to by itself: no padding, no [N, N] mask. On a GPU in half precision one kernel takes
+all texts (sgpt/varlen.py).
 
 Most families have an attention interface, in which ours is registered. GPT-Neo, GPT-J and BLOOM have none, compute the
 [rows, heads, T, T] scores eagerly and keep them for the backward pass: their attention methods are replaced; projections,
@@ -15,6 +16,8 @@ For scoring (sgpt/continuation.py) the texts of a pack may also go on from a `Pa
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
+from itertools import accumulate
 from types import MethodType
 
 import torch
@@ -28,6 +31,7 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu, 
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
+from sgpt import varlen
 from sgpt.packing import Pack, Past
 
 NAME = "sgpt"  # of our attention in transformers' tables
@@ -46,6 +50,12 @@ class _Borders:
         self.blocks, self.masks = pack.blocks, {}
         self.position_ids, self.past, self.kept = pack.position_ids, past, kept
         self.layer = 0  # attentions are called in the order of the layers
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """int32 [texts + 1], on the device: 0, and where each text of the pack ends."""
+        lengths = [length for number, length in self.blocks for _ in range(number)]
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(self.position_ids.device, non_blocking=True)
 
     @property
     def continues(self) -> bool:
@@ -146,6 +156,10 @@ def _by_blocks(
     """query, key, value [1, heads, N, head size], with fewer heads of keys and values allowed; slopes [heads, 1, 1]; as query out."""
     if borders.continues:
         return _continued(query, key, value, borders, scale, window, slopes)
+    if slopes is None and varlen.takes(query, dropout):
+        tokens_first = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        attended = varlen.attend(*tokens_first, borders.ends, borders.blocks[0][1], scale=scale, window=window, causal=causal)
+        return attended.transpose(0, 1)[None]
     return _Blocks.apply(query, key, value, borders, scale, dropout, window, slopes, causal)
 
 

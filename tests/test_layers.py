@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[1]
 LAYERS: dict[str, set[str]] = {
     # tensors, ids, text and files whole or not: no model, no process
     "pure": {"errors", "files", "memory", "page", "progress", "markers", "pooling", "loss", "metrics", "fusion", "packing", "template", "prompts"},
-    "parts": {"data", "attention", "model", "contract", "tuning", "distributed", "optim", "continuation"},
+    "parts": {"data", "attention", "model", "varlen", "contract", "tuning", "distributed", "optim", "continuation"},
     "joined": {"adapter", "encoder", "probes", "step", "likelihood", "cross_encoder"},
     "uses": {"checkpoint", "evaluate", "compare", "useb", "export", "guide", "index", "mteb", "run",
              "search", "report", "mine", "inspection", "parts", "rerank"},

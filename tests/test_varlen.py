@@ -1,0 +1,167 @@
+"""The one-kernel attention of a GPU. What is asked of the kernel is checked by a loop that does what its documentation says;
+
+it stands in for the kernel on this processor, below torch's own function. On a GPU the kernel itself is run.
+"""
+
+import logging
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, random_trunk
+from torch import Tensor
+
+from sgpt import varlen
+from sgpt.attention import PACKED_FAMILIES, _Borders, _by_blocks, prepare
+from sgpt.model import packed_token_embeddings
+from sgpt.packing import packs
+
+ROWS = [[1] * length for length in (1, 40, 7, 23, 7, 2, 23, 5)]
+
+
+def one_text(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, left: int, right: int) -> Tensor:
+    """query [T, heads, size]: a loop over heads, with every position that may be seen named by its number."""
+    places = torch.arange(len(query))
+    back = places[:, None] - places[None]
+    seen = torch.ones(len(query), len(query), dtype=torch.bool)
+    seen &= (back <= left) if left >= 0 else seen
+    seen &= (-back <= right) if right >= 0 else seen
+    seen &= (back >= 0) if causal else seen
+    shared = query.shape[1] // key.shape[1]
+    heads = []
+    for head in range(query.shape[1]):
+        scores = query[:, head] @ key[:, head // shared].T * (1 / math.sqrt(query.shape[2]) if scale is None else scale)
+        heads.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ value[:, head // shared])
+    return torch.stack(heads, 1)
+
+
+class Kernel:
+    """`_flash_attention_forward` and `_flash_attention_backward` on the CPU."""
+
+    def __init__(self) -> None:
+        self.calls, self.wrong = 0, 1.0
+        self.library = torch.library.Library("aten", "IMPL")
+        self.library.impl("_flash_attention_forward", self.forward, "CPU")
+        self.library.impl("_flash_attention_backward", self.backward, "CPU")
+
+    def compute(self, query, key, value, ends, ends_of_keys, longest, causal, scale, left, right) -> Tensor:
+        assert ends.dtype == torch.int32
+        assert torch.equal(ends, ends_of_keys)
+        sizes = ends.diff().tolist()
+        assert longest == max(sizes)
+        wide = [tensor.double().split(sizes) for tensor in (query, key, value)]
+        texts = [one_text(*text, causal, scale, -1 if left is None else left, -1 if right is None else right) for text in zip(*wide, strict=True)]
+        return torch.cat(texts)
+
+    def forward(
+        self, query, key, value, ends, ends_of_keys, longest, longest_of_keys, dropout, causal, return_debug_mask, *,
+        scale=None, window_size_left=None, window_size_right=None, **others,
+    ):  # fmt: skip
+        self.calls += 1
+        found = self.compute(query, key, value, ends, ends_of_keys, longest, causal, scale, window_size_left, window_size_right)
+        nothing = torch.empty(0)
+        return (found * self.wrong).to(query.dtype), torch.zeros(query.shape[1], len(query)), torch.empty(0, dtype=torch.uint64), nothing, nothing
+
+    def backward(
+        self, gradient, query, key, value, out, lse, ends, ends_of_keys, longest, longest_of_keys, dropout, causal, state, unused, *,
+        scale=None, window_size_left=None, window_size_right=None,
+    ):  # fmt: skip
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+            found = self.compute(*leaves, ends, ends_of_keys, longest, causal, scale, window_size_left, window_size_right)
+            return tuple(part.to(query.dtype) for part in torch.autograd.grad(found, leaves, gradient.double()))
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(varlen, "DEVICES", {"cpu"})
+    varlen._agrees.cache_clear()
+    made = Kernel()
+    yield made
+    made.library._destroy()
+    varlen._agrees.cache_clear()
+
+
+def with_gradients(attention, inputs: list[Tensor], gradient: Tensor) -> list[Tensor]:
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    found = attention(*leaves)
+    found.backward(gradient)
+    return [found.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("heads_of_keys", [4, 2])
+def test_it_is_asked_for_what_the_blocks_compute(kernel, causal, window, heads_of_keys):
+    (pack,) = packs(ROWS, 1000)
+    borders = _Borders(pack)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, len(pack), 8, dtype=torch.float64) for heads in (4, heads_of_keys, heads_of_keys)]
+    gradient = torch.randn(1, 4, len(pack), 8, dtype=torch.float64)
+
+    def in_one(*tensors: Tensor) -> Tensor:
+        first = [tensor[0].transpose(0, 1) for tensor in tensors]
+        return varlen.attend(*first, borders.ends, 40, scale=0.7, window=window, causal=causal).transpose(0, 1)[None]
+
+    blocks = with_gradients(lambda *tensors: _by_blocks(*tensors, borders, scale=0.7, window=window, causal=causal), inputs, gradient)
+    for left, right in zip(blocks, with_gradients(in_one, inputs, gradient), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+    assert kernel.calls == 1
+
+
+@pytest.mark.parametrize("family", sorted(PACKED_FAMILIES))
+def test_a_trunk_in_half_precision_attends_by_it(kernel, family):
+    trunk = prepare(random_trunk(family, 64)).to(torch.bfloat16).eval()
+    (pack,) = packs(ROWS, 1000)
+    in_one = packed_token_embeddings(trunk, pack)
+    asked = kernel.calls
+    varlen.DEVICES.clear()
+    blocks = packed_token_embeddings(trunk, pack)
+    assert asked == (0 if family == "bloom" else 1 + trunk.config.num_hidden_layers)  # the first to see that it agrees; ALiBi is a bias on the scores
+    assert kernel.calls == asked
+    torch.testing.assert_close(in_one, blocks, rtol=0, atol=0.04 * blocks.abs().max().item())
+
+
+def test_what_it_cannot_do_is_left_to_the_blocks(kernel):
+    half = torch.zeros(1, 4, 9, 8, dtype=torch.bfloat16)
+    assert varlen.takes(half, 0.0)
+    assert not varlen.takes(half, 0.1)
+    assert not varlen.takes(half.float(), 0.0)
+    assert not varlen.takes(half[..., :4], 0.0)
+
+
+def test_a_kernel_that_is_wrong_is_not_used(kernel, caplog):
+    kernel.wrong = 1.1
+    with caplog.at_level(logging.WARNING):
+        assert not varlen.takes(torch.zeros(1, 4, 9, 8, dtype=torch.bfloat16), 0.0)
+    assert "off by 10." in caplog.text
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_without_a_kernel_a_warning_says_so_once(monkeypatch, caplog, inference):
+    monkeypatch.setattr(varlen, "DEVICES", {"cpu"})
+    varlen._agrees.cache_clear()
+    with caplog.at_level(logging.WARNING), torch.inference_mode(inference):
+        for _ in range(2):
+            assert not varlen.takes(torch.zeros(1, 4, 9, 8, dtype=torch.bfloat16), 0.0)
+    varlen._agrees.cache_clear()
+    assert caplog.text.count("no variable-length attention on cpu") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_on_a_gpu_the_gradient_is_that_of_the_blocks(family):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    trunk = prepare(random_trunk(family, 64)).to("cuda", torch.bfloat16).eval()
+    pack = next(packs(ROWS, 1000)).to("cuda")
+    found = []
+    for devices in ({"cuda"}, set()):
+        varlen.DEVICES.clear()
+        varlen.DEVICES.update(devices)
+        trunk.zero_grad()
+        packed_token_embeddings(trunk, pack).float().square().sum().backward()
+        found.append({name: parameter.grad.float() for name, parameter in trunk.named_parameters() if parameter.grad is not None})
+    varlen.DEVICES.add("cuda")
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[0][name], gradient, rtol=0, atol=0.05 * gradient.abs().max().item() + 1e-3)
