@@ -37,6 +37,7 @@ from sgpt.probes import check
 from sgpt.progress import progress_bar
 
 TOKENS_PER_PACK = 4096
+TEXTS_AT_A_TIME = 16_384  # whose token ids exist: 100 MB for long ones
 ST_POOLINGS = {"weightedmean": "weighted_mean", "mean": "mean", "lasttoken": "last_token", "cls": "cls", "max": "max"}
 LEGACY_POOLINGS = {  # sentence-transformers before 6, and every published SGPT model
     "pooling_mode_weightedmean_tokens": "weighted_mean", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last_token",
@@ -109,12 +110,14 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def encode(
-        self, texts: Sequence[str], role: Role, *, normalize: bool | None = None, as_tensor: bool = False, progress: bool | None = None
-    ) -> np.ndarray | Tensor:
+        self, texts: Sequence[str], role: Role, *,
+        normalize: bool | None = None, as_tensor: bool = False, out: Tensor | None = None, progress: bool | None = None,
+    ) -> np.ndarray | Tensor:  # fmt: skip
         """Embeddings [texts, D] in float32, on the CPU, in the order given.
 
-        normalize: length 1; None takes the contract's word. progress: a bar; None shows one when the work is longer than
-        a few seconds and the output is a terminal. A text without any token (empty, without markers) gives zeros.
+        normalize: length 1; None takes the contract's word. out: a tensor to fill and return, a memory map for what memory cannot
+        hold; beside it the memory taken does not grow with the texts. progress: a bar; None shows one when the work is longer
+        than a few seconds and the output is a terminal. A text without any token (empty, without markers) gives zeros.
         """
         if isinstance(texts, str):
             raise InputError(f"encode takes a list of texts, got one string {texts!r:.60}; put it in a list")
@@ -123,16 +126,17 @@ class Encoder(nn.Module):
                 raise InputError(f"encode: text {place} is {type(text).__name__} {text!r:.60}; give strings")
         was_training = self.training
         self.eval()
-        rows = self.token_ids(texts, role)
-        embeddings = torch.zeros(len(rows), self.embedding_size)
-        with self.weights, progress_bar(f"encoding {len(texts):,} {role} texts", sum(map(len, rows)), progress) as advance:
-            for pack in self.packs(rows):
-                embeddings[pack.rows] = self.embed_pack(pack).float().cpu()
-                advance(len(pack))
+        embeddings = torch.empty(len(texts), self.embedding_size) if out is None else out
+        unit = self.contract.normalize if normalize is None else normalize
+        with self.weights, progress_bar(f"encoding {len(texts):,} {role} texts", len(texts), progress) as advance:
+            for start in range(0, len(texts), TEXTS_AT_A_TIME):
+                part = embeddings[start : start + TEXTS_AT_A_TIME].zero_()
+                for pack in self.packs(self.token_ids(texts[start : start + TEXTS_AT_A_TIME], role)):
+                    made = self.embed_pack(pack).float()
+                    part[pack.rows] = (F.normalize(made, dim=1) if unit else made).cpu()
+                    advance(len(pack.rows))
         self.train(was_training)
-        if self.contract.normalize if normalize is None else normalize:
-            embeddings = F.normalize(embeddings, dim=1)
-        return embeddings if as_tensor else embeddings.numpy()
+        return embeddings if as_tensor or out is not None else embeddings.numpy()
 
     def truncation_share(self, texts: Sequence[str], role: Role) -> float:
         """Share of texts longer than the limit, 0 to 1."""

@@ -1,14 +1,17 @@
 """Evaluation of an encoder: retrieval over BEIR folders, similarity of sentence pairs, and BM25 beside it.
 
-Exact search in chunks: memory is bounded by `chunk` documents, whatever the corpus.
+Exact search in chunks, and embeddings beyond a gigabyte in a file: memory beside the texts is bounded, whatever the corpus.
 """
 
 import logging
+import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +23,7 @@ from sgpt.errors import InputError
 from sgpt.metrics import Run, correlations, ranking
 
 DEPTH = 100  # results kept for each query; the deepest metric is at 100
+IN_MEMORY = 2**30  # bytes of a corpus' embeddings
 BEIR_ROOT = "data/raw/beir"  # where sets of BEIR are looked for and downloaded to
 Results = dict[str, dict[str, float]]
 
@@ -74,8 +78,13 @@ def retrieve(encoder: Encoder, chosen: RetrievalSet, depth: int = DEPTH, documen
 
 
 def embedded(encoder: Encoder, chosen: RetrievalSet) -> Tensor:
-    """The corpus [documents, D], float32 of length 1."""
-    return encoder.encode_documents(list(chosen.corpus.values()), normalize=True, as_tensor=True)
+    """The corpus [documents, D], float32 of length 1. What is large lies in a file without a name, and memory holds what it can."""
+    shape = len(chosen.corpus), encoder.embedding_size
+    out = None
+    if 4 * math.prod(shape) > IN_MEMORY:
+        with tempfile.TemporaryFile() as file:
+            out = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
+    return encoder.encode_documents(list(chosen.corpus.values()), normalize=True, as_tensor=True, out=out)
 
 
 def search(queries: Tensor, documents: Tensor, depth: int, chunk: int = 50_000) -> tuple[Tensor, Tensor]:

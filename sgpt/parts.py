@@ -10,13 +10,16 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from sgpt.distributed import world
+from filelock import FileLock
+
+from sgpt.distributed import from_main, world
 from sgpt.errors import InputError
-from sgpt.files import write_whole
+from sgpt.files import held, let_go, write_whole
 from sgpt.progress import progress_bar
 from sgpt.run import differences
 
@@ -28,6 +31,18 @@ class Resumable(Protocol):
 
     output: str
     resume: bool
+
+
+@contextmanager
+def sole_writer(output: Path) -> Iterator[None]:
+    """InputError, on all processes of this start, while another start writes `output`."""
+    locks: list[FileLock] = []
+    from_main(lambda: locks.append(held(output)))
+    try:
+        yield
+    finally:
+        for lock in locks:
+            let_go(lock)
 
 
 def beside(output: Path, ending: str) -> Path:

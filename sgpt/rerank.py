@@ -29,7 +29,7 @@ from sgpt.evaluate import bm25_run, fewer_queries, retrieve
 from sgpt.files import write_whole
 from sgpt.fusion import reordered
 from sgpt.metrics import Run, cut, perfect, ranking
-from sgpt.parts import Parts, beside, read_manifest, remove_parts, write_manifest
+from sgpt.parts import Parts, beside, read_manifest, remove_parts, sole_writer, write_manifest
 from sgpt.progress import progress_bar
 from sgpt.prompts import PromptConfig, build_prompt
 from sgpt.run import environment
@@ -103,9 +103,15 @@ def run_rerank(config: RerankConfig, device: torch.device | str = "cpu") -> dict
     """Re-ranks, or goes on with it: the TREC run, and system -> metrics, which is returned; {} on all but the main process."""
     if not config.data or not config.output:
         raise InputError("set data=<BEIR folder> and output=<file.trec>")
-    main, output = world()[0] == 0, Path(config.output)
+    output = Path(config.output)
     if not output.name or output.is_dir():
         raise InputError(f"output={config.output} is a folder; name a new file in it, for example {output / 'run.trec'}")
+    with sole_writer(output):
+        return _run_rerank(config, device)
+
+
+def _run_rerank(config: RerankConfig, device: torch.device | str) -> dict[str, Any]:
+    main, output = world()[0] == 0, Path(config.output)
     manifest = read_manifest(config)
     chosen = fewer_queries(read_set(config), config.limit)
     kept = beside(output, ".first.json")

@@ -12,6 +12,7 @@ import pytrec_eval
 import transformers
 from conftest import SIZES, byte_level
 
+import sgpt.evaluate
 from sgpt import compare
 from sgpt.config import EvaluateConfig
 from sgpt.data.beir import read_pairs, read_retrieval
@@ -190,6 +191,13 @@ def test_runs_are_files_that_pytrec_eval_scores_alike(compared, tmp_path):
 
 
 # --- BEIR's rules ---
+
+
+def test_embeddings_in_a_file_give_the_same_results(toy, tiny_encoder, monkeypatch):
+    chosen, encoder = read_retrieval(toy, "test"), tiny_encoder("gpt_neo")
+    in_memory = retrieve(encoder, chosen)
+    monkeypatch.setattr(sgpt.evaluate, "IN_MEMORY", 0)
+    assert retrieve(encoder, chosen) == in_memory
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from sgpt.mine import MineConfig, mine
 from sgpt.mine.rules import cross_encoder, mine_block
 from sgpt.mine.sources import SOURCES
 from sgpt.mine.task import read_task
-from sgpt.parts import Parts
+from sgpt.parts import Parts, sole_writer
 from tests.starts import Ended, Start, beir, blocks, free_port, start_all
 from tests.test_cross_encoder import as_the_original
 
@@ -347,6 +347,13 @@ def test_a_killed_run_of_scifact_goes_on_where_it_was_and_ends_with_the_same_byt
     content = (folder / "scifact.jsonl").read_bytes()
     assert (folder / "scifact_killed.jsonl").read_bytes() == content
     assert content.count(b"\n") == 150
+
+
+def test_an_output_has_one_writer(toy, tmp_path):
+    with sole_writer(tmp_path / "rows.jsonl"), pytest.raises(InputError, match=r"rows\.jsonl: another process is writing it now"):
+        mined(toy, tmp_path / "rows.jsonl")
+    assert mined(toy, tmp_path / "rows.jsonl")
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_two_processes_write_the_file_of_one(started):

@@ -1,11 +1,13 @@
 """Trunks of every family: padding changes nothing, our attention is the family's own, and bases that cannot work are refused."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, POSITIONS
 from huggingface_hub import constants
 from transformers import AutoModel, PreTrainedTokenizerFast
 
+import sgpt.encoder
 from sgpt.errors import InputError
 from sgpt.model import ModelConfig, load_tokenizer, load_trunk, token_embeddings
 
@@ -138,3 +140,17 @@ def test_an_encoder_decoder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
     with pytest.raises(InputError, match="t5 is an encoder-decoder; use a decoder or an encoder"):
         load_trunk(ModelConfig(str(tmp_path)))
+
+
+def test_any_number_of_texts_at_a_time_gives_the_same_embeddings_also_into_a_memory_map(tiny_encoder, tmp_path, monkeypatch):
+    encoder = tiny_encoder("gpt_neo", markers="none")
+    texts = [" ".join(["word"] * length) for length in (3, 1, 12, 0, 7, 2, 9)]
+    at_once = encoder.encode(texts, "document", normalize=True)
+    monkeypatch.setattr(sgpt.encoder, "TEXTS_AT_A_TIME", 3)
+    file = np.lib.format.open_memmap(tmp_path / "embeddings.npy", "w+", np.float32, at_once.shape)
+    file[:] = np.nan
+    filled = encoder.encode(texts, "document", normalize=True, out=torch.from_numpy(file))
+    assert filled.data_ptr() == file.ctypes.data
+    np.testing.assert_allclose(np.load(tmp_path / "embeddings.npy"), at_once, atol=1e-6)
+    assert not at_once[3].any()
+    assert not file[3].any()

@@ -13,6 +13,7 @@ from sgpt.data.beir import read_retrieval
 from sgpt.errors import InputError
 from sgpt.evaluate import bm25_run
 from sgpt.metrics import cut, perfect, ranking
+from sgpt.parts import sole_writer
 from sgpt.rerank import RerankConfig, rerank, run_rerank
 from tests.starts import Start, beir, blocks, free_port, start_all
 from tests.test_cross_encoder import as_the_original
@@ -87,6 +88,14 @@ def test_a_killed_run_does_not_encode_the_corpus_again(started, monkeypatch):
     run_rerank(RerankConfig("toy", "train", "base", output="e.trec", first="encoder", encoder="encoder", depth=20, documents_per_block=2, resume=True))
     assert (folder / "e.trec").read_bytes() == (folder / "f.trec").read_bytes()
     assert sorted(file.name for file in folder.glob("e.trec.*")) == ["e.trec.json", "e.trec.manifest.json"]
+
+
+def test_an_output_has_one_writer(toy, language_model, tmp_path):
+    config = RerankConfig(str(toy), "train", str(language_model("gpt2")), output=str(tmp_path / "o.trec"), depth=3)
+    with sole_writer(tmp_path / "o.trec"), pytest.raises(InputError, match=r"o\.trec: another process is writing it now"):
+        run_rerank(config)
+    assert run_rerank(config)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_two_processes_write_the_file_of_one(started):

@@ -25,7 +25,7 @@ from sgpt.mine.report import COUNTS, write_page
 from sgpt.mine.rules import cross_encoder, mine_block
 from sgpt.mine.sources import SOURCES
 from sgpt.mine.task import Task, read_task
-from sgpt.parts import Parts, beside, read_manifest, remove_parts, write_manifest
+from sgpt.parts import Parts, beside, read_manifest, remove_parts, sole_writer, write_manifest
 from sgpt.run import environment
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,11 @@ SAMPLES = 10  # rows on the page
 
 def mine(config: MineConfig, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Mines, or goes on with it, and returns the statistics; {} on all but the main process."""
+    with sole_writer(Path(config.output)):
+        return _mine(config, device)
+
+
+def _mine(config: MineConfig, device: torch.device | str) -> dict[str, Any]:
     main, output = world()[0] == 0, Path(config.output)
     task = read_task(config, device)
     manifest = read_manifest(config)
