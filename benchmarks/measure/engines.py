@@ -15,6 +15,7 @@ from sgpt.data.collate import Batch, collate
 from sgpt.data.example import Example
 from sgpt.encoder import TOKENS_PER_PACK, Encoder
 from sgpt.loss import LossConfig
+from sgpt.memory import keep_freed_memory
 from sgpt.model import ModelConfig, load_tokenizer, load_trunk
 from sgpt.packing import distinct
 from sgpt.step import contrastive_step, objective
@@ -77,12 +78,15 @@ ENGINES: dict[str, Callable[..., tuple[nn.Module, Step]]] = {"ours": ours, "st":
 
 
 def open_ours(setting: Setting) -> Encoder:
+    keep_freed_memory()
     dtype = "bfloat16" if setting.precision == "bf16" else "float32"
     contract = Contract("weighted_mean", setting.markers, base=setting.model)
     return Encoder(load_trunk(ModelConfig(setting.model, dtype)), load_tokenizer(setting.model), contract)
 
 
 def open_theirs(setting: Setting) -> nn.Module:
+    if setting.keep_memory:
+        keep_freed_memory()
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 

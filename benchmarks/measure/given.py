@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from transformers import AutoModel, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 from transformers.utils import logging
 
 import sgpt
@@ -36,6 +36,7 @@ SHAPES: dict[str, PretrainedConfig] = {
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         attention_bias=True, mlp_bias=True,  # as no published Llama has: else there is no bias to train
     ),
+    "neox_125m": GPTNeoXConfig(vocab_size=VOCABULARY, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
     "neox_small": GPTNeoXConfig(vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4),
 }  # fmt: skip
 
@@ -62,7 +63,7 @@ DOCUMENTS = {"nli": ("nli/pairs.jsonl.gz", "sentence1"), "squad": ("squad/corpus
 
 @dataclass(frozen=True)
 class Setting:
-    """What both engines are given. folder: holds model/ and texts.json."""
+    """What both engines are given. folder: holds model/ and texts.json. keep_memory: theirs keeps freed memory, too, as every script of ours does."""
 
     folder: str
     shape: str
@@ -70,6 +71,7 @@ class Setting:
     batch: int
     precision: str
     threads: int
+    keep_memory: bool = False
 
     @property
     def model(self) -> str:
@@ -100,7 +102,7 @@ def setting(options: argparse.Namespace, data: str, texts: Callable[[Path], list
             save_model(options.shape, shared / "models" / "tokenizer-gpt2", Path(folder, "model"))
         except InputError as error:
             refuse(str(error))
-        yield Setting(folder, options.shape, data, batch, options.precision, options.threads)
+        yield Setting(folder, options.shape, data, batch, options.precision, options.threads, options.keep_memory)
 
 
 def refuse(sentence: str) -> NoReturn:
@@ -116,12 +118,12 @@ def save_model(shape: str, tokenizer: Path, folder: Path) -> None:
     for dropout in ("resid_dropout", "embed_dropout", "attention_dropout", "hidden_dropout"):
         if hasattr(config, dropout):
             setattr(config, dropout, 0.0)
-    trunk = AutoModel.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for name, parameter in trunk.named_parameters():
+        for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.02)
-    trunk.save_pretrained(folder)
+    model.save_pretrained(folder)
     load_tokenizer(str(tokenizer)).save_pretrained(folder)
 
 

@@ -20,7 +20,6 @@ import psutil
 import torch
 
 from measure.given import REPOSITORY, Setting
-from sgpt.memory import keep_freed_memory
 
 MB = 2**20
 
@@ -56,7 +55,6 @@ def _answer(module: str, name: str, room: str, answer: str, arguments: str) -> N
     """What `fresh` runs."""
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_DATA, (int(room), resource.RLIM_INFINITY))  # an error of ours instead of a killed machine
-    keep_freed_memory()  # as every script of ours does; theirs is given the same
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     Path(answer).write_text(json.dumps(getattr(importlib.import_module(module), name)(*json.loads(arguments))))
 

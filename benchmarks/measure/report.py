@@ -159,6 +159,7 @@ def parser(description: str | None, *, shape: str, rounds: int) -> argparse.Argu
     made.add_argument("--rounds", type=int, default=rounds, help="of every variant once, in fresh processes (default: %(default)s)")
     made.add_argument("--threads", type=int, default=1, help="of each process (default: %(default)s)")
     made.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, and our frozen weights in bfloat16 (default: fp32)")
+    made.add_argument("--keep-memory", action="store_true", help="of theirs, too, as our scripts do: freed memory is not handed back to the system")
     made.add_argument("--shared", default="../shared", help="folder with data/ and models/, from the repository's root (default: %(default)s)")
     made.add_argument("--output", help="JSON file of all rows and verdicts, written row by row")
     return made
