@@ -1,11 +1,12 @@
 """Is training with mined hard negatives better than with random ones? nDCG@10 on the test split, by the roads that users take.
 
     python benchmarks/mined_negatives.py [--sets scifact squad] [--seeds 0 1 2] [--steps 60] [--batch 16] [--hard-negatives 3]
-        [--ranks 1 20] [--hold-out 0] [--threads 2]
+        [--ranks 1 20] [--arms bm25 itself] [--teacher <model>] [--hold-out 0] [--threads 2]
 
-Three arms train on the same queries in the same order, from the same base, for as many steps; only the negatives differ. random: `sgpt.mine`
+The arms train on the same queries in the same order, from the same base, for as many steps; only the negatives differ. random: `sgpt.mine`
 of a run that ranks documents by chance. bm25: `sgpt.mine` with BM25, drawn from --ranks. itself: the same with the model that the random arm of
-that seed made (as in ANCE, Xiong et al. 2021, once). Training is `train/biencoder.py` with data=file; finished runs are found finished, so a
+that seed made (as in ANCE, Xiong et al. 2021, once). teacher: with the model of --teacher, whose cosines also leave out what it finds more
+than RATIO as near as the positive (NV-Retriever, arXiv 2407.15831). Training is `train/biencoder.py` with data=file; finished runs are found finished, so a
 stopped benchmark goes on. --hold-out scores training queries that it kept back from training: settings are chosen without the test split. The
 difference of a query is the mean over the seeds; its interval is a paired bootstrap over queries.
 """
@@ -35,7 +36,8 @@ SETS = {
     "scifact": ["markers.query_max_tokens=64", "markers.document_max_tokens=128", "optim.learning_rate=5e-2"],
     "squad": ["markers.query_max_tokens=48", "markers.document_max_tokens=128", "optim.learning_rate=5e-2"],
 }
-ARMS = ("random", "bm25", "itself")
+ARMS = ("bm25", "itself", "teacher")  # each is compared with random ones
+RATIO = 0.95
 NEGATIVES = 8  # of each query; an epoch takes the next one
 BY_CHANCE = 50  # documents of each query in the run of random negatives
 
@@ -49,6 +51,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="queries a step: the fewer, the more the hard negatives weigh (default: %(default)s)")
     parser.add_argument("--hard-negatives", type=int, default=3, help="of each query (default: %(default)s)")
     parser.add_argument("--ranks", type=int, nargs=2, default=[1, 20], metavar=("FIRST", "LAST"), help="window of what is mined (default: %(default)s)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["bm25", "itself"], help="beside random (default: %(default)s)")
+    parser.add_argument("--teacher", help="model of the arm of that name: run, export, base or sentence-transformers folder")
     parser.add_argument("--hold-out", type=int, default=0, help="training queries to score in place of the test split (default: %(default)s)")
     parser.add_argument("--base", default="data/nano", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
@@ -62,24 +66,25 @@ def main() -> None:
         if options.hold_out:
             queries, kept_back = queries[options.hold_out :], queries[: options.hold_out]
             judged = replace(judged, qrels={query: judged.qrels[query] for query in kept_back}, queries={query: judged.queries[query] for query in kept_back})
-        found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+        found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ("random", *options.arms)}
         for seed in options.seeds:
-            for arm in ARMS:
+            for arm in found:
                 started = time.perf_counter()
                 found[arm].append(per_query := scores(name, arm, seed, queries, judged, options))
                 row = {"set": name, "arm": arm, "seed": seed, "ndcg@10": statistics.mean(per_query.values()), "seconds": time.perf_counter() - started}
                 print(f"{name:8s}  seed {seed}  {arm:7s} nDCG@10 × 100 {100 * row['ndcg@10']:6.2f}   {row['seconds']:5.0f} s", flush=True)
                 append(options.output, described | row | {"per_query": per_query})
-        for arm in ARMS[1:]:
+        for arm in options.arms:
             verdict(name, arm, found, described, options)
 
 
 def common_queries(name: str, options: argparse.Namespace) -> list[str]:
-    """The training queries for which both chance and BM25 have negatives enough."""
-    by_arm = [{row["ids"]["query"]: None for _, row in read_rows(mined(name, arm, 0, options))} for arm in ("random", "bm25")]
-    both = [query for query in by_arm[1] if query in by_arm[0]]
-    print(f"{name}: {len(both):,} training queries, {NEGATIVES} negatives each", flush=True)
-    return both
+    """The training queries for which every arm that is not itself has negatives enough."""
+    sources = ["random", "bm25", *(["teacher"] if "teacher" in options.arms else [])]
+    by_arm = [{row["ids"]["query"]: None for _, row in read_rows(mined(name, arm, 0, options))} for arm in sources]
+    shared = [query for query in by_arm[1] if all(query in mined_for for mined_for in by_arm)]
+    print(f"{name}: {len(shared):,} training queries, {NEGATIVES} negatives each", flush=True)
+    return shared
 
 
 def mined(name: str, arm: str, seed: int, options: argparse.Namespace) -> Path:
@@ -91,6 +96,8 @@ def mined(name: str, arm: str, seed: int, options: argparse.Namespace) -> Path:
         source = {"source": "run", "trec": str(by_chance(name, options))}
     elif arm == "bm25":
         source = {"source": "bm25", "pick": "random"}
+    elif arm == "teacher":
+        source = {"source": "model", "model": options.teacher, "pick": "random", "score_ratio": RATIO}
     else:
         source = {"source": "model", "model": f"runs/{run_name(name, 'random', seed, options)}/export", "pick": "random"}
     mine(MineConfig(

@@ -3,14 +3,16 @@
 The rooms, in reading order; each imports only from earlier ones:
 
     markers, pooling, packing, loss,      pure: tensors and ids, no model, no process
-    metrics, fusion, template, errors,
-    files, progress, page
-    data/, attention, model, tuning,      parts
-    distributed, optim, contract
-    encoder, adapter, probes, step        joined: texts to embeddings, batches to gradients
+    metrics, fusion, template, prompts,
+    errors, files, memory, progress, page
+    data/, attention, varlen, model,      parts
+    continuation, tuning, distributed,
+    optim, contract
+    encoder, adapter, probes, step,       joined: texts to embeddings, batches to gradients, pairs to scores
+    likelihood, cross_encoder
     checkpoint, run, evaluate, compare,   uses
-    useb, index,
-    search, mteb, export, report, mine/,
+    useb, index, search, mteb, export,
+    report, parts, mine/, rerank,
     inspection, guide
     trainer, pretrain                     the loops
     config, launch, outcome, door         the door, then train/*.py

@@ -76,8 +76,9 @@ def packed(pack: Pack, past: Past | None = None, kept: Layers | None = None) -> 
 
 
 def prepare(trunk: nn.Module) -> nn.Module:
-    """Gives every attention of `trunk` ours and every tanh-GELU its fused kernel, in place; returns the trunk."""
-    trunk.config._attn_implementation = NAME
+    """Gives every attention of `trunk` ours, if it is of a packed family, and every tanh-GELU its fused kernel, in place; returns the trunk."""
+    if trunk.config.model_type in PACKED_FAMILIES:  # another one may add its mask to the scores, and ours is boolean
+        trunk.config._attn_implementation = NAME
     for module in trunk.modules():
         if isinstance(module, GPTNeoSelfAttention):
             module._attn = MethodType(_gpt_neo_attention, module)
@@ -154,6 +155,9 @@ def _by_blocks(
     scale: float | None = None, dropout: float = 0.0, window: int | None = None, slopes: Tensor | None = None, causal: bool = True,
 ) -> Tensor:  # fmt: skip
     """query, key, value [1, heads, N, head size], with fewer heads of keys and values allowed; slopes [heads, 1, 1]; as query out."""
+    device = query.device.type
+    if device in varlen.DEVICES and torch.is_autocast_enabled(device):  # as torch's own attention would: rotary embedding gives float32
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
     if borders.continues:
         return _continued(query, key, value, borders, scale, window, slopes)
     if slopes is None and varlen.takes(query, dropout):

@@ -73,7 +73,7 @@ def load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, sc
             f"{checkpoint}: saved by {state.processes} processes, resumed with {processes}; start as many, since batches and random states belong to them"
         )
     load_parameters(checkpoint / "trained.safetensors", parameters)
-    stored = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    stored = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")  # else every process would take memory on the GPU of the first
     optimizer.load_state_dict(stored["optimizer"])
     schedule.load_state_dict(stored["schedule"])
     restore_random_states(torch.load(checkpoint / f"random-{rank}.pt", weights_only=True))

@@ -142,6 +142,13 @@ class SearchConfig:
     depth: int = 100
     index: IndexConfig = field(default_factory=IndexConfig)
 
+    def __post_init__(self) -> None:
+        for key in ("top", "depth"):
+            if getattr(self, key) < 1:
+                raise InputError(f"{key}={getattr(self, key)} must be 1 or more")
+        if self.query is not None and not self.query.strip():
+            raise InputError("query is empty; leave it out to be asked at a prompt")
+
 
 Config = TypeVar("Config")
 

@@ -8,7 +8,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
@@ -23,16 +23,18 @@ from sgpt.memory import keep_freed_memory
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def script(config_name: str, *, groups: bool = True) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = ()) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Makes `main(composed)` a script whose configuration is `configs/<config_name>.yaml`.
 
     groups: its keys can be groups, folders of `configs/`. Without, `model=x` sets the key of that name and chooses no YAML.
+    verbatim: keys whose values are text as it stands, where commas, braces and blanks mean nothing to Hydra.
     """
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
         @functools.wraps(main)
         def run() -> None:
             keep_freed_memory()
+            sys.argv[1:] = [quoted(argument) if argument.split("=")[0] in verbatim else argument for argument in sys.argv[1:]]
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints its own report and exits with 1
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # "Loading weights" of a few milliseconds
@@ -47,6 +49,15 @@ def script(config_name: str, *, groups: bool = True) -> Callable[[Callable[[Dict
     return decorate
 
 
+def quoted(argument: str) -> str:
+    """key=value with the value in quotes for Hydra's grammar, unless it is null or has quotes already. \\n is a line's end."""
+    key, _, value = argument.partition("=")
+    if value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        return argument
+    escaped = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value.replace("\\n", "\n")).replace("${", "\\${")
+    return f"{key}='{escaped}'"
+
+
 def _search_path(config_name: str, groups: bool) -> str | None:
     if groups:
         return str(CONFIGS)
@@ -57,6 +68,9 @@ def _search_path(config_name: str, groups: bool) -> str | None:
 def explain(error: Exception, config_name: str, overrides: list[str], *, groups: bool = True) -> str:
     """One sentence; for a key or group option that does not exist, with the nearest ones that do."""
     message = " ".join(str(error).split())
+    if override := getattr(error, "override", None):  # Hydra's grammar could not read it
+        key, _, value = override.partition("=")
+        return f"{override}: what the value holds means something to Hydra; put it into quotes of its own: \"{key}='{value}'\""
     if missing := re.search(r"Could not find '([\w/]+)/([^/']+)'", message):
         group, option = missing.groups()
         options = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))

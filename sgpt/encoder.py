@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from sgpt import contract as contracts
 from sgpt.adapter import is_adapter, open_trunk
 from sgpt.contract import Contract
-from sgpt.data.collate import content_ids, marked
+from sgpt.data.collate import marked
+from sgpt.data.store import content_ids
 from sgpt.errors import InputError
 from sgpt.markers import Frame, MarkersConfig, Role, frames
 from sgpt.model import (
     ModelConfig,
     embedding_size,
-    is_causal,
     load_tokenizer,
     load_trunk,
     packed_token_embeddings,
@@ -37,7 +37,7 @@ from sgpt.probes import check
 from sgpt.progress import progress_bar
 
 TOKENS_PER_PACK = 4096
-TEXTS_AT_A_TIME = 16_384  # whose token ids exist: 100 MB for long ones
+TEXTS_AT_A_TIME = 16_384  # whose token ids exist
 ST_POOLINGS = {"weightedmean": "weighted_mean", "mean": "mean", "lasttoken": "last_token", "cls": "cls", "max": "max"}
 LEGACY_POOLINGS = {  # sentence-transformers before 6, and every published SGPT model
     "pooling_mode_weightedmean_tokens": "weighted_mean", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last_token",
@@ -59,7 +59,6 @@ class Encoder(nn.Module):
         self.trunk, self.tokenizer, self.contract = trunk, tokenizer, contract
         self.tokens_per_pack = tokens_per_pack
         self.frames: dict[Role, Frame] = frames(contract.markers, tokenizer)
-        self.causal = is_causal(trunk)
         _check_limits(contract.markers, trunk)
         self.train(trunk.training)  # a new module says it is training, and `encode` would leave its trunk so
 
@@ -80,7 +79,7 @@ class Encoder(nn.Module):
         assert getattr(self.weights, "inside", True), "the trunk is the base here: call this inside of `with encoder.weights:`"
         with self._precision():
             if not takes_packs(self.trunk):
-                return self.embed(*pack.padded(self.tokenizer.pad_token_id), right_padded=True)
+                return self.embed(*pack.padded(self.tokenizer.pad_token_id))
             hidden = packed_token_embeddings(self.trunk, pack)  # [N, D]
             pool = POOLINGS[self.contract.pooling]
             return torch.cat([pool(block, block.new_ones(block.shape[:2], dtype=torch.long)) for block in pack.split(hidden)])
@@ -91,9 +90,9 @@ class Encoder(nn.Module):
         found = torch.cat([*embeddings, torch.zeros(0, self.embedding_size, device=self.device, dtype=embeddings[0].dtype if embeddings else None)])
         return found.new_zeros(num_rows, self.embedding_size).index_copy(0, order, found)
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor, *, right_padded: bool = False) -> Tensor:
-        """[rows, T] with padding on either side -> [rows, D]. `right_padded` promises that side and saves the mask."""
-        hidden = token_embeddings(self.trunk, input_ids, None if right_padded and self.causal else attention_mask)
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[rows, T] with padding on either side -> [rows, D]."""
+        hidden = token_embeddings(self.trunk, input_ids, attention_mask)
         return POOLINGS[self.contract.pooling](hidden, attention_mask)
 
     def token_ids(self, texts: Sequence[str], role: Role) -> Rows:

@@ -20,10 +20,12 @@ from sgpt.data.beir import PairSet, RetrievalSet, read_pairs
 from sgpt.data.beir_sets import places, read_place
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
+from sgpt.files import reserve
 from sgpt.metrics import Run, correlations, ranking
 
 DEPTH = 100  # results kept for each query; the deepest metric is at 100
 IN_MEMORY = 2**30  # bytes of a corpus' embeddings
+QUERIES_AT_A_TIME = 4096  # whose scores with a chunk of documents exist: 256 MB
 BEIR_ROOT = "data/raw/beir"  # where sets of BEIR are looked for and downloaded to
 Results = dict[str, dict[str, float]]
 
@@ -83,15 +85,21 @@ def embedded(encoder: Encoder, chosen: RetrievalSet) -> Tensor:
     out = None
     if 4 * math.prod(shape) > IN_MEMORY:
         with tempfile.TemporaryFile() as file:
+            reserve(file, 4 * math.prod(shape), f"{tempfile.gettempdir()}, the folder of temporary files that TMPDIR can name")
             out = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
     return encoder.encode_documents(list(chosen.corpus.values()), normalize=True, as_tensor=True, out=out)
 
 
-def search(queries: Tensor, documents: Tensor, depth: int, chunk: int = 50_000) -> tuple[Tensor, Tensor]:
+def search(queries: Tensor, documents: Tensor, depth: int, chunk: int = 16_384) -> tuple[Tensor, Tensor]:
     """Best `depth` documents by inner product: scores and rows, [Q, depth], best first. Exact.
 
     On the queries' device; documents may be elsewhere, a memory map too, and come over a chunk at a time.
     """
+    scores, rows = zip(*(_search(some, documents, depth, chunk) for some in queries.split(QUERIES_AT_A_TIME)), strict=True)
+    return torch.cat(scores), torch.cat(rows)
+
+
+def _search(queries: Tensor, documents: Tensor, depth: int, chunk: int) -> tuple[Tensor, Tensor]:
     scores = torch.empty(len(queries), 0, device=queries.device)
     rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start in range(0, len(documents), chunk):

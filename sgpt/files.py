@@ -1,8 +1,11 @@
 """Files that are whole or not there, also when two processes make the same one."""
 
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -26,14 +29,24 @@ def make_once(path: Path, is_there: Callable[[], bool], make: Callable[[], None]
 
 
 def held(path: Path) -> FileLock:
-    """`path` for this process alone for as long as the lock that is returned lives. InputError when another one has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """`path` for this process alone for as long as the lock that is returned lives. InputError when another one has it, or nobody can."""
+    check_place(path)
     lock = FileLock(_lock_of(path))
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"{path}: another process is writing it now; wait for it, or choose another name") from None
     return lock
+
+
+def check_place(path: Path) -> None:
+    """Makes the folder that `path` is to be in. InputError where nothing can be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: nothing can be written there ({error.strerror}); choose another place") from None
 
 
 def let_go(lock: FileLock) -> None:
@@ -44,6 +57,16 @@ def let_go(lock: FileLock) -> None:
 
 def _lock_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
+
+
+def reserve(file: BinaryIO, size: int, place: str) -> None:
+    """Disk for the first `size` bytes: who writes into the map of a sparse file dies without a word when the disk is full. InputError now."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise InputError(f"{place}: no room for {size / 1e9:.2f} GB of embeddings ({error.strerror})") from None
 
 
 def write_whole(file: Path, text: str) -> None:

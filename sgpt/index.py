@@ -32,7 +32,7 @@ from torch import Tensor
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.evaluate import search
-from sgpt.files import make_once, replace_folder, write_whole
+from sgpt.files import make_once, replace_folder, reserve, write_whole
 from sgpt.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -159,6 +159,8 @@ def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, 
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         np.lib.format.open_memmap(file, mode="w+", dtype=wanted["dtype"], shape=(len(texts), encoder.embedding_size))
+        with file.open("r+b") as made:
+            reserve(made, file.stat().st_size, str(folder))
         _describe(building, {**wanted, "kind": "exact", "encoded": 0})
     done = read_description(building)["encoded"]
     with progress_bar(f"encoding {len(texts):,} documents", len(texts)) as advance:

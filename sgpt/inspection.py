@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 import torch
 from matplotlib.axes import Axes
 
-from sgpt.data.collate import Batch, content_ids
+from sgpt.data.collate import Batch
 from sgpt.data.sampling import Feed, Source
-from sgpt.data.store import EXAMPLES, TEXTS, TOKENS, Column
+from sgpt.data.store import EXAMPLES, TEXTS, TOKENS, Column, content_ids
 from sgpt.errors import InputError
 from sgpt.files import write_whole
 from sgpt.markers import ROLES, Frame, Role
@@ -260,7 +260,7 @@ def sample(source: Source, tokenizer, num_examples: int, seed: int) -> Sample:
             numbers = {"query": [one.query for one in drawn], "document": [text for one in drawn for text in one.documents]}
             for role in ROLES:
                 texts = [source.examples.texts[number] for number in numbers[role]]
-                ids = content_ids(texts, tokenizer)
+                ids = list(content_ids(texts, tokenizer))
                 lengths[role] += map(len, ids)
                 occurs[[token for row in ids for token in row[: source.frames[role].content_tokens]]] = True
                 characters.update("".join(texts))

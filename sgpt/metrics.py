@@ -60,8 +60,16 @@ def cut(run: Run, depth: int) -> Run:
 
 
 def perfect(qrels: Qrels, run: Run, depth: int) -> Run:
-    """What a perfect re-ranker makes of a run: its best `depth` documents by their relevance. No re-ranker of this run at this depth does better."""
-    return {query: {document: float(qrels.get(query, {}).get(document, 0)) for document in documents} for query, documents in cut(run, depth).items()}
+    """What a perfect re-ranker makes of a run: its best `depth` documents by their relevance, then the others in their order.
+
+    No re-ranker of this run at this depth does better.
+    """
+    made: Run = {}
+    for query, scores in run.items():
+        order = ranked(scores)
+        made[query] = {document: float(qrels.get(query, {}).get(document, 0)) for document in order[:depth]}
+        made[query] |= {document: -1.0 - place for place, document in enumerate(order[depth:])}
+    return made
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,6 @@ def located(path: str) -> str:
     return str(beside_project) if not Path(path).exists() and beside_project.exists() else path
 
 
-def is_causal(trunk: nn.Module) -> bool:
-    return trunk.config.model_type not in BIDIRECTIONAL
-
-
 def position_limit(trunk: nn.Module) -> int | None:
     """Number of positions the trunk knows; None where any length works."""
     config = trunk.config

@@ -1,5 +1,6 @@
 """What a run leaves to read: results before and after, the analysis for the report, the manifest, the card, the last table."""
 
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -77,7 +78,7 @@ def show(run: Run) -> None:
     what = 'query="parse a date from a string"' if ours else "corpus=<JSON lines of _id and text>"
     here = Path(sys.executable)
     python = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else "python"  # .venv/bin/python needs no activation
-    console.print(f"search it   {python} train/search.py run={run.folder} {what}", soft_wrap=True, highlight=False)
+    console.print(f"search it   {python} train/search.py {shlex.quote(f'run={run.folder}')} {what}", soft_wrap=True, highlight=False)
 
 
 def card(run: Run, config: TrainConfig) -> str:

@@ -6,6 +6,7 @@ blocks of documents, which are shared out over processes and survive a kill (sgp
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from sgpt.progress import progress_bar
 from sgpt.prompts import PromptConfig, build_prompt
 from sgpt.run import environment
 
+log = logging.getLogger(__name__)
 FIRST = {"bm25": None, "encoder": "encoder", "run": "trec"}  # first stage -> the key that it reads
 
 
@@ -174,6 +176,10 @@ def first_stage(config: RerankConfig, chosen: RetrievalSet, device: torch.device
         return bm25_run(chosen, config.depth)
     if config.first == "run":
         run = read_run(Path(config.trec or ""), Path(config.data), chosen, "trec")
+        if not run:
+            raise InputError(f"{config.trec}: ranks none of the queries of split {config.split!r} of {config.data}; give the run of this split")
+        if missing := len(chosen.queries.keys() - run.keys()):
+            log.warning("%s: %d of %d queries are not in it and count as without results", config.trec, missing, len(chosen.queries))
         own = {query: {query} if chosen.skip_own_id else set() for query in chosen.queries}
         return {query: {name: score for name, score in run[query].items() if name not in own[query]} for query in chosen.queries if query in run}
     return retrieve(Encoder.from_pretrained(config.encoder or "").to(device), chosen, config.depth)
@@ -258,9 +264,9 @@ def _posterior(scores: dict[str, float]) -> dict[str, float]:
 
 
 def _fingerprint(chosen: RetrievalSet, first: Run, ranker: CrossEncoder, dtype: str) -> str:
-    """Changes with every text, judgement, first-stage document and with the weights; the configuration is compared apart."""
+    """Changes with every text, judgement, first-stage score and with the weights; the configuration is compared apart."""
     digest = hashlib.sha256(base_hash(dict(ranker.model.named_parameters()), dtype).encode())
-    digest.update(json.dumps([chosen.queries, chosen.qrels, {query: sorted(documents) for query, documents in first.items()}]).encode())
+    digest.update(json.dumps([chosen.queries, chosen.qrels, first], sort_keys=True).encode())
     for document in sorted({document for documents in first.values() for document in documents}):
         digest.update(f"{document}\x1f{chosen.corpus[document]}\x1e".encode())
     return digest.hexdigest()

@@ -79,5 +79,7 @@ def read_documents(path: Path) -> dict[str, str]:
     for where, row in read_rows(path):
         if not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
             raise InputError(f"{where}: needs text columns _id and text; it has {', '.join(row)}")
+        if row["_id"] in documents:
+            raise InputError(f"{where}: id {row['_id']!r} was used before; ids must be unique")
         documents[row["_id"]] = f"{row.get('title') or ''} {row['text']}".strip()
     return documents

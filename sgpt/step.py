@@ -23,7 +23,7 @@ from sgpt.encoder import Encoder
 from sgpt.loss import LossConfig, duplicate_queries, duplicates, positive_rows, scaled, too_alike, unit
 from sgpt.packing import Pack, distinct
 
-SCORES_AT_A_TIME = 2**25  # 128 MB in float32, a few times that while they are computed
+SCORES_AT_A_TIME = 2**23  # 32 MB in float32, a few times that while they are computed
 ROUNDING = 1e-6  # of a cosine in float32
 
 

@@ -177,7 +177,7 @@ class MetricsLog:
             "step": state.step, "loss": loss, "learning_rate": learning_rate, "grad_norm": float(norm),
             "queries_per_second": total[0] / self.seconds, "tokens_per_second": total[1] / self.seconds,
             "padding_share": padding_share, "kept_share": outcome.kept, **health(outcome),
-            "peak_memory_bytes": peak_memory_bytes(), "seconds": state.seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device), "seconds": state.seconds,
         }
         self.queries, self.tokens, self.seconds = 0, 0, 0.0
         _refuse_not_finite(state.step, loss, line["grad_norm"], learning_rate)
@@ -219,10 +219,10 @@ def free_memory_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def peak_memory_bytes() -> int:
-    """Of this process since it began: allocated on the GPU, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of this process since it began: allocated on its GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from sgpt.config import EvaluateConfig, ExportConfig, InspectConfig, SearchConfig, TrainConfig, plain, typed
+from sgpt.door import quoted
 from sgpt.errors import InputError
 from sgpt.mine import MineConfig
 from sgpt.mteb import MtebConfig
@@ -156,3 +158,23 @@ def test_help_shows_the_keys_and_does_not_import_torch(script, tmp_path):
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
     assert "hydra" in imported
     assert not imported & {"torch", "transformers", "numpy", "accelerate", "datasets"}
+
+
+@pytest.mark.parametrize(("typed_in", "read"), [
+    ("parse a date, from a string", None), ("what is x = y?", None), ("it's {a} [b] $c", None), ('say "hi"', None), ("true", None), ("5", None),
+    ("back\\slash", None), ("an end\\", None), ("a \\' quote", None), ("${oc.env:HOME}", None), ("", None),
+    ("{document}\\n", "{document}\n"), ("'in quotes, already'", "in quotes, already"),
+])  # fmt: skip
+def test_a_text_is_read_as_it_was_typed(typed_in, read):
+    value = OverridesParser.create().parse_overrides([quoted(f"query={typed_in}")])[0].value()
+    assert OmegaConf.create({"query": value}).query == (typed_in if read is None else read)
+
+
+def test_null_stays_null():
+    assert quoted("query=null") == "query=null"
+
+
+def test_a_value_that_hydra_cannot_read_is_refused_with_the_quotes_it_needs():
+    ended = subprocess.run([sys.executable, "train/mine.py", "data=a b=c"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: data=a b=c: what the value holds means something to Hydra; put it into quotes of its own: \"data='a b=c'\"\n"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -33,6 +34,22 @@ def lines(file: Path, *rows: object) -> Path:
 def read(file: Path, **options) -> list[Example]:
     with tempfile.TemporaryDirectory() as cache:
         return list(read_examples(DataConfig(**{"name": "file", "path": str(file), **options}), Path(cache)))
+
+
+def test_rows_of_another_split_are_no_training_data(tmp_path, caplog):
+    splits = ("train", "TRAIN", "test", "trial", None)
+    file = lines(tmp_path / "pairs.jsonl", *({"query": f"q{number}", "positive": "p", "split": split} for number, split in enumerate(splits)))
+    assert [example.query for example in read(file)] == ["q0", "q1", "q4"]
+    assert "by the column split, 1 of 'test', 1 of 'trial' left out; 'train' is the split to read" in caplog.text
+    assert [example.query for example in read(file, split="test")] == ["q2", "q4"]
+    with pytest.raises(InputError, match=r"no row of the split 'train'; its column split has 2 of 'test'\. Set data\.split"):
+        read(lines(tmp_path / "test.jsonl", *({"query": "q", "positive": str(number), "split": "test"} for number in range(2))))
+
+
+def test_questions_that_are_no_duplicates_are_no_positives(tmp_path):
+    rows = [{"question1": "a", "question2": "b", "duplicate": 1}, {"question1": "a", "question2": "c", "duplicate": 0}]
+    (example,) = read(lines(tmp_path / "pairs.jsonl", *rows), num_hard_negatives=1)
+    assert (example.query, example.positive, example.hard_negatives) == ("a", "b", ("c",))
 
 
 # --- JSON lines ---
@@ -203,6 +220,7 @@ def test_training_examples_of_a_beir_folder_are_its_relevant_pairs_or_its_triple
         ("qrels/test.tsv", "h\th\th\nq1\td1\tmuch\n", r"test\.tsv, line 2: relevance 'much' is no whole number"),
         ("qrels/test.tsv", "h\th\th\nq1 d1 1\n", r"test\.tsv, line 2: 1 tab-separated fields, 3 are needed: 'q1 d1 1'"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", r"test\.tsv: no judgements; the file is empty"),
+        ("qrels/test.tsv", "h\th\th\nq1\td1\t1\nq1\td1\t0\n", r"test\.tsv, line 3: document 'd1' of query 'q1' was judged 1 before and is 0 here"),
         ("queries.jsonl", '{"_id": "q1", "text": "a"}\n{"_id": "q1", "text": "b"}\n', r"queries\.jsonl, line 2: id 'q1' was used before; ids must be unique"),
         ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "a"}\n', r"corpus\.jsonl, line 2: id 'd1' was used before; ids must be unique"),
         ("corpus.jsonl", '{"_id": 1, "text": "a"}\n', r"corpus\.jsonl, line 1: needs text columns _id and text; it has _id: int, text: str"),
@@ -282,6 +300,7 @@ def test_sets_are_called_after_their_folder_also_when_it_is_the_working_director
     [
         ([{"sentence1": "a", "sentence2": "b"}], r"line 1: needs sentence1, sentence2 and a numeric score; it has sentence1, sentence2"),
         ([{"sentence1": "a", "sentence2": 5, "score": 1}], r"line 1: needs sentence1, sentence2 and a numeric score"),
+        ([{"sentence1": "a", "sentence2": "b", "score": math.nan}], r"line 1: needs sentence1, sentence2 and a numeric score"),
         ([{"sentence1": "a", "sentence2": "b", "score": "high"}], r"line 1: needs sentence1, sentence2 and a numeric score"),
         ([{"sentence1": "a", "sentence2": "b", "score": 1}] * 2, r"2 pairs in split 'test' with fewer than two different scores; nothing to correlate"),
         ([{"sentence1": "a", "sentence2": "b", "score": 1, "split": "dev"}], r"0 pairs in split 'test'"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import pytrec_eval
+import torch
 import transformers
 from conftest import SIZES, byte_level
 
@@ -18,7 +19,7 @@ from sgpt.config import EvaluateConfig
 from sgpt.data.beir import read_pairs, read_retrieval
 from sgpt.data.beir_sets import AVERAGES, BEIR_SETS, FORUMS, Place, averages, places, read_place
 from sgpt.errors import InputError
-from sgpt.evaluate import EvaluationConfig, bm25_run, read_sets, retrieve
+from sgpt.evaluate import EvaluationConfig, bm25_run, read_sets, retrieve, search
 from sgpt.fusion import interpolated, reciprocal_rank_fusion
 from sgpt.metrics import ranked, ranking, ranking_per_query
 
@@ -193,6 +194,26 @@ def test_runs_are_files_that_pytrec_eval_scores_alike(compared, tmp_path):
 # --- BEIR's rules ---
 
 
+def test_a_full_disk_is_told_of_before_anything_is_encoded(toy, tiny_encoder, monkeypatch):
+    def full(*arguments) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sgpt.evaluate, "IN_MEMORY", 0)
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(InputError, match=r"TMPDIR can name: no room for 0\.00 GB of embeddings \(No space left on device\)"):
+        retrieve(tiny_encoder("gpt_neo"), read_retrieval(toy, "test"))
+
+
+def test_many_queries_are_searched_for_some_at_a_time(monkeypatch):
+    queries, documents = (torch.randn(number, 16, generator=torch.Generator().manual_seed(number)) for number in (23, 500))
+    expected, rows = (queries @ documents.T).topk(20, dim=1)
+    monkeypatch.setattr(sgpt.evaluate, "QUERIES_AT_A_TIME", 5)
+    found = search(queries, documents, 20, chunk=64)
+    torch.testing.assert_close(found[0], expected)
+    assert torch.equal(found[1], rows)
+    assert search(queries[:0], documents, 20)[0].shape == (0, 20)
+
+
 def test_embeddings_in_a_file_give_the_same_results(toy, tiny_encoder, monkeypatch):
     chosen, encoder = read_retrieval(toy, "test"), tiny_encoder("gpt_neo")
     in_memory = retrieve(encoder, chosen)
@@ -363,6 +384,8 @@ def test_the_script_gives_one_table_of_all_systems_their_runs_and_both_files(pro
     (["model=base", "retrieval=[toy,./toy]"], r"two evaluation sets are called 'toy'"),
     (["model=base", "retrieval=[toy]", "split=train"], r"toy/qrels/train\.tsv: no such file; toy has the splits: dev, test"),
     (["model=base", "useb=toy"], r"useb=toy: holds none of askubuntu, cqadupstack, twitterpara, scidocs"),
+    (["model=base", "retrieval=[toy]", "output=toy"], r"output=toy is a folder; name a file in it"),
+    (["model=base", "retrieval=[toy]", "systems_output=toy/corpus.jsonl/s.json"], r"toy/corpus\.jsonl/s\.json: nothing can be written there"),
     (["model=base"], r"set model=<folder or hub id> and retrieval="),
 ])  # fmt: skip
 def test_the_script_refuses_in_one_sentence(arguments, message, project):

@@ -8,7 +8,7 @@ import pytest
 
 from sgpt.data.store import Examples
 from sgpt.errors import InputError
-from sgpt.files import make_once
+from sgpt.files import held, make_once
 from sgpt.run import Run, begin
 
 STORING = """
@@ -72,3 +72,10 @@ def test_no_lock_is_left_behind(tmp_path: Path):
     begin(run, {})
     run.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("path", ["file/made", "/proc/made"])
+def test_where_nothing_can_be_written_that_is_said(tmp_path: Path, path: str):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"made: nothing can be written there \("):
+        held(tmp_path / path)

@@ -448,12 +448,15 @@ OTHERS = {
     "mistral": ("Mistral", {**WIDTH, "num_key_value_heads": 2, "sliding_window": 16}),
     "gpt_bigcode": ("GPTBigCode", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}),
     "roberta": ("Roberta", {**WIDTH, "max_position_embeddings": POSITIONS + 2, "pad_token_id": PAD}),
+    "roformer": ("RoFormer", WIDTH),
 }
 
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_a_family_that_takes_no_packs_is_padded_and_gives_the_gradient_of_the_padded_model(family, monkeypatch):
-    """One with a sliding window, one with its own config names, and one that looks both ways and counts positions by its padding."""
+    """One with a sliding window, one with its own config names, one that looks both ways and counts positions by its padding, and one that looks both ways
+
+and that nothing here knows by name."""
     monkeypatch.setitem(FAMILIES, family, OTHERS[family])
     tuning, case = method_of(family), CASES["one hard negative"]
     assert family not in PACKED_FAMILIES

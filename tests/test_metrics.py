@@ -114,8 +114,8 @@ def test_a_perfect_reranker_is_as_good_as_the_best_of_all_orders():
     for _ in range(20):
         qrels = {"q": {document: chance.choice([0, 1, 2]) for document in "abcdxyz"}}
         run = {"q": {document: chance.random() for document in "abcdefgh"}}
-        top = ranked(run["q"])[:5]
-        orders = ({"q": {document: float(-place) for place, document in enumerate(order)}} for order in permutations(top))
+        top, rest = ranked(run["q"])[:5], ranked(run["q"])[5:]
+        orders = ({"q": {document: float(-place) for place, document in enumerate((*order, *rest))}} for order in permutations(top))
         best = max(ranking(qrels, order)["ndcg@10"] for order in orders)
         assert ranking(qrels, perfect(qrels, run, 5))["ndcg@10"] == pytest.approx(best)
 
@@ -152,3 +152,8 @@ def test_equal_systems_differ_by_nothing_and_one_query_has_no_interval():
     assert difference([0.5, 0.2, 0.9], [0.5, 0.2, 0.9]) == (same := difference([1, 2], [1, 2]))
     assert (same.mean, same.low, same.high) == (0, 0, 0)
     assert (difference([0.5], [0.25]).mean, difference([0.5], [0.25]).low, difference([], []).mean) == (0.25, None, 0.0)
+
+
+def test_what_stands_behind_the_reranked_documents_keeps_its_order():
+    run = {"q": {"a": 5.0, "b": 4.0, "c": 3.0, "d": 2.0, "e": 1.0}}
+    assert ranked(perfect({"q": {"b": 1, "d": 2}}, run, 2)["q"]) == ["b", "a", "c", "d", "e"]

@@ -177,6 +177,14 @@ def test_a_decoder_orders_the_window_by_the_log_probability_of_the_query(toy, la
         assert row["scores"]["negative"] == pytest.approx(scores[: len(row["negative"])], abs=1e-4)
 
 
+def test_a_query_that_a_decoder_cannot_read_is_refused_before_anything_is_mined(language_model, tmp_path):
+    corpus = {f"d{number}": f"apple {number}" for number in range(9)}
+    folder = beir(tmp_path / "long", corpus, {"short": "apple", "long": "apple " * 200}, {"short": {"d1": 1}, "long": {"d2": 1}})
+    with pytest.raises(InputError, match=r"query 'apple apple .* takes \d+ tokens"):
+        mined(folder, tmp_path / "rows.jsonl", rescore=str(language_model("gpt2")), queries_per_block=1, last_rank=5, negatives_per_query=2)
+    assert not list(tmp_path.glob("rows.jsonl*"))
+
+
 def test_a_cross_encoder_orders_the_window_and_margins_are_by_its_scores(toy, tiny_base, tmp_path):
     from sentence_transformers import CrossEncoder
     from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
@@ -437,6 +445,7 @@ def test_a_bad_run_file_is_refused_with_its_place_and_leaves_nothing(name, toy, 
         ({"score_ratio": 1.5}, r"score_ratio=1\.5 must be above 0 and at most 1"),
         ({"output": "rows.json"}, r"output=rows\.json is no name of JSON lines"),
         ({"data": ""}, r"set data=<BEIR folder> and output="),
+        ({"output": ""}, r"set data=<BEIR folder> and output="),
         ({"split": "dev"}, r"dev\.tsv: no such file; .* has the splits: train"),
         ({"source": "run", "trec": "nowhere"}, r"trec=nowhere: no such file"),
         ({"rescore": "nowhere"}, r"rescore=nowhere: no folder with a config\.json"),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,18 @@ def test_any_first_stage(toy, language_model, tiny_base, tmp_path):
     by_run = run_rerank(RerankConfig(**common, output=str(tmp_path / "b.trec"), first="run", trec=str(tmp_path / "a.trec")))
     assert by_run["run → CE, 10"] == by_model["encoder → CE, 10"]
     assert (tmp_path / "a.trec").read_text() == (tmp_path / "b.trec").read_text()
+
+
+def test_of_a_run_the_missing_queries_are_counted_and_an_empty_one_is_refused(toy, language_model, tmp_path, caplog):
+    common = {"data": str(toy), "split": "train", "model": str(language_model("gpt2")), "depth": 2, "first": "run"}
+    query, document = next((query, next(iter(documents))) for query, documents in read_retrieval(toy, "train").qrels.items())
+    (tmp_path / "one.trec").write_text(f"{query} Q0 {document} 1 1.0 x\n")
+    run_rerank(RerankConfig(**common, output=str(tmp_path / "a.trec"), trec=str(tmp_path / "one.trec")))
+    assert re.search(r"one\.trec: \d+ of \d+ queries are not in it and count as without results", caplog.text)
+    (tmp_path / "empty.trec").write_text("")
+    with pytest.raises(InputError, match=r"empty\.trec: ranks none of the queries of split 'train'"):
+        run_rerank(RerankConfig(**common, output=str(tmp_path / "b.trec"), trec=str(tmp_path / "empty.trec")))
+    assert not list(tmp_path.glob("b.trec*"))
 
 
 @pytest.fixture

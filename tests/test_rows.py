@@ -476,10 +476,12 @@ def test_columns_that_fit_nothing_are_refused_with_the_files_own(names, stated, 
 
 
 def test_the_log_line_says_what_is_read_from_where():
-    assert describe(Columns("anchor", "pos", ("neg", "neg_2"))) == "query from 'anchor', positive from 'pos'; hard negatives from 'neg', 'neg_2'"
-    assert describe(PAIR) == "query from 'query', positive from 'positive'; no hard negatives"
-    assert "pairs judged by 'gold': 1, 1.0, true, entailment" in describe(Columns("a", "b", label="gold"))
-    assert "pairs judged by 'sim': data.positive_score and more make a positive" in describe(Columns("a", "b", score="sim"))
+    named = Columns("anchor", "pos", ("neg", "neg_2"))
+    assert describe(named, 1) == "query from 'anchor', positive from 'pos'; hard negatives from 'neg', 'neg_2'"
+    assert describe(named, 0).endswith("'neg_2'; data.num_hard_negatives=0 uses no hard negatives, 1 one for each query")
+    assert describe(PAIR, 0) == "query from 'query', positive from 'positive'; no hard negatives"
+    assert "pairs judged by 'gold': 1, 1.0, true, entailment" in describe(Columns("a", "b", label="gold"), 1)
+    assert "pairs judged by 'sim': data.positive_score and more make a positive" in describe(Columns("a", "b", score="sim"), 1)
 
 
 def test_names_are_those_of_the_first_rows_together_and_no_row_is_lost():

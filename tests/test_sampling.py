@@ -107,6 +107,17 @@ def test_hard_negatives_go_round_epoch_by_epoch():
     assert Counter(text for documents in drawn for text in documents) == dict.fromkeys(negatives, 2)
 
 
+def test_the_positives_of_others_stand_in_for_hard_negatives_and_never_ones_own():
+    one = source(5, positives=2, take=3)
+    for number in range(5):
+        for epoch in range(100):
+            documents = one.draw(number, epoch, seed=0).documents
+            own = set(one.examples.positives[number])
+            assert documents[0] in own
+            assert len(documents) == 4
+            assert not own.intersection(documents[1:])
+
+
 def test_a_batch_has_framed_ids_and_hashes_in_query_major_order():
     made = Feed([source(4, positives=2, negatives=3, take=2)], 4)
     batch, rows = made.batch(0, 0), made.rows(0, 0)

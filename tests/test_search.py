@@ -6,13 +6,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sgpt.adapter import Delta, save_adapter
+from sgpt.config import SearchConfig
 from sgpt.contract import Contract
 from sgpt.cross_encoder import CrossEncoder
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.markers import MarkersConfig
 from sgpt.model import ModelConfig, load_tokenizer, load_trunk
-from sgpt.search import Searcher, open_both
+from sgpt.search import Searcher, open_both, read_documents
 from sgpt.tuning import TuningConfig, learning, tune
 from tests.conftest import LIMITS
 
@@ -102,3 +103,16 @@ def test_what_cannot_share_is_refused(language_model, tiny_base, tmp_path):
         open_both(tiny_base("gpt2"))
     with pytest.raises(InputError, match=r"holds no sgpt_delta\.json: it is no bias delta"):
         Delta(other, tiny_base("gpt2"))
+
+
+def test_an_id_that_comes_twice_is_refused(tmp_path):
+    file = tmp_path / "corpus.jsonl"
+    file.write_text('{"_id": "1", "text": "cats"}\n{"_id": "1", "text": "dogs"}\n')
+    with pytest.raises(InputError, match=r"corpus\.jsonl, line 2: id '1' was used before"):
+        read_documents(file)
+
+
+@pytest.mark.parametrize("options", [{"top": 0}, {"top": -1}, {"depth": 0}, {"query": " "}])
+def test_settings_that_find_nothing_are_refused(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        SearchConfig(run="run", **options)

@@ -62,6 +62,6 @@ def test_a_missing_file_is_named_with_its_key(chosen, tmp_path):
 
 @pytest.mark.parametrize("run", [{"a query": {"d": 1.0}}, {"q": {"a document": 1.0}}, {"q": {"": 1.0}}])
 def test_an_id_that_the_format_cannot_hold_is_refused_and_nothing_is_written(run, tmp_path):
-    with pytest.raises(InputError, match=r"run: id '.*' is empty or holds a blank.*rename it, or evaluate without runs=<folder>"):
+    with pytest.raises(InputError, match=r"run: id '.*' is empty or holds a blank.*rename it, or write no TREC run"):
         write_run(tmp_path / "run", run, "tag")
     assert not list(tmp_path.iterdir())

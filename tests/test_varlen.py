@@ -39,7 +39,7 @@ class Kernel:
     """`_flash_attention_forward` and `_flash_attention_backward` on the CPU."""
 
     def __init__(self) -> None:
-        self.calls, self.wrong = 0, 1.0
+        self.calls, self.wrong, self.wrong_backward = 0, 1.0, 1.0
         self.library = torch.library.Library("aten", "IMPL")
         self.library.impl("_flash_attention_forward", self.forward, "CPU")
         self.library.impl("_flash_attention_backward", self.backward, "CPU")
@@ -69,7 +69,7 @@ class Kernel:
         with torch.inference_mode(False), torch.enable_grad():
             leaves = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
             found = self.compute(*leaves, ends, ends_of_keys, longest, causal, scale, window_size_left, window_size_right)
-            return tuple(part.to(query.dtype) for part in torch.autograd.grad(found, leaves, gradient.double()))
+            return tuple((part * self.wrong_backward).to(query.dtype) for part in torch.autograd.grad(found, leaves, gradient.double()))
 
 
 @pytest.fixture
@@ -122,6 +122,21 @@ def test_a_trunk_in_half_precision_attends_by_it(kernel, family):
     torch.testing.assert_close(in_one, blocks, rtol=0, atol=0.04 * blocks.abs().max().item())
 
 
+@pytest.mark.parametrize("inference", [True, False])
+def test_it_is_found_right_by_whoever_asks_first(kernel, inference):
+    with torch.inference_mode(inference):
+        assert varlen.takes(torch.zeros(1, 4, 9, 8, dtype=torch.bfloat16), 0.0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])  # rotary embedding gives float32 under autocast
+def test_under_autocast_every_family_attends_by_it(kernel, family):
+    trunk = prepare(random_trunk(family, 64)).eval()
+    (pack,) = packs(ROWS, 1000)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed_token_embeddings(trunk, pack)
+    assert kernel.calls == 1 + trunk.config.num_hidden_layers
+
+
 def test_what_it_cannot_do_is_left_to_the_blocks(kernel):
     half = torch.zeros(1, 4, 9, 8, dtype=torch.bfloat16)
     assert varlen.takes(half, 0.0)
@@ -130,11 +145,12 @@ def test_what_it_cannot_do_is_left_to_the_blocks(kernel):
     assert not varlen.takes(half[..., :4], 0.0)
 
 
-def test_a_kernel_that_is_wrong_is_not_used(kernel, caplog):
-    kernel.wrong = 1.1
+@pytest.mark.parametrize(("wrong", "backward", "told"), [(1.1, 1.0, "off by 10."), (1.0, 1.2, "off by 20."), (math.nan, 1.0, "nan"), (1.0, math.nan, "nan")])
+def test_a_kernel_that_is_wrong_is_not_used(kernel, caplog, wrong, backward, told):
+    kernel.wrong, kernel.wrong_backward = wrong, backward
     with caplog.at_level(logging.WARNING):
         assert not varlen.takes(torch.zeros(1, 4, 9, 8, dtype=torch.bfloat16), 0.0)
-    assert "off by 10." in caplog.text
+    assert told in caplog.text
 
 
 @pytest.mark.parametrize("inference", [True, False])

@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 from sgpt.door import script
 
 
-@script("evaluate", groups=False)
+@script("evaluate", groups=False, verbatim=("prompt",))
 def main(composed: DictConfig) -> None:
     import sys
     from functools import partial
@@ -20,11 +20,17 @@ def main(composed: DictConfig) -> None:
     from sgpt.data.useb import read_useb
     from sgpt.encoder import Encoder
     from sgpt.errors import InputError
+    from sgpt.files import check_place
     from sgpt.useb import useb
 
     config, console = typed(EvaluateConfig, composed), Console(width=None if sys.stdout.isatty() else 200)
     if not config.model or not (config.retrieval or config.sts or config.useb):
         raise InputError("set model=<folder or hub id> and retrieval=[<BEIR folder or name>,…], sts=[<pairs file>,…] or useb=<folder data-eval>")
+    for key, file in (("output", config.output), ("systems_output", config.systems_output)):
+        if file and Path(file).is_dir():
+            raise InputError(f"{key}={file} is a folder; name a file in it, for example {Path(file) / 'scores.json'}")
+        if file:
+            check_place(Path(file))
     there = places(config.retrieval, config.split, Path(config.beir_root))  # what is missing stops us now and not after hours
     similar = evaluate.read_sets(evaluate.EvaluationConfig(sts=config.sts, split=config.split))
     tasks = read_useb(Path(config.useb), config.split or "test") if config.useb else []
@@ -71,7 +77,6 @@ def record(config, sets) -> None:
     }  # fmt: skip
     for file, content in ((config.output, {name: systems["model"]["metrics"] for name, systems in sets.items()}), (config.systems_output, everything)):
         if file:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
             write_whole(Path(file), json.dumps(content, indent=2) + "\n")
 
 

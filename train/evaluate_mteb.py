@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 from sgpt.door import script
 
 
-@script("evaluate_mteb", groups=False)
+@script("evaluate_mteb", groups=False, verbatim=("prompt",))
 def main(composed: DictConfig) -> None:
     from pathlib import Path
 

@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 from sgpt.door import script
 
 
-@script("rerank", groups=False)
+@script("rerank", groups=False, verbatim=("prompt", "start", "shot"))
 def main(composed: DictConfig) -> None:
     from rich.console import Console
     from rich.table import Table

@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 from sgpt.door import script
 
 
-@script("search", groups=False)
+@script("search", groups=False, verbatim=("query", "prompt"))
 def main(composed: DictConfig) -> None:
     from pathlib import Path
 
@@ -34,11 +34,14 @@ def main(composed: DictConfig) -> None:
             console.print(f"       [dim]{escape(hit.text)}[/]", no_wrap=True, overflow="ellipsis", highlight=False)
 
     if config.query is not None:
-        answer(str(config.query))
+        answer(config.query)
         return
     console.print(f"{len(searcher.names):,} documents. An empty line ends.")
-    while query := console.input("query> ").strip():
-        answer(query)
+    try:
+        while query := console.input("query> ").strip():
+            answer(query)
+    except EOFError:  # ends as well
+        pass
 
 
 if __name__ == "__main__":

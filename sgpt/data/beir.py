@@ -1,5 +1,6 @@
 """BEIR folders: `corpus.jsonl[.gz]`, `queries.jsonl[.gz]`, `qrels/<split>.tsv`; and files of scored sentence pairs."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +74,11 @@ def read_qrels(folder: Path, split: str) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
     for where, (query, document, score) in _tsv(file, 3, lambda fields: not fields[2].lstrip("-").isdigit()):
         try:
-            qrels.setdefault(query, {})[document] = int(score)
+            relevance = int(score)
         except ValueError:
             raise InputError(f"{where}: relevance {score!r} is no whole number") from None
+        if (before := qrels.setdefault(query, {}).setdefault(document, relevance)) != relevance:
+            raise InputError(f"{where}: document {document!r} of query {query!r} was judged {before} before and is {relevance} here; keep one line")
     if not qrels:
         raise InputError(f"{file}: no judgements; the file is empty")
     return qrels
@@ -118,7 +121,7 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
             continue
         score = row.get("score", row.get("duplicate", row.get("label")))
         first, second = row.get("sentence1", row.get("question1")), row.get("sentence2", row.get("question2"))
-        if not isinstance(score, int | float) or not isinstance(first, str) or not isinstance(second, str):
+        if not isinstance(score, int | float) or not math.isfinite(score) or not isinstance(first, str) or not isinstance(second, str):
             raise InputError(f"{where}: needs sentence1, sentence2 and a numeric score; it has {', '.join(row)}")
         name = f"STS{row['year'] % 100:02}" if "part" in row and isinstance(row.get("year"), int) else plain
         pairs = sets.setdefault(name, PairSet(name, [], [], []))

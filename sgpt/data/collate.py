@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sgpt.data.embeddings import Embeddings
 from sgpt.data.example import Example
-from sgpt.data.store import Examples, Tokens
+from sgpt.data.store import Examples, Tokens, content_ids
 from sgpt.markers import Frame, Role
 from sgpt.packing import Rows
 
@@ -82,8 +82,4 @@ def collate(examples: Sequence[Example], tokenizer, frames: dict[Role, Frame]) -
 
 def marked(texts: Sequence[str], tokenizer, frame: Frame) -> Rows:
     """Token ids in their frame. The content is tokenised alone: nothing can merge with a marker."""
-    return [frame.put_around(ids) for ids in content_ids(texts, tokenizer)]
-
-
-def content_ids(texts: Sequence[str], tokenizer) -> Rows:
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+    return [frame.put_around(ids) for ids in content_ids(texts, tokenizer, frame.content_tokens)]

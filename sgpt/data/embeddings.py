@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from sgpt.data.store import Column, Examples
-from sgpt.distributed import barrier, world
+from sgpt.distributed import barrier, from_main, world
 from sgpt.markers import Role
 from sgpt.progress import progress_bar
 
@@ -57,8 +57,7 @@ def embeddings(examples: Examples, side: Role, embed: Embed, key: str) -> Embedd
         return Embeddings(numbers, [embed([examples.texts[int(text)] for text in block]) for block in blocks])
     folder = examples.folder / f"embeddings-{key}"
     files = [folder / f"{block}.npy" for block in range(len(blocks))]
-    missing = [block for block, file in enumerate(files) if not file.is_file()]
-    barrier()  # everybody has looked: all share out the same blocks
+    missing = from_main(lambda: [block for block, file in enumerate(files) if not file.is_file()])  # one look: all share out the same blocks
     folder.mkdir(exist_ok=True)
     rank, processes = world()
     own = missing[rank::processes]

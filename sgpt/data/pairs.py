@@ -28,7 +28,7 @@ Judge = Callable[[object, str], bool | None]
 NAMES = {  # the first that is there is taken
     "query": ("query", "anchor", "question", "sentence1", "text1", "question1", "premise"),
     "positive": ("positive", "pos", "document", "answer", "passage", "response", "sentence2", "text2", "question2", "hypothesis"),
-    "label": ("label",),
+    "label": ("label", "is_duplicate", "duplicate"),
     "score": ("score", "similarity"),
 }
 NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?s?(?:_?([0-9]{1,6}))?")
@@ -120,7 +120,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
 
 
-def describe(columns: Columns) -> str:
+def describe(columns: Columns, num_hard_negatives: int) -> str:
     """One line for the log."""
     negatives = f"hard negatives from {', '.join(map(repr, columns.negatives))}" if columns.negatives else "no hard negatives"
     if columns.label:
@@ -131,7 +131,9 @@ def describe(columns: Columns) -> str:
             f"pairs judged by {columns.score!r}: data.positive_score and more make a positive; less than data.negative_score a hard negative "
             "of the same query; others are left out"
         )
-    return f"query from {columns.query!r}, positive from {columns.positive!r}; {negatives}"
+    unused = bool(columns.negatives or columns.label or columns.score) and not num_hard_negatives
+    hint = "; data.num_hard_negatives=0 uses no hard negatives, 1 one for each query" if unused else ""
+    return f"query from {columns.query!r}, positive from {columns.positive!r}; {negatives}{hint}"
 
 
 # --- examples ---

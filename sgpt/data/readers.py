@@ -10,7 +10,7 @@ from pathlib import Path
 from sgpt.data import beir, msmarco, nli, pairs, pydocs
 from sgpt.data.example import Example
 from sgpt.data.pairs import ROLES
-from sgpt.data.rows import rows
+from sgpt.data.rows import of_split, rows
 from sgpt.data.sampling import Feed, Source
 from sgpt.data.store import Examples, Tokens, Writer, key_of, stored
 from sgpt.errors import InputError
@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 class SourceConfig:
     """One source of training data.
 
-    name: row of READERS. path: file or folder, or hub id. split: of a BEIR folder or data set; subset: of a hub data set.
+    name: row of READERS. path: file or folder, or hub id. split: of a BEIR folder, a data set, or a file that has a column
+    `split`; subset: of a hub data set.
     triples: of a BEIR folder, a TSV of query-id, positive-id, negative-id …. columns: the file's names for query, positive,
     negative, label or score; null guesses by the usual names and logs the guess. positive_score, negative_score: a scored
     pair from the one on is a positive, below the other a hard negative. num_hard_negatives: H, for every example.
@@ -167,10 +168,11 @@ def _fill_rows(config: SourceConfig, writer: Writer, rejected: Path) -> None:
     """Files, folders and data sets of rows."""
     names, found = pairs.with_names(rows(Path(config.path), config.split, subset=config.subset))
     columns = pairs.guess_columns(names, config.columns, config.path)
-    log.info("%s: %s", config.path, pairs.describe(columns))
+    log.info("%s: %s", config.path, pairs.describe(columns, config.num_hard_negatives))
     candidates = pairs.examples(
-        found, columns, num_hard_negatives=config.num_hard_negatives, positive_score=config.positive_score, negative_score=config.negative_score
-    )
+        of_split(found, config.split, config.path), columns, num_hard_negatives=config.num_hard_negatives,
+        positive_score=config.positive_score, negative_score=config.negative_score,
+    )  # fmt: skip
     _written(pairs.accepted(candidates, on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share), config, writer)
 
 

@@ -45,6 +45,27 @@ def rows(path: Path, split: str = "train", *, subset: str | None = None, streami
         raise InputError(f"{path}: no rows in it; give a file with at least one")
 
 
+def of_split(found: Rows, split: str, source: str) -> Rows:
+    """Without the rows whose column `split` names another one; what has no such column is of every split."""
+    wanted, others, kept = _meaning(split), Counter(), 0
+    for where, row in found:
+        named = row.get("split") if isinstance(row, dict) else None
+        if isinstance(named, str) and _meaning(named) != wanted:
+            others[named] += 1
+        else:
+            kept += 1
+            yield where, row
+    told = ", ".join(f"{count:,} of {name!r}" for name, count in others.items())
+    if others and not kept:
+        raise InputError(f"{source}: no row of the split {split!r}; its column split has {told}. Set data.split")
+    if others:
+        log.warning(f"{source}: by the column split, {told} left out; {split!r} is the split to read")
+
+
+def _meaning(split: str) -> str:
+    return SPLITS.get(split.lower(), split.lower())
+
+
 def attempt(make: Callable[..., Made], *arguments: object) -> Made | InputError:
     """What `make` gives or the InputError it raises, as a value: raised inside a generator it would end it."""
     try:
@@ -98,7 +119,7 @@ def _files(folder: Path, split: str) -> list[Path]:
 def _of_split(name: str, split: str) -> bool:
     """Not called after another split: `test-00000.parquet` beside `train-00000.parquet` must not be trained on."""
     word = re.split(r"[-_.]", name, maxsplit=1)[0]
-    return name.startswith(split.lower()) or word not in SPLITS or SPLITS[word] == SPLITS.get(split.lower())
+    return name.startswith(split.lower()) or word not in SPLITS or SPLITS[word] == _meaning(split)
 
 
 # --- lines ---

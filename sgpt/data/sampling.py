@@ -9,6 +9,7 @@ queries in place of examples (grouping.py).
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 
@@ -47,7 +48,8 @@ class Source:
         draw = np.random.default_rng((seed, epoch, number)) if len(positives) > 1 or not negatives else None
         chosen = int(draw.integers(len(positives))) if len(positives) > 1 else 0
         if self.num_hard_negatives and not negatives:
-            negatives = [self.examples.positives[int(other)][0] for other in draw.integers(len(self.examples), size=self.num_hard_negatives)]
+            others = (self.examples.positives[int(draw.integers(len(self.examples)))][0] for _ in range(100 * self.num_hard_negatives))
+            negatives = list(islice((text for text in others if text not in positives), self.num_hard_negatives)) or positives
         first = epoch * self.num_hard_negatives
         hard = (negatives[(first + place) % len(negatives)] for place in range(self.num_hard_negatives))
         others = tuple(text for place, text in enumerate(positives) if place != chosen)

@@ -23,8 +23,9 @@ from sgpt.data.example import Example
 from sgpt.files import make_once, replace_folder
 from sgpt.progress import progress_bar
 
-FORMAT = 1  # of these files; a change makes every key another
+FORMAT = 2  # of these files; a change makes every key another
 ROWS_AT_A_TIME = 20_000
+WHOLE_TEXTS = 256  # tokenised before they are cut
 TEXTS = pa.schema([("text", pa.large_string()), ("hash", pa.int64())])
 EXAMPLES = pa.schema([("query", pa.int64()), ("positives", pa.large_list(pa.int64())), ("hard_negatives", pa.large_list(pa.int64()))])
 TOKENS = pa.schema([("ids", pa.large_list(pa.int32()))])
@@ -33,6 +34,13 @@ TOKENS = pa.schema([("ids", pa.large_list(pa.int32()))])
 def text_hash(text: str) -> int:
     """By which equal texts are known everywhere: signed 64 bits."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
+
+
+def content_ids(texts: Sequence[str], tokenizer, limit: int | None = None) -> Iterator[list[int]]:
+    """Token ids of each text, unmarked and cut to `limit`. Whole, they are there for a few texts at a time, however long texts are."""
+    for start in range(0, len(texts), WHOLE_TEXTS):
+        part = list(texts[start : start + WHOLE_TEXTS])
+        yield from (ids[:limit] for ids in tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
 
 
 def key_of(*parts: object) -> str:
@@ -191,7 +199,7 @@ class Tokens:
 
     def __init__(self, examples: Examples, tokenizer, limit: int) -> None:
         if examples.folder is None:
-            self.ids: Sequence = [ids for texts in _batches(examples.texts) for ids in _content_ids(texts, tokenizer, limit)]
+            self.ids: Sequence = [ids for texts in _batches(examples.texts) for ids in content_ids(texts, tokenizer, limit)]
             return
         file = examples.folder / f"tokens-{key_of(tokenizer.backend_tokenizer.to_str(), limit)}.arrow"
         make_once(file, file.is_file, lambda: _tokenise(examples.texts, tokenizer, limit, file))
@@ -205,14 +213,10 @@ def _tokenise(texts: Sequence[str], tokenizer, limit: int, file: Path) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     with _Table(temporary, TOKENS) as table, progress_bar("tokenising", len(texts)) as advance:
         for part in _batches(texts):
-            for ids in _content_ids(part, tokenizer, limit):
+            for ids in content_ids(part, tokenizer, limit):
                 table.add(ids)
             advance(len(part))
     temporary.replace(file)
-
-
-def _content_ids(texts: list[str], tokenizer, limit: int) -> Iterator[list[int]]:
-    return (ids[:limit] for ids in tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:

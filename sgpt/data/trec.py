@@ -34,7 +34,7 @@ def check_ids(file: Path, run: Run) -> None:
     for identifier in (name for query, documents in run.items() for name in (query, *documents)):
         if len(identifier.split()) != 1:
             raise InputError(
-                f"{file}: id {identifier!r} is empty or holds a blank, and a TREC run is separated by blanks; rename it, or evaluate without runs=<folder>"
+                f"{file}: id {identifier!r} is empty or holds a blank, and a TREC run is separated by blanks; rename it, or write no TREC run"
             )
 
 

@@ -104,27 +104,32 @@ def training_row(query: Query, chosen: Sequence[Candidate], positives: Sequence[
     }
 
 
-def cross_encoder(folder: str, device: torch.device) -> Rescore:
-    """A decoder scores as SGPT-CE (prompt G), a classifier as sentence-transformers' CrossEncoder."""
+def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()) -> Rescore:
+    """A decoder scores as SGPT-CE (prompt G), a classifier as sentence-transformers' CrossEncoder. InputError for queries that do not fit it."""
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise InputError(f"rescore={folder}: no folder with a config.json; give the local folder of a cross-encoder")
     heads = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     if any(head.endswith(("ForCausalLM", "LMHeadModel")) for head in heads):
-        return _by_decoder(folder, device)
+        return _by_decoder(folder, device, queries)
     if not (path / "modules.json").is_file() and not any("SequenceClassification" in head for head in heads):
         raise InputError(f"rescore={folder}: {', '.join(heads) or 'a model without a head'} is no cross-encoder; its scores would come from random weights")
     try:
         from sentence_transformers import CrossEncoder
     except ImportError:
         raise InputError(f"rescore={folder}: sentence-transformers is not installed; pip install 'sgpt-framework[st]'") from None
-    model = CrossEncoder(folder, device=str(device), local_files_only=True)
+    try:
+        model = CrossEncoder(folder, device=str(device), local_files_only=True, model_kwargs={"use_safetensors": True})
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"rescore={folder}: cannot be loaded ({reason}); it needs config.json, model.safetensors and tokenizer files") from None
     if model.num_labels != 1:
         raise InputError(f"rescore={folder}: gives {model.num_labels} scores for a pair, one is needed; give a cross-encoder for ranking")
     return lambda pairs: model.predict(list(pairs), show_progress_bar=False).tolist() if pairs else []
 
 
-def _by_decoder(folder: str, device: torch.device) -> Rescore:
+def _by_decoder(folder: str, device: torch.device, queries: Sequence[str]) -> Rescore:
     ranker = SgptCrossEncoder.from_pretrained(folder)
+    ranker.texts(queries, [""] * len(queries))  # what does not fit is refused now, not when its block comes
     ranker.model.to(device)
     return lambda pairs: ranker.score([query for query, _ in pairs], [document for _, document in pairs], progress=False).tolist()

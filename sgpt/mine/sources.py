@@ -13,6 +13,7 @@ from sgpt.distributed import barrier, world
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.evaluate import bm25_index, bm25_words, search
+from sgpt.files import reserve
 from sgpt.index import fingerprint
 from sgpt.mine.identity import file_digest
 from sgpt.mine.task import Query, Task
@@ -85,6 +86,8 @@ class Model:
         if world()[0] == 0 and not file.is_file():
             temporary = beside(parts.output, ".embeddings.tmp")
             np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(len(texts), self.encoder.embedding_size))
+            with temporary.open("r+b") as made:
+                reserve(made, temporary.stat().st_size, str(parts.output))
             temporary.replace(file)
         barrier()
         stored = np.load(file, mmap_mode="r+")

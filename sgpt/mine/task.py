@@ -46,10 +46,6 @@ class Task:
 
 
 def read_task(config: MineConfig, device: torch.device | str = "cpu") -> Task:
-    if not config.data or not config.output:
-        raise InputError("set data=<BEIR folder> and output=<file.jsonl or file.jsonl.gz>")
-    if not config.output.endswith((".jsonl", ".jsonl.gz")):
-        raise InputError(f"output={config.output} is no name of JSON lines; let it end in .jsonl or .jsonl.gz")
     chosen = read_retrieval(Path(config.data), config.split)
     pool = pool_of(chosen.corpus)
     queries = queries_of(chosen, pool, config.limit)

@@ -34,6 +34,10 @@ SAMPLES = 10  # rows on the page
 
 def mine(config: MineConfig, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Mines, or goes on with it, and returns the statistics; {} on all but the main process."""
+    if not config.data or not config.output:
+        raise InputError("set data=<BEIR folder> and output=<file.jsonl or file.jsonl.gz>")
+    if not config.output.endswith((".jsonl", ".jsonl.gz")):
+        raise InputError(f"output={config.output} is no name of JSON lines; let it end in .jsonl or .jsonl.gz")
     with sole_writer(Path(config.output)):
         return _mine(config, device)
 
@@ -43,7 +47,7 @@ def _mine(config: MineConfig, device: torch.device | str) -> dict[str, Any]:
     task = read_task(config, device)
     manifest = read_manifest(config)
     source = SOURCES[config.source](task)
-    rescore = cross_encoder(config.rescore, task.device) if config.rescore else None
+    rescore = cross_encoder(config.rescore, task.device, [query.text for query in task.queries]) if config.rescore else None
     identity = fingerprint(task, source.digest)
     if manifest and manifest["fingerprint"] != identity:
         raise InputError(f"{output} was begun with other texts, judgements, weights or scores than are there now; choose another output=<file>")
