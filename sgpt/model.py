@@ -40,7 +40,7 @@ def load_trunk(config: ModelConfig) -> nn.Module:
     try:
         architecture = AutoConfig.from_pretrained(path)
         if architecture.is_encoder_decoder:
-            raise InputError(f"model.path={config.path}: {architecture.model_type} is an encoder-decoder; use a decoder or an encoder")
+            raise InputError(f"{config.path}: {architecture.model_type} is an encoder-decoder; use a decoder or an encoder")
         trunk = AutoModel.from_pretrained(path, dtype=getattr(torch, config.dtype), use_safetensors=True)
     except (OSError, ValueError) as error:
         raise cannot_load(config.path, error) from error
@@ -56,7 +56,7 @@ def load_tokenizer(path: str):
         raise cannot_load(path, error) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise InputError(f"model.path={path}: the tokenizer has neither a pad token nor an end token; set one in its tokenizer_config.json")
+            raise InputError(f"{path}: the tokenizer has neither a pad token nor an end token; set one in its tokenizer_config.json")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = int(1e30)  # limits are ours (markers.*_max_tokens); no second one that warns
     return tokenizer
@@ -123,10 +123,10 @@ def cannot_load(path: str, error: Exception) -> InputError:
     if isinstance(error, InputError):
         return error
     if Path(path).exists():
-        return InputError(f"model.path={path}: the folder cannot be loaded ({_first_line(error)}); it needs config.json, model.safetensors and tokenizer files")
+        return InputError(f"{path}: the folder cannot be loaded ({_first_line(error)}); it needs config.json, model.safetensors and tokenizer files")
     return InputError(
-        f"model.path={path}: no such local folder, and it could not be had from the model hub ({_first_line(error)}). "
-        "Without a network, download it elsewhere and set model.path=<local folder>"
+        f"{path}: no such local folder, and it could not be had from the model hub ({_first_line(error)}). "
+        "Without a network, download it elsewhere and give the local folder"
     )
 
 

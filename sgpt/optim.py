@@ -33,6 +33,8 @@ class OptimConfig:
             raise InputError(f"optim.learning_rate={self.learning_rate} must be positive")
         if self.warmup_steps < 0:
             raise InputError(f"optim.warmup_steps={self.warmup_steps} must not be negative")
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            raise InputError(f"optim.warmup_steps={self.warmup_steps} is neither a number of steps nor a share of them; give 100, or 0.1")
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:

@@ -68,7 +68,8 @@ def show(run: Run) -> None:
 
     results, manifest = run.read("results.json", {}), run.read("manifest.json", {})
     console = Console()
-    console.print(evaluate.table({name: results[name] for name in ("before", "after", "bm25") if results.get(name)}, f"{run.name}: results × 100"))
+    if results:
+        console.print(evaluate.table({name: results[name] for name in ("before", "after", "bm25") if results.get(name)}, f"{run.name}: results × 100"))
     queries, size = _queries_seen(run), manifest["bytes"]
     console.print(f"{queries / manifest['seconds']:.1f} pairs per second · {queries:,} pairs · {manifest['seconds'] / 60:.1f} minutes of training")
     console.print(f"trained {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters: "

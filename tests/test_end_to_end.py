@@ -36,7 +36,7 @@ BAD_TRAINING = {
     "too few rows": (["trainer.queries_per_process=51"], r"50 training examples do not fill one batch of 51 queries"),
     "no negatives at all": (["trainer.queries_per_process=1", "data.num_hard_negatives=0"], r"no negative at all and the loss would be 0"),
     "too much accumulation": (["trainer.gradient_accumulation=100"], r"trainer\.gradient_accumulation=100 is more than the 6\.2 batches"),
-    "no model": (["model.path=nobody/nothing"], r"model\.path=nobody/nothing: no such local folder, and .*model\.path=<local folder>"),
+    "no model": (["model.path=nobody/nothing"], r"nobody/nothing: no such local folder, and .*give the local folder"),
     "limit": (["markers.document_max_tokens=129"], r"markers\.document_max_tokens=129 is more than the 128 positions"),
     "no evaluation set": (["evaluation.retrieval=[nowhere]"], r"nowhere.*no such f"),
     "no pairs": (["evaluation.sts=[nowhere.jsonl]"], r"nowhere\.jsonl: no such file"),

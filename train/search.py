@@ -13,6 +13,7 @@ def main(composed: DictConfig) -> None:
     from rich.console import Console
     from rich.markup import escape
 
+    from sgpt import contract as contracts
     from sgpt.config import SearchConfig, typed
     from sgpt.data.readers import default_corpus
     from sgpt.encoder import Encoder
@@ -25,7 +26,9 @@ def main(composed: DictConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder, ranker = open_both(config.run, config.prompt, device=device) if config.rerank else (Encoder.from_pretrained(config.run).to(device), None)
     path = Path(config.corpus) if config.corpus else default_corpus()
-    searcher = Searcher(encoder, read_documents(path), Path(config.run) / "index" / path.name, config.index, ranker=ranker, depth=config.depth)
+    ours = any((Path(config.run) / part / contracts.FILE).is_file() for part in ("", "export", "adapter"))
+    place = Path(config.run) if ours else Path("runs/search") / Path(config.run).name  # nothing is written into a base
+    searcher = Searcher(encoder, read_documents(path), place / "index" / path.name, config.index, ranker=ranker, depth=config.depth)
     console = Console()
 
     def answer(query: str) -> None:

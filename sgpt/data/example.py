@@ -36,7 +36,8 @@ def checked_example(query: object, positive: object, hard_negatives: Iterable[ob
         tuple(checked_text(text, f"{where}, positive {i + 2}") for i, text in enumerate(other_positives)),
     )
     if made.query == made.positive or made.query in made.other_positives:
-        raise InputError(f"{where}: the positive equals the query {made.query!r:.80}; such a pair teaches nothing, remove it")
+        remedy = "such a pair teaches nothing, remove it, or go on without by data.on_error=skip"
+        raise InputError(f"{where}: the positive equals the query {made.query!r:.80}; {remedy}")
     if twice := {made.positive, *made.other_positives} & {*made.hard_negatives}:
         raise InputError(f"{where}: a hard negative equals the positive {twice.pop()!r:.80}; remove one of them")
     return made
