@@ -1,7 +1,8 @@
 """Is training with mined hard negatives better than with random ones? nDCG@10 on the test split, by the roads that users take.
 
     python benchmarks/mined_negatives.py [--sets scifact squad] [--seeds 0 1 2] [--steps 60] [--batch 16] [--hard-negatives 3]
-        [--ranks 1 20] [--arms bm25 itself] [--teacher <model>] [--hold-out 0] [--threads 2]
+        [--ranks 1 20] [--arms bm25 itself] [--teacher <model>] [--hold-out 0]
+        [--base data/nano] [--set pooling=mean …] [--folder mined_negatives] [--threads 2]
 
 The arms train on the same queries in the same order, from the same base, for as many steps; only the negatives differ. random: `sgpt.mine`
 of a run that ranks documents by chance. bm25: `sgpt.mine` with BM25, drawn from --ranks. itself: the same with the model that the random arm of
@@ -55,6 +56,8 @@ def main() -> None:
     parser.add_argument("--teacher", help="model of the arm of that name: run, export, base or sentence-transformers folder")
     parser.add_argument("--hold-out", type=int, default=0, help="training queries to score in place of the test split (default: %(default)s)")
     parser.add_argument("--base", default="data/nano", help="default: %(default)s")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further keys of train/biencoder.py, in a --folder of their own")
+    parser.add_argument("--folder", default="mined_negatives", help="of the runs, below runs/ (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--output", default="runs/bench/mined_negatives.jsonl", help="each row is appended to it (default: %(default)s)")
     options = parser.parse_args()
@@ -110,7 +113,7 @@ def mined(name: str, arm: str, seed: int, options: argparse.Namespace) -> Path:
 def run_name(name: str, arm: str, seed: int, options: argparse.Namespace) -> str:
     window = "" if arm == "random" else f"-{options.ranks[0]}-{options.ranks[1]}"
     held = f"-without-{options.hold_out}" if options.hold_out else ""
-    return f"mined_negatives/{name}-{arm}{window}-{options.steps}-{options.batch}-{options.hard_negatives}{held}-{seed}"
+    return f"{options.folder}/{name}-{arm}{window}-{options.steps}-{options.batch}-{options.hard_negatives}{held}-{seed}"
 
 
 def by_chance(name: str, options: argparse.Namespace) -> Path:
@@ -130,7 +133,7 @@ def scores(name: str, arm: str, seed: int, queries: list[str], judged: Retrieval
     write_rows(file, (rows[query] for query in queries))
     command = [
         sys.executable, "train/biencoder.py", "data=file", f"data.path={file}", f"data.num_hard_negatives={options.hard_negatives}", *SETS[name],
-        f"model.path={options.base}", f"trainer.queries_per_process={options.batch}", f"trainer.max_steps={options.steps}", "trainer.epochs=1000",
+        f"model.path={options.base}", f"trainer.queries_per_process={options.batch}", f"trainer.max_steps={options.steps}", "trainer.epochs=1000", *options.set,
         f"trainer.seed={seed}", f"trainer.threads={options.threads}", f"name={run}", "resume=true",
     ]  # fmt: skip
     finished = subprocess.run(command, capture_output=True, text=True)
