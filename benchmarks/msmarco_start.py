@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sgpt.memory import keep_freed_memory
+
 SYSTEMS, DEPTH, CANDIDATES, BATCH = 13, 50, 200, 64
 DIFFERENT = 50_000
 WORDS = re.findall("[A-Za-z]+", " ".join(pydoc_data.topics.topics.values()))  # as often as English has them
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # what a fresh process does, in --folder
     options = parser.parse_args()
     if options.step:
+        keep_freed_memory()  # as sgpt/door.py does for every script
         print(STEPS[options.step](Path(options.folder), options.base), flush=True)
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

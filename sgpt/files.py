@@ -1,6 +1,7 @@
 """Files that are whole or not there, also when two processes make the same one."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -10,6 +11,11 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 from sgpt.errors import InputError
+
+
+def may_be_hub_id(path: str) -> bool:
+    """`name` or `owner/name`, as the model hub has them; anything else is a path of this machine and need not be asked for."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None
 
 
 def make_once(path: Path, is_there: Callable[[], bool], make: Callable[[], None]) -> None:

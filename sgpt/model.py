@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from sgpt.attention import NAME, PACKED_FAMILIES, packed, prepare
 from sgpt.errors import InputError
+from sgpt.files import may_be_hub_id
 from sgpt.packing import Pack
 from sgpt.template import unwrap
 
@@ -124,6 +125,8 @@ def cannot_load(path: str, error: Exception) -> InputError:
         return error
     if Path(path).exists():
         return InputError(f"{path}: the folder cannot be loaded ({_first_line(error)}); it needs config.json, model.safetensors and tokenizer files")
+    if not may_be_hub_id(path):
+        return InputError(f"{path}: no such folder; check the path")
     return InputError(
         f"{path}: no such local folder, and it could not be had from the model hub ({_first_line(error)}). "
         "Without a network, download it elsewhere and give the local folder"

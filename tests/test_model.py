@@ -105,6 +105,13 @@ def test_a_hub_id_without_a_network_is_a_clear_error(monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("path", ["runs/none/export", "./none", "/none", "~/none", "none/"])
+def test_a_path_that_can_be_no_hub_id_is_not_asked_of_the_hub(path):
+    for load in (lambda path: load_trunk(ModelConfig(path)), load_tokenizer):
+        with pytest.raises(InputError, match=f"^{path}: no such folder; check the path$"):
+            load(path)
+
+
 def test_a_folder_that_is_no_model_is_a_clear_error(tmp_path):
     for load in (lambda path: load_trunk(ModelConfig(path)), load_tokenizer):
         with pytest.raises(InputError, match=r"the folder cannot be loaded .* it needs config\.json, model\.safetensors and tokenizer files"):

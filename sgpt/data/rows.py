@@ -20,6 +20,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from sgpt.errors import InputError
+from sgpt.files import may_be_hub_id
 
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
@@ -80,7 +81,7 @@ def _source(path: Path, split: str, subset: str | None, streaming: bool) -> Rows
     if path.is_dir():
         saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
         return _saved_rows(path, split) if saved else (row for file in _files(path, split) for row in _read_file(file))
-    if path.suffix in {*READERS, ".gz"} or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
+    if path.suffix in {*READERS, ".gz"} or not may_be_hub_id(str(path)):
         raise InputError(f"{path}: no such file; check the path")
     return _hub_rows(path, split, subset, streaming)
 
