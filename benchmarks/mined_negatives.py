@@ -1,6 +1,6 @@
 """Is training with mined hard negatives better than with random ones? nDCG@10 on the test split, by the roads that users take.
 
-    python benchmarks/mined_negatives.py [--sets scifact squad] [--seeds 0 1 2] [--steps 60] [--batch 16] [--hard-negatives 3]
+    python benchmarks/mined_negatives.py [--sets scifact-titles squad] [--seeds 0 1 2] [--steps 60] [--batch 16] [--hard-negatives 3]
         [--ranks 1 20] [--arms bm25 itself] [--teacher <model>] [--hold-out 0]
         [--base data/nano] [--set pooling=mean …] [--folder mined_negatives] [--threads 2]
 
@@ -8,8 +8,9 @@ The arms train on the same queries in the same order, from the same base, for as
 of a run that ranks documents by chance. bm25: `sgpt.mine` with BM25, drawn from --ranks. itself: the same with the model that the random arm of
 that seed made (as in ANCE, Xiong et al. 2021, once). teacher: with the model of --teacher, whose cosines also leave out what it finds more
 than RATIO as near as the positive (NV-Retriever, arXiv 2407.15831). Training is `train/biencoder.py` with data=file; finished runs are found finished, so a
-stopped benchmark goes on. --hold-out scores training queries that it kept back from training: settings are chosen without the test split. The
-difference of a query is the mean over the seeds; its interval is a paired bootstrap over queries.
+stopped benchmark goes on. scifact-titles trains on SciFact's corpus alone: a title is a query, the text below it the one document that answers it, so what is
+mined beside it is no answer; claims are scored as ever. --hold-out scores training queries that were kept back from training: settings are chosen
+without the test split. The difference of a query is the mean over the seeds; its interval is a paired bootstrap over queries.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +37,10 @@ from sgpt.mine import MineConfig, mine
 WORK = Path("runs/mined_negatives")
 SETS = {
     "scifact": ["markers.query_max_tokens=64", "markers.document_max_tokens=128", "optim.learning_rate=5e-2"],
+    "scifact-titles": ["markers.query_max_tokens=64", "markers.document_max_tokens=128", "optim.learning_rate=5e-2"],
     "squad": ["markers.query_max_tokens=48", "markers.document_max_tokens=128", "optim.learning_rate=5e-2"],
 }
+TITLES = "-titles"
 ARMS = ("bm25", "itself", "teacher")  # each is compared with random ones
 RATIO = 0.95
 NEGATIVES = 8  # of each query; an epoch takes the next one
@@ -46,7 +50,7 @@ BY_CHANCE = 50  # documents of each query in the run of random negatives
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", default="../shared/data", help="folder of the sets (default: %(default)s)")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["scifact-titles", "squad"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=16, help="queries a step: the fewer, the more the hard negatives weigh (default: %(default)s)")
@@ -65,10 +69,11 @@ def main() -> None:
     described = about(options)
     for name in options.sets:
         queries = common_queries(name, options)
-        judged = read_retrieval(Path(options.shared) / name, "train" if options.hold_out else "test")
+        judged = read_retrieval(Path(options.shared) / name.removesuffix(TITLES), "train" if options.hold_out else "test")
         if options.hold_out:
-            queries, kept_back = queries[options.hold_out :], queries[: options.hold_out]
+            kept_back = list(judged.qrels)[: options.hold_out]
             judged = replace(judged, qrels={query: judged.qrels[query] for query in kept_back}, queries={query: judged.queries[query] for query in kept_back})
+            queries = [query for query in queries if query not in judged.qrels]
         found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ("random", *options.arms)}
         for seed in options.seeds:
             for arm in found:
@@ -104,10 +109,25 @@ def mined(name: str, arm: str, seed: int, options: argparse.Namespace) -> Path:
     else:
         source = {"source": "model", "model": f"runs/{run_name(name, 'random', seed, options)}/export", "pick": "random"}
     mine(MineConfig(
-        data=str(Path(options.shared) / name), output=str(output), **source, first_rank=first, last_rank=last, negatives_per_query=NEGATIVES, on_few="drop",
+        data=str(training_set(name, options)), output=str(output), **source, first_rank=first, last_rank=last, negatives_per_query=NEGATIVES, on_few="drop",
         threads=options.threads, resume=True,
     ))  # fmt: skip
     return output
+
+
+def training_set(name: str, options: argparse.Namespace) -> Path:
+    """The set's own folder, or one made of its corpus, where each title that is there once is the query of the text below it."""
+    if not name.endswith(TITLES):
+        return Path(options.shared) / name
+    folder = WORK / name / "set"
+    rows = [row for _, row in read_rows(Path(options.shared) / name.removesuffix(TITLES) / "corpus.jsonl.gz")]
+    times = Counter(row["title"] for row in rows)
+    rows = [row for row in rows if row["text"] and row["title"] and times[row["title"]] == 1]
+    write_rows(folder / "corpus.jsonl", ({"_id": row["_id"], "text": row["text"]} for row in rows))
+    write_rows(folder / "queries.jsonl", ({"_id": f"title-{row['_id']}", "text": row["title"]} for row in rows))
+    (folder / "qrels").mkdir(exist_ok=True)
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"title-{row['_id']}\t{row['_id']}\t1\n" for row in rows))
+    return folder
 
 
 def run_name(name: str, arm: str, seed: int, options: argparse.Namespace) -> str:
@@ -118,7 +138,7 @@ def run_name(name: str, arm: str, seed: int, options: argparse.Namespace) -> str
 
 def by_chance(name: str, options: argparse.Namespace) -> Path:
     """A run that ranks BY_CHANCE documents of each training query by chance, the same every time."""
-    file, train = WORK / name / "by-chance.json", read_retrieval(Path(options.shared) / name, "train")
+    file, train = WORK / name / "by-chance.json", read_retrieval(training_set(name, options), "train")
     draw, documents = random.Random(0), list(train.corpus)
     chosen = {query: {document: draw.random() for document in draw.sample(documents, min(BY_CHANCE, len(documents)))} for query in train.qrels}
     file.write_text(json.dumps(chosen))

@@ -50,7 +50,8 @@ class Counts:
     repeated_*: those that have the text of an earlier one. queries_by_positives: different queries with 1, 2, 3, 4 or more
     different positives, over all rows that have the query. hard_negatives: fewest, median and most an example.
     positives_asked: positives that are the query of another example. contrary_negatives: hard negatives that are a positive of
-    the same query. short_texts: of one character or none. tokens: an epoch's, markers included (expected, where an epoch draws).
+    the same query. short_of_negatives: examples with fewer than H. short_texts: of one character or none. tokens: an epoch's,
+    markers included (expected, where an epoch draws).
     """
 
     examples: int
@@ -62,6 +63,7 @@ class Counts:
     hard_negatives: tuple[int, float, int]
     positives_asked: int
     contrary_negatives: int
+    short_of_negatives: int
     short_texts: int
     short_text: str | None
     tokens: float
@@ -191,11 +193,13 @@ class _Census:
         for queries, texts, shares in self._links("hard_negatives", self.examples.hard_negatives, advance):
             self.used[texts] = True
             contrary += int(_among(self.pairs, self._pairs(queries, texts)).sum())
-            tokens += (shares * self.lengths["document"][texts]).sum()
+            tokens += (np.minimum(1, self.num_hard_negatives * shares) * self.lengths["document"][texts]).sum()
         each = _list_lengths("hard_negatives", self.examples.hard_negatives)
-        tokens += (each == 0).mean() * self.positive_tokens  # where an example has none, positives of others stand in
-        self.tokens += self.num_hard_negatives * tokens
-        return {"hard_negatives": (int(each.min()), float(np.median(each)), int(each.max())), "contrary_negatives": contrary}
+        missing = (self.num_hard_negatives - each).clip(min=0)
+        tokens += missing.mean() * self.positive_tokens  # where an example has too few, positives of others stand in
+        self.tokens += tokens
+        told = (int(each.min()), float(np.median(each)), int(each.max()))
+        return {"hard_negatives": told, "contrary_negatives": contrary, "short_of_negatives": int((missing > 0).sum())}
 
     def texts(self, advance: Callable[[float], None]) -> dict:
         """After the others: only texts that an example uses count."""
@@ -360,6 +364,11 @@ def _warnings(feed: Feed, source: Source, counts: Counts, sampled: Sample) -> It
             )
     if counts.short_texts:
         yield f"{source.name}: texts of one character: {counts.short_texts:,}, for example {counts.short_text!r}; remove them if they are accidents"
+    if counts.short_of_negatives:
+        yield (
+            f"{source.name}: {_share(counts.short_of_negatives, counts.examples)} of the examples have fewer than {source.num_hard_negatives} hard negatives, "
+            "and positives of other queries stand in; mine more, or lower num_hard_negatives"
+        )
     if counts.contrary_negatives:
         yield (
             f"{source.name}: hard negatives that are a positive of the same query in another row: {counts.contrary_negatives:,}; hard negatives always "
@@ -369,7 +378,11 @@ def _warnings(feed: Feed, source: Source, counts: Counts, sampled: Sample) -> It
 
 def told_sources(found: Inspection) -> dict[str, list[str]]:
     """Label -> a value for each source."""
+    feed = found.feed
     rows = [_told_counts(counts) | _told_sample(sampled, found.vocabulary) for counts, sampled in zip(found.counts, found.samples, strict=True)]
+    if len(feed.sources) > 1:
+        shares = (f"{feed.share(source):.1%}" for source in feed.sources)
+        rows = [{f"share of the {'queries' if feed.mixed else 'batches'}": share} | row for share, row in zip(shares, rows, strict=True)]
     return {label: [row[label] for row in rows] for label in rows[0]}
 
 
@@ -424,8 +437,8 @@ def told_run(found: Inspection) -> dict[str, str]:
 
 def _tokens_per_epoch(found: Inspection) -> float:
     """An epoch has as many batches as the examples fill, and the sources share them by weight."""
-    total = sum(source.weight for source in found.feed.sources)
-    mean = sum(source.weight / total * counts.tokens / counts.examples for source, counts in zip(found.feed.sources, found.counts, strict=True))
+    feed = found.feed
+    mean = sum(feed.share(source) * counts.tokens / counts.examples for source, counts in zip(feed.sources, found.counts, strict=True))
     return mean * sum(counts.examples for counts in found.counts)
 
 

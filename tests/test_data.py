@@ -2,12 +2,15 @@
 
 import gzip
 import json
+import logging
 import math
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import pytest
 
 from sgpt.data import beir
@@ -91,7 +94,7 @@ def test_texts_are_kept_to_the_last_blank(tmp_path):
         ({"query": 7, "positive": "p"}, {}, r"line 2, query: expected text, got int 7; give a string"),
         ({"query": "q", "positive": None}, {}, r"line 2, positive: expected text, got NoneType None; give a string"),
         ({"query": "q", "positive": ["p", 7]}, {}, r"line 2, positive 2: expected text, got int 7; give a string"),
-        ({"query": "q", "positive": []}, {}, r"line 2, positive: the list in column 'positive' is empty; remove the row or give it a text"),
+        ({"query": "q", "positive": []}, {}, r"line 2, column 'positive': the list of positives is empty; remove the row or give it a text"),
         ({"query": "q", "positive": "q"}, {}, r"line 2: the positive equals the query 'q'; such a pair teaches nothing, remove it"),
         ({"query": " \t", "positive": "p"}, {}, r"line 2, query: the text is blank; remove the row or give it text"),
         ({"query": "q", "positive": ""}, {}, r"line 2, positive: the text is blank; remove the row or give it text"),
@@ -218,15 +221,17 @@ def test_training_examples_of_a_beir_folder_are_its_relevant_pairs_or_its_triple
         ("qrels/test.tsv", "h\th\th\nq9\td1\t1\n", r"test\.tsv: query id 'q9' is not in .*queries\.jsonl; the files do not belong together"),
         ("qrels/test.tsv", "h\th\th\nq1\td9\t1\n", r"test\.tsv: document id 'd9' is not in .*corpus\.jsonl; the files do not belong together"),
         ("qrels/test.tsv", "h\th\th\nq1\td1\tmuch\n", r"test\.tsv, line 2: relevance 'much' is no whole number"),
-        ("qrels/test.tsv", "h\th\th\nq1 d1 1\n", r"test\.tsv, line 2: 1 tab-separated fields, 3 are needed: 'q1 d1 1'"),
+        ("qrels/test.tsv", "h\th\th\nq1 d1 1\n", r"test\.tsv, line 2: 1 tab-separated fields, 3 are needed \(query-id, corpus-id, score\): 'q1 d1 1'"),
+        ("qrels/test.tsv", "q1\t0\td1\t1\n", r"test\.tsv, line 1: 4 tab-separated fields, 3 are needed"),
+        ("qrels/test.tsv", "q1\td1\t1.0\n", r"test\.tsv, line 1: relevance '1\.0' is no whole number"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", r"test\.tsv: no judgements; the file is empty"),
         ("qrels/test.tsv", "h\th\th\nq1\td1\t1\nq1\td1\t0\n", r"test\.tsv, line 3: document 'd1' of query 'q1' was judged 1 before and is 0 here"),
         ("queries.jsonl", '{"_id": "q1", "text": "a"}\n{"_id": "q1", "text": "b"}\n', r"queries\.jsonl, line 2: id 'q1' was used before; ids must be unique"),
         ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "a"}\n', r"corpus\.jsonl, line 2: id 'd1' was used before; ids must be unique"),
-        ("corpus.jsonl", '{"_id": 1, "text": "a"}\n', r"corpus\.jsonl, line 1: needs text columns _id and text; it has _id: int, text: str"),
-        ("corpus.jsonl", '{"_id": "d1", "body": "a"}\n', r"corpus\.jsonl, line 1: needs text columns _id and text; it has _id: str, body: str"),
-        ("queries.jsonl", '{"_id": "q1", "text": null}\n', r"queries\.jsonl, line 1: needs text columns _id and text"),
-        ("corpus.jsonl", "", r"corpus\.jsonl: no rows; the file is empty"),
+        ("corpus.jsonl", '{"_id": 1, "text": "a"}\n', r"corpus\.jsonl, line 1: _id is 1, which is no text; write it in quotes"),
+        ("corpus.jsonl", '{"_id": "d1", "body": "a"}\n', r"corpus\.jsonl, line 1: needs the columns _id and text; it has _id, body"),
+        ("queries.jsonl", '{"_id": "q1", "text": null}\n', r"queries\.jsonl, line 1: text is None, which is no text"),
+        ("corpus.jsonl", "", r"corpus\.jsonl: no rows in it; give a file with at least one"),
         ("queries.jsonl", "{]\n", r"queries\.jsonl, line 1: not JSON"),
     ],
 )
@@ -251,7 +256,7 @@ def test_missing_parts_of_a_beir_folder_are_named(folder, tmp_path):
     [
         ({"num_hard_negatives": 1}, r"toy: qrels name no hard negatives; set data\.num_hard_negatives=0 or data\.triples=<file>"),
         ({"triples": "other.tsv", "num_hard_negatives": 1}, r"other\.tsv: no such file; check the path"),
-        ({"triples": "triples.tsv", "num_hard_negatives": 2}, r"triples\.tsv, line 1: 3 tab-separated fields, 4 are needed"),
+        ({"triples": "triples.tsv", "num_hard_negatives": 2}, r"triples\.tsv, line 2: 3 tab-separated fields, 4 are needed"),
     ],
 )
 def test_a_beir_folder_that_does_not_hold_what_is_asked_is_refused(options, message, folder):
@@ -393,7 +398,7 @@ def test_several_sources_keep_their_own_markers_and_limits(tmp_path, tiny_encode
     tokenizer = tiny_encoder("gpt2").tokenizer
     one, other = (lines(tmp_path / f"{name}.jsonl", *({"query": f"{name} {n}", "positive": f"{name} text {n} " * 9} for n in range(4))) for name in "ab")
     made = feed(tmp_path, tokenizer, sources=[
-        SourceConfig(path=str(one)), SourceConfig(path=str(other), markers="none", document_max_tokens=6, symmetric=True, weight=8.0),
+        SourceConfig(path=str(one), weight=4.0), SourceConfig(path=str(other), markers="none", document_max_tokens=6, symmetric=True, weight=8.0),
     ])  # fmt: skip
     by_source = {made.rows(number, 0)[0][0]: made.batch(number, 0) for number in range(6)}
     marks = [tokenizer.convert_tokens_to_ids(mark) for mark in "[]{}"]
@@ -418,3 +423,129 @@ def test_skipped_rows_are_listed_and_too_many_stop(tmp_path, tiny_encoder, caplo
 def test_queries_of_a_beir_folder_keep_all_their_positives(folder, tmp_path):
     (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t1\nq2\td2\t0\n")
     assert read(folder, name="beir") == [Example("first", "T one", (), ("two",))]
+
+
+# --- several sources ---
+
+
+def two_sources(tmp_path: Path, **weights: float) -> list[SourceConfig]:
+    files = {}
+    for name, size in {"a": 4, "b": 12}.items():
+        files[name] = lines(tmp_path / f"{name}.jsonl", *({"query": f"{name} {n}", "positive": f"{name} text {n}"} for n in range(size)))
+    return [SourceConfig(path=str(file), weight=weights.get(name)) for name, file in files.items()]
+
+
+@pytest.mark.parametrize(("weights", "told", "batches"), [({}, "25.0%", 25), ({"a": 3.0, "b": 1.0}, "75.0%", 75)])
+def test_the_share_of_a_source_is_told_and_kept(weights, told, batches, tmp_path, tiny_encoder, caplog):
+    caplog.set_level(logging.INFO)
+    made = feed(tmp_path, tiny_encoder("gpt2").tokenizer, sources=two_sources(tmp_path, **weights))
+    assert f"batches by source: {tmp_path}/a.jsonl {told}" in caplog.text
+    assert sum(made.rows(number, 0)[0][0] == 0 for number in range(100)) == batches
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [
+        ({"a": 2.0}, {}, r"^data\.sources: .*b\.jsonl has no weight and others have; give each one a weight, or none$"),
+        ({}, {"num_hard_negatives": 1, "on_error": "skip"}, r"^data\.num_hard_negatives, data\.on_error: set beside data\.sources, where nothing reads it"),
+        ({}, {"path": "else.jsonl"}, r"^data\.path: set beside data\.sources, where nothing reads it; set it in each of the sources"),
+    ],
+)
+def test_what_stands_beside_sources_and_weights_of_some_are_refused(weights, options, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        DataConfig(sources=two_sources(tmp_path, **weights), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": -1}, r"^data\.limit=-1 must be 1 or more; null takes every example$"),
+        ({"name": "nli", "num_hard_negatives": 3}, r"^data\.num_hard_negatives=3: data=nli has one hard negative for each example; set it to 1 or 0$"),
+        ({"name": "msmarco", "on_error": "skip"}, r"^data\.on_error=skip: data=msmarco reads files of a fixed form and skips nothing; file, beir, pydocs do$"),
+    ],
+)
+def test_settings_that_a_reader_cannot_keep_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        SourceConfig(**options)
+
+
+# --- what a key is made of ---
+
+
+def test_triples_beside_the_folder_and_linked_folders_are_never_stale(folder, tmp_path):
+    outside = tmp_path / "outside.tsv"
+    outside.write_text("q1\td1\td2\n")
+    config = DataConfig("beir", str(folder), triples=str(outside), num_hard_negatives=1)
+    assert list(read_examples(config, tmp_path / "cache")) == [Example("first", "T one", ("two",))]
+    outside.write_text("q2\td2\td1\n")
+    assert list(read_examples(config, tmp_path / "cache")) == [Example("second", "two", ("T one",))]
+    (folder / "qrels").rename(tmp_path / "qrels")
+    (folder / "qrels").symlink_to(tmp_path / "qrels")
+    config = DataConfig("beir", str(folder), split="test")
+    assert len(read_examples(config, tmp_path / "cache")) == 2
+    (tmp_path / "qrels" / "test.tsv").write_text("q1\td1\t1\n")
+    assert list(read_examples(config, tmp_path / "cache")) == [Example("first", "T one")]
+
+
+def test_a_data_set_of_the_hub_is_known_by_its_revision(tmp_path, monkeypatch, caplog):
+    """The hub's answers are stand-ins: there is no network here."""
+    there = {"sha": "one", "rows": 2}
+
+    def info(self, repo_id, **options):
+        if not there["sha"]:
+            raise OSError("no network")
+        return SimpleNamespace(sha=there["sha"])
+
+    def load(path, subset, split, streaming):
+        return datasets.Dataset.from_list([{"query": f"q{n}", "positive": "p"} for n in range(there["rows"])])
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    config = DataConfig(path="owner/name")
+    assert len(read_examples(config, tmp_path)) == 2
+    there["rows"] = 3
+    assert len(read_examples(config, tmp_path)) == 2  # of the same revision
+    there["sha"] = "two"
+    assert len(read_examples(config, tmp_path)) == 3
+    there["sha"] = None
+    assert len(read_examples(config, tmp_path)) == 3
+    assert "owner/name: the hub cannot be asked whether it has changed (OSError)" in caplog.text
+
+
+# --- BEIR folders as they are found ---
+
+
+def test_all_negatives_of_a_triple_are_kept_and_a_first_line_with_one_wrong_id_is_no_header(folder):
+    (folder / "triples.tsv").write_text("\ufeffq1\td1\td2\td2\n", encoding="utf-8")
+    assert read(folder, name="beir", triples="triples.tsv", num_hard_negatives=1) == [Example("first", "T one", ("two", "two"))]
+    (folder / "triples.tsv").write_text("Q1\td1\td2\nq2\td2\td1\n")
+    with pytest.raises(InputError, match=r"triples\.tsv, line 1: query id 'Q1' is not in"):
+        read(folder, name="beir", triples="triples.tsv", num_hard_negatives=1)
+
+
+def test_bad_rows_of_a_beir_folder_are_skipped_and_listed(folder, tmp_path):
+    lines(folder / "corpus.jsonl", {"_id": "d1", "text": "one"}, {"_id": "d2", "text": "half \ud83d"}, {"_id": 3, "text": "x"}, {"_id": "d1", "text": "again"})
+    (folder / "qrels" / "test.tsv").write_text("q\td\ts\nq1\td1\t1\nq2\td2\t1\nq9\td1\t1\nq1\td1\n")
+    with pytest.raises(InputError, match=r"corpus\.jsonl, line 2, column 'text': half of a surrogate pair"):
+        read(folder, name="beir", split="test")
+    config = DataConfig("beir", str(folder), split="test", on_error="skip", max_error_share=0.9)
+    assert list(read_examples(config, tmp_path / "cache")) == [Example("first", "one")]
+    (rejected,) = (tmp_path / "cache").glob("*.rejected.jsonl")
+    places = [json.loads(line)["where"].removeprefix(f"{folder}/") for line in rejected.read_text().splitlines()]
+    assert places == [*(f"corpus.jsonl, line {number}" for number in (2, 3, 4)), *(f"qrels/test.tsv, {place}" for place in ("line 5", "query q2", "query q9"))]
+
+
+# --- queries with too few hard negatives ---
+
+
+def test_positives_of_others_stand_in_where_a_labelled_query_has_too_few_hard_negatives(tmp_path, tiny_encoder):
+    rows = [{"query": f"q{n}", "document": f"p{n}", "label": 1} for n in range(6)] + [{"query": "q0", "document": "n0", "label": 0}]
+    made = feed(tmp_path, tiny_encoder("gpt2").tokenizer, path=str(lines(tmp_path / "pairs.jsonl", *rows)), num_hard_negatives=2)
+    source = made.sources[0]
+    names = source.examples.texts
+    for row in range(6):
+        _, *hard = (names[text] for text in source.draw(row, 0, 0).documents)
+        assert len(hard) == 2
+        assert f"p{row}" not in hard
+        assert [text for text in hard if text[0] == "n"] == (["n0"] if row == 0 else [])
+        assert set(hard) - {"n0"} <= {f"p{n}" for n in range(6)}

@@ -78,7 +78,8 @@ def test_counts_are_those_that_were_made(source, tokenizer):
     )
     assert count(source) == Counts(
         examples=20, texts=len(texts), positives=21, repeated_queries=1, repeated_positives=1, queries_by_positives=(18, 0, 1, 0),
-        hard_negatives=(1, 1.0, 2), positives_asked=1, contrary_negatives=1, short_texts=1, short_text="x", tokens=pytest.approx(tokens, rel=1e-9),
+        hard_negatives=(1, 1.0, 2), positives_asked=1, contrary_negatives=1, short_of_negatives=0, short_texts=1, short_text="x",
+        tokens=pytest.approx(tokens, rel=1e-9),
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Mined rows against a reference of a few lines, the same from every source, after kills, and by two processes."""
 
+import csv
 import gzip
 import json
 import random
@@ -444,8 +445,8 @@ def test_a_bad_run_file_is_refused_with_its_place_and_leaves_nothing(name, toy, 
         ({"score_margin": -0.1}, r"score_margin=-0\.1 must be 0 or more"),
         ({"score_ratio": 1.5}, r"score_ratio=1\.5 must be above 0 and at most 1"),
         ({"output": "rows.json"}, r"output=rows\.json is no name of JSON lines"),
-        ({"data": ""}, r"set data=<BEIR folder> and output="),
-        ({"output": ""}, r"set data=<BEIR folder> and output="),
+        ({"data": ""}, r"set data=<BEIR folder or file of pairs> and output="),
+        ({"output": ""}, r"set data=<BEIR folder or file of pairs> and output="),
         ({"split": "dev"}, r"dev\.tsv: no such file; .* has the splits: train"),
         ({"source": "run", "trec": "nowhere"}, r"trec=nowhere: no such file"),
         ({"rescore": "nowhere"}, r"rescore=nowhere: no folder with a config\.json"),
@@ -458,13 +459,37 @@ def test_what_cannot_be_is_refused(options, message, toy):
 
 def test_a_folder_without_columns_or_positives_is_refused(tmp_path):
     folder = beir(tmp_path / "b", {"d": "text"}, {"q": "query"}, {"q": {"d": 0}})
-    with pytest.raises(InputError, match=r"train\.tsv: no query has a positive \(score above 0\)"):
+    with pytest.raises(InputError, match=r"b, split 'train': no query has a positive \(score above 0\)"):
         mined(folder, tmp_path / "rows.jsonl")
     (folder / "corpus.jsonl").write_text('{"_id": "d", "body": "text"}\n')
-    with pytest.raises(InputError, match=r"corpus\.jsonl, line 1: needs text columns _id and text"):
+    with pytest.raises(InputError, match=r"corpus\.jsonl, line 1: needs the columns _id and text; it has _id, body"):
         mined(folder, tmp_path / "rows.jsonl")
 
 
 def test_a_model_without_a_scoring_head_is_no_cross_encoder(toy, tiny_base, tmp_path):
     with pytest.raises(InputError, match=r"BertModel is no cross-encoder; its scores would come from random weights"):
         mined(toy, tmp_path / "rows.jsonl", rescore=str(tiny_base("bert")))
+
+
+@pytest.mark.parametrize("columns", [{}, {"query": "title", "positive": "body"}])
+def test_pairs_are_mined_as_the_beir_folder_that_they_make(columns, toy, tmp_path):
+    """Written out by hand: a query a row, its positive a document."""
+    chosen = read_retrieval(toy, "train")
+    judged = ((chosen.queries[query], chosen.corpus[document]) for query, documents in chosen.qrels.items() for document in documents)
+    pairs = [(query, text) for query, text in judged if text.strip() and text != query]
+    asked, answer = columns.get("query", "question"), columns.get("positive", "answer")
+    with (tmp_path / "pairs.csv").open("w", encoding="utf-8", newline="") as out:
+        csv.writer(out).writerows([(asked, answer), *pairs])
+    queries, documents = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True))
+    qrels = {str(n): {str(documents.index(text)): 1 for query, text in pairs if query == asked_for} for n, asked_for in enumerate(queries)}
+    folder = beir(tmp_path / "same", {str(n): text for n, text in enumerate(documents)}, {str(n): text for n, text in enumerate(queries)}, qrels)
+    few = {"last_rank": 20, "negatives_per_query": 3}
+    expected = mined(folder, tmp_path / "folder.jsonl", **few)[1]
+    assert mined(tmp_path / "pairs.csv", tmp_path / "file.jsonl", columns=columns, **few)[1] == expected
+    assert expected.count(b"\n") > 10
+
+
+def test_pairs_whose_columns_are_not_clear_are_refused_by_the_keys_of_mining(tmp_path):
+    (tmp_path / "pairs.csv").write_text("title,body\na,b\n")
+    with pytest.raises(InputError, match=r"set columns\.query=<column> and columns\.positive=<column>$"):
+        mined(tmp_path / "pairs.csv", tmp_path / "rows.jsonl")

@@ -23,7 +23,7 @@ from pyarrow import parquet
 
 from sgpt.data import rows as rows_module
 from sgpt.data.example import Example
-from sgpt.data.pairs import Columns, accepted, describe, examples, guess_columns, with_names
+from sgpt.data.pairs import Columns, OfRows, accepted, describe, examples, guess_columns, with_names, without_late_columns
 from sgpt.data.rows import rows
 from sgpt.errors import InputError
 
@@ -374,7 +374,7 @@ def test_turned_bytes_in_a_binary_table_end_in_rows_or_in_an_input_error(name, t
         ("a.csv", b'query,positive\nq1,p1\n"never,p\nq3,p3\n', r"line 3: a quote that opens in the row '\"never,p' is not closed up to line 4, and no row"),
         ("a.csv", b"query,positive,query\n", r"line 1: two columns are called 'query'; rename or remove one"),
         ("a.csv", b",query,positive\n", r"line 1: column 1 of ', query, positive' has no name; name or remove it \(pandas: to_csv\(index=False\)\)"),
-        ("a.csv", b"query;positive\n", r"line 1: the header is one column with ';' in its name, 'query;positive'; separate the fields by ','"),
+        ("a.csv", b"query|positive\n", r"line 1: the header is one column with '\|' in its name, 'query\|positive'; separate the fields by ','"),
         ("a.csv", b"caf\xe9,positive\n", r"line 1: not UTF-8 at column 4"),
         ("a.csv", b'"query"x,positive\n', r"line 1: not CSV up to line 1"),
         ("a.tsv", b"query,positive\n", r"line 1: the header is one column with ',' in its name, 'query,positive'; separate the fields by '\\t', or end"),
@@ -523,7 +523,7 @@ def test_texts_and_lists_of_texts_become_positives_and_hard_negatives():
         ({"query": ["q"], "positive": "p"}, 0, "line 1, query: expected text, got list ['q']; give a string"),
         ({"query": "q", "positive": None}, 0, "line 1, positive: expected text, got NoneType None; give a string"),
         ({"query": "q", "positive": {"text": "p"}}, 0, "line 1, positive: expected text, got dict {'text': 'p'}; give a string"),
-        ({"query": "q", "positive": []}, 0, "line 1, positive: the list in column 'positive' is empty; remove the row or give it a text"),
+        ({"query": "q", "positive": []}, 0, "line 1, column 'positive': the list of positives is empty; remove the row or give it a text"),
         ({"query": "q", "positive": ["p", 5]}, 0, "line 1, positive 2: expected text, got int 5; give a string"),
         ({"query": " \t", "positive": "p"}, 0, "line 1, query: the text is blank; remove the row or give it text"),
         ({"query": "q", "positive": "\n"}, 0, "line 1, positive: the text is blank; remove the row or give it text"),
@@ -568,8 +568,8 @@ def test_settings_that_fit_no_row_are_refused_before_any_is_read(columns, option
 def judged(table: list[tuple], columns: Columns, num_hard_negatives: int = 0, **options) -> tuple[list[Example], list[str]]:
     found = ((f"row {i + 1}", {"a": query, "b": document, "judged": value}) for i, (query, document, value) in enumerate(table))
     candidates = list(examples(found, columns, num_hard_negatives=num_hard_negatives, **options))
-    assert len(candidates) >= len(table)  # each row counts once for the share of errors
-    return [each for _, each in candidates if isinstance(each, Example)], [str(each) for _, each in candidates if isinstance(each, InputError)]
+    assert sum(not isinstance(each, OfRows) for _, each in candidates) == len(table)  # each row counts once for the share of errors
+    return [each.example for _, each in candidates if isinstance(each, OfRows)], [str(each) for _, each in candidates if isinstance(each, InputError)]
 
 
 @pytest.mark.parametrize(("yes", "no", "neither"), [(1, 0, "neutral"), ("1", "0", "-"), (True, False, "neutral"), (1.0, 0.0, "not_entailment"),
@@ -583,8 +583,9 @@ def test_labelled_pairs_are_grouped_by_query_in_the_order_of_the_file(yes, no, n
     summary = "8 pairs judged by 'judged': 1 left out as neither positive nor hard negative; 2 of 4 queries left out for want of a positive"
     assert caplog.messages == [summary]
     found, wrong = judged(table, LABELLED, 2)
-    assert found == [Example("q", "p1", ("n1", "n2"), ("p2",))]
-    assert wrong == ["row 4: 0 pairs make a hard negative of the query 's' that begins here, data.num_hard_negatives asks for 2; lower it or remove the query"]
+    assert found == [Example("q", "p1", ("n1", "n2"), ("p2",)), Example("s", "p3")]
+    assert not wrong
+    assert caplog.messages[-1] == f"{summary}; 1 have fewer than 2 hard negatives, and positives of other queries stand in"
 
 
 def test_scored_pairs_are_judged_by_two_thresholds():
@@ -599,9 +600,9 @@ def test_scored_pairs_are_judged_by_two_thresholds():
         (LABELLED, ("q", "p", 2), "row 1, column 'judged': the label 2 is none of 1, 1.0, true, entailment"),
         (LABELLED, ("q", "p", 0.5), "row 1, column 'judged': the label 0.5 is none of"),
         (LABELLED, ("q", "p", None), "row 1, column 'judged': the label None is none of"),
-        (LABELLED, ("q", 3, 1), "row 1, positive: expected text, got int 3"),
-        (LABELLED, (" ", "p", 0), "row 1, query: the text is blank"),
-        (LABELLED, ("q", "", 0), "row 1, b: the text is blank"),
+        (LABELLED, ("q", 3, 1), "row 1, positive (column 'b'): expected text, got int 3"),
+        (LABELLED, (" ", "p", 0), "row 1, query (column 'a'): the text is blank"),
+        (LABELLED, ("q", "", 0), "row 1, document (column 'b'): the text is blank"),
         (LABELLED, ("q", "q", 1), "row 1: the positive equals the query 'q'"),
         (SCORED, ("q", "p", "high"), "row 1, column 'judged': expected a number, got str 'high'; mend or remove the row"),
         (SCORED, ("q", "p", float("nan")), "row 1, column 'judged': expected a number, got float nan"),
@@ -654,14 +655,15 @@ def test_skip_goes_on_writes_the_rejected_while_going_and_says_how_many(tmp_path
     assert rejected.read_text() == ""  # an earlier run's are gone
 
 
-def test_skip_stops_as_soon_as_the_share_is_too_large_but_not_before_a_hundred_rows(tmp_path):
-    found = accepted(candidates(1, 2, 3), on_error="skip", rejected=tmp_path / "rejected.jsonl")
+def test_skip_counts_bad_rows_over_the_whole_file_and_stops_early_where_half_are_bad(tmp_path):
+    assert len(list(accepted(candidates(*range(1, 11)), on_error="skip", max_error_share=0.01))) == 990  # all of them at the beginning
+    with pytest.raises(InputError, match=r"^11 of 1000 rows rejected, listed in .*rejected\.jsonl; the first: row 1: bad\. More than "
+                                         r"data\.max_error_share=0\.01 are not skipped; mend the rows or raise it$"):  # fmt: skip
+        list(accepted(candidates(*range(1, 12)), on_error="skip", rejected=tmp_path / "rejected.jsonl"))
     before = []
-    with pytest.raises(InputError, match=r"^3 of 100 rows rejected, listed in .*rejected\.jsonl; the first: row 1: bad\. More than data\.max_error_share=0\.01 "
-                                         r"are not skipped; mend the rows or raise it$"):  # fmt: skip
-        before.extend(found)
-    assert len(before) == 96  # the hundredth is good, and not given
-    assert len(list(accepted(candidates(1, 2, 3), on_error="skip", max_error_share=0.03))) == 997
+    with pytest.raises(InputError, match=r"^58 of 115 rows rejected; .* More than data\.max_error_share=0\.01 are not skipped"):
+        before.extend(accepted(candidates(*range(58, 1000)), on_error="skip"))
+    assert len(before) == 57  # the rest was not read
     assert len(list(accepted(candidates(*range(1, 1001)), on_error="skip", max_error_share=1))) == 0
 
 
@@ -781,3 +783,73 @@ def test_any_bytes_give_rows_or_an_input_error(kind, content, tmp_path):
     (tmp_path / f"a{kind}").write_bytes(content)
     _, error = until_error(rows(tmp_path / f"a{kind}"))
     assert error is None or str(tmp_path / f"a{kind}") in str(error)
+
+
+# --- as people have them ---
+
+
+def test_files_named_after_another_split_anywhere_in_the_name_are_left_out(tmp_path, caplog):
+    for name in ("my_train.jsonl", "squad-dev.jsonl", "nq_test.v2.jsonl", "contest.jsonl"):
+        write(tmp_path / name, [{"query": name, "positive": "p"}])
+    assert [row["query"] for row in values(tmp_path)] == ["contest.jsonl", "my_train.jsonl"]
+    assert "nq_test.v2.jsonl, squad-dev.jsonl left out; 'train' is the split to read" in caplog.text
+
+
+def test_a_file_and_its_gzipped_twin_are_refused(tmp_path):
+    for name in ("train.jsonl", "train.jsonl.gz"):
+        write(tmp_path / name, TABLE)
+    with pytest.raises(InputError, match=r"holds both train\.jsonl and train\.jsonl\.gz, which would be read as two; remove one"):
+        values(tmp_path)
+
+
+def test_csv_may_be_separated_by_semicolons(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfquery;positive\r\n1,5 km;"a; ""b"""\r\nx;y;z\r\n')
+    (_, first), (_, second) = rows(tmp_path / "a.csv")
+    assert first == {"query": "1,5 km", "positive": 'a; "b"'}
+    assert "3 fields where the header names 2 columns: 'x;y;z'; quote texts that hold a semicolon or a line end" in str(second)
+
+
+def test_quoted_fields_of_a_tsv_are_text_and_told_once(tmp_path, caplog):
+    (tmp_path / "a.tsv").write_bytes(b'query\tpositive\nq\t"He said ""hi"" twice"\nr\t"and ""again"""\ns\t"quoted"\n')
+    assert [row["positive"] for row in values(tmp_path / "a.tsv")] == ['"He said ""hi"" twice"', '"and ""again"""', '"quoted"']
+    (message,) = caplog.messages
+    assert "line 2: '\"He said \"\"hi\"\" twice\"' looks quoted, and TSV has no quoting: the quotes are read as text" in message
+
+
+def test_a_json_array_is_told_what_json_lines_are(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(TABLE, indent=1))
+    with pytest.raises(InputError, match=r"line 1: not JSON .*write one object a line, without brackets around them"):
+        accepted_all(tmp_path / "a.jsonl")
+
+
+def accepted_all(file: Path, num_hard_negatives: int = 0, **stated: str) -> list[Example]:
+    names, found = with_names(rows(file))
+    columns = guess_columns(names, stated)
+    found = without_late_columns(found, names, columns, stated, num_hard_negatives)
+    return list(accepted(examples(found, columns, num_hard_negatives=num_hard_negatives)))
+
+
+@pytest.mark.parametrize("name", ["label", "labels", "gold_label", "relevance", "is_relevant"])
+def test_judgements_are_known_by_their_usual_names(name, tmp_path):
+    file = write(tmp_path / "a.csv", [{"query": f"q{n}", "document": f"d{n}", name: str(n % 2)} for n in range(6)])
+    assert [example.query for example in accepted_all(file)] == ["q1", "q3", "q5"]
+
+
+def test_columns_that_are_not_used_are_told():
+    names = ["query", "document", "judgement", "url"]
+    assert describe(guess_columns(names, {}), 0, names).endswith("no hard negatives; not used: judgement, url")
+
+
+@pytest.mark.parametrize(("late", "num_hard_negatives", "role"), [({"label": 0}, 0, "label"), ({"score": 0.1}, 0, "score"), ({"negative": "n"}, 1, "negative"),
+                                                                   ({"negative": "n"}, 0, None), ({"url": "u"}, 0, None)])  # fmt: skip
+def test_a_column_that_comes_late_and_says_something_is_an_error(late, num_hard_negatives, role, tmp_path):
+    table = [{"query": f"q{n}", "positive": f"p{n}"} | ({"negative_2": "m"} if num_hard_negatives else {}) for n in range(150)]
+    file = write(tmp_path / "a.jsonl", [*table, {**table[0], "query": "late", **late}])
+    if role is None:
+        assert len(accepted_all(file, num_hard_negatives)) == 151
+        return
+    (column,) = late
+    with pytest.raises(InputError, match=rf"line 151: the column '{column}', which is in none of the first rows, would be taken for a {role}; write it"):
+        accepted_all(file, num_hard_negatives)
+    if not num_hard_negatives:
+        assert len(accepted_all(file, **{role: ""})) == 151

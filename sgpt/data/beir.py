@@ -7,8 +7,11 @@ from pathlib import Path
 
 from sgpt.data.example import Example, checked_example
 from sgpt.data.jsonl import read_rows
+from sgpt.data.rows import attempt, rows
 from sgpt.errors import InputError
 from sgpt.metrics import Qrels
+
+Bad = list[tuple[str, InputError]]  # what cannot be used, and where it stands
 
 
 @dataclass(frozen=True)
@@ -66,46 +69,63 @@ def read_corpus(folder: Path) -> dict[str, str]:
     return {identifier: _document(row) for identifier, row in _by_id(_table(folder, "corpus")).items()}
 
 
-def read_qrels(folder: Path, split: str) -> dict[str, dict[str, int]]:
+def read_qrels(folder: Path, split: str, bad: Bad | None = None) -> dict[str, dict[str, int]]:
+    """query id -> document id -> relevance. bad: see `_refuse`."""
     file = folder / "qrels" / f"{split}.tsv"
     if not file.is_file():
         there = ", ".join(sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))) or "none"
         raise InputError(f"{file}: no such file; {folder} has the splits: {there}")
     qrels: dict[str, dict[str, int]] = {}
-    for where, (query, document, score) in _tsv(file, 3, lambda fields: not fields[2].lstrip("-").isdigit()):
+    for where, fields in _tsv(file, lambda fields: len(fields) == 3 and not _is_number(fields[2])):
+        if len(fields) != 3:
+            _refuse(bad, where, f"{len(fields)} tab-separated fields, 3 are needed (query-id, corpus-id, score): {' '.join(fields)[:80]!r}")
+            continue
+        query, document, score = fields
         try:
             relevance = int(score)
         except ValueError:
-            raise InputError(f"{where}: relevance {score!r} is no whole number") from None
+            _refuse(bad, where, f"relevance {score!r} is no whole number")
+            continue
         if (before := qrels.setdefault(query, {}).setdefault(document, relevance)) != relevance:
-            raise InputError(f"{where}: document {document!r} of query {query!r} was judged {before} before and is {relevance} here; keep one line")
+            _refuse(bad, where, f"document {document!r} of query {query!r} was judged {before} before and is {relevance} here; keep one line")
     if not qrels:
         raise InputError(f"{file}: no judgements; the file is empty")
     return qrels
 
 
-def read_examples(folder: Path, split: str, triples: str | None, num_hard_negatives: int) -> Iterator[Example]:
-    """Training examples: a line of `triples` (query-id, positive-id, negative-id …) each, else a query of the qrels with all its positives."""
-    corpus = read_corpus(folder)
-    queries = {identifier: row["text"] for identifier, row in _by_id(_table(folder, "queries")).items()}
+def read_examples(folder: Path, split: str, triples: str | None, num_hard_negatives: int) -> Iterator[tuple[str, Example | InputError]]:
+    """(place, example or what is wrong there): a line of `triples` (query-id, positive-id, negative-id …) each, else a query of the
+
+    qrels with all its positives. Rows of the corpus and the queries that cannot be used come first.
+    """
+    bad: Bad = []
+    corpus = {identifier: _document(row) for identifier, row in _by_id(_table(folder, "corpus"), bad).items()}
+    queries = {identifier: row["text"] for identifier, row in _by_id(_table(folder, "queries"), bad).items()}
     if triples:
-        rows = _tsv(folder / triples, 2 + num_hard_negatives, lambda fields: fields[0] not in queries)
+        lines = _tsv(folder / triples, lambda fields: not (fields[0] in queries or {*fields[1:]} & corpus.keys()))
     elif num_hard_negatives:
         raise InputError(f"{folder}: qrels name no hard negatives; set data.num_hard_negatives=0 or data.triples=<file>")
     else:
-        judged = ((query, [document for document, score in documents.items() if score > 0]) for query, documents in read_qrels(folder, split).items())
-        rows = ((f"{folder}/qrels/{split}.tsv, query {query}", [query, *positives]) for query, positives in judged if positives)
-    for where, (query, *documents) in rows:
-        if query not in queries:
-            raise InputError(f"{where}: query id {query!r} is not in {folder}/queries.jsonl")
-        for document in documents:
-            if document not in corpus:
-                raise InputError(f"{where}: document id {document!r} is not in {folder}/corpus.jsonl")
-        texts = [corpus[document] for document in documents]
-        if triples:
-            yield checked_example(queries[query], texts[0], texts[1:], where)
-        else:
-            yield checked_example(queries[query], texts[0], (), where, texts[1:])
+        judged = ((query, [document for document, score in documents.items() if score > 0]) for query, documents in read_qrels(folder, split, bad).items())
+        lines = ((f"{folder}/qrels/{split}.tsv, query {query}", [query, *positives]) for query, positives in judged if positives)
+    yield from bad
+    for where, ids in lines:
+        yield where, attempt(_example, folder, queries, corpus, ids, num_hard_negatives if triples else None, where)
+
+
+def _example(folder: Path, queries: dict[str, str], corpus: dict[str, str], ids: list[str], num_hard_negatives: int | None, where: str) -> Example:
+    """Of a line of triples, or of a query and all its positives where num_hard_negatives is None."""
+    query, *documents = ids
+    if len(documents) < 1 + (num_hard_negatives or 0):
+        raise InputError(f"{where}: {len(ids)} tab-separated fields, {2 + (num_hard_negatives or 0)} are needed: {' '.join(ids)[:80]!r}")
+    if query not in queries:
+        raise InputError(f"{where}: query id {query!r} is not in {folder}/queries.jsonl")
+    if odd := next((document for document in documents if document not in corpus), None):
+        raise InputError(f"{where}: document id {odd!r} is not in {folder}/corpus.jsonl")
+    positive, *others = (corpus[document] for document in documents)
+    if num_hard_negatives is None:
+        return checked_example(queries[query], positive, (), where, others)
+    return checked_example(queries[query], positive, others if num_hard_negatives else (), where)
 
 
 def read_pairs(file: Path, split: str) -> list[PairSet]:
@@ -147,33 +167,48 @@ def _table(folder: Path, name: str) -> Path:
     return next((file for file in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if file.is_file()), folder / f"{name}.jsonl")
 
 
-def _by_id(file: Path) -> dict[str, dict]:
-    rows: dict[str, dict] = {}
-    for where, row in read_rows(file):
-        identifier, text = row.get("_id"), row.get("text")
-        if not isinstance(identifier, str) or not isinstance(text, str):
-            raise InputError(f"{where}: needs text columns _id and text; it has {', '.join(f'{k}: {type(v).__name__}' for k, v in row.items())}")
-        if identifier in rows:
-            raise InputError(f"{where}: id {identifier!r} was used before; ids must be unique")
-        rows[identifier] = row
-    if not rows:
-        raise InputError(f"{file}: no rows; the file is empty")
-    return rows
+def _by_id(file: Path, bad: Bad | None = None) -> dict[str, dict]:
+    found: dict[str, dict] = {}
+    for where, row in rows(file):
+        if isinstance(row, InputError):
+            _refuse(bad, where, row)
+        elif odd := next((key for key in ("_id", "text") if not isinstance(row.get(key, ""), str)), None):
+            _refuse(bad, where, f"{odd} is {row[odd]!r:.80}, which is no text; write it in quotes")
+        elif not row.keys() >= {"_id", "text"}:
+            _refuse(bad, where, f"needs the columns _id and text; it has {', '.join(row)}")
+        elif row["_id"] in found:
+            _refuse(bad, where, f"id {row['_id']!r} was used before; ids must be unique")
+        else:
+            found[row["_id"]] = row
+    return found
 
 
-def _tsv(file: Path, columns: int, is_header: Callable[[list[str]], bool]) -> Iterator[tuple[str, list[str]]]:
+def _refuse(bad: Bad | None, where: str, problem: str | InputError) -> None:
+    """Raised, or put on the list of what the caller counts and goes on without."""
+    error = problem if isinstance(problem, InputError) else InputError(f"{where}: {problem}")
+    if bad is None:
+        raise error
+    bad.append((where, error))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _tsv(file: Path, is_header: Callable[[list[str]], bool]) -> Iterator[tuple[str, list[str]]]:
     """("file, line n", fields); the first line is left out when it is a header."""
     if not file.is_file():
         raise InputError(f"{file}: no such file; check the path")
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}); it should be UTF-8 text") from error
     for number, line in enumerate(lines, 1):
-        fields = line.split("\t")
+        fields = line.removesuffix("\r").split("\t")
         if not line and number == len(lines):
             continue  # behind the last line's end
-        if len(fields) < columns:
-            raise InputError(f"{file}, line {number}: {len(fields)} tab-separated fields, {columns} are needed: {line.strip()[:80]!r}")
         if number > 1 or not is_header(fields):
-            yield f"{file}, line {number}", fields[:columns]
+            yield f"{file}, line {number}", fields

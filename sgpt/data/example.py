@@ -28,10 +28,14 @@ def checked_text(value: object, where: str) -> str:
     return value
 
 
-def checked_example(query: object, positive: object, hard_negatives: Iterable[object], where: str, other_positives: Iterable[object] = ()) -> Example:
+def checked_example(
+    query: object, positive: object, hard_negatives: Iterable[object], where: str, other_positives: Iterable[object] = (),
+    query_column: str = "query", positive_column: str = "positive",
+) -> Example:  # fmt: skip
+    """Columns as messages name them, the source's own."""
     made = Example(
-        checked_text(query, f"{where}, query"),
-        checked_text(positive, f"{where}, positive"),
+        checked_text(query, f"{where}, {_role('query', query_column)}"),
+        checked_text(positive, f"{where}, {_role('positive', positive_column)}"),
         tuple(checked_text(text, f"{where}, hard negative {i + 1}") for i, text in enumerate(hard_negatives)),
         tuple(checked_text(text, f"{where}, positive {i + 2}") for i, text in enumerate(other_positives)),
     )
@@ -41,3 +45,7 @@ def checked_example(query: object, positive: object, hard_negatives: Iterable[ob
     if twice := {made.positive, *made.other_positives} & {*made.hard_negatives}:
         raise InputError(f"{where}: a hard negative equals the positive {twice.pop()!r:.80}; remove one of them")
     return made
+
+
+def _role(role: str, column: str) -> str:
+    return role if column == role else f"{role} (column {column!r})"

@@ -15,7 +15,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict]]:
     if not file.is_file():
         raise InputError(f"{file}: no such file; check the path")
     try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        with gzip.open(file, "rt", encoding="utf-8-sig") if file.suffix == ".gz" else file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield (where := f"{file}, line {number}"), _parsed(line, where)

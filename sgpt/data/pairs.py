@@ -17,19 +17,21 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
+from sgpt.data.beir import RetrievalSet
 from sgpt.data.example import Example, checked_example, checked_text
-from sgpt.data.rows import Rows, attempt
+from sgpt.data.rows import Rows, attempt, of_split, rows
 from sgpt.errors import InputError
+from sgpt.metrics import Qrels
 
 log = logging.getLogger(__name__)
-Candidates = Iterator[tuple[str, Example | InputError | None]]
+Candidates = Iterator[tuple[str, "Example | InputError | OfRows | None"]]
 Judge = Callable[[object, str], bool | None]
 
 NAMES = {  # the first that is there is taken
     "query": ("query", "anchor", "question", "sentence1", "text1", "question1", "premise"),
     "positive": ("positive", "pos", "document", "answer", "passage", "response", "sentence2", "text2", "question2", "hypothesis"),
-    "label": ("label", "is_duplicate", "duplicate"),
-    "score": ("score", "similarity"),
+    "label": ("label", "labels", "gold_label", "is_duplicate", "duplicate", "is_relevant", "relevance"),
+    "score": ("score", "similarity", "similarity_score", "relevance_score"),
 }
 NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?s?(?:_?([0-9]{1,6}))?")
 ROLES = ("query", "positive", "negative", "label", "score")
@@ -38,7 +40,7 @@ LABELS = {  # True: positive; False: hard negative; None: neither
     "0": False, "0.0": False, "false": False, "contradiction": False, "not_duplicate": False, "not_equivalent": False,
     "neutral": None, "not_entailment": None, "-": None,
 }  # fmt: skip
-ROWS_BEFORE_SHARE = 100  # of fewer rows a share says little
+ROWS_BEFORE_SHARE, HOPELESS = 100, 0.5  # of fewer rows a share says little; with more of them bad the rest need not be read
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,29 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
 
 
-def describe(columns: Columns, num_hard_negatives: int) -> str:
+def without_late_columns(rows: Rows, names: Sequence[str], columns: Columns, stated: Mapping[str, str | None], num_hard_negatives: int) -> Rows:
+    """A column that is in none of the first rows and would have been guessed as label, score or negatives is an error of its row:
+
+    what it says would be lost. What is stated is not guessed, "" for none too.
+    """
+    judged = columns.label or columns.score
+    wanted = {"label": not judged and not columns.negatives, "score": not judged and not columns.negatives, "negative": num_hard_negatives and not judged}
+    roles, known = [role for role, guessed in wanted.items() if guessed and stated.get(role) is None], {*names}
+    for where, row in rows:
+        late = [name for name in row if name not in known] if isinstance(row, dict) else []
+        found = next(((role, name) for role in roles for name in late if _means(name, role)), None)
+        if found:
+            remedy = f"write it into the first row too, or set data.columns.{found[0]}='' to go on without"
+            yield where, InputError(f"{where}: the column {found[1]!r}, which is in none of the first rows, would be taken for a {found[0]}; {remedy}")
+        else:
+            yield where, row
+
+
+def _means(name: str, role: str) -> bool:
+    return bool(_negatives([name])) if role == "negative" else name.lower() in NAMES[role]
+
+
+def describe(columns: Columns, num_hard_negatives: int, names: Sequence[str] = ()) -> str:
     """One line for the log."""
     negatives = f"hard negatives from {', '.join(map(repr, columns.negatives))}" if columns.negatives else "no hard negatives"
     if columns.label:
@@ -131,12 +155,22 @@ def describe(columns: Columns, num_hard_negatives: int) -> str:
             f"pairs judged by {columns.score!r}: data.positive_score and more make a positive; less than data.negative_score a hard negative "
             "of the same query; others are left out"
         )
-    unused = bool(columns.negatives or columns.label or columns.score) and not num_hard_negatives
-    hint = "; data.num_hard_negatives=0 uses no hard negatives, 1 one for each query" if unused else ""
-    return f"query from {columns.query!r}, positive from {columns.positive!r}; {negatives}{hint}"
+    idle = bool(columns.negatives or columns.label or columns.score) and not num_hard_negatives
+    hint = "; data.num_hard_negatives=0 uses no hard negatives, 1 one for each query" if idle else ""
+    used = {columns.query, columns.positive, *columns.negatives, columns.label, columns.score}
+    unused = [name for name in names if name not in used]
+    rest = f"; not used: {_listed(unused)}" if unused else ""
+    return f"query from {columns.query!r}, positive from {columns.positive!r}; {negatives}{hint}{rest}"
 
 
 # --- examples ---
+
+
+@dataclass(frozen=True)
+class OfRows:
+    """What several rows made together, each of which was a candidate before."""
+
+    example: Example
 
 
 def examples(rows: Rows, columns: Columns, *, num_hard_negatives: int, positive_score: float | None = None, negative_score: float | None = None) -> Candidates:
@@ -164,11 +198,11 @@ def examples(rows: Rows, columns: Columns, *, num_hard_negatives: int, positive_
 def _example(row: dict, columns: Columns, num_hard_negatives: int, where: str) -> Example:
     query, positives = _cell(row, columns.query, "query", where), _cell(row, columns.positive, "positive", where)
     if positives == []:
-        raise InputError(f"{where}, positive: the list in column {columns.positive!r} is empty; remove the row or give it a text")
+        raise InputError(f"{where}, column {columns.positive!r}: the list of positives is empty; remove the row or give it a text")
     negatives = _row_negatives(row, columns.negatives) if num_hard_negatives else []
     _check_enough(len(negatives), num_hard_negatives, " or ".join(map(repr, columns.negatives)), where)
     positive, *others = positives if isinstance(positives, list) else [positives]
-    return checked_example(query, positive, negatives, where, others)
+    return checked_example(query, positive, negatives, where, others, columns.query, columns.positive)
 
 
 def _cell(row: dict, column: str, role: str, where: str) -> object:
@@ -252,7 +286,10 @@ class _Group:
 
 
 def _grouped(rows: Rows, columns: Columns, judged_by: str, judge: Judge, num_hard_negatives: int) -> Candidates:
-    """Pairs that are neither, and queries without a positive, are left out and counted: in judged data they are no mistake."""
+    """Pairs that are neither, and queries without a positive, are left out and counted: in judged data they are no mistake, nor are
+
+    queries without a hard negative.
+    """
     groups: dict[str, _Group] = {}
     pairs = neither = 0
     for where, row in rows:
@@ -261,15 +298,17 @@ def _grouped(rows: Rows, columns: Columns, judged_by: str, judge: Judge, num_har
         pairs += not isinstance(added, InputError)
         neither += added is None
         yield where, added if isinstance(added, InputError) else None
-    without = 0
+    without = short = 0
     for query, group in groups.items():
         positives, negatives = ([text for text, positive in group.documents.items() if positive is wanted] for wanted in (True, False))
         if positives:
-            yield group.where, attempt(_group_example, query, positives, negatives, num_hard_negatives, group.where)
+            yield group.where, OfRows(checked_example(query, positives[0], negatives if num_hard_negatives else (), group.where, positives[1:]))
+            short += len(negatives) < num_hard_negatives
         without += not positives
+    few = f"; {short} have fewer than {num_hard_negatives} hard negatives, and positives of other queries stand in" if short else ""
     log.info(
         f"{pairs} pairs judged by {judged_by!r}: {neither} left out as neither positive nor hard negative; "
-        f"{without} of {len(groups)} queries left out for want of a positive"
+        f"{without} of {len(groups)} queries left out for want of a positive{few}"
     )
 
 
@@ -277,8 +316,9 @@ def _judged(row: dict, columns: Columns, judged_by: str, judge: Judge, where: st
     query, document = _cell(row, columns.query, "query", where), _cell(row, columns.positive, "positive", where)
     meaning = judge(_cell(row, judged_by, "score" if columns.score else "label", where), where)
     if meaning:
-        checked_example(query, document, (), where)
-    return checked_text(query, f"{where}, query"), checked_text(document, f"{where}, {columns.positive}"), meaning
+        checked_example(query, document, (), where, (), columns.query, columns.positive)
+    asked = checked_text(query, f"{where}, query (column {columns.query!r})")
+    return asked, checked_text(document, f"{where}, document (column {columns.positive!r})"), meaning
 
 
 def _add(groups: dict[str, _Group], query: str, document: str, meaning: bool | None, where: str) -> bool | None:
@@ -291,13 +331,23 @@ def _add(groups: dict[str, _Group], query: str, document: str, meaning: bool | N
     return True
 
 
-def _group_example(query: str, positives: list[str], negatives: list[str], num_hard_negatives: int, where: str) -> Example:
-    if len(negatives) < num_hard_negatives:
-        raise InputError(
-            f"{where}: {len(negatives)} pairs make a hard negative of the query {query!r:.80} that begins here, data.num_hard_negatives asks for "
-            f"{num_hard_negatives}; lower it or remove the query"
-        )
-    return checked_example(query, positives[0], negatives if num_hard_negatives else (), where, positives[1:])
+def retrieval_set(path: Path, split: str, stated: Mapping[str, str | None]) -> RetrievalSet:
+    """Pairs as queries to search with: the different positives are the corpus, those of a query are relevant to it; ids are numbers."""
+    names, found = with_names(rows(path, split))
+    columns = guess_columns(names, stated, str(path))
+    log.info("%s: %s", path, describe(columns, 0, names))
+    if columns.score:
+        raise InputError(f"{path}: column {columns.score!r} scores the pairs, and which are positives is not said; keep those, and set data.columns.score=''")
+    found = without_late_columns(of_split(found, split, str(path)), names, columns, stated, 0)
+    queries: dict[str, str] = {}
+    documents: dict[str, str] = {}
+    qrels: Qrels = {}
+    for example in accepted(examples(found, columns, num_hard_negatives=0)):
+        asked = queries.setdefault(example.query, str(len(queries)))
+        for text in (example.positive, *example.other_positives):
+            qrels.setdefault(asked, {})[documents.setdefault(text, str(len(documents)))] = 1
+    corpus, texts = ({number: text for text, number in table.items()} for table in (documents, queries))
+    return RetrievalSet(path.name, corpus, texts, qrels)
 
 
 # --- what becomes of bad rows ---
@@ -306,7 +356,7 @@ def _group_example(query: str, positives: list[str], negatives: list[str], num_h
 def accepted(candidates: Candidates, *, on_error: str = "stop", rejected: Path | None = None, max_error_share: float = 0.01) -> Iterator[Example]:
     """The examples. on_error "stop" raises the first error. "skip" writes each to `rejected` as {"where", "reason"} and goes on,
 
-    until more than max_error_share of the candidates seen (after the first hundred, and at the end) are errors: InputError.
+    InputError when at the end more than max_error_share of the rows were errors; and as soon as, of a hundred or more, half are.
     """
     if on_error not in ("stop", "skip"):
         raise InputError(f"data.on_error={on_error!r} is unknown; choose stop or skip")
@@ -320,7 +370,11 @@ def _stopping(candidates: Candidates) -> Iterator[Example]:
         if isinstance(candidate, InputError):
             raise candidate
         if candidate is not None:
-            yield candidate
+            yield _example_of(candidate)
+
+
+def _example_of(candidate: Example | OfRows) -> Example:
+    return candidate.example if isinstance(candidate, OfRows) else candidate
 
 
 def _skipping(candidates: Candidates, rejected: Path | None, max_error_share: float) -> Iterator[Example]:
@@ -328,16 +382,15 @@ def _skipping(candidates: Candidates, rejected: Path | None, max_error_share: fl
     with _opened(rejected) as out:
         try:
             for where, candidate in candidates:
-                tally.seen += 1
+                tally.seen += not isinstance(candidate, OfRows)
                 if isinstance(candidate, InputError):
                     tally.count(candidate)
                     if out:  # whole after a kill, too
                         out.write(json.dumps({"where": where, "reason": str(candidate)}, ensure_ascii=False) + "\n")
                         out.flush()
-                if tally.seen >= ROWS_BEFORE_SHARE:
-                    tally.check()
-                if isinstance(candidate, Example):
-                    yield candidate
+                    tally.check_hopeless()
+                elif candidate is not None:
+                    yield _example_of(candidate)
             tally.check()
         finally:  # also when the reader needs no more
             if tally.bad:
@@ -367,6 +420,10 @@ class _Tally:
     def summary(self) -> str:
         return f"{self.bad} of {self.seen} rows rejected{f', listed in {self.rejected}' if self.rejected else ''}; the first: {self.first}"
 
-    def check(self) -> None:
-        if self.bad > self.max_error_share * self.seen:
+    def check(self, most: float | None = None) -> None:
+        if self.bad > (self.max_error_share if most is None else most) * self.seen:
             raise InputError(f"{self.summary()}. More than data.max_error_share={self.max_error_share} are not skipped; mend the rows or raise it")
+
+    def check_hopeless(self) -> None:
+        if self.seen >= ROWS_BEFORE_SHARE:
+            self.check(max(self.max_error_share, HOPELESS))

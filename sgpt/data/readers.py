@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
@@ -10,7 +11,7 @@ from pathlib import Path
 from sgpt.data import beir, msmarco, nli, pairs, pydocs
 from sgpt.data.example import Example
 from sgpt.data.pairs import ROLES
-from sgpt.data.rows import of_split, rows
+from sgpt.data.rows import of_split, of_the_hub, rows
 from sgpt.data.sampling import Feed, Source
 from sgpt.data.store import Examples, Tokens, Writer, key_of, stored
 from sgpt.errors import InputError
@@ -24,13 +25,13 @@ class SourceConfig:
     """One source of training data.
 
     name: row of READERS. path: file or folder, or hub id. split: of a BEIR folder, a data set, or a file that has a column
-    `split`; subset: of a hub data set.
-    triples: of a BEIR folder, a TSV of query-id, positive-id, negative-id …. columns: the file's names for query, positive,
+    `split`; subset, streaming: of a hub data set.
+    triples: of a BEIR folder, a TSV in it of query-id, positive-id, negative-id …. columns: the file's names for query, positive,
     negative, label or score; null guesses by the usual names and logs the guess. positive_score, negative_score: a scored
     pair from the one on is a positive, below the other a hard negative. num_hard_negatives: H, for every example.
     limit: use only so many examples. on_error: stop at a bad row, or skip it and list it; max_error_share: of skipped rows.
     systems, negatives_per_system, score_margin, use_all_queries: of msmarco, see sgpt/data/msmarco.py. seed: of what nli and
-    msmarco draw. weight: share of the batches beside other sources; null goes by size. query_max_tokens,
+    msmarco draw. weight: share of the batches, of all sources or of none, which then go by size. query_max_tokens,
     document_max_tokens, markers: null takes the run's. symmetric: documents are put in the queries' markers.
     """
 
@@ -38,6 +39,7 @@ class SourceConfig:
     path: str = ""
     split: str = "train"
     subset: str | None = None
+    streaming: bool = False
     triples: str | None = None
     columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(ROLES))
     positive_score: float | None = None
@@ -65,15 +67,21 @@ class SourceConfig:
             raise InputError(f"data.columns has the unknown key {sorted(odd)[0]!r}; it maps {', '.join(ROLES)}")
         if self.num_hard_negatives < 0:
             raise InputError(f"data.num_hard_negatives={self.num_hard_negatives} must be 0 or more")
+        if self.num_hard_negatives > 1 and self.name == "nli":
+            raise InputError(f"data.num_hard_negatives={self.num_hard_negatives}: data=nli has one hard negative for each example; set it to 1 or 0")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"data.limit={self.limit} must be 1 or more; null takes every example")
         if self.weight is not None and not self.weight > 0:
             raise InputError(f"data.weight={self.weight} must be positive; leave a source out to give it nothing")
         if self.on_error not in ("stop", "skip"):
             raise InputError(f"data.on_error={self.on_error!r} is unknown; choose stop or skip")
+        if self.on_error == "skip" and self.name not in SKIPPING:
+            raise InputError(f"data.on_error=skip: data={self.name} reads files of a fixed form and skips nothing; {', '.join(SKIPPING)} do")
 
 
 @dataclass
 class DataConfig(SourceConfig):
-    """Training data: one source, or several in `sources`, which then take the place of the fields above.
+    """Training data: one source, or several in `sources`, each with the fields above; here they are then left as they are.
 
     temperature: without weights a source's share is size ** (1 / temperature); 1 sees every example equally often.
     mixed: a batch takes examples of all sources; else each batch is of one, so that in-batch negatives are of its kind.
@@ -101,6 +109,18 @@ class DataConfig(SourceConfig):
         if self.batches == "hard" and self.mixed:
             raise InputError("data.batches=hard groups the queries of one source, and data.mixed=true puts all sources into each batch; choose one of them")
 
+        if self.sources:
+            self._check_sources()
+
+    def _check_sources(self) -> None:
+        """What is set beside them would be read by nobody, and weights of some would be compared with sizes of others."""
+        plain = SourceConfig()
+        if beside := [f"data.{chosen.name}" for chosen in fields(SourceConfig) if getattr(self, chosen.name) != getattr(plain, chosen.name)]:
+            raise InputError(f"{', '.join(beside)}: set beside data.sources, where nothing reads it; set it in each of the sources (data=file sets none)")
+        without = [source.path for source in self.sources if source.weight is None]
+        if 0 < len(without) < len(self.sources):
+            raise InputError(f"data.sources: {', '.join(without)} has no weight and others have; give each one a weight, or none")
+
     def each(self) -> list[SourceConfig]:
         return self.sources or [SourceConfig(**{chosen.name: getattr(self, chosen.name) for chosen in fields(SourceConfig)})]
 
@@ -120,7 +140,10 @@ def build_feed(config: DataConfig, tokenizer, markers: MarkersConfig, *, queries
         tokens = Tokens(examples, tokenizer, max(frame.content_tokens for frame in framed.values()))
         weight = source.weight or len(examples) ** (1 / config.temperature)
         sources.append(Source(source.path, examples, tokens, framed, source.num_hard_negatives, weight, source.symmetric))
-    return Feed(sources, queries_per_process, processes, seed, config.mixed)
+    feed = Feed(sources, queries_per_process, processes, seed, config.mixed)
+    if len(sources) > 1:
+        log.info("%s by source: %s", "queries" if config.mixed else "batches", ", ".join(f"{source.name} {feed.share(source):.1%}" for source in sources))
+    return feed
 
 
 def read_examples(config: SourceConfig, cache: Path) -> Examples:
@@ -140,15 +163,34 @@ def read_examples(config: SourceConfig, cache: Path) -> Examples:
 
 
 def files_fingerprint(config: SourceConfig) -> str:
-    """Of the bytes of a file, or of every file below a folder; of the name alone for a hub id."""
+    """Of the bytes of a file, or of every file below a folder, linked folders too; of its revision for a hub id."""
     path = Path(config.path)
+    if of_the_hub(path):
+        return revision(config.path)
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+    below = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+    for file in below if path.is_dir() else [path]:
         if file.is_file():
-            digest.update(str(file.relative_to(path)).encode())
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "blake2b").digest())
+            digest.update(os.fsencode(file.relative_to(path)))
+            digest.update(_digest(file))
     return digest.hexdigest()
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "blake2b").digest()
+
+
+def revision(hub_id: str) -> str:
+    """The commit that the hub has of a data set now; nothing, and a warning, when it cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(hub_id, timeout=10).sha
+    except Exception as error:  # whatever its parts raise: of the network, of the hub, of being told to stay offline
+        told = "data.path=%s: the hub cannot be asked whether it has changed (%s); what was last read without asking it is taken"
+        log.warning(told, hub_id, type(error).__name__)
+        return ""
 
 
 @dataclass(frozen=True)
@@ -166,13 +208,18 @@ def _written(examples: Iterable[Example], config: SourceConfig, writer: Writer) 
 
 def _fill_rows(config: SourceConfig, writer: Writer, rejected: Path) -> None:
     """Files, folders and data sets of rows."""
-    names, found = pairs.with_names(rows(Path(config.path), config.split, subset=config.subset))
+    names, found = pairs.with_names(rows(Path(config.path), config.split, subset=config.subset, streaming=config.streaming))
     columns = pairs.guess_columns(names, config.columns, config.path)
-    log.info("%s: %s", config.path, pairs.describe(columns, config.num_hard_negatives))
+    log.info("%s: %s", config.path, pairs.describe(columns, config.num_hard_negatives, names))
+    found = pairs.without_late_columns(of_split(found, config.split, config.path), names, columns, config.columns, config.num_hard_negatives)
     candidates = pairs.examples(
-        of_split(found, config.split, config.path), columns, num_hard_negatives=config.num_hard_negatives,
+        found, columns, num_hard_negatives=config.num_hard_negatives,
         positive_score=config.positive_score, negative_score=config.negative_score,
     )  # fmt: skip
+    _written_accepted(candidates, config, writer, rejected)
+
+
+def _written_accepted(candidates: pairs.Candidates, config: SourceConfig, writer: Writer, rejected: Path) -> None:
     _written(pairs.accepted(candidates, on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share), config, writer)
 
 
@@ -181,7 +228,7 @@ def _fill_pydocs(config: SourceConfig, writer: Writer, rejected: Path) -> None:
 
 
 def _fill_beir(config: SourceConfig, writer: Writer, rejected: Path) -> None:
-    _written(beir.read_examples(Path(config.path), config.split, config.triples, config.num_hard_negatives), config, writer)
+    _written_accepted(beir.read_examples(Path(config.path), config.split, config.triples, config.num_hard_negatives), config, writer, rejected)
 
 
 def _fill_nli(config: SourceConfig, writer: Writer, rejected: Path) -> None:
@@ -199,14 +246,21 @@ def _pydocs_fingerprint(config: SourceConfig) -> str:
     return hashlib.blake2b((pydocs.build(Path(config.path)) / "train.jsonl").read_bytes()).hexdigest()
 
 
+def _beir_fingerprint(config: SourceConfig) -> str:
+    """The triples may lie anywhere."""
+    triples = Path(config.path, config.triples or "")
+    return files_fingerprint(config) + (_digest(triples).hex() if triples.is_file() else "")
+
+
 OF_THE_FEED = ("weight", "markers", "query_max_tokens", "document_max_tokens", "symmetric")  # say nothing of what is read
 READERS: dict[str, Reader] = {
     "file": Reader(_fill_rows),
-    "beir": Reader(_fill_beir),
+    "beir": Reader(_fill_beir, _beir_fingerprint),
     "nli": Reader(_fill_nli),
     "msmarco": Reader(_fill_msmarco),
     "pydocs": Reader(_fill_pydocs, _pydocs_fingerprint),
 }
+SKIPPING = ("file", "beir", "pydocs")  # know data.on_error=skip
 
 
 def default_corpus() -> Path:

@@ -28,6 +28,7 @@ Rows = Iterator[tuple[str, dict | InputError]]
 MAX_LINE_BYTES = 64 << 20  # a longer line is no example but a file without line ends, and would be held in memory whole
 ROWS_AT_A_TIME = 1024
 UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')  # as csv writers do with a text that has quotes
 SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "eval": "dev", "test": "test"}
 
 
@@ -81,9 +82,14 @@ def _source(path: Path, split: str, subset: str | None, streaming: bool) -> Rows
     if path.is_dir():
         saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
         return _saved_rows(path, split) if saved else (row for file in _files(path, split) for row in _read_file(file))
-    if path.suffix in {*READERS, ".gz"} or not may_be_hub_id(str(path)):
+    if not of_the_hub(path):
         raise InputError(f"{path}: no such file; check the path")
     return _hub_rows(path, split, subset, streaming)
+
+
+def of_the_hub(path: Path) -> bool:
+    """Not here, and named as a data set of the hub may be."""
+    return not path.exists() and path.suffix not in {*READERS, ".gz"} and may_be_hub_id(str(path))
 
 
 def _kind(file: Path) -> str | None:
@@ -108,6 +114,8 @@ def _files(folder: Path, split: str) -> list[Path]:
     if len(kinds) > 1:
         several = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise InputError(f"{folder}: holds files of several kinds ({several}); give one file, or a folder of one kind")
+    if twice := next((file for file in files if file.with_name(f"{file.name}.gz") in files), None):
+        raise InputError(f"{folder}: holds both {twice.name} and {twice.name}.gz, which would be read as two; remove one, or give the file")
     chosen = [file for file in files if _of_split(file.name.lower(), split)]
     if not chosen:
         there = ", ".join(sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())[:10]) or "nothing"
@@ -118,9 +126,9 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 
 def _of_split(name: str, split: str) -> bool:
-    """Not called after another split: `test-00000.parquet` beside `train-00000.parquet` must not be trained on."""
-    word = re.split(r"[-_.]", name, maxsplit=1)[0]
-    return name.startswith(split.lower()) or word not in SPLITS or SPLITS[word] == _meaning(split)
+    """Not called after another split alone: `test-00000.parquet` and `squad_dev.jsonl` must not be trained on."""
+    named = {SPLITS[word] for word in re.split(r"[-_.]", name) if word in SPLITS}
+    return not named or _meaning(split) in named or re.search(rf"(^|[-_.]){re.escape(split.lower())}", name) is not None
 
 
 # --- lines ---
@@ -181,7 +189,8 @@ def _json_row(line: bytes, where: str) -> dict:
         row = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # beside JSON's own: numbers of 5000 digits, and a thousand brackets
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise InputError(f"{where}: not JSON ({reason}): {text.strip()[:80]!r}; mend or remove the line") from None
+        remedy = "write one object a line, without brackets around them" if text.strip() in ("[", "[{") else "mend or remove the line"
+        raise InputError(f"{where}: not JSON ({reason}): {text.strip()[:80]!r}; {remedy}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(row).__name__} {_shown(row)}; write one object a line")
     return _sound(row, where) if "\\u" in text else row  # nothing else in a line that is text can spell what is not
@@ -230,7 +239,10 @@ def _encodes(text: str) -> bool:
 
 
 def _csv_rows(file: Path) -> Rows:
-    return _table_rows(file, _csv_records(file), ",")
+    """Separated by commas; by semicolons where the header has no comma, as spreadsheets write it where the comma is in numbers."""
+    _, first = next(_lines(file), (1, b""))
+    separator = ";" if isinstance(first, bytes) and b";" in first and b"," not in first else ","
+    return _table_rows(file, _csv_records(file, separator), separator)
 
 
 def _tsv_rows(file: Path) -> Rows:
@@ -257,7 +269,8 @@ def _table_rows(file: Path, records: Iterator[tuple[int, list[str] | InputError]
 
 def _table_row(header: list[str], fields: list[str], separator: str, where: str) -> dict:
     if len(fields) != len(header):
-        remedy = "quote texts that hold a comma or a line end" if separator == "," else "take tabs and line ends out of the texts"
+        mark = {",": "comma", ";": "semicolon"}.get(separator)
+        remedy = f"quote texts that hold a {mark} or a line end" if mark else "take tabs and line ends out of the texts"
         raise InputError(f"{where}: {len(fields)} fields where the header names {len(header)} columns: {_shown(separator.join(fields)[:80])}; {remedy}")
     return dict(zip(header, fields, strict=True))
 
@@ -273,17 +286,21 @@ def _checked_names(names: list[str], where: str) -> list[str]:
 
 def _tsv_records(file: Path) -> Iterator[tuple[int, list[str] | InputError]]:
     """No quoting, as in MS MARCO: a quote is a character of the text."""
+    told = False
     for number, line in _lines(file):
         text = line if isinstance(line, InputError) else attempt(_text, line, f"{file}, line {number}")
+        if not told and isinstance(text, str) and (field := next((field for field in text.split("\t") if QUOTED.fullmatch(field)), None)):
+            log.warning(f"{file}, line {number}: {_shown(field)} looks quoted, and TSV has no quoting: the quotes are read as text. If they are not, write CSV")
+            told = True
         if text:
             yield number, text if isinstance(text, InputError) else text.split("\t")
 
 
-def _csv_records(file: Path) -> Iterator[tuple[int, list[str] | InputError]]:
+def _csv_records(file: Path, separator: str) -> Iterator[tuple[int, list[str] | InputError]]:
     """(line where it begins, fields). Strict: a stray quote is an error of the row, where csv would join texts in silence."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # of the process; 128 KB else, and documents are longer
     feed = _Feed(file)
-    reader = csv.reader(feed, strict=True)
+    reader = csv.reader(feed, delimiter=separator, strict=True)
     while True:
         number = reader.line_num + 1
         feed.new_row()

@@ -42,14 +42,15 @@ class Source:
     def draw(self, number: int, epoch: int, seed: int) -> Drawn:
         """One positive of several, seeded by example and epoch; of more than H hard negatives the next H, epoch by epoch.
 
-        Where a source has queries without hard negatives (msmarco with use_all_queries), positives of others stand in.
+        Where a query has fewer than H hard negatives (msmarco with use_all_queries, labelled pairs), positives of others stand in.
         """
         positives, negatives = self.examples.positives[number], self.examples.hard_negatives[number]
-        draw = np.random.default_rng((seed, epoch, number)) if len(positives) > 1 or not negatives else None
+        missing = self.num_hard_negatives - len(negatives)
+        draw = np.random.default_rng((seed, epoch, number)) if len(positives) > 1 or missing > 0 else None
         chosen = int(draw.integers(len(positives))) if len(positives) > 1 else 0
-        if self.num_hard_negatives and not negatives:
-            others = (self.examples.positives[int(draw.integers(len(self.examples)))][0] for _ in range(100 * self.num_hard_negatives))
-            negatives = list(islice((text for text in others if text not in positives), self.num_hard_negatives)) or positives
+        if missing > 0:
+            others = (self.examples.positives[int(draw.integers(len(self.examples)))][0] for _ in range(100 * missing))
+            negatives = [*negatives, *islice((text for text in others if text not in positives), missing)] or positives
         first = epoch * self.num_hard_negatives
         hard = (negatives[(first + place) % len(negatives)] for place in range(self.num_hard_negatives))
         others = tuple(text for place, text in enumerate(positives) if place != chosen)
@@ -80,11 +81,15 @@ class Feed:
                     f"{self.processes} processes; lower trainer.queries_per_process or give more data"
                 )
         if self.mixed and len({source.num_hard_negatives for source in self.sources}) > 1:
-            raise InputError("data.mixed=true puts examples of all sources into one batch, so all need the same num_hard_negatives; set it once, in data")
+            raise InputError("data.mixed=true puts examples of all sources into one batch, so all need the same num_hard_negatives; set it so in each")
 
     @property
     def queries_in_total(self) -> int:
         return self.queries_per_process * self.processes
+
+    def share(self, source: Source) -> float:
+        """Of the batches, or of the queries where batches are mixed."""
+        return source.weight / sum(other.weight for other in self.sources)
 
     @property
     def batches_per_epoch(self) -> float:

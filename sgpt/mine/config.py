@@ -1,7 +1,8 @@
 """What can be set. Unknown names, ranges and contradictions are refused here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from sgpt.data.pairs import ROLES
 from sgpt.errors import InputError
 from sgpt.markers import MarkersConfig
 
@@ -11,7 +12,9 @@ CHOICES = {"source": tuple(NEEDS), "pick": ("top", "random"), "on_few": ("keep",
 
 @dataclass
 class MineConfig:
-    """data, split: BEIR folder and its qrels. output: the training rows, a new file .jsonl or .jsonl.gz. limit: the first queries only.
+    """data, split: BEIR folder and its qrels; or pairs, in a file or a folder of them, whose positives are then the corpus. columns: of
+
+    pairs, query, positive and label; null guesses by the usual names. output: the training rows, a new file .jsonl or .jsonl.gz. limit: the first queries only.
 
     source: bm25; model, with model=<run, export, adapter, base or sentence-transformers folder>, markers and pooling only for a
     base without a contract; or run, with trec=<TREC run, or JSON of query id -> document id -> score>.
@@ -28,6 +31,7 @@ class MineConfig:
 
     data: str = ""
     split: str = "train"
+    columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(ROLES))
     output: str = ""
     limit: int | None = None
     source: str = "bm25"

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from sgpt.data.beir import RetrievalSet, read_retrieval
+from sgpt.data.pairs import retrieval_set
 from sgpt.errors import InputError
 from sgpt.mine.config import MineConfig
 
@@ -46,12 +47,23 @@ class Task:
 
 
 def read_task(config: MineConfig, device: torch.device | str = "cpu") -> Task:
-    chosen = read_retrieval(Path(config.data), config.split)
+    chosen = read_set(config)
     pool = pool_of(chosen.corpus)
     queries = queries_of(chosen, pool, config.limit)
     if not queries:
-        raise InputError(f"{config.data}/qrels/{config.split}.tsv: no query has a positive (score above 0) with a text of its own; nothing to mine for")
+        raise InputError(f"{config.data}, split {config.split!r}: no query has a positive (score above 0) with a text of its own; nothing to mine for")
     return Task(config, chosen, pool, queries, torch.device(device))
+
+
+def read_set(config: MineConfig) -> RetrievalSet:
+    """A BEIR folder, or pairs in a file or in a folder of files."""
+    path = Path(config.data)
+    if not path.exists() or any((path / name).exists() for name in ("corpus.jsonl", "corpus.jsonl.gz", "qrels")):
+        return read_retrieval(path, config.split)
+    try:
+        return retrieval_set(path, config.split, config.columns)
+    except InputError as error:
+        raise InputError(str(error).replace("data.columns.", "columns.")) from error
 
 
 def pool_of(corpus: dict[str, str]) -> Pool:

@@ -35,7 +35,7 @@ SAMPLES = 10  # rows on the page
 def mine(config: MineConfig, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Mines, or goes on with it, and returns the statistics; {} on all but the main process."""
     if not config.data or not config.output:
-        raise InputError("set data=<BEIR folder> and output=<file.jsonl or file.jsonl.gz>")
+        raise InputError("set data=<BEIR folder or file of pairs> and output=<file.jsonl or file.jsonl.gz>")
     if not config.output.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"output={config.output} is no name of JSON lines; let it end in .jsonl or .jsonl.gz")
     with sole_writer(Path(config.output)):
