@@ -493,3 +493,16 @@ def test_pairs_whose_columns_are_not_clear_are_refused_by_the_keys_of_mining(tmp
     (tmp_path / "pairs.csv").write_text("title,body\na,b\n")
     with pytest.raises(InputError, match=r"set columns\.query=<column> and columns\.positive=<column>$"):
         mined(tmp_path / "pairs.csv", tmp_path / "rows.jsonl")
+
+
+def test_bad_rows_of_pairs_stop_mining_or_are_skipped_and_listed(tmp_path):
+    pairs = [("same", "same"), *((f"question {n}", f"answer {n} of question {n}") for n in range(30))]
+    with (tmp_path / "pairs.csv").open("w", encoding="utf-8", newline="") as out:
+        csv.writer(out).writerows([("question", "answer"), *pairs])
+    with pytest.raises(InputError, match=r"pairs\.csv, line 2: the positive equals the query 'same'; .* or go on without by on_error=skip$"):
+        mined(tmp_path / "pairs.csv", tmp_path / "rows.jsonl")
+    few = {"last_rank": 20, "negatives_per_query": 3, "on_error": "skip"}
+    assert mined(tmp_path / "pairs.csv", tmp_path / "rows.jsonl", max_error_share=0.1, **few)[1].count(b"\n") == 30
+    assert '"where": "' + str(tmp_path / "pairs.csv, line 2") in (tmp_path / "rows.jsonl.rejected.jsonl").read_text()
+    with pytest.raises(InputError, match=r"1 of 31 rows rejected, .* More than max_error_share=0\.01 are not skipped"):
+        mined(tmp_path / "pairs.csv", tmp_path / "other.jsonl", **few)

@@ -331,8 +331,11 @@ def _add(groups: dict[str, _Group], query: str, document: str, meaning: bool | N
     return True
 
 
-def retrieval_set(path: Path, split: str, stated: Mapping[str, str | None]) -> RetrievalSet:
-    """Pairs as queries to search with: the different positives are the corpus, those of a query are relevant to it; ids are numbers."""
+def retrieval_set(path: Path, split: str, stated: Mapping[str, str | None], **on_bad_rows: object) -> RetrievalSet:
+    """Pairs as queries to search with: the different positives are the corpus, those of a query are relevant to it; ids are numbers.
+
+    on_bad_rows: as for `accepted`.
+    """
     names, found = with_names(rows(path, split))
     columns = guess_columns(names, stated, str(path))
     log.info("%s: %s", path, describe(columns, 0, names))
@@ -342,7 +345,7 @@ def retrieval_set(path: Path, split: str, stated: Mapping[str, str | None]) -> R
     queries: dict[str, str] = {}
     documents: dict[str, str] = {}
     qrels: Qrels = {}
-    for example in accepted(examples(found, columns, num_hard_negatives=0)):
+    for example in accepted(examples(found, columns, num_hard_negatives=0), **on_bad_rows):
         asked = queries.setdefault(example.query, str(len(queries)))
         for text in (example.positive, *example.other_positives):
             qrels.setdefault(asked, {})[documents.setdefault(text, str(len(documents)))] = 1

@@ -1,5 +1,6 @@
 """What is mined: the corpus as different texts, and the judged queries with what must never be their negative."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +62,10 @@ def read_set(config: MineConfig) -> RetrievalSet:
     if not path.exists() or any((path / name).exists() for name in ("corpus.jsonl", "corpus.jsonl.gz", "qrels")):
         return read_retrieval(path, config.split)
     try:
-        return retrieval_set(path, config.split, config.columns)
+        rejected = Path(f"{config.output}.rejected.jsonl")
+        return retrieval_set(path, config.split, config.columns, on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share)
     except InputError as error:
-        raise InputError(str(error).replace("data.columns.", "columns.")) from error
+        raise InputError(re.sub(r"\bdata\.(?=columns|on_error|max_error_share)", "", str(error))) from error  # here they are keys by themselves
 
 
 def pool_of(corpus: dict[str, str]) -> Pool:
