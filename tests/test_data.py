@@ -521,6 +521,9 @@ def test_all_negatives_of_a_triple_are_kept_and_a_first_line_with_one_wrong_id_i
     (folder / "triples.tsv").write_text("Q1\td1\td2\nq2\td2\td1\n")
     with pytest.raises(InputError, match=r"triples\.tsv, line 1: query id 'Q1' is not in"):
         read(folder, name="beir", triples="triples.tsv", num_hard_negatives=1)
+    (folder / "triples.tsv").write_text("q1\td1\td2\t\n")
+    with pytest.raises(InputError, match=r"triples\.tsv, line 1: document id '' is not in"):
+        read(folder, name="beir", triples="triples.tsv", num_hard_negatives=1)
 
 
 def test_bad_rows_of_a_beir_folder_are_skipped_and_listed(folder, tmp_path):
@@ -528,6 +531,8 @@ def test_bad_rows_of_a_beir_folder_are_skipped_and_listed(folder, tmp_path):
     (folder / "qrels" / "test.tsv").write_text("q\td\ts\nq1\td1\t1\nq2\td2\t1\nq9\td1\t1\nq1\td1\n")
     with pytest.raises(InputError, match=r"corpus\.jsonl, line 2, column 'text': half of a surrogate pair"):
         read(folder, name="beir", split="test")
+    with pytest.raises(InputError, match=r"6 of 11 rows rejected"):  # good ones: 1 document, 3 queries, 1 example
+        read(folder, name="beir", split="test", on_error="skip", max_error_share=0.5)
     config = DataConfig("beir", str(folder), split="test", on_error="skip", max_error_share=0.9)
     assert list(read_examples(config, tmp_path / "cache")) == [Example("first", "one")]
     (rejected,) = (tmp_path / "cache").glob("*.rejected.jsonl")

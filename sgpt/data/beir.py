@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 from sgpt.data.example import Example, checked_example
@@ -93,10 +94,10 @@ def read_qrels(folder: Path, split: str, bad: Bad | None = None) -> dict[str, di
     return qrels
 
 
-def read_examples(folder: Path, split: str, triples: str | None, num_hard_negatives: int) -> Iterator[tuple[str, Example | InputError]]:
+def read_examples(folder: Path, split: str, triples: str | None, num_hard_negatives: int) -> Iterator[tuple[str, Example | InputError | None]]:
     """(place, example or what is wrong there): a line of `triples` (query-id, positive-id, negative-id …) each, else a query of the
 
-    qrels with all its positives. Rows of the corpus and the queries that cannot be used come first.
+    qrels with all its positives. Before them None for each row of the corpus and the queries that is in order, and the others' errors.
     """
     bad: Bad = []
     corpus = {identifier: _document(row) for identifier, row in _by_id(_table(folder, "corpus"), bad).items()}
@@ -108,6 +109,7 @@ def read_examples(folder: Path, split: str, triples: str | None, num_hard_negati
     else:
         judged = ((query, [document for document, score in documents.items() if score > 0]) for query, documents in read_qrels(folder, split, bad).items())
         lines = ((f"{folder}/qrels/{split}.tsv, query {query}", [query, *positives]) for query, positives in judged if positives)
+    yield from repeat((str(folder), None), len(corpus) + len(queries))
     yield from bad
     for where, ids in lines:
         yield where, attempt(_example, folder, queries, corpus, ids, num_hard_negatives if triples else None, where)
@@ -120,8 +122,8 @@ def _example(folder: Path, queries: dict[str, str], corpus: dict[str, str], ids:
         raise InputError(f"{where}: {len(ids)} tab-separated fields, {2 + (num_hard_negatives or 0)} are needed: {' '.join(ids)[:80]!r}")
     if query not in queries:
         raise InputError(f"{where}: query id {query!r} is not in {folder}/queries.jsonl")
-    if odd := next((document for document in documents if document not in corpus), None):
-        raise InputError(f"{where}: document id {odd!r} is not in {folder}/corpus.jsonl")
+    if odd := [document for document in documents if document not in corpus]:
+        raise InputError(f"{where}: document id {odd[0]!r} is not in {folder}/corpus.jsonl")
     positive, *others = (corpus[document] for document in documents)
     if num_hard_negatives is None:
         return checked_example(queries[query], positive, (), where, others)
