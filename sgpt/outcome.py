@@ -68,8 +68,10 @@ def show(run: Run) -> None:
 
     results, manifest = run.read("results.json", {}), run.read("manifest.json", {})
     console = Console()
-    if results:
-        console.print(evaluate.table({name: results[name] for name in ("before", "after", "bm25") if results.get(name)}, f"{run.name}: results × 100"))
+    if scored := {name: results[name] for name in ("before", "after", "bm25") if results.get(name)}:
+        console.print(evaluate.table(scored, f"{run.name}: results × 100"))
+    else:
+        console.print("no test set was named: evaluation.retrieval=[<BEIR folder>] or evaluation.sts=[<pairs file>] scores the next run", soft_wrap=True)
     queries, size = _queries_seen(run), manifest["bytes"]
     console.print(f"{queries / manifest['seconds']:.1f} pairs per second · {queries:,} pairs · {manifest['seconds'] / 60:.1f} minutes of training")
     console.print(f"trained {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters: "

@@ -157,6 +157,7 @@ def starts(project) -> dict[str, Ended]:
         "search": search,
         "search again": search,
         "export": ["export", "run=runs/first", "output=again"],
+        "unscored": ["biencoder", *TRAIN, "name=unscored", "trainer.max_steps=1"],
         **{name: ["biencoder", *TRAIN, f"name=bad/{name.replace(' ', '-')}", *more] for name, (more, _) in BAD_TRAINING.items()},
         **{name: arguments for name, (arguments, _) in BAD_USE.items()},
     }
@@ -223,6 +224,12 @@ def test_the_run_ends_with_the_table_the_folder_and_what_to_type_next(project):
     assert re.search(r"toy .* ndcg@10 ", shown)
     assert all(word in shown for word in ("before", "after", "bm25", "pairs per second", "runs/first"))
     assert "python train/search.py run=runs/first corpus=" in shown
+
+
+def test_a_run_without_a_test_set_says_how_to_name_one(starts):
+    assert starts["unscored"].code == 0, starts["unscored"].err
+    assert "no test set was named: evaluation.retrieval=[<BEIR folder>] or evaluation.sts=[<pairs file>] scores the next run" in starts["unscored"].out
+    assert "ndcg@10" not in starts["unscored"].out
 
 
 # --- the export ---
