@@ -163,10 +163,8 @@ def read_examples(config: SourceConfig, cache: Path) -> Examples:
 
 
 def files_fingerprint(config: SourceConfig) -> str:
-    """Of the bytes of a file, or of every file below a folder, linked folders too; of its revision for a hub id."""
+    """Of the bytes of a file, or of every file below a folder, linked folders too."""
     path = Path(config.path)
-    if of_the_hub(path):
-        return revision(config.path)
     digest = hashlib.blake2b(digest_size=16)
     below = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
     for file in below if path.is_dir() else [path]:
@@ -246,6 +244,10 @@ def _pydocs_fingerprint(config: SourceConfig) -> str:
     return hashlib.blake2b((pydocs.build(Path(config.path)) / "train.jsonl").read_bytes()).hexdigest()
 
 
+def _rows_fingerprint(config: SourceConfig) -> str:
+    return revision(config.path) if of_the_hub(Path(config.path)) else files_fingerprint(config)
+
+
 def _beir_fingerprint(config: SourceConfig) -> str:
     """The triples may lie anywhere."""
     triples = Path(config.path, config.triples or "")
@@ -254,7 +256,7 @@ def _beir_fingerprint(config: SourceConfig) -> str:
 
 OF_THE_FEED = ("weight", "markers", "query_max_tokens", "document_max_tokens", "symmetric")  # say nothing of what is read
 READERS: dict[str, Reader] = {
-    "file": Reader(_fill_rows),
+    "file": Reader(_fill_rows, _rows_fingerprint),
     "beir": Reader(_fill_beir, _beir_fingerprint),
     "nli": Reader(_fill_nli),
     "msmarco": Reader(_fill_msmarco),

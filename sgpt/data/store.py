@@ -5,7 +5,7 @@
                   tokens-<key>.arrow   token ids of every text, without markers, cut at the longest limit
                   embeddings-<key>/    of the texts, by a guide (embeddings.py); walk-<key>.npy, its order of the queries
 
-The first key is made of the source's bytes and its reader's settings, the others of the tokenizer and the limit, or of the
+The first key is made of the source's bytes (of the hub's revision) and its reader's settings, the others of the tokenizer and the limit, or of the
 guide's weights. Whatever changes gives another key, so nothing stale is ever served. Everything is written under a temporary
 name and renamed.
 """
