@@ -120,6 +120,8 @@ def training_set(name: str, options: argparse.Namespace) -> Path:
     if not name.endswith(TITLES):
         return Path(options.shared) / name
     folder = WORK / name / "set"
+    if (folder / "qrels" / "train.tsv").is_file():  # written last
+        return folder
     rows = [row for _, row in read_rows(Path(options.shared) / name.removesuffix(TITLES) / "corpus.jsonl.gz")]
     times = Counter(row["title"] for row in rows)
     rows = [row for row in rows if row["text"] and row["title"] and times[row["title"]] == 1]
@@ -132,7 +134,7 @@ def training_set(name: str, options: argparse.Namespace) -> Path:
 
 def run_name(name: str, arm: str, seed: int, options: argparse.Namespace) -> str:
     window = "" if arm == "random" else f"-{options.ranks[0]}-{options.ranks[1]}"
-    held = f"-without-{options.hold_out}" if options.hold_out else ""
+    held = f"-without-{options.hold_out}" if options.hold_out and not name.endswith(TITLES) else ""  # titles hold no claim that could be kept back
     return f"{options.folder}/{name}-{arm}{window}-{options.steps}-{options.batch}-{options.hard_negatives}{held}-{seed}"
 
 

@@ -554,3 +554,11 @@ def test_positives_of_others_stand_in_where_a_labelled_query_has_too_few_hard_ne
         assert f"p{row}" not in hard
         assert [text for text in hard if text[0] == "n"] == (["n0"] if row == 0 else [])
         assert set(hard) - {"n0"} <= {f"p{n}" for n in range(6)}
+
+
+@pytest.mark.parametrize(("spelt", "problem"), [("\\ud83d", "half of a surrogate pair"), ("a\\u0000b", "a NUL character")])
+def test_escapes_that_spell_no_text_are_named_in_json_lines(spelt, problem, tmp_path):
+    file = lines(tmp_path / "snli_1.0_train.jsonl", f'{{"sentence1": "{spelt}", "sentence2": "b", "gold_label": "neutral"}}')
+    for data in ({"name": "nli", "num_hard_negatives": 1}, {"name": "file"}):
+        with pytest.raises(InputError, match=rf"line 1, column 'sentence1': {problem}"):
+            read(file, **data)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+from sgpt.data.rows import sound
 from sgpt.errors import InputError
 
 
@@ -46,4 +47,4 @@ def _parsed(line: str, where: str) -> dict:
         raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno}): {line.strip()[:80]!r}; mend or remove the line") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}; write one object a line")
-    return row
+    return sound(row, where) if "\\u" in line else row  # nothing else can spell what is no text

@@ -75,8 +75,9 @@ class SourceConfig:
             raise InputError(f"data.weight={self.weight} must be positive; leave a source out to give it nothing")
         if self.on_error not in ("stop", "skip"):
             raise InputError(f"data.on_error={self.on_error!r} is unknown; choose stop or skip")
-        if self.on_error == "skip" and self.name not in SKIPPING:
-            raise InputError(f"data.on_error=skip: data={self.name} reads files of a fixed form and skips nothing; {', '.join(SKIPPING)} do")
+        if self.on_error == "skip" and not READERS[self.name].skips:
+            able = ", ".join(name for name, reader in READERS.items() if reader.skips)
+            raise InputError(f"data.on_error=skip: data={self.name} reads files of a fixed form and skips nothing; {able} do")
 
 
 @dataclass
@@ -193,10 +194,14 @@ def revision(hub_id: str) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """fill(config, writer, rejected): writes all of a source. fingerprint: of its content, so that a changed one is read again."""
+    """fill(config, writer, rejected): writes all of a source. fingerprint: of its content, so that a changed one is read again.
+
+    skips: it knows data.on_error=skip.
+    """
 
     fill: Callable[[SourceConfig, Writer, Path], None]
     fingerprint: Callable[[SourceConfig], str] = files_fingerprint
+    skips: bool = False
 
 
 def _written(examples: Iterable[Example], config: SourceConfig, writer: Writer) -> None:
@@ -256,13 +261,12 @@ def _beir_fingerprint(config: SourceConfig) -> str:
 
 OF_THE_FEED = ("weight", "markers", "query_max_tokens", "document_max_tokens", "symmetric")  # say nothing of what is read
 READERS: dict[str, Reader] = {
-    "file": Reader(_fill_rows, _rows_fingerprint),
-    "beir": Reader(_fill_beir, _beir_fingerprint),
+    "file": Reader(_fill_rows, _rows_fingerprint, skips=True),
+    "beir": Reader(_fill_beir, _beir_fingerprint, skips=True),
     "nli": Reader(_fill_nli),
     "msmarco": Reader(_fill_msmarco),
-    "pydocs": Reader(_fill_pydocs, _pydocs_fingerprint),
+    "pydocs": Reader(_fill_pydocs, _pydocs_fingerprint, skips=True),
 }
-SKIPPING = ("file", "beir", "pydocs")  # know data.on_error=skip
 
 
 def default_corpus() -> Path:

@@ -28,7 +28,6 @@ Rows = Iterator[tuple[str, dict | InputError]]
 MAX_LINE_BYTES = 64 << 20  # a longer line is no example but a file without line ends, and would be held in memory whole
 ROWS_AT_A_TIME = 1024
 UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
-QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')  # as csv writers do with a text that has quotes
 SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "eval": "dev", "test": "test"}
 
 
@@ -193,7 +192,7 @@ def _json_row(line: bytes, where: str) -> dict:
         raise InputError(f"{where}: not JSON ({reason}): {text.strip()[:80]!r}; {remedy}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(row).__name__} {_shown(row)}; write one object a line")
-    return _sound(row, where) if "\\u" in text else row  # nothing else in a line that is text can spell what is not
+    return sound(row, where) if "\\u" in text else row  # nothing else in a line that is text can spell what is not
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
@@ -208,7 +207,7 @@ def _twice(names: Iterable[str]) -> str:
     return Counter(names).most_common(1)[0][0]
 
 
-def _sound(row: dict, where: str) -> dict:
+def sound(row: dict, where: str) -> dict:
     """`row`, if its texts can be stored and tokenised: JSON's escapes can spell NUL, and half of a character."""
     for column, value in row.items():
         for text in (column, *_texts(value)):
@@ -289,11 +288,21 @@ def _tsv_records(file: Path) -> Iterator[tuple[int, list[str] | InputError]]:
     told = False
     for number, line in _lines(file):
         text = line if isinstance(line, InputError) else attempt(_text, line, f"{file}, line {number}")
-        if not told and isinstance(text, str) and (field := next((field for field in text.split("\t") if QUOTED.fullmatch(field)), None)):
-            log.warning(f"{file}, line {number}: {_shown(field)} looks quoted, and TSV has no quoting: the quotes are read as text. If they are not, write CSV")
-            told = True
-        if text:
-            yield number, text if isinstance(text, InputError) else text.split("\t")
+        if isinstance(text, InputError):
+            yield number, text
+        elif text:
+            fields = text.split("\t")
+            if not told and (field := next(filter(_looks_quoted, fields), None)):
+                hint = "looks quoted, and TSV has no quoting: the quotes are read as text; write CSV if they are none"
+                log.warning(f"{file}, line {number}: {_shown(field)} {hint}")
+                told = True
+            yield number, fields
+
+
+def _looks_quoted(field: str) -> bool:
+    """As csv writers do with a text that has quotes."""
+    within = field[1:-1]
+    return field[:1] == '"' == field[-1:] and '""' in within and '"' not in within.replace('""', "")
 
 
 def _csv_records(file: Path, separator: str) -> Iterator[tuple[int, list[str] | InputError]]:
@@ -387,7 +396,7 @@ def _batch_rows(file: Path, batches: Iterator[pa.RecordBatch]) -> Rows:
             for row in _python_rows(batch):
                 number += 1
                 where = f"{file}, row {number}"
-                yield where, InputError(f"{where}{row}; mend or remove the row") if isinstance(row, str) else attempt(_sound, row, where)
+                yield where, InputError(f"{where}{row}; mend or remove the row") if isinstance(row, str) else attempt(sound, row, where)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}, row {number + 1}: cannot be read from here on ({_first_line(error)}); write or copy the file again") from error
 
@@ -459,7 +468,7 @@ def _dataset_rows(found, name: str) -> Rows:
         for row in found:
             number += 1
             named = {column: names[row[column]] if row[column] in range(len(names)) else None for column, names in labels.items()}
-            yield f"{name}, row {number}", attempt(_sound, {**row, **named}, f"{name}, row {number}")
+            yield f"{name}, row {number}", attempt(sound, {**row, **named}, f"{name}, row {number}")
     except Exception as error:  # as above
         raise InputError(f"{name}, row {number + 1}: cannot be read from here on ({_first_line(error)}); load or save the data set again") from error
 
