@@ -8,7 +8,7 @@ THREADS ?= 2
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all smoke parity lint nano bench bench-full clean
+.PHONY: help install train test test-all test-machines smoke parity lint nano bench bench-full clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -23,6 +23,10 @@ test: $(BIN)/.installed-dev  ## all tests that should pass before a commit
 
 test-all: $(BIN)/.installed-dev  ## the slow ones too
 	$(BIN)/python -m pytest -q -m "not gpu"
+
+test-machines: $(BIN)/.installed-dev  ## what is promised bit for bit, with other threads and other processors' instructions
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "bitwise and not slow and not gpu"
+	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -q -m "bitwise and not slow and not gpu"
 
 parity: $(BIN)/.installed-dev  ## how equal the gradient is, whatever way it is computed: a table by family
 	OMP_NUM_THREADS=1 $(BIN)/python tests/test_gradient_parity.py

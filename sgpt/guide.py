@@ -26,6 +26,7 @@ from sgpt.files import make_once
 from sgpt.index import fingerprint
 from sgpt.loss import LossConfig
 from sgpt.markers import ROLES, Role
+from sgpt.provenance import computing_versions
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def _embedded(source: Source, side: Role, encoder: Encoder, key: str) -> Embeddi
 
 
 def _frozen(path: str, key: str, device: torch.device | str) -> tuple[Encoder, str]:
-    """The model, and what it is known by: its weights and its contract."""
+    """The model, and by what its embeddings are known: its weights, its tokenizer, its contract, the versions that compute."""
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{key}={path}: no such folder; give a run, an export or a sentence-transformers folder, downloaded if it is from the hub")
@@ -98,4 +99,4 @@ def _frozen(path: str, key: str, device: torch.device | str) -> tuple[Encoder, s
     prompts = json.loads(file.read_text(encoding="utf-8")).get("prompts") or {} if file.is_file() and not (folder / contracts.FILE).is_file() else {}
     if any(prompts.values()):
         log.warning("%s=%s: its prompts (%s) are not put before the texts", key, path, ", ".join(repr(text) for text in prompts.values() if text))
-    return encoder.to(device), fingerprint(encoder, {})
+    return encoder.to(device), key_of(fingerprint(encoder, {}), computing_versions())

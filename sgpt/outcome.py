@@ -17,16 +17,40 @@ from sgpt.encoder import Encoder
 from sgpt.evaluate import Sets
 from sgpt.model import located
 from sgpt.probes import probes
-from sgpt.run import Run, environment
+from sgpt.provenance import Inputs, content_hash, environment, tokenizer_hash, weights_hash
+from sgpt.run import Run
 from sgpt.tuning import count, learning
 
 SAMPLE = 512  # pairs in the similarity histogram
 
 
-def record_start(run: Run, config: TrainConfig, encoder: Encoder, feed: Feed) -> None:
+def inputs_of(encoder: Encoder, feed: Feed, sets: Sets, dev: Sets) -> Inputs:
+    """Everything that decides a run's weights and results, but for its configuration. Encoder: tuned, not yet trained."""
+    inputs: dict[str, str | int] = {"processes": feed.processes}
+    for source in feed.sources:
+        inputs[f"training data {source.name}"] = source.examples.key
+        for side, embeddings in (source.guide or {}).items():
+            inputs[f"guide's embeddings of each {side} of {source.name}"] = embeddings.key
+        if source.walk is not None:
+            inputs[f"grouping of {source.name}"] = content_hash(source.walk.examples.tolist())
+    for what, read in (("test set", sets), ("dev set", dev)):
+        for retrieval in read.retrieval:
+            inputs[f"{what} {retrieval.name}"] = content_hash(retrieval.corpus, retrieval.queries, retrieval.qrels)
+        for pairs in read.sts:
+            inputs[f"{what} {pairs.name}"] = content_hash(pairs.first, pairs.second, pairs.scores)
+    base = encoder.contract.base
+    inputs[f"base model {base}"] = weights_hash(dict(encoder.trunk.named_parameters()))
+    inputs[f"tokenizer of {base}"] = tokenizer_hash(encoder.tokenizer)
+    return inputs
+
+
+def record_start(run: Run, config: TrainConfig, encoder: Encoder, feed: Feed, inputs: Inputs) -> None:
+    """Once, when the run begins; a resumed run has its inputs checked against these."""
+    if run.read("manifest.json", {}):
+        return
     trained, total = count(encoder.trunk)
     run.update(
-        "manifest.json", name=run.name, seed=config.trainer.seed, environment=environment(),
+        "manifest.json", name=run.name, seed=config.trainer.seed, environment=environment(), inputs=dict(inputs),
         data={
             "examples": sum(len(source.examples) for source in feed.sources),
             "sources": [{"source": source.name, "examples": len(source.examples), "key": source.examples.key} for source in feed.sources],

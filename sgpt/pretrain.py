@@ -23,9 +23,10 @@ import logging
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,19 +39,22 @@ from sgpt.attention import prepare as prepare_attention
 from sgpt.data import pydocs
 from sgpt.data.jsonl import read_rows
 from sgpt.data.open_text import read_documents, read_weak_pairs
-from sgpt.distributed import average_gradients, gather
+from sgpt.distributed import average_gradients, from_main, gather
 from sgpt.errors import InputError
+from sgpt.files import write_whole
 from sgpt.loss import similarities
 from sgpt.model import packed_token_embeddings
 from sgpt.packing import packs
 from sgpt.pooling import weighted_mean
 from sgpt.progress import progress_bar
+from sgpt.provenance import check_same, differences, environment, file_hash, recorded_threads, threads
 
 log = logging.getLogger(__name__)
 
 END = "<|endoftext|>"  # between documents, and padding; id 0
 TOKENS_PER_PACK = 2048
 CHUNK = 512  # positions whose logits exist at a time
+MAY_CHANGE = {"folder", "output", "save_every_steps", "log_every_steps"}  # on resuming
 
 
 @dataclass
@@ -191,7 +195,33 @@ def bag_of_tokens(table: Tensor, rows: list[list[int]]) -> Tensor:
 
 
 def pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) -> GPTNeoForCausalLM:
-    """All stages, from the newest checkpoint when there is one."""
+    """All stages, from the newest checkpoint when there is one: of this configuration, text and versions, by as many threads."""
+    manifest = from_main(lambda: begin(config, corpus, accelerator.num_processes))
+    with threads(recorded_threads(manifest)):
+        return _pretrain(config, corpus, accelerator)
+
+
+def begin(config: PretrainConfig, corpus: Corpus, processes: int) -> dict[str, Any]:
+    """`<folder>/manifest.json`: written by the first start, checked by the next ones."""
+    file = Path(config.folder) / "manifest.json"
+    inputs = {part.name: file_hash(Path(config.folder) / f"{part.name}.npy") for part in fields(corpus)}
+    inputs["processes"] = processes
+    if not file.is_file() and not any(Path(config.folder).glob("step-*.pt")):
+        manifest = {"config": asdict(config), "inputs": inputs, "environment": environment()}
+        write_whole(file, json.dumps(manifest, indent=2) + "\n")
+        return manifest
+    manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if changed := differences(manifest.get("config", asdict(config)), asdict(config), MAY_CHANGE):
+        raise InputError(
+            f"{config.folder} was begun with another configuration: {'; '.join(changed[:5])}. "
+            "Resume it unchanged, or choose another folder=<folder>"
+        )
+    with threads(recorded_threads(manifest)):
+        check_same(Path(config.folder), manifest, inputs, otherwise="choose another folder=<folder>")
+    return manifest
+
+
+def _pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) -> GPTNeoForCausalLM:
     folder, rank, processes = Path(config.folder), accelerator.process_index, accelerator.num_processes
     with accelerator.main_process_first():
         if not (folder / "lexical.pt").is_file():

@@ -25,6 +25,8 @@ def started(number, job, rank):
         os.dup2(os.open(f"{number}-{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     if job["port"]:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
+    if job["cores"]:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:job["cores"]])
     sys.argv, code = job["command"], 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -39,6 +41,8 @@ def started(number, job, rank):
 def lines(file):
     return open(file, "rb").read().count(b"\\n") if os.path.exists(file) else 0
 for number, job in enumerate(json.load(sys.stdin)):
+    if job["before"] and os.system(job["before"]):
+        raise SystemExit(job["before"])
     children = [started(number, job, rank) for rank in range(2 if job["port"] else 1)]
     if job["kill"]:
         while lines(job["kill"][0]) < job["kill"][1] and not os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -54,11 +58,16 @@ for number, job in enumerate(json.load(sys.stdin)):
 
 
 class Start(NamedTuple):
-    """arguments of the script. kill: part file and its lines at which the process is killed. port: two processes meet there."""
+    """arguments of the script. kill: part file and its lines at which the process is killed. port: two processes meet there.
+
+    before: a shell command that runs first. cores: that the processes may use, all if None.
+    """
 
     arguments: list[str]
     kill: tuple[str, int] | None = None
     port: int | None = None
+    before: str = ""
+    cores: int | None = None
 
 
 class Ended(NamedTuple):
@@ -78,7 +87,8 @@ def free_port() -> int:
 def start_all(script: str, folder: Path, named: dict[str, Start]) -> dict[str, Ended]:
     """Runs train/<script>.py in `folder` once for each start, one after the other."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    jobs = [{"command": [str(REPOSITORY / "train" / f"{script}.py"), *start.arguments], "kill": start.kill, "port": start.port} for start in named.values()]
+    path = str(REPOSITORY / "train" / f"{script}.py")
+    jobs = [{"command": [path, *start.arguments], **{key: getattr(start, key) for key in start._fields[1:]}} for start in named.values()]
     ended = subprocess.run([sys.executable, "-c", _STARTER], input=json.dumps(jobs), cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr
     told = [json.loads(line) for line in ended.stdout.splitlines()]

@@ -41,6 +41,7 @@ def step(parameters: dict[str, nn.Parameter], optimizer, schedule) -> None:
     optimizer.zero_grad()
 
 
+@pytest.mark.bitwise
 def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
     one = parts()
     for _ in range(3):

@@ -80,6 +80,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize(("method", "config"), SETTINGS.values(), ids=SETTINGS)
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(method, config, tiny_encoder, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -106,6 +107,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(method, 
     assert one == other
 
 
+@pytest.mark.bitwise
 def test_the_uninterrupted_run_itself_is_the_same_twice_and_dropout_was_on(tiny_encoder, tmp_path):
     for name, seed in (("one", 0), ("two", 0), ("other", 1)):
         trained(tmp_path / name, fresh_encoder(tiny_encoder, "bitfit"), seed=seed)

@@ -31,7 +31,7 @@ def main(composed: DictConfig) -> None:
     if run.finished:
         outcome.show(run)
         return
-    accelerator = launch.start(config)
+    accelerator = launch.start(config, run.threads)
 
     # everything that can be wrong is read and checked before anything is written
     tokenizer = load_tokenizer(config.model.path)
@@ -46,10 +46,12 @@ def main(composed: DictConfig) -> None:
     encoder = Encoder(load_trunk(config.model), tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
     encoder.trunk = tune(encoder.trunk, config.tuning)
     encoder.to(accelerator.device)
+    inputs = outcome.inputs_of(encoder, feed, sets, dev)
+    run.check_same(inputs)
     base = {name: parameter.detach().clone() for name, parameter in learning(encoder.trunk).items()}
     if accelerator.is_main_process:
         begin(run, plain(config))
-        outcome.record_start(run, config, encoder, feed)
+        outcome.record_start(run, config, encoder, feed, inputs)
         outcome.record_before(run, encoder, sets, bm25=config.evaluation.bm25)
     accelerator.wait_for_everyone()
     launch.start_trackers(accelerator, config)
