@@ -119,7 +119,7 @@ def _value(row: dict, role: str, where: str) -> str:
     theirs, ours = COLUMNS[role]
     name = theirs if theirs in row else ours
     if name not in row:
-        raise InputError(f"{where}: no column {theirs} or {ours}; it has {', '.join(row):.200}. Mend it, or give a file of SNLI, MultiNLI or AllNLI")
+        raise InputError(f"{where}: no column {theirs} or {ours}; it has {', '.join(row):.200}. Fix it, or give a file of SNLI, MultiNLI or AllNLI")
     if not isinstance(row[name], str):
         raise InputError(f"{where}, {name}: expected text, got {type(row[name]).__name__} {row[name]!r:.80}; give a string")
     return row[name].strip()

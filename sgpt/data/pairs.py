@@ -273,7 +273,7 @@ def _number(value: object, where: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if math.isnan(number):
-        raise InputError(f"{where}: expected a number, got {type(value).__name__} {value!r:.80}; mend or remove the row")
+        raise InputError(f"{where}: expected a number, got {type(value).__name__} {value!r:.80}; fix or remove the row")
     return number
 
 
@@ -425,7 +425,7 @@ class _Tally:
 
     def check(self, most: float | None = None) -> None:
         if self.bad > (self.max_error_share if most is None else most) * self.seen:
-            raise InputError(f"{self.summary()}. More than data.max_error_share={self.max_error_share} are not skipped; mend the rows or raise it")
+            raise InputError(f"{self.summary()}. More than data.max_error_share={self.max_error_share} are not skipped; fix the rows or raise it")
 
     def check_hopeless(self) -> None:
         if self.seen >= ROWS_BEFORE_SHARE:

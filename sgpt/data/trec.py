@@ -79,7 +79,7 @@ def _json_run(file: Path, lines: TextIO) -> Iterator[tuple[str, str, str, float]
             raise InputError(f"{where}: holds {type(scores).__name__}, expected document ids with scores")
         for document, score in scores.items():
             if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-                raise InputError(f"{where}: score {score!r} of {document!r} is no finite number; mend it")
+                raise InputError(f"{where}: score {score!r} of {document!r} is no finite number; fix it")
             yield where, query, document, float(score)
 
 
@@ -97,7 +97,7 @@ def _trec_run(file: Path, lines: TextIO) -> Iterator[tuple[str, str, str, float]
         except ValueError:
             raise InputError(f"{where}: rank {rank!r} or score {score!r} is no number; the fields are query-id Q0 document-id rank score tag") from None
         if not math.isfinite(now[2]):
-            raise InputError(f"{where}: score {score!r} is not finite; mend it")
+            raise InputError(f"{where}: score {score!r} is not finite; fix it")
         if before[0] == query and now[1] > before[1] and now[2] > before[2]:
             raise InputError(f"{where}: rank {rank} scores {score}, more than rank {before[1]} with {before[2]:g}; higher must be better, so negate distances")
         before = now

@@ -103,7 +103,7 @@ def _twitterpara(folder: Path, split: str) -> list[PairSet]:
             first, second, given = (fields[column] for column in columns)
             found = re.fullmatch(label, given.strip())
             if not found:
-                raise InputError(f"{where}: label {given!r} is not of the form {'(4, 6)' if name == 'twitterurl' else '4'}; mend it")
+                raise InputError(f"{where}: label {given!r} is not of the form {'(4, 6)' if name == 'twitterurl' else '4'}; fix it")
             pairs[name].first.append(first)
             pairs[name].second.append(second)
             pairs[name].scores.append(float(found[1]))
@@ -145,4 +145,4 @@ def _number(text: str, where: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise InputError(f"{where}: score {text!r} is no number; mend it") from None
+        raise InputError(f"{where}: score {text!r} is no number; fix it") from None
