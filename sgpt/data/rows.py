@@ -32,6 +32,7 @@ ROWS_AT_A_TIME = 1024
 FIRST_RECORDS = 100  # by which a CSV's manner of quoting is told
 UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 SEPARATOR_LINE = re.compile(rb'"?sep=([ -~\t])"?[\r\n]*')  # how a spreadsheet names the separator, before the header
+NOTHING = ("nan", "none", "null", "n/a", "<na>", "nat")
 LISTED = 12  # names that a message shows
 SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "eval": "dev", "test": "test"}
 
@@ -105,15 +106,15 @@ def of_the_hub(path: Path) -> bool:
     return not path.exists() and path.suffix not in {*READERS, ".gz"} and may_be_hub_id(str(path))
 
 
-def _kind(file: Path) -> str | None:
-    """A key of READERS. Only text is read from .gz: Parquet and Arrow compress by themselves."""
+def kind_of(file: Path) -> str | None:
+    """By its ending: a key of READERS. Only text is read from .gz: Parquet and Arrow compress by themselves."""
     name = file.name.lower()
     kind = Path(name.removesuffix(".gz")).suffix
     return kind if kind in READERS and (not name.endswith(".gz") or kind in TEXT) else None
 
 
 def _read_file(file: Path) -> Rows:
-    kind = _kind(file)
+    kind = kind_of(file)
     if kind is None:
         raise InputError(f"{file}: the ending is unknown; the ones that are read are {', '.join(READERS)}, and .gz behind {', '.join(TEXT)}")
     return READERS[kind](file)
@@ -122,8 +123,8 @@ def _read_file(file: Path) -> Rows:
 def _files(folder: Path, split: str) -> list[Path]:
     """Those of the one kind that the folder holds. A .json is no data here: folders hold them as descriptions."""
     visible = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "_")))
-    files = [file for file in visible if _kind(file) not in (None, ".json")]
-    kinds = Counter(_kind(file) for file in files)
+    files = [file for file in visible if kind_of(file) not in (None, ".json")]
+    kinds = Counter(kind_of(file) for file in files)
     if len(kinds) > 1:
         several = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise InputError(f"{folder}: holds files of several kinds ({several}); give one file, or a folder of one kind")
@@ -173,6 +174,12 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes | InputError]]:
         ) from error
 
 
+def text_lines(file: Path) -> Iterator[tuple[int, str | InputError]]:
+    """(number from 1, line without its end)"""
+    for number, line in _lines(file):
+        yield number, line if isinstance(line, InputError) else attempt(_text, line, f"{file}, line {number}")
+
+
 def _text(line: bytes, where: str) -> str:
     """Decoded, without the line's end."""
     try:
@@ -191,6 +198,11 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     shown = [f"{name if name.isprintable() else repr(name):.40}" for name in names[:LISTED]]
     return ", ".join(shown) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def spells_nothing(text: object) -> bool:
+    """What programs write as text where there is no value. It may be meant, as in texts about Python, so it is told and not changed."""
+    return isinstance(text, str) and text.strip().lower() in NOTHING
 
 
 def shown(value: object) -> str:
@@ -334,8 +346,7 @@ def _checked_names(given: list[str], where: str) -> list[str]:
 def _tsv_records(file: Path) -> Iterator[tuple[int, list[str] | InputError]]:
     """No quoting, as in MS MARCO: a quote is a character of the text."""
     told = False
-    for number, line in _lines(file):
-        text = line if isinstance(line, InputError) else attempt(_text, line, f"{file}, line {number}")
+    for number, text in text_lines(file):
         if isinstance(text, InputError):
             yield number, text
         elif text:
