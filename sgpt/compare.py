@@ -86,7 +86,8 @@ def tuning_set(place: Place, chosen: RetrievalSet, split: str) -> tuple[Retrieva
     left_out = f"{chosen.name}: {SYSTEMS['interpolated']} is left out, for its weight is tuned"
     if same_split(split, place.split):
         return None, f"{left_out} on split {split!r}, which is what is scored; set dev_split=<another>"
-    if not any(same_split(split, other) for other in (there := splits(place.folder))):
+    there = splits(place.folder)
+    if not any(same_split(split, other) for other in there):
         others = [other for other in there if other != place.split]
         remedy = f"set dev_split={' or dev_split='.join(others)}" if others else "no other split is there to tune it on"
         return None, f"{left_out} on split {split!r}, and {place.folder} has: {', '.join(there)}; {remedy}"

@@ -626,7 +626,7 @@ def test_a_pair_that_is_judged_both_ways_is_named_at_its_second_row():
 def test_numbers_as_labels_of_inference_pairs_are_refused_as_their_order_differs():
     columns = Columns("premise", "hypothesis", label="label")
     error = made({"premise": "a", "hypothesis": "b", "label": 0}, columns)
-    assert "the label 0 of an inference pair says nothing certain, as most sets number entailment 0; write entailment, neutral, contradiction" in str(error)
+    assert "the label '0' of two sentences says nothing certain" in str(error)
 
 
 # --- stop or skip ---

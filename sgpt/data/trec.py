@@ -76,7 +76,7 @@ def _json_run(file: Path, lines: TextIO) -> Iterator[tuple[str, str, str, float]
     except (ValueError, RecursionError) as error:
         if isinstance(error, UnicodeDecodeError):
             raise
-        where, reason = f"{file}", f"{error:.200}" if isinstance(error, ValueError) else "brackets too deep"
+        where, reason = f"{file}", str(error)[:200] if isinstance(error, ValueError) else "brackets too deep"
         if isinstance(error, json.JSONDecodeError):
             where, reason = f"{file}, line {error.lineno}", f"{error.msg} at column {error.colno}"
         raise InputError(f"{where}: not JSON ({reason}); write the run again") from None
