@@ -56,6 +56,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sgpt.data.rows import listed
 from sgpt.data.store import Writer
 from sgpt.errors import InputError
 from sgpt.progress import progress_bar
@@ -220,7 +221,7 @@ class _Mining:
 def _parsed(row: dict, where: str, scores: Callable | None) -> _Line:
     qid, positives, negatives = (row.get(name) for name in ("qid", "pos", "neg"))
     if not _is_id(qid) or not isinstance(positives, list) or not isinstance(negatives, dict):
-        there = ", ".join(f"{name}: {type(value).__name__}" for name, value in row.items()) or "nothing"
+        there = listed(f"{name}: {type(value).__name__}" for name, value in row.items()) or "nothing"
         raise InputError(f"{where}: needs qid, a number, pos, a list of passage ids, and neg, lists of them by system; it has {there}")
     for system, ranked in negatives.items():
         if not isinstance(ranked, list):
@@ -383,8 +384,8 @@ def _qid(line: bytes, where: str) -> int:
 def _json(line: bytes, where: str) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error}): {line[:80].decode(errors='replace').strip()!r}; fix or remove the line") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({str(error)[:200]}): {line[:80].decode(errors='replace').strip()!r}; fix or remove the line") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}; write one object a line")
     return row
