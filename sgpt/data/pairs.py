@@ -222,7 +222,7 @@ def _example(row: dict, columns: Columns, num_hard_negatives: int, where: str) -
     query, positives = _cell(row, columns.query, "query", where), _cell(row, columns.positive, "positive", where)
     if positives == []:
         raise InputError(f"{where}, column {columns.positive!r}: the list of positives is empty; remove the row or give it a text")
-    negatives = _row_negatives(row, columns.negatives) if num_hard_negatives else []
+    negatives = _row_negatives(row, columns.negatives, where) if num_hard_negatives else []
     _check_enough(len(negatives), num_hard_negatives, " or ".join(map(repr, columns.negatives)), where)
     positive, *others = positives if isinstance(positives, list) else [positives]
     return checked_example(query, positive, negatives, where, others, columns.query, columns.positive)
@@ -234,7 +234,7 @@ def _cell(row: dict, column: str, role: str, where: str) -> object:
     return row[column]
 
 
-def _row_negatives(row: dict, columns: Sequence[str]) -> list[object]:
+def _row_negatives(row: dict, columns: Sequence[str], where: str) -> list[object]:
     """None is no negative, nor are NaN and an empty cell, as CSV cannot say None."""
     values = [row.get(column) for column in columns]
     if odd := next((column for column, value in zip(columns, values, strict=True) if _spells_list(value)), None):
