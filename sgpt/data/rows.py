@@ -250,7 +250,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
     """json.loads keeps the last of two, and the other text would be lost without a word."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise ValueError(f"the key {_twice(key for key, _ in pairs)!r} is there twice")
+        raise ValueError(f"the key {shown(_twice(key for key, _ in pairs))} is there twice")
     return made
 
 
@@ -263,9 +263,9 @@ def sound(row: dict, where: str) -> dict:
     for column, value in row.items():
         for text in (column, *_texts(value)):
             if "\0" in text:
-                raise InputError(f"{where}, column {column!r}: a NUL character in {shown(text)}; remove it")
+                raise InputError(f"{where}, column {shown(column)}: a NUL character in {shown(text)}; remove it")
             if not text.isascii() and not _encodes(text):
-                raise InputError(f"{where}, column {column!r}: half of a surrogate pair in {shown(text)}, which is no character; remove it")
+                raise InputError(f"{where}, column {shown(column)}: half of a surrogate pair in {shown(text)}, which is no character; remove it")
     return row
 
 
