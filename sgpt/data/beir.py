@@ -123,7 +123,7 @@ def qrels_file(folder: Path, split: str) -> Path:
 
 
 def read_qrels(folder: Path, split: str, bad: Bad | None = None, known: Collection[str] = ()) -> dict[str, dict[str, int]]:
-    """query id -> document id -> relevance. bad: see `_refuse`. known: ids of queries, which stand in no header."""
+    """query id -> document id -> relevance. bad: see `_refuse`. known: ids of queries; a line that begins with one is no header."""
     file = qrels_file(folder, split)
     qrels: dict[str, dict[str, int]] = {}
     for where, fields in _tsv(file, lambda fields: len(fields) == 3 and not _is_number(fields[2]) and fields[0] not in known):
@@ -202,8 +202,9 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
         given = row.get("score", row.get("duplicate", row.get("label")))
         score = _score(given)
         first, second = row.get("sentence1", row.get("question1")), row.get("sentence2", row.get("question2"))
-        if odd := next((key for key, text in (("sentence1", first), ("sentence2", second)) if text is not None and not isinstance(text, str)), None):
-            raise InputError(f"{where}: {NEEDED}; {odd} is {shown(row.get(odd, row.get(odd.replace('sentence', 'question'))))}, which is no text; fix it")
+        for sentence in (first, second):
+            if sentence is not None and not isinstance(sentence, str):
+                raise InputError(f"{where}: {NEEDED}; {shown(sentence)} is no text, write it in quotes")
         if first is None or second is None or given is None:
             raise InputError(f"{where}: {NEEDED}; it has {listed(name for name in row if row[name] is not None) or 'none'}; fix or remove the row")
         if score is None:
@@ -220,8 +221,8 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
                 f"{file}: {len(pairs.scores)} pairs{f' of {pairs.name}' if pairs.name != plain else ''} in split {split!r} "
                 f"with fewer than two different scores; nothing to correlate{f'. It has {told}; set the split' if others else ''}"
             )
-    usual = all(name.strip().lower() in SPLITS for name in others)
     if others:
+        usual = all(name.strip().lower() in SPLITS for name in others)
         log.log(logging.INFO if usual else logging.WARNING, "%s: %s left out; %r is the split to read", file, told, split)
     return list(sets.values())
 
@@ -252,9 +253,8 @@ def _by_id(table: Rows, bad: Bad | None = None) -> dict[str, dict]:
     for where, row in table:
         if isinstance(row, InputError):
             _refuse(bad, where, row)
-        elif odd := next((key for key in ("_id", "text", "title") if not isinstance(row.get(key, ""), str) and not (key == "title" and _is_none(row[key]))), None):
-            remedy = "write it as one text" if isinstance(row[odd], list | dict) else 'write "" for an empty one' if _is_none(row[odd]) else "write it in quotes"
-            _refuse(bad, where, f"{odd} is {shown(row[odd])}, which is no text; {remedy}")
+        elif odd := _no_text(row):
+            _refuse(bad, where, f"{odd} is {shown(row[odd])}, which is no text; {_as_text(row[odd])}")
         elif not row.keys() >= {"_id", "text"}:
             _refuse(bad, where, f"needs the columns _id and text; it has {listed(row) or 'none'}; rename its columns, or fix the row")
         elif not row["_id"].strip():
@@ -267,6 +267,21 @@ def _by_id(table: Rows, bad: Bad | None = None) -> dict[str, dict]:
     if nothing:
         log.warning("%s: a title or text of %d rows is a word for no value, such as nan or None, and is read as text; leave it empty", nothing[0], len(nothing))
     return found
+
+
+def _no_text(row: dict) -> str | None:
+    """The first column whose value should be text and is not."""
+    given = {key: row[key] for key in ("_id", "text", "title") if key in row}
+    if _is_none(given.get("title")):
+        given.pop("title", None)
+    return next((key for key, value in given.items() if not isinstance(value, str)), None)
+
+
+def _as_text(value: object) -> str:
+    """What to do with it."""
+    if _is_none(value):
+        return 'write "" for an empty one'
+    return "write it as one text" if isinstance(value, list | dict) else "write it in quotes"
 
 
 def _is_none(value: object) -> bool:

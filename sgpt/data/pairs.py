@@ -180,7 +180,8 @@ def examples(
 
     All positives and hard negatives of a row are kept; of none of the latter when `num_hard_negatives` is 0. Judged pairs
     (`columns.label`, `columns.score`) are grouped by query, in the order in which queries first appear, which holds all their
-    texts in memory. labels: what numbers in the column of labels mean, in their order from 0. There, None stands for a row that is in order and went into a group; the groups come behind the last row.
+    texts in memory. There, None stands for a row that is in order and went into a group; the groups come behind the last row.
+    labels: what numbers in the column of labels mean, in their order from 0.
     """
     rows = _told_of_odd_texts(rows, (columns.query, columns.positive, *(columns.negatives if num_hard_negatives else ())))
     if columns.score:
@@ -242,7 +243,8 @@ def _row_negatives(row: dict, columns: Sequence[str], where: str) -> list[object
             f"{where}, column {odd!r}: {shown(row[odd])} is a list written as one text; write JSON lines or Parquet, which have lists, "
             "or a column for each text: negative_1, negative_2"
         )
-    return [text for value in values for text in (value if isinstance(value, list) else [] if value in (None, "") or value != value else [value])]
+    there = [value for value in values if value not in (None, "") and value == value]  # NaN equals nothing
+    return [text for value in there for text in (value if isinstance(value, list) else [value])]
 
 
 def _check_enough(found: int, num_hard_negatives: int, source: str, where: str) -> None:

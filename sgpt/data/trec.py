@@ -6,6 +6,7 @@ import logging
 import math
 import zlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TextIO
 
@@ -122,7 +123,7 @@ def _trec_run(file: Path, lines: TextIO) -> Iterator[tuple[str, str, str, float]
 
 def _check_order(file: Path, rows: list[tuple[int, float, int]]) -> None:
     """rows: rank, score and line of one query, by rank."""
-    for (rank, score, _), (below, more, number) in zip(rows, rows[1:], strict=False):
+    for (rank, score, _), (below, more, number) in pairwise(rows):
         if below > rank and more > score:
             contrary = f"rank {below} scores {more:g}, more than rank {rank} with {score:g}"
             raise InputError(f"{file}, line {number}: {contrary}; higher must be better, so negate distances")
