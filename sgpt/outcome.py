@@ -146,9 +146,12 @@ def _similarity(encoder: Encoder, sets: Sets) -> dict[str, list[float]]:
     if not sets.retrieval:
         return {"positive": [], "negative": []}
     chosen = sets.retrieval[0]
-    queries = list(chosen.qrels)[:SAMPLE]
-    positives = [max(chosen.qrels[query], key=chosen.qrels[query].get) for query in queries]
-    return evaluate.similarity_sample(encoder, [chosen.queries[query] for query in queries], [chosen.corpus[document] for document in positives])
+    best: dict[str, str] = {}
+    for query, judged in chosen.qrels.items():  # a judged document may be no candidate: BEIR leaves those with an empty text out
+        relevant = [document for document, score in judged.items() if score > 0 and document in chosen.corpus]
+        if relevant and len(best) < SAMPLE:
+            best[query] = max(relevant, key=judged.get)
+    return evaluate.similarity_sample(encoder, [chosen.queries[query] for query in best], [chosen.corpus[document] for document in best.values()])
 
 
 def _queries_seen(run: Run) -> int:

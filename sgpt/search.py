@@ -14,7 +14,6 @@ from sgpt.adapter import Delta
 from sgpt.contract import Contract
 from sgpt.cross_encoder import CrossEncoder, load_language_model
 from sgpt.data.beir import read_corpus
-from sgpt.data.jsonl import read_rows
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.index import IndexConfig, open_index
@@ -72,14 +71,9 @@ def open_both(
 
 
 def read_documents(path: Path) -> dict[str, str]:
-    """id -> text of a BEIR folder or of a file of JSON lines with `_id` and `text`."""
-    if path.is_dir():
-        return read_corpus(path)
-    documents = {}
-    for where, row in read_rows(path):
-        if not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
-            raise InputError(f"{where}: needs text columns _id and text; it has {', '.join(row)}")
-        if row["_id"] in documents:
-            raise InputError(f"{where}: id {row['_id']!r} was used before; ids must be unique")
-        documents[row["_id"]] = f"{row.get('title') or ''} {row['text']}".strip()
+    """id -> text of a BEIR folder or of a file of rows, JSON lines for example, with `_id` and `text`."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; check the path")
+    if not (documents := read_corpus(path)):
+        raise InputError(f"{path}: no documents in it; give a file with at least one")
     return documents

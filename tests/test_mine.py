@@ -463,7 +463,7 @@ def test_what_cannot_be_is_refused(options, message, toy):
 
 def test_a_folder_without_columns_or_positives_is_refused(tmp_path):
     folder = beir(tmp_path / "b", {"d": "text"}, {"q": "query"}, {"q": {"d": 0}})
-    with pytest.raises(InputError, match=r"b, split 'train': no query has a positive \(score above 0\)"):
+    with pytest.raises(InputError, match=r"train\.tsv: no judgement is above 0, so no document is relevant to any query"):
         mined(folder, tmp_path / "rows.jsonl")
     (folder / "corpus.jsonl").write_text('{"_id": "d", "body": "text"}\n')
     with pytest.raises(InputError, match=r"corpus\.jsonl, line 1: needs the columns _id and text; it has _id, body"):

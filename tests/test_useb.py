@@ -154,7 +154,7 @@ def test_dev_is_what_useb_calls_valid_and_twitterpara_has_none(data):
     ("scidocs/data.json", '{"corpus": {}}', r"data\.json: has no 'test'; it has corpus"),
     ("twitterpara/test.data", "1\tt\ta\tb\t(4, 5)\n", r"test\.data, line 1: label '\(4, 5\)' is not of the form 4"),
     ("twitterpara/Twitter_URL_Corpus_test.txt", "a\tb\t4\n", r"Twitter_URL_Corpus_test\.txt, line 1: label '4' is not of the form \(4, 6\)"),
-    ("twitterpara/Twitter_URL_Corpus_test.txt", b"\xff\n", r"cannot be read .* UTF-8"),
+    ("twitterpara/Twitter_URL_Corpus_test.txt", b"\xff\n", r"line 1: not UTF-8 at column 1"),
 ])  # fmt: skip
 def test_broken_files_are_refused_with_their_place(file, content, message, data):
     place = data / file

@@ -14,8 +14,9 @@ CHOICES = {"source": tuple(NEEDS), "pick": ("top", "random"), "on_few": ("keep",
 class MineConfig:
     """data, split: BEIR folder and its qrels; or pairs, in a file or a folder of them, whose positives are then the corpus. columns: of
 
-    pairs, query, positive and label; null guesses by the usual names. on_error, max_error_share: stop at a bad row of them, or skip
-    so many and list them in <output>.rejected.jsonl. output: the training rows, a new file .jsonl or .jsonl.gz. limit: the first queries only.
+    pairs, query, positive and label; null guesses by the usual names. labels: what numbers as labels mean, in their order from 0.
+    on_error, max_error_share: stop at a bad row of pairs, or skip so many and list them in <output>.rejected.jsonl.
+    output: the training rows, a new file .jsonl or .jsonl.gz. limit: the first queries only.
 
     source: bm25; model, with model=<run, export, adapter, base or sentence-transformers folder>, markers and pooling only for a
     base without a contract; or run, with trec=<TREC run, or JSON of query id -> document id -> score>.
@@ -33,6 +34,7 @@ class MineConfig:
     data: str = ""
     split: str = "train"
     columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(ROLES))
+    labels: list[str] = field(default_factory=list)
     on_error: str = "stop"
     max_error_share: float = 0.01
     output: str = ""

@@ -109,6 +109,10 @@ def finish(task: Task, manifest: dict) -> dict[str, Any]:
         "counts": {key: counts[key] for key in COUNTS},
         "scores": {side: dict(zip(("5 %", "median", "95 %"), quantiles, strict=True)) for side, quantiles in spread.items()},
     }
+    if counts["none"]:
+        remedy = "see the counts for the rule that left them out" if 2 * counts["none"] <= len(task.queries) else "are queries and documents of one language?"
+        kept = "their rows are written without" if config.on_few == "keep" else "they are left out"
+        log.warning("%s: no negative was found for %d of %d queries, and %s; %s", output, counts["none"], len(task.queries), kept, remedy)
     write_page(config, statistics, scores, samples)
     write_manifest(output, {**manifest, "statistics": statistics, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     _remove_leftovers(output)
