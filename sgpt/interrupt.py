@@ -12,9 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 SAME_PRESS_SECONDS = 1.5  # torchrun passes Ctrl-C on to processes that the terminal has told already
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")  # as a script, or as `python -m`
 Made = TypeVar("Made")
 
 
@@ -37,10 +39,11 @@ _asked = _Asked()
 @contextmanager
 def listening() -> Iterator[None]:
     """Signals are heard as above while this lasts. Only a main thread can listen; elsewhere nothing changes."""
-    if threading.current_thread() is not threading.main_thread() or _listens():
+    if threading.current_thread() is not threading.main_thread() or _hear in map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)):
         yield
         return
-    before = {signum: signal.signal(signum, _hear) for signum in (signal.SIGINT, signal.SIGTERM)}
+    heard = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) != signal.SIG_IGN]  # of a script in the background
+    before = {signum: signal.signal(signum, _hear) for signum in heard}
     _asked.signum = None
     _asked.command = _typed()  # while the launcher is alive: it ends at a signal too
     try:
@@ -48,10 +51,6 @@ def listening() -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def _listens() -> bool:
-    return signal.getsignal(signal.SIGINT) is _hear
 
 
 def _hear(signum: int, frame: object) -> None:
@@ -91,7 +90,9 @@ class Stop:
 
         from sgpt.distributed import world
 
-        self.group = dist.new_group(backend="gloo") if world()[1] > 1 else None
+        self.group = None
+        if world()[1] > 1:
+            self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def __enter__(self) -> "Stop":
         self._listening = listening()
@@ -151,7 +152,7 @@ def _typed() -> Sequence[str]:
     own = sys.orig_argv
     launcher = psutil.Process().parent()
     line = launcher.cmdline() if launcher else []
-    if line[-len(sys.argv) :] != own[-len(sys.argv) :]:
+    if line[-len(sys.argv) :] != own[-len(sys.argv) :] or not any(Path(part).name.startswith(LAUNCHERS) for part in line[:4]):
         return own
     is_script = len(line) > 1 and os.path.isfile(line[1]) and os.access(line[1], os.X_OK)
     return line[1:] if is_script else line  # accelerate and torchrun are scripts with an interpreter before them

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 REPOSITORY = Path(__file__).parents[1]
 
-# One process imports everything; every start is a fork of it. It kills one when its part file has so many lines, and leaves half a line there,
-# as a kill inside of a write does.
+# One process imports everything; every start is a fork of it. It kills one when a file has so many lines, and leaves half a line there,
+# as a kill inside of a write does; or it sends all of one start a signal then, as a terminal does. Nothing comes in at their stdin.
 _STARTER = """
 import json, os, runpy, signal, sys, time
 import accelerate, bm25s, rich.console, torch
@@ -25,7 +25,8 @@ def started(number, job, rank):
         os.dup2(os.open(f"{number}-{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     if job["port"]:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
-    sys.argv, code = job["command"], 0
+    os.dup2(os.pipe()[0], 0)
+    sys.argv, sys.orig_argv, code = job["command"], ["python", *job["command"]], 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:
@@ -43,9 +44,10 @@ for number, job in enumerate(json.load(sys.stdin)):
     if job["kill"]:
         while lines(job["kill"][0]) < job["kill"][1] and not os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
             time.sleep(0.0005)
-        os.kill(children[0], signal.SIGKILL)
+        for child in children if job["signal"] else children[:1]:
+            os.kill(child, job["signal"] or signal.SIGKILL)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if job["kill"]:
+    if job["kill"] and not job["signal"]:
         with open(job["kill"][0], "ab") as file:
             file.write(b'{"block": 9, "some')
     parts = [name for name in os.listdir(".") if ".part-" in name]
@@ -54,11 +56,15 @@ for number, job in enumerate(json.load(sys.stdin)):
 
 
 class Start(NamedTuple):
-    """arguments of the script. kill: part file and its lines at which the process is killed. port: two processes meet there."""
+    """arguments of the script. kill: part file and its lines at which the process is killed. port: two processes meet there.
+
+    signal: sent to all processes instead.
+    """
 
     arguments: list[str]
     kill: tuple[str, int] | None = None
     port: int | None = None
+    signal: int | None = None
 
 
 class Ended(NamedTuple):
@@ -78,7 +84,10 @@ def free_port() -> int:
 def start_all(script: str, folder: Path, named: dict[str, Start]) -> dict[str, Ended]:
     """Runs train/<script>.py in `folder` once for each start, one after the other."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    jobs = [{"command": [str(REPOSITORY / "train" / f"{script}.py"), *start.arguments], "kill": start.kill, "port": start.port} for start in named.values()]
+    command = str(REPOSITORY / "train" / f"{script}.py")
+    jobs = [
+        {"command": [command, *start.arguments], "kill": start.kill, "port": start.port, "signal": start.signal} for start in named.values()
+    ]  # fmt: skip
     ended = subprocess.run([sys.executable, "-c", _STARTER], input=json.dumps(jobs), cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr
     told = [json.loads(line) for line in ended.stdout.splitlines()]
