@@ -17,6 +17,9 @@ import json, os, runpy, signal, sys, time
 import accelerate, bm25s, rich.console, torch
 torch.set_num_threads(1)
 import sgpt.config, sgpt.launch, sgpt.mine, sgpt.rerank
+jobs = json.load(sys.stdin)
+if any(job["command"][0].endswith("biencoder.py") for job in jobs):
+    import matplotlib.pyplot, peft, sentence_transformers, sgpt.export, sgpt.report, sgpt.trainer
 def started(number, job, rank):
     child = os.fork()
     if child:
@@ -39,7 +42,7 @@ def started(number, job, rank):
     os._exit(code)
 def lines(file):
     return open(file, "rb").read().count(b"\\n") if os.path.exists(file) else 0
-for number, job in enumerate(json.load(sys.stdin)):
+for number, job in enumerate(jobs):
     children = [started(number, job, rank) for rank in range(2 if job["port"] else 1)]
     if job["kill"]:
         while lines(job["kill"][0]) < job["kill"][1] and not os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -58,13 +61,14 @@ for number, job in enumerate(json.load(sys.stdin)):
 class Start(NamedTuple):
     """arguments of the script. kill: part file and its lines at which the process is killed. port: two processes meet there.
 
-    signal: sent to all processes instead.
+    signal: sent to all processes instead. script: another one than the others'.
     """
 
     arguments: list[str]
     kill: tuple[str, int] | None = None
     port: int | None = None
     signal: int | None = None
+    script: str | None = None
 
 
 class Ended(NamedTuple):
@@ -84,9 +88,10 @@ def free_port() -> int:
 def start_all(script: str, folder: Path, named: dict[str, Start]) -> dict[str, Ended]:
     """Runs train/<script>.py in `folder` once for each start, one after the other."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = str(REPOSITORY / "train" / f"{script}.py")
     jobs = [
-        {"command": [command, *start.arguments], "kill": start.kill, "port": start.port, "signal": start.signal} for start in named.values()
+        {"command": [str(REPOSITORY / "train" / f"{start.script or script}.py"), *start.arguments],
+         "kill": start.kill, "port": start.port, "signal": start.signal}
+        for start in named.values()
     ]  # fmt: skip
     ended = subprocess.run([sys.executable, "-c", _STARTER], input=json.dumps(jobs), cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr
