@@ -78,7 +78,8 @@ def load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, sc
 def _load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, schedule) -> TrainState:
     rank, processes = world()
     with _undamaged(checkpoint / "state.json") as file:
-        state = TrainState(**json.loads(file.read_text()))
+        stored = json.loads(file.read_text())
+        state = TrainState(int(stored["step"]), int(stored["batches"]), float(stored["seconds"]), int(stored["processes"]))
     if state.processes != processes:
         raise InputError(
             f"{checkpoint}: saved by {state.processes} processes, resumed with {processes}; start as many, since batches and random states belong to them"

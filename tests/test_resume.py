@@ -166,3 +166,80 @@ def test_more_accumulation_than_batches_is_refused_and_accumulation_is_warned_ab
     config = TrainerConfig(queries_per_process=8, gradient_accumulation=2, max_steps=1)
     announce(encoder, feed_of(EXAMPLES, encoder, 8), config, OptimConfig(), Accelerator(cpu=True))
     assert "gradient_accumulation=2 adds no in-batch negatives: each query still sees 16 candidates" in caplog.text
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_log_is_of_all_micro_batches_of_a_step(padded, tiny_encoder, tmp_path):
+    """Written out in float64: each micro-batch's queries against its own documents; padded, each is as wide as its longest text."""
+    examples = [Example(f"{a} {b}", f"how to {a}" + f" every {b}" * (1 + place)) for place, (a, b) in enumerate(zip(WORDS[:12], WORDS[5:17], strict=True))]
+    encoder = tiny_encoder("gpt2")
+    if padded:
+        encoder.trunk.config._attn_implementation = "sdpa"  # which cannot be told where texts end
+    encoder.trunk = tune(encoder.trunk, TuningConfig("bitfit"))
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    feed = feed_of(examples, encoder, 4)
+    cosines, tokens, positions = [], 0, 0
+    for number in range(3):
+        batch = feed.batch(number, 0)
+        with torch.no_grad():
+            queries, documents = encoder(batch.queries).double(), encoder(batch.documents).double()
+        cosines.append(torch.stack([torch.stack([torch.cosine_similarity(query, document, dim=0) for document in documents]) for query in queries]))
+        lengths = [len(row) for row in (*batch.queries, *batch.documents)]
+        tokens, positions = tokens + sum(lengths), positions + 8 * max(lengths)
+    losses = [-(20 * found).log_softmax(1).diagonal().mean().item() for found in cosines]
+    hardest = [found.clone().fill_diagonal_(-2).amax(1).mean().item() for found in cosines]
+
+    run = Run(tmp_path)
+    config = TrainerConfig(queries_per_process=4, gradient_accumulation=3, keep_gigabytes=0)
+    train(encoder, feed, Accelerator(cpu=True), run, config, LossConfig(), OptimConfig(), dict)
+
+    (line,) = lines(tmp_path)
+    assert max(losses) - min(losses) > 0.01  # so that one of them is not the mean
+    assert line["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert line["positive_cosine"] == pytest.approx(np.mean([found.diagonal().mean().item() for found in cosines]), rel=1e-5)
+    assert line["hardest_negative_cosine"] == pytest.approx(np.mean(hardest), rel=1e-5)
+    assert line["negatives_per_query"] == 3
+    assert line["padding_share"] == pytest.approx(1 - tokens / positions if padded else 0, abs=1e-9)
+    assert line["kept_share"] == 0
+
+
+def test_a_loss_that_is_no_number_in_any_micro_batch_is_refused(tiny_encoder, tmp_path):
+    encoder = fresh_encoder(tiny_encoder, "bitfit")
+    feed = feed_of(EXAMPLES, encoder, 4)
+    first = feed.batch(0, 0).queries[0]
+    with torch.no_grad():  # a token that only the first micro-batch has
+        token = next(token for token in first if all(token not in row for row in (*feed.batch(1, 0).queries, *feed.batch(1, 0).documents)))
+        encoder.trunk.wte.weight[token] = float("nan")
+    config = TrainerConfig(queries_per_process=4, gradient_accumulation=2, max_steps=1)
+    with pytest.raises(InputError, match=r"step 1: the loss is nan"):
+        train(encoder, feed, Accelerator(cpu=True), Run(tmp_path), config, LossConfig(), OptimConfig(), dict)
+
+
+PRECISIONS = {
+    ("float32", "bitfit", "fp32"): "float32 trunk, float32 biases,",
+    ("bfloat16", "bitfit", "fp32"): "bfloat16 trunk, float32 biases,",
+    ("float16", "lora", "fp32"): "float16 trunk, float32 learning parameters,",
+    ("float32", "full", "bf16"): "float32 trunk, float32 learning parameters, computed in bfloat16,",
+}
+
+
+@pytest.mark.parametrize(("dtype", "method", "precision"), PRECISIONS)
+def test_the_announcement_says_what_the_weights_are_kept_in(dtype, method, precision, tiny_encoder, caplog):
+    encoder = tiny_encoder("gpt2", dtype=dtype)
+    encoder.trunk = tune(encoder.trunk, TuningConfig(method))
+    with caplog.at_level("INFO", logger="sgpt"):
+        announce(encoder, feed_of(EXAMPLES, encoder, 8), TrainerConfig(queries_per_process=8, precision=precision), OptimConfig(), Accelerator(cpu=True))
+    assert f"peak learning rate 3.20e-04, {PRECISIONS[dtype, method, precision]} cpu, 1 process(es)" in caplog.text
+
+
+def test_a_broken_line_of_the_log_is_refused_by_its_number(tiny_encoder, tmp_path):
+    with pytest.raises(Stopped):
+        trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), stop_after=3)
+    file = tmp_path / "run" / "metrics.jsonl"
+    broken = file.read_text().splitlines(keepends=True)
+    broken[1] = "{torn\n"
+    file.write_text("".join(broken))
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: no line of this log .*; delete the line and resume"):
+        trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"))
