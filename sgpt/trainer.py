@@ -240,7 +240,7 @@ def _refuse_not_finite(step: int, loss: float, norm: float, learning_rate: float
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise InputError(
             f"step {step}: the loss is {loss}, the gradient norm {norm}; lower optim.learning_rate={learning_rate:.2g} "
-            "or use trainer.precision=fp32. The last checkpoint is untouched"
+            "or use trainer.precision=fp32. Nothing of this step is saved, and earlier checkpoints are untouched"
         )
 
 

@@ -146,7 +146,7 @@ def test_a_run_that_diverges_stops_with_one_sentence_and_saves_nothing_of_it(log
     encoder = fresh_encoder(tiny_encoder, "bitfit")
     with torch.no_grad():
         learning(encoder.trunk)["ln_f.bias"].fill_(float("nan"))
-    with pytest.raises(InputError, match=r"step \d: the loss is nan, the gradient norm nan; lower optim\.learning_rate=.* The last checkpoint is untouched"):
+    with pytest.raises(InputError, match=r"step \d: the loss is nan, the gradient norm nan; lower optim\.learning_rate=.* Nothing of this step is saved, and earlier checkpoints are untouched"):
         trained(tmp_path / "run", encoder, log_every_steps=log_every_steps)
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
