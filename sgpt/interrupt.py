@@ -58,7 +58,7 @@ def _hear(signum: int, frame: object) -> None:
         _asked.signum, _asked.at = signum, time.monotonic()
         if not _asked.waits:
             raise KeyboardInterrupt
-        _tell("interrupted: the step under way is finished and saved; again ends at once")
+        _tell("interrupted: the step under way is being finished and will be saved; Ctrl-C again ends at once")
     elif time.monotonic() - _asked.at > SAME_PRESS_SECONDS:
         _tell("interrupted again: ended at once; what was saved before is kept")
         os._exit(exit_code())

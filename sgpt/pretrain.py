@@ -138,6 +138,8 @@ class Corpus:
 
 def prepare(config: PretrainConfig) -> Corpus:
     """Trains the tokenizer and tokenises everything, once; later calls open what is there."""
+    if not config.text:
+        raise InputError("set text=<folder> of the open text sources; sgpt/data/open_text.py says which files lie in it")
     folder = Path(config.folder)
     if not (folder / "stream.npy").is_file():  # written last
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,14 @@ import json
 import re
 import shlex
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from sgpt.interrupt import SAME_PRESS_SECONDS
 from tests.starts import REPOSITORY, Ended, Start, beir, free_port, start_all
 from tests.test_resume import EXAMPLES
 
@@ -94,10 +98,27 @@ def test_before_training_there_is_one_line_and_the_command_too(ended, folder):
 def test_at_the_search_prompt_it_ends_quietly(ended):
     assert ended["asked"].codes == [130], ended["asked"].err
     assert "An empty line ends." in ended["asked"].out
-    assert "Traceback" not in ended["asked"].err and "interrupted" not in ended["asked"].err
+    assert "Traceback" not in ended["asked"].err
+    assert "interrupted" not in ended["asked"].err
 
 
 def test_a_terminated_run_is_saved_too(ended, folder):
     assert ended["terminated"].codes == [143], ended["terminated"].err
     step = re.search(r"^interrupted: step (\d+) of \d+ is saved; resume with: ", ended["terminated"].err, flags=re.MULTILINE)[1]
     assert [path.name for path in (folder / "runs" / "terminated" / "checkpoints").iterdir()] == [f"step-{step}"]
+
+
+def test_a_second_press_ends_at_once_and_the_echo_of_the_first_does_not():
+    """torchrun passes Ctrl-C on to its processes, which the terminal has told already."""
+    program = "import time; from sgpt.interrupt import Stop\nwith Stop():\n    print('ready', flush=True)\n    time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    time.sleep(SAME_PRESS_SECONDS + 0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert told.splitlines()[-1] == "interrupted again: ended at once; what was saved before is kept"

@@ -1,7 +1,9 @@
 """Stopped and resumed through the trainer: losses and weights bit-equal to the run that was never stopped, dropout on."""
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from sgpt.data.sampling import Feed, Source
 from sgpt.data.store import Examples, Tokens
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
+from sgpt.interrupt import Interrupted
 from sgpt.loss import LossConfig
 from sgpt.optim import OptimConfig
 from sgpt.run import Run
@@ -146,7 +149,11 @@ def test_a_run_that_diverges_stops_with_one_sentence_and_saves_nothing_of_it(log
     encoder = fresh_encoder(tiny_encoder, "bitfit")
     with torch.no_grad():
         learning(encoder.trunk)["ln_f.bias"].fill_(float("nan"))
-    with pytest.raises(InputError, match=r"step \d: the loss is nan, the gradient norm nan; lower optim\.learning_rate=.* Nothing of this step is saved, and earlier checkpoints are untouched"):
+    refusal = (
+        r"step \d: the loss is nan, the gradient norm nan; lower optim\.learning_rate=.* "
+        "Nothing of this step is saved, and earlier checkpoints are untouched"
+    )
+    with pytest.raises(InputError, match=refusal):
         trained(tmp_path / "run", encoder, log_every_steps=log_every_steps)
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
@@ -243,3 +250,28 @@ def test_a_broken_line_of_the_log_is_refused_by_its_number(tiny_encoder, tmp_pat
     file.write_text("".join(broken))
     with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: no line of this log .*; delete the line and resume"):
         trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"))
+
+
+def test_an_evaluation_is_broken_off_and_done_again_on_resuming(tiny_encoder, tmp_path):
+    """The step is saved at once, and its line of the dev set is there in the end."""
+    trained(tmp_path / "whole", fresh_encoder(tiny_encoder, "bitfit"))
+    folder, encoder = tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit")
+    folder.mkdir()
+    taken = []
+
+    def evaluate() -> dict:
+        taken.append(1)
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the evaluation went on")
+        return {"toy": {"ndcg@10": 0.5}}
+
+    config = TrainerConfig(queries_per_process=8, epochs=2, max_steps=STEPS, log_every_steps=1, save_every_steps=2, evaluate_every_steps=1)
+    optim = OptimConfig(learning_rate=1e-2)
+    with pytest.raises(Interrupted, match=f"step 3 of {STEPS} is saved"):
+        train(encoder, feed_of(EXAMPLES, encoder, 8), Accelerator(cpu=True), Run(folder), config, LossConfig(), optim, evaluate)
+    assert checkpoint.latest(folder / "checkpoints").name == "step-3"
+    trained(folder, fresh_encoder(tiny_encoder, "bitfit"))
+    assert [line["step"] for line in lines(folder) if "dev" in line] == [line["step"] for line in lines(tmp_path / "whole") if "dev" in line]
+    one, other = (load_file(tmp_path / name / "checkpoints" / f"step-{STEPS}" / "trained.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)

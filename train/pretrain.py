@@ -14,13 +14,10 @@ def main(composed: DictConfig) -> None:
     from sgpt import launch
     from sgpt.config import typed
     from sgpt.data.jsonl import read_rows
-    from sgpt.errors import InputError
     from sgpt.model import load_tokenizer
     from sgpt.pretrain import PretrainConfig, build_model, perplexity, prepare, pretrain, save_model
 
     config = typed(PretrainConfig, composed)
-    if not config.text:
-        raise InputError("set text=<folder> of the open text sources; sgpt/data/open_text.py says which files lie in it")
     accelerator = launch.accelerate(precision=config.precision, seed=config.seed)
     with accelerator.main_process_first():
         corpus = prepare(config)
