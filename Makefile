@@ -5,7 +5,8 @@ CONSTRAINT ?= -c constraints/cpu.txt
 BIN := $(VENV)/bin
 PROCESSES ?= 1
 THREADS ?= 2
-LAUNCH := $(BIN)/accelerate launch --quiet --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no
+# one process needs no launcher, and accelerate's answers Ctrl-C with a traceback of its own
+LAUNCH := $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(BIN)/accelerate launch --quiet --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no)
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-all test-machines smoke parity lint nano bench bench-full clean
@@ -38,7 +39,7 @@ lint: $(BIN)/.installed-dev  ## ruff
 	$(BIN)/ruff check .
 
 nano: install  ## pretrain the small base model again from open text (TEXT=<folder>); hours on a CPU
-	$(LAUNCH) train/pretrain.py $(if $(TEXT),text=$(TEXT))
+	$(LAUNCH) train/pretrain.py text=$(TEXT)
 
 # ratios to sentence-transformers, A B A B in fresh processes; every script has --help, JSON lies in runs/bench
 BENCH = $(BIN)/python benchmarks/$(1).py --threads $(THREADS) --output runs/bench/$(or $(3),$(1)).json $(2)

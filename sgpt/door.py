@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sgpt import interrupt, progress
 from sgpt.errors import InputError
 from sgpt.memory import keep_freed_memory
 
@@ -40,9 +41,12 @@ def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = (
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # "Loading weights" of a few milliseconds
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a trunk without its head is what we ask for
             try:
-                hydra.main(version_base="1.3", config_path=_search_path(config_name, groups), config_name=config_name)(_refusing(main))()
+                guarded = _ending_in_words(main, config_name)
+                hydra.main(version_base="1.3", config_path=_search_path(config_name, groups), config_name=config_name)(guarded)()
             except (HydraException, OmegaConfBaseException) as error:
                 _refuse(explain(error, config_name, [argument for argument in sys.argv[1:] if "=" in argument], groups=groups))
+            except KeyboardInterrupt:  # before there was anything to keep
+                sys.exit(interrupt.exit_code())
 
         return run
 
@@ -118,17 +122,44 @@ def _flat(tree: dict, prefix: str = "") -> list[str]:
     return keys
 
 
-def _refusing(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Refuses inside of Hydra's job: an exception that reaches Hydra makes it print a line of its own first."""
+def _ending_in_words(main: Callable[[DictConfig], None], config_name: str) -> Callable[[DictConfig], None]:
+    """Refuses and interrupts inside of Hydra's job: an exception that reaches Hydra makes it print a line of its own first."""
 
     @functools.wraps(main)
     def guarded(composed: DictConfig) -> None:
+        progress.start_log()
         try:
-            main(composed)
+            with interrupt.listening(), progress.under_way(config_name):
+                _interruptible(main)(composed)
         except InputError as error:
             _refuse(str(error))
+        except KeyboardInterrupt as error:
+            _end_interrupted(error, resume="resume" in composed)
 
     return guarded
+
+
+def _interruptible(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """An error that follows an interrupt is its consequence: a process waited for another one that has ended."""
+
+    def run(composed: DictConfig) -> None:
+        try:
+            main(composed)
+        except Exception:
+            if interrupt.was_asked():
+                raise KeyboardInterrupt from None
+            raise
+
+    return run
+
+
+def _end_interrupted(error: KeyboardInterrupt, *, resume: bool) -> None:
+    """One line: what is kept, and the command that resumes."""
+    if os.environ.get("RANK", "0") == "0":
+        kept = str(error) or "what was finished is kept"
+        again = "resume with" if resume or isinstance(error, interrupt.Interrupted) else "start again with"
+        print(f"interrupted: {kept}; {again}: {interrupt.command_again(resume=resume)}", file=sys.stderr)
+    sys.exit(interrupt.exit_code())
 
 
 def _refuse(message: str) -> None:

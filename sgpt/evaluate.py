@@ -23,6 +23,7 @@ from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.files import reserve
 from sgpt.metrics import Run, correlations, ranking
+from sgpt.progress import under_way
 
 DEPTH = 100  # results kept for each query; the deepest metric is at 100
 IN_MEMORY = 2**30  # bytes of a corpus' embeddings
@@ -86,8 +87,14 @@ def read_sets(config: EvaluationConfig) -> Sets:
 
 def evaluate(encoder: Encoder, sets: Sets) -> Results:
     """Set name -> metrics."""
-    results: Results = {chosen.name: ranking(chosen.qrels, retrieve(encoder, chosen)) for chosen in sets.retrieval}
-    return results | {pairs.name: correlations(pairs.scores, cosines(encoder, pairs)) for pairs in sets.sts}
+    results: Results = {}
+    for chosen in sets.retrieval:
+        with under_way(f"evaluating on {chosen.name}, {len(chosen.qrels):,} queries and {len(chosen.corpus):,} documents"):
+            results[chosen.name] = ranking(chosen.qrels, retrieve(encoder, chosen))
+    for pairs in sets.sts:
+        with under_way(f"evaluating on {pairs.name}, {len(pairs.scores):,} pairs"):
+            results[pairs.name] = correlations(pairs.scores, cosines(encoder, pairs))
+    return results
 
 
 def retrieve(encoder: Encoder, chosen: RetrievalSet, depth: int = DEPTH, documents: Tensor | None = None) -> Run:
@@ -144,7 +151,11 @@ def cosines(encoder: Encoder, pairs: PairSet) -> list[float]:
 
 def bm25(sets: Sets) -> Results:
     """BM25 (bm25s, Lucene's variant, English stop words) on the retrieval sets."""
-    return {chosen.name: ranking(chosen.qrels, bm25_run(chosen)) for chosen in sets.retrieval}
+    results: Results = {}
+    for chosen in sets.retrieval:
+        with under_way(f"BM25 on {chosen.name}, {len(chosen.corpus):,} documents"):
+            results[chosen.name] = ranking(chosen.qrels, bm25_run(chosen))
+    return results
 
 
 def bm25_run(chosen: RetrievalSet, depth: int = DEPTH, index=None) -> Run:

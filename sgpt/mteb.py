@@ -24,6 +24,7 @@ from sgpt.errors import InputError
 from sgpt.evaluate import Results
 from sgpt.index import fingerprint
 from sgpt.markers import ROLES, MarkersConfig, Role
+from sgpt.progress import under_way
 
 SYMMETRIC = {"AskUbuntuDupQuestions", "MindSmallReranking", "SciDocsRR", "StackOverflowDupQuestions"}
 UNKNOWN = (  # what mteb wants to be told, and these models do not know of themselves
@@ -128,7 +129,8 @@ def run(model: MtebEncoder | MtebReranker, tasks: Sequence[Any], output: Path) -
     cache = mteb.ResultCache(output)
     for task in tasks:
         try:
-            (result,) = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False).task_results
+            with under_way(f"evaluating on {task.metadata.name}"):
+                (result,) = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False).task_results
         except (ConnectionError, DatasetNotFoundError) as error:
             raise InputError(
                 f"tasks={task.metadata.name}: its data set {task.metadata.dataset['path']} is not in the cache of Hugging Face's datasets, and the hub "

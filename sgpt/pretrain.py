@@ -42,6 +42,7 @@ from sgpt.data.open_text import read_documents, read_weak_pairs
 from sgpt.distributed import average_gradients, from_main, gather
 from sgpt.errors import InputError
 from sgpt.files import write_whole
+from sgpt.interrupt import Interrupted, Stop
 from sgpt.loss import similarities
 from sgpt.model import packed_token_embeddings
 from sgpt.packing import packs
@@ -79,7 +80,7 @@ class PretrainConfig:
     head_share: share of document positions that carry the next-token loss in a step of pairs.
     """
 
-    text: str = "../shared/data"
+    text: str = ""
     pydocs: str = "data/raw/pydocs"
     folder: str = "runs/nano"
     output: str = "data/nano"
@@ -141,6 +142,8 @@ class Corpus:
 
 def prepare(config: PretrainConfig) -> Corpus:
     """Trains the tokenizer and tokenises everything, once; later calls open what is there."""
+    if not config.text:
+        raise InputError("set text=<folder> of the open text sources; sgpt/data/open_text.py says which files lie in it")
     folder = Path(config.folder)
     if not (folder / "stream.npy").is_file():  # written last
         folder.mkdir(parents=True, exist_ok=True)
@@ -235,33 +238,37 @@ def _pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) 
     step, tokens = _resume(folder, model, optimizers)
     started, first = time.perf_counter(), step
     steps = config.joint_steps + config.language_steps
-    while step < steps:
-        factor = min(1.0, (step + 1) / config.warmup_steps) * (1 - 0.9 * step / steps)
-        for optimizer, rates in zip(optimizers, peaks, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-        windows = min(step, config.joint_steps) // 4 + max(0, step - config.joint_steps)  # steps on windows so far
-        with accelerator.autocast():
-            if step % 4 == 3 or step >= config.joint_steps:
-                line, seen = language_step(model, corpus, config, windows, rank, processes)
-            else:
-                line, seen = pair_step(model, corpus, config, step - windows, rank, processes)
-        average_gradients(model.parameters())
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        step, tokens = step + 1, tokens + seen * processes
-        if step % config.log_every_steps == 0:
-            seconds = time.perf_counter() - started
-            shown = {name: gather(value.float()[None]).mean().item() for name, value in line.items()}
-            if accelerator.is_main_process:
-                with (folder / "metrics.jsonl").open("a", encoding="utf-8") as out:
-                    out.write(json.dumps({"step": step, "tokens": tokens, **shown, "grad_norm": norm.item(), "seconds": seconds}) + "\n")
-            log.info("step %d/%d  %s tokens  %s  %.0f s left", step, steps, f"{tokens:,}",
-                     "  ".join(f"{name} {value:.3f}" for name, value in shown.items()), seconds / (step - first) * (steps - step))
-        if (step % config.save_every_steps == 0 or step == steps) and accelerator.is_main_process:
-            _save(folder, model, optimizers, step, tokens)
+    with Stop() as stop:
+        while step < steps:
+            factor = min(1.0, (step + 1) / config.warmup_steps) * (1 - 0.9 * step / steps)
+            for optimizer, rates in zip(optimizers, peaks, strict=True):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor
+            windows = min(step, config.joint_steps) // 4 + max(0, step - config.joint_steps)  # steps on windows so far
+            with accelerator.autocast():
+                if step % 4 == 3 or step >= config.joint_steps:
+                    line, seen = language_step(model, corpus, config, windows, rank, processes)
+                else:
+                    line, seen = pair_step(model, corpus, config, step - windows, rank, processes)
+            average_gradients(model.parameters())
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            step, tokens = step + 1, tokens + seen * processes
+            if step % config.log_every_steps == 0:
+                seconds = time.perf_counter() - started
+                shown = {name: gather(value.float()[None]).mean().item() for name, value in line.items()}
+                if accelerator.is_main_process:
+                    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as out:
+                        out.write(json.dumps({"step": step, "tokens": tokens, **shown, "grad_norm": norm.item(), "seconds": seconds}) + "\n")
+                log.info("step %d/%d  %s tokens  %s  %.0f s left", step, steps, f"{tokens:,}",
+                         "  ".join(f"{name} {value:.3f}" for name, value in shown.items()), seconds / (step - first) * (steps - step))
+            stopping = stop.agreed()
+            if (step % config.save_every_steps == 0 or step == steps or stopping) and accelerator.is_main_process:
+                _save(folder, model, optimizers, step, tokens)
+            if stopping:
+                raise Interrupted(f"step {step} of {steps} is saved")
     return model
 
 

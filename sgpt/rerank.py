@@ -137,6 +137,7 @@ def _run_rerank(config: RerankConfig, manifest: dict, device: torch.device | str
     barrier()
     parts = Parts(output)
     barrier()  # everybody has read the parts, now they may grow
+    log.info("%s: %s pairs of %s by %s, on %s", output, f"{sum(map(len, first.values())):,}", chosen.name, config.model, device)
     run = rerank(ranker, chosen, first, config.depth, posterior=config.posterior, parts=parts, documents_per_block=config.documents_per_block)
     barrier()  # everybody has read the scores, now the parts may go
     results: dict[str, Any] = {}

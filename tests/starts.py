@@ -10,13 +10,16 @@ from typing import NamedTuple
 
 REPOSITORY = Path(__file__).parents[1]
 
-# One process imports everything; every start is a fork of it. It kills one when its part file has so many lines, and leaves half a line there,
-# as a kill inside of a write does.
+# One process imports everything; every start is a fork of it. It kills one when a file has so many lines, and leaves half a line there,
+# as a kill inside of a write does; or it sends all of one start a signal then, as a terminal does. Nothing comes in at their stdin.
 _STARTER = """
 import json, os, runpy, signal, sys, time
 import accelerate, bm25s, rich.console, torch
 torch.set_num_threads(1)
 import sgpt.config, sgpt.launch, sgpt.mine, sgpt.rerank
+jobs = json.load(sys.stdin)
+if any(job["command"][0].endswith("biencoder.py") for job in jobs):
+    import matplotlib.pyplot, peft, sentence_transformers, sgpt.export, sgpt.report, sgpt.trainer
 def started(number, job, rank):
     child = os.fork()
     if child:
@@ -27,7 +30,8 @@ def started(number, job, rank):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
     if job["cores"]:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:job["cores"]])
-    sys.argv, code = job["command"], 0
+    os.dup2(os.pipe()[0], 0)
+    sys.argv, sys.orig_argv, code = job["command"], ["python", *job["command"]], 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:
@@ -40,16 +44,17 @@ def started(number, job, rank):
     os._exit(code)
 def lines(file):
     return open(file, "rb").read().count(b"\\n") if os.path.exists(file) else 0
-for number, job in enumerate(json.load(sys.stdin)):
+for number, job in enumerate(jobs):
     if job["before"] and os.system(job["before"]):
         raise SystemExit(job["before"])
     children = [started(number, job, rank) for rank in range(2 if job["port"] else 1)]
     if job["kill"]:
         while lines(job["kill"][0]) < job["kill"][1] and not os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
             time.sleep(0.0005)
-        os.kill(children[0], signal.SIGKILL)
+        for child in children if job["signal"] else children[:1]:
+            os.kill(child, job["signal"] or signal.SIGKILL)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if job["kill"]:
+    if job["kill"] and not job["signal"]:
         with open(job["kill"][0], "ab") as file:
             file.write(b'{"block": 9, "some')
     parts = [name for name in os.listdir(".") if ".part-" in name]
@@ -61,6 +66,7 @@ class Start(NamedTuple):
     """arguments of the script. kill: part file and its lines at which the process is killed. port: two processes meet there.
 
     before: a shell command that runs first. cores: that the processes may use, all if None.
+    signal: sent to all processes instead. script: another one than the others'.
     """
 
     arguments: list[str]
@@ -68,6 +74,8 @@ class Start(NamedTuple):
     port: int | None = None
     before: str = ""
     cores: int | None = None
+    signal: int | None = None
+    script: str | None = None
 
 
 class Ended(NamedTuple):
@@ -87,8 +95,10 @@ def free_port() -> int:
 def start_all(script: str, folder: Path, named: dict[str, Start]) -> dict[str, Ended]:
     """Runs train/<script>.py in `folder` once for each start, one after the other."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    path = str(REPOSITORY / "train" / f"{script}.py")
-    jobs = [{"command": [path, *start.arguments], **{key: getattr(start, key) for key in start._fields[1:]}} for start in named.values()]
+    jobs = []
+    for start in named.values():
+        path = str(REPOSITORY / "train" / f"{start.script or script}.py")
+        jobs.append({**start._asdict(), "command": [path, *start.arguments]})
     ended = subprocess.run([sys.executable, "-c", _STARTER], input=json.dumps(jobs), cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr
     told = [json.loads(line) for line in ended.stdout.splitlines()]

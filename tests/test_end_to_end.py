@@ -176,7 +176,7 @@ def test_the_run_folder_holds_everything_that_is_promised(project):
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "metrics.jsonl", "checkpoints", "adapter", "export", "results.json", "analysis.json", "report.html", "manifest.json",
     }  # fmt: skip
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-2", "step-3", "latest"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-2", "step-3"}
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["model"]["path"], config["optim"]["learning_rate"], config["trainer"]["max_steps"]) == ("base", 0.01, STEPS)
     assert (run / "report.html").read_text().lstrip().lower().startswith("<!doctype html>")

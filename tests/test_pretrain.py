@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import logging
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sgpt.data import open_text, pydocs
 from sgpt.data.open_text import weak_pairs
 from sgpt.errors import InputError
+from sgpt.interrupt import Interrupted
 from sgpt.pretrain import (
     Corpus,
     NanoConfig,
@@ -159,3 +163,28 @@ def test_the_written_model_opens_everywhere_and_has_learned(config):
 def test_missing_text_is_named(config, tmp_path):
     with pytest.raises(InputError, match=r"open_text/train-00\.jsonl\.gz"):
         prepare(replace(config, text=str(tmp_path), folder=str(tmp_path / "run")))
+
+
+def test_the_folder_of_texts_must_be_given():
+    with pytest.raises(InputError, match=r"set text=<folder> of the open text sources"):
+        prepare(PretrainConfig())
+
+
+def test_an_interrupted_pretraining_is_saved_after_its_step(config, tmp_path):
+    class Press(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("step 3/"):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    settings = replace(config, folder=str(tmp_path / "run"), output=str(tmp_path / "out"))
+    log, press = logging.getLogger("sgpt.pretrain"), Press()
+    corpus, level = prepare(settings), log.level
+    log.addHandler(press)
+    log.setLevel(logging.INFO)
+    try:
+        with pytest.raises(Interrupted, match="step 3 of 8 is saved"):
+            pretrain(settings, corpus, Accelerator(cpu=True))
+    finally:
+        log.removeHandler(press)
+        log.setLevel(level)
+    assert [file.name for file in (tmp_path / "run").glob("step-*.pt")] == ["step-3.pt"]

@@ -10,6 +10,7 @@ from sgpt.door import script
 
 @script("train")
 def main(composed: DictConfig) -> None:
+    import logging
     from pathlib import Path
 
     from sgpt import evaluate, launch, outcome
@@ -23,9 +24,10 @@ def main(composed: DictConfig) -> None:
     from sgpt.model import load_tokenizer, load_trunk
     from sgpt.report import write_report
     from sgpt.run import begin, claim
-    from sgpt.trainer import check, train
+    from sgpt.trainer import announce, check, train
     from sgpt.tuning import learning, tune
 
+    log = logging.getLogger("sgpt.train")
     config = typed(TrainConfig, composed)
     run = claim(Path(config.runs) / config.name, plain(config), resume=config.resume)
     if run.finished:
@@ -48,6 +50,8 @@ def main(composed: DictConfig) -> None:
     encoder.to(accelerator.device)
     inputs = outcome.inputs_of(encoder, feed, sets, dev)
     run.check_same(inputs)
+    log.info("%s: %s is trained on %s", run.folder, config.model.path, config.data.path or config.data.name)
+    announce(encoder, feed, config.trainer, config.optim, accelerator)
     base = {name: parameter.detach().clone() for name, parameter in learning(encoder.trunk).items()}
     if accelerator.is_main_process:
         begin(run, plain(config))
@@ -60,6 +64,7 @@ def main(composed: DictConfig) -> None:
 
     if accelerator.is_main_process:
         save_adapter(encoder, base, run.folder / "adapter")
+        log.info("exporting to %s and comparing the export with what was trained", run.folder / "export")
         verified = export(encoder, run.folder / "export", card=outcome.card(run, config))
         outcome.record_after(run, encoder, sets, base, state, verified=verified)
         write_report(run.folder)
