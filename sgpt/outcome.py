@@ -1,5 +1,6 @@
 """What a run leaves to read: results before and after, the analysis for the report, the manifest, the card, the last table."""
 
+import os
 import shlex
 import sys
 import time
@@ -7,19 +8,26 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from sgpt import evaluate
+from sgpt import checkpoint, evaluate
+from sgpt import contract as contracts
+from sgpt.adapter import check_tokenizer, is_adapter, refuse_other_base
 from sgpt.checkpoint import TrainState
 from sgpt.config import TrainConfig
+from sgpt.contract import Contract
 from sgpt.data.sampling import Feed
 from sgpt.encoder import Encoder
+from sgpt.errors import InputError
 from sgpt.evaluate import Sets
-from sgpt.model import located
-from sgpt.probes import probes
+from sgpt.export import export
+from sgpt.files import held
+from sgpt.model import load_tokenizer, load_trunk, located
+from sgpt.probes import in_dtype, probes
 from sgpt.provenance import Inputs, content_hash, environment, tokenizer_hash, weights_hash
 from sgpt.run import Run
-from sgpt.tuning import count, learning
+from sgpt.tuning import count, learning, tune
 
 SAMPLE = 512  # pairs in the similarity histogram
 
@@ -67,23 +75,73 @@ def record_before(run: Run, encoder: Encoder, sets: Sets, *, bm25: bool) -> None
     run.write("results.json", {"before": evaluate.evaluate(encoder, sets), "bm25": evaluate.bm25(sets) if bm25 else {}})
 
 
-def record_after(run: Run, encoder: Encoder, sets: Sets, base: Mapping[str, Tensor], state: TrainState, *, verified: dict) -> None:
-    """The tuned model: what changed, what it scores, what was exported."""
+def record_after(run: Run, encoder: Encoder, sets: Sets, base: Mapping[str, Tensor], state: TrainState) -> None:
+    """The tuned model: what changed and what it scores."""
     learned = learning(encoder.trunk)
     change = {name: float((learned[name].detach() - old).norm() / old.norm().clamp(min=1e-12)) for name, old in base.items()}
     similarity = run.read("analysis.json", {}).get("similarity", {}) | {"after": _similarity(encoder, sets)}
     run.write("analysis.json", {"similarity": similarity, "change": change})
-    run.update("manifest.json", seconds=state.seconds, steps=state.step, processes=state.processes, export=verified, probes=probes(encoder), bytes={
-        name: (run.folder / place).stat().st_size for name, place in (
-            ("adapter", "adapter/adapter_model.safetensors"), ("model", "export/model.safetensors"))
-    })
+    adapter = run.folder / "adapter" / "adapter_model.safetensors"
+    run.update(
+        "manifest.json", seconds=state.seconds, steps=state.step, processes=state.processes, probes=probes(in_dtype(encoder, torch.float32)),
+        bytes={"adapter": adapter.stat().st_size},
+    )
     run.update("results.json", after=evaluate.evaluate(encoder, sets))
 
 
 def finish(run: Run) -> None:
-    """From here on the run is finished, and starting it again shows its table."""
+    """From here on the run is finished: starting it again shows its table, and makes its export if that is missing."""
     run.update("manifest.json", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    run.close()
+
+
+def is_exported(run: Run) -> bool:
+    return "export" in run.read("manifest.json", {}) and (run.folder / "export" / contracts.FILE).is_file()
+
+
+def write_export(run: Run, config: TrainConfig, encoder: Encoder) -> None:
+    """The export of a finished run, which says so in the manifest. InputError names the command that makes it again."""
+    try:
+        verified = export(encoder, run.folder / "export", card=card(run, config))
+    except InputError as error:
+        again = shlex.join(["python", "train/export.py", f"run={run.folder}"])
+        raise InputError(f"{run.folder} has its adapter, results and report, and no export: {error}. To export it again: {again}") from error
+    size = run.read("manifest.json", {})["bytes"] | {"model": sum(file.stat().st_size for file in (run.folder / "export").glob("*.safetensors"))}
+    run.update("manifest.json", export=verified, bytes=size)
+
+
+def reopen(run: Run, config: TrainConfig) -> tuple[Encoder, Path]:
+    """The encoder as it was when the newest checkpoint was written, and that checkpoint."""
+    newest = checkpoint.latest(run.checkpoints)
+    if newest is None:
+        raise InputError(f"{run.folder} has no checkpoint yet; let it train until the first one")
+    if threads := run.read("manifest.json", {}).get("environment", {}).get("threads"):
+        torch.set_num_threads(threads)  # the last digits of the probes belong to them
+    trunk, tokenizer = load_trunk(config.model), load_tokenizer(config.model.path)
+    if is_adapter(run.folder / "adapter"):
+        refuse_other_base(trunk, run.folder / "adapter")
+        check_tokenizer(tokenizer, run.folder / "adapter")
+    contract = Contract(config.pooling.name, config.markers, base=config.model.path)
+    encoder = Encoder(trunk, tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
+    encoder.trunk = tune(encoder.trunk, config.tuning)
+    encoder.eval()
+    checkpoint.load_parameters(newest / "trained.safetensors", learning(encoder.trunk))
+    return encoder, newest
+
+
+def complete(run: Run, config: TrainConfig, encoder: Encoder | None = None) -> None:
+    """Ends a finished run: its export, where that is missing, and its table, whatever the export says.
+
+    encoder: as it was trained; without, the one of the last checkpoint, after an export that was refused or killed.
+    """
+    if int(os.environ.get("RANK", "0")):
+        return
+    try:
+        if encoder is not None or not is_exported(run):
+            run.lock = run.lock or held(run.folder)
+            write_export(run, config, encoder or reopen(run, config)[0])
+    finally:
+        run.close()
+        show(run)
 
 
 def show(run: Run) -> None:
@@ -99,7 +157,7 @@ def show(run: Run) -> None:
     queries, size = _queries_seen(run), manifest["bytes"]
     console.print(f"{queries / manifest['seconds']:.1f} pairs per second · {queries:,} pairs · {manifest['seconds'] / 60:.1f} minutes of training")
     console.print(f"trained {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters: "
-                  f"{_bytes(size['adapter'])} of changes to a model of {_bytes(size['model'])}")
+                  f"{_bytes(size['adapter'])} of changes" + (f" to a model of {_bytes(size['model'])}" if "model" in size else ", not exported"))
     console.print(f"run folder  {run.folder}   (open {run.folder}/report.html)")
     ours = manifest["data"]["sources"][0]["source"].endswith("pydocs")  # what search looks through when no corpus is named
     what = 'query="parse a date from a string"' if ours else "corpus=<JSON lines of _id and text>"

@@ -91,7 +91,7 @@ def _write_lines() -> None:
 def progress_bar(title: str, total: float, wanted: bool | None = None) -> Iterator[Callable[[float], None]]:
     """Gives advance(amount). wanted: True always shows a bar, False nothing, None a bar or lines when it is worth it."""
     terminal = sys.stderr.isatty()
-    if wanted is False or (wanted is None and not (terminal or log.isEnabledFor(logging.INFO)) or os.environ.get("RANK", "0") != "0"):
+    if wanted is False or ((wanted is None and not (terminal or log.isEnabledFor(logging.INFO))) or os.environ.get("RANK", "0") != "0"):
         yield lambda amount: None
     elif wanted or terminal:
         with _bar(title, total, at_once=bool(wanted)) as advance:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sgpt import contract as contracts
-from sgpt.adapter import Delta
+from sgpt.adapter import DELTA, Delta, check_tokenizer, convert, trained_dtype
 from sgpt.contract import Contract
 from sgpt.cross_encoder import CrossEncoder, load_language_model
 from sgpt.data.beir import read_corpus
@@ -65,7 +65,12 @@ def open_both(
     if folder is None or not (folder / contracts.FILE).is_file():
         raise InputError(f"{path} holds no adapter/, so there is no base to re-rank with; give the run's folder, or search without rerank")
     contract = Contract.load(folder)
-    model, tokenizer = load_language_model(ModelConfig(contract.base, dtype)).to(device), load_tokenizer(contract.base)
+    if not (folder / DELTA).is_file():
+        raise InputError(f"{folder} holds no {DELTA}, so there is no base to re-rank with; give the run's folder, or search without rerank")
+    model = load_language_model(ModelConfig(contract.base, trained_dtype(folder)))
+    convert(model, dtype)  # not opened so: a base that was trained over in half precision has the values of that
+    model, tokenizer = model.to(device), load_tokenizer(contract.base)
+    check_tokenizer(tokenizer, folder)
     encoder = Encoder(model.base_model, tokenizer, contract, delta=Delta(model.base_model, folder))
     return encoder, CrossEncoder(model, tokenizer, prompt)
 

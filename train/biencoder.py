@@ -19,7 +19,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.contract import Contract
     from sgpt.data.readers import build_feed
     from sgpt.encoder import Encoder
-    from sgpt.export import export
+    from sgpt.files import remove_folder
     from sgpt.guide import grouped, guided
     from sgpt.model import load_tokenizer, load_trunk
     from sgpt.report import write_report
@@ -31,7 +31,7 @@ def main(composed: DictConfig) -> None:
     config = typed(TrainConfig, composed)
     run = claim(Path(config.runs) / config.name, plain(config), resume=config.resume)
     if run.finished:
-        outcome.show(run)
+        outcome.complete(run, config)
         return
     accelerator = launch.start(config, run.threads)
 
@@ -63,13 +63,12 @@ def main(composed: DictConfig) -> None:
     state = train(encoder, feed, accelerator, run, config.trainer, config.loss, config.optim, lambda: evaluate.evaluate(encoder, dev))
 
     if accelerator.is_main_process:
+        remove_folder(run.folder / "export")  # of an earlier checkpoint, where somebody looked in between
         save_adapter(encoder, base, run.folder / "adapter")
-        log.info("exporting to %s and comparing the export with what was trained", run.folder / "export")
-        verified = export(encoder, run.folder / "export", card=outcome.card(run, config))
-        outcome.record_after(run, encoder, sets, base, state, verified=verified)
+        outcome.record_after(run, encoder, sets, base, state)
         write_report(run.folder)
         outcome.finish(run)
-        outcome.show(run)
+        outcome.complete(run, config, encoder)
     accelerator.end_training()
 
 
