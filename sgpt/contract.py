@@ -17,7 +17,8 @@ FORMAT = 1
 class Contract:
     """How texts become embeddings with these weights.
 
-    base: path or hub id of the frozen trunk. normalize: embeddings are of length 1. probes: texts and their embeddings by
+    base: path or hub id of the frozen trunk. normalize: embeddings are of length 1. prompts: by role, what stands before every
+    text and is tokenised with it, as some sentence-transformers models were trained. probes: texts and their embeddings by
     role, as the weights gave them when they were saved; whoever loads the model can check that it still does.
     """
 
@@ -26,6 +27,7 @@ class Contract:
     normalize: bool = False
     base: str = ""
     probes: dict[str, list] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
@@ -47,5 +49,5 @@ class Contract:
 
     def fingerprint(self) -> str:
         """Of everything but the probes; equal contracts give equal token ids and pooling."""
-        stated = {key: value for key, value in asdict(self).items() if key != "probes"}
+        stated = {key: value for key, value in asdict(self).items() if key != "probes" and (key != "prompts" or value)}
         return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:16]

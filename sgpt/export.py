@@ -25,11 +25,12 @@ from torch import nn
 
 from sgpt import contract as contracts
 from sgpt.data.collate import Rows
-from sgpt.encoder import LEGACY_POOLINGS, Encoder
+from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.files import replace_folder
 from sgpt.markers import ROLES, Frame, Role
 from sgpt.probes import probes
+from sgpt.sentence_transformers_format import LEGACY_POOLINGS
 from sgpt.template import SEAM, wrap
 
 log = logging.getLogger(__name__)
