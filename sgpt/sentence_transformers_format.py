@@ -168,7 +168,7 @@ def _limits(file: Path, stated: dict, transformer: Path, tokenizer: dict) -> dic
 
 
 def _count(file: Path, key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < float("inf") or value != int(value):
         raise InputError(f"{file}: {key}={value!r:.40} must be a number of tokens, 1 or more")
     return int(value)
 
@@ -188,7 +188,7 @@ def _pooling(file: Path, prompts: dict[str, str]) -> str:
     else:
         named = [name for key, name in LEGACY_POOLINGS.items() if stated.get(key)] + (["mean_sqrt_len_tokens"] if stated.get(SQUARE_ROOT) else [])
         named = named or ["mean"]  # as sentence-transformers
-    if len(named) != 1 or named[0] not in POOLINGS:
+    if len(named) != 1 or named[0] not in list(POOLINGS):  # a list: what stands there may not be hashable
         raise InputError(f"{file}: pooling {named} is not supported; one of {', '.join(POOLINGS)} is")
     return named[0]
 
@@ -210,7 +210,7 @@ def _prompts(folder: Path) -> dict[str, str]:
     if not isinstance(prompts, dict) or not all(isinstance(text, (str, type(None))) for text in prompts.values()):
         raise InputError(f"{file}: prompts={prompts!r:.80} must give a text to each name")
     default = stated.get("default_prompt_name")
-    if default is not None and default not in {"query", "document", *prompts}:
+    if default is not None and default not in ["query", "document", *prompts]:
         raise InputError(f"{file}: default_prompt_name={default!r} is none of its prompts ({', '.join(prompts)})")
     unused = [name for name, text in prompts.items() if text and name not in ("query", "document")]
     if unused:

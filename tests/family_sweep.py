@@ -98,7 +98,7 @@ def build(family: str, vocabulary: int) -> torch.nn.Module:
 
 def plain(folder: Path, tokenizer, side: str | None) -> torch.Tensor:
     """Mean of the last hidden state by plain transformers: of each text alone without a mask (side None), or of a padded batch."""
-    trunk = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    trunk = AutoModel.from_pretrained(folder).eval()
     with torch.no_grad():
         if side is None:
             ids = [torch.tensor(row) for row in tokenizer(TEXTS)["input_ids"]]
@@ -121,6 +121,8 @@ def sweep(family: str, folder: Path) -> Row:
         encoder = Encoder.from_pretrained(folder, markers=MarkersConfig("none", 100, 100), pooling="mean")
     except InputError as error:
         return Row(family, "refused", reason=str(error).removeprefix(f"{folder}: "))
+    except Exception as error:
+        return Row(family, "WRONG", float("nan"), reason=f"{type(error).__name__}: {error}")
     alone = plain(folder, tokenizer, None)
     largest = alone.abs().max()
     made = [torch.from_numpy(encoder.encode(TEXTS, "document"))]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import damaged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -308,45 +309,13 @@ def test_a_classifier_whose_head_is_missing_rescores_nothing(tiny_base, tmp_path
 # --- whatever else is done to a folder ---
 
 FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
-VALUES = st.one_of(st.none(), st.booleans(), st.integers(-3, 300), st.floats(), st.text(max_size=5), st.just([]), st.just({}), st.just("DELETE"))
-
-
-def damaged(folder: Path, draw: st.DataObject) -> str:
-    """One byte, key or value changed; says what."""
-    name = draw.draw(st.sampled_from([name for name in FILES if (folder / name).is_file()]))
-    file = folder / name
-    if name.endswith(".json") and draw.draw(st.booleans()):
-        content = json.loads(file.read_text())
-        holder = content
-        key = draw.draw(st.sampled_from(sorted(content)))
-        while isinstance(holder[key], dict) and 0 < len(holder[key]) < 50 and draw.draw(st.booleans()):
-            holder = holder[key]
-            key = draw.draw(st.sampled_from(sorted(holder)))
-        value = draw.draw(VALUES)
-        if value == "DELETE":
-            del holder[key]
-        else:
-            holder[key] = value
-        file.write_text(json.dumps(content))
-        return f"{name} {key} {value!r}"
-    data = bytearray(file.read_bytes())
-    kind = draw.draw(st.sampled_from(["flip", "cut", "drop"]))
-    place = draw.draw(st.integers(0, min(len(data) - 1, 3000 if draw.draw(st.booleans()) else len(data) - 1)))
-    if kind == "flip":
-        data[place] ^= 1 << draw.draw(st.integers(0, 7))
-    elif kind == "cut":
-        data = data[:place]
-    else:
-        del data[place]
-    file.write_bytes(data)
-    return f"{name} {kind} {place}"
 
 
 def opens_or_is_refused(folder: Path, draw: st.DataObject, count: dict | None = None) -> None:
     with_damage = folder.parent / "damaged"
     shutil.rmtree(with_damage, ignore_errors=True)
     shutil.copytree(folder, with_damage)
-    what = damaged(with_damage, draw)
+    what = damaged(with_damage, draw, FILES)
     try:
         made = Encoder.from_pretrained(with_damage).encode(TEXTS, "document")
     except InputError as error:
