@@ -18,15 +18,17 @@ ROUNDINGS = 16  # times the measured rounding; wrong families are beyond 1,000 t
 
 
 @torch.inference_mode()
-def check_agreement(path: str, trunk: nn.Module, embed: Callable[[Tensor, Tensor], Tensor], limit: int | None, *, causal: bool = False) -> None:
+def check_agreement(path: str, trunk: nn.Module, embed: Callable[[Tensor, Tensor], Tensor], width: int, limit: int | None, *, causal: bool = False) -> None:
     """Refuses a trunk whose padded rows differ from each alone. embed: input_ids and mask [rows, T] to hidden states, as it is done here.
 
-    limit: of positions. causal: a token must not see those behind it, either. Raises InputError with the number and the family.
+    width: D, as config.json has it. limit: of positions. causal: a token must not see those behind it, either. Raises InputError with the number and the family.
     """
     family = trunk.config.model_type
     rows = probe_rows(trunk, limit)
     alone = [_hidden(trunk, row[None])[0] for row in rows]
-    ids, mask = _padded(rows, trunk.config.pad_token_id)
+    if alone[0].shape[-1] != width:
+        raise InputError(f"{path}: {type(trunk).__name__} ({family}) gives {alone[0].shape[-1]} numbers where its config says {width}; choose another base")
+    ids, mask = _padded(rows, getattr(trunk.config, "pad_token_id", None))
     largest = max(float(row.abs().max()) for row in alone)
     allowed = ROUNDINGS * (rounding(trunk, rows, alone) + torch.finfo(alone[0].dtype).eps)
 
@@ -62,6 +64,7 @@ def probe_rows(trunk: nn.Module, limit: int | None) -> list[Tensor]:
     return [usual[torch.randint(len(usual), (length,), generator=generator)].to(device) for length in lengths]
 
 
+@torch.inference_mode()
 def rounding(trunk: nn.Module, rows: list[Tensor], alone: list[Tensor]) -> float:
     """What the largest change is, as a share of the largest number, when every operation's result is changed in its last bit."""
     generator = torch.Generator().manual_seed(1)
@@ -70,7 +73,7 @@ def rounding(trunk: nn.Module, rows: list[Tensor], alone: list[Tensor]) -> float
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return None
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2 - 1
-        return output * (1 + signs * torch.finfo(output.dtype).eps)
+        return output * (1 + signs * torch.finfo(output.dtype).eps).to(output.dtype)
 
     hooks = [module.register_forward_hook(nudge) for module in trunk.modules() if not any(module.children())]
     try:
@@ -88,4 +91,4 @@ def _hidden(trunk: nn.Module, ids: Tensor) -> Tensor:
 
 def _padded(rows: list[Tensor], pad_id: int | None) -> tuple[Tensor, Tensor]:
     pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, batch_first=True, padding_value=pad_id or 0), pad([torch.ones_like(row) for row in rows], batch_first=True)
+    return pad(rows, batch_first=True, padding_value=max(pad_id or 0, 0)), pad([torch.ones_like(row) for row in rows], batch_first=True)

@@ -231,7 +231,7 @@ def _our_reader(folder: Path, encoder: Encoder) -> _Reader:
 def _sentence_transformers_reader(folder: Path, encoder: Encoder) -> _Reader:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), device=str(encoder.device))
+    model = SentenceTransformer(str(folder), device=str(encoder.device), trust_remote_code=False)
 
     def token_ids(texts: list[str], role: Role) -> Rows:
         batch = model.preprocess(texts, task=role)

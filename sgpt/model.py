@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from sgpt.model_files import (
     check_config,
     check_names,
     check_numbers,
+    first_line,
     local_folder,
     read_json,
     refuse_foreign_code,
@@ -36,7 +38,6 @@ from sgpt.model_files import (
     unloadable,
     without_wrappers,
 )
-from sgpt.model_files import first_line as _first_line
 from sgpt.packing import Pack
 from sgpt.template import unwrap
 
@@ -85,25 +86,29 @@ def open_model(config: ModelConfig, auto: type = AutoModel) -> nn.Module:
         model, report = _loaded(path, folder, architecture, auto, config.dtype, stored)
     check_names(path, model, report)
     check_numbers(path, model, stored)
-    with told(path), torch.no_grad():
+    model.config.use_cache = False
+    with torch.no_grad():
         for name in report["missing_keys"]:
             if UNUSED.search(name):  # random otherwise, and so another base each time
                 model.get_parameter(name).zero_()
-        model.config.use_cache = False
-        _try(path, model.eval())
+    _try(path, model.eval())
     return model
 
 
 def check_family(path: str, trunk: nn.Module, *, causal: bool = False) -> None:
     """Unless its family is proved by tests, that padded rows are computed as each alone. causal: and that no token sees what follows."""
     if trunk.config.model_type not in PACKED_FAMILIES:
-        with told(path):
-            check_agreement(path, trunk, lambda ids, mask: token_embeddings(trunk, ids, mask), position_limit(trunk), causal=causal)
+        with told(path, running=trunk):
+            embed = partial(token_embeddings, trunk)
+            check_agreement(path, trunk, embed, embedding_size(trunk), position_limit(trunk), causal=causal)
 
 
 @contextmanager
-def told(path: str, read: Path | None = None) -> Iterator[None]:
-    """Whatever transformers raises inside over a user's files is one sentence that names the folder. read: the file, if it is no JSON."""
+def told(path: str, *, read: Path | None = None, running: nn.Module | None = None) -> Iterator[None]:
+    """Whatever transformers raises inside over a user's files is one sentence that names the folder.
+
+    read: a file that is named if it is no JSON. running: the model, where it is opened already and run.
+    """
     quieted = [logging.getLogger(name) for name in ("transformers.modeling_utils", "transformers.configuration_utils")]
     for logger in quieted:  # their table of missing weights: what matters of it is refused here by name
         logger.disabled = True
@@ -116,7 +121,12 @@ def told(path: str, read: Path | None = None) -> Iterator[None]:
             raise
         if read is not None and read.is_file():
             read_json(read)
-        raise cannot_load(path, error) from error
+        if running is not None:
+            raise InputError(
+                f"{path}: {type(running).__name__} ({running.config.model_type}) cannot be run over the tokens of a text ({first_line(error)}); "
+                f"a value in {CONFIG} is wrong, or this family cannot be used here"
+            ) from error
+        raise unloadable(path, first_line(error)) from error
     finally:
         for logger in quieted:
             logger.disabled = False
@@ -160,8 +170,9 @@ def _taken_off(own: dict[str, str]) -> str:
 @torch.no_grad()
 def _try(path: str, model: nn.Module) -> None:
     """A few tokens: some values of a config fail, or give NaN, only when the model runs."""
-    ids = torch.arange(8)[None] % model.get_input_embeddings().weight.shape[0]
-    output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with told(path, running=model):
+        ids = torch.arange(8)[None] % model.get_input_embeddings().weight.shape[0]
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     if not output[0].isfinite().all():
         raise InputError(f"{path}: {type(model).__name__} gives NaN or infinite numbers in {model.dtype}; a value in config.json or the dtype is wrong")
 
@@ -173,7 +184,7 @@ def load_tokenizer(path: str, **options):
         refuse_foreign_code(folder / TOKENIZER_CONFIG, read_json(folder / TOKENIZER_CONFIG), known=True)
     if (folder / CONFIG).is_file():
         refuse_foreign_code(folder / CONFIG, read_json(folder / CONFIG), known=True)
-    with told(path, folder / TOKENIZER):
+    with told(path, read=folder / TOKENIZER):
         tokenizer = unwrap(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options))
         _refuse_without_vocabulary(path, folder, tokenizer)
     if tokenizer.pad_token is None:
@@ -269,10 +280,7 @@ def takes_position_ids(trunk: nn.Module) -> bool:
 def position_offset(trunk: nn.Module) -> int:
     """Rows of the position table that no text uses: of RoBERTa and its kin, whose first position follows the padding id."""
     for name, module in trunk.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.padding_idx + 1
+        padding_id = getattr(module, "padding_idx", None)  # I-BERT's table is no nn.Embedding
+        if name.endswith("position_embeddings") and isinstance(padding_id, int):
+            return padding_id + 1
     return 0
-
-
-def cannot_load(path: str, error: BaseException) -> InputError:
-    return error if isinstance(error, InputError) else unloadable(path, _first_line(error))
