@@ -109,7 +109,7 @@ def train_ours(encoder: Encoder, feed: Feed, optim: OptimConfig, steps: int, fol
 def train_theirs(
     base: Path, examples: list[Example], feed: Feed, optim: OptimConfig, steps: int, folder: Path
 ) -> tuple[list[float], float, torch.nn.Module]:
-    model = SentenceTransformer(str(base), device="cpu")
+    model = SentenceTransformer(str(base), device="cpu", trust_remote_code=False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("bias"))
     columns = {

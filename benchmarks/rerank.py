@@ -118,7 +118,7 @@ def one_by_one(ranker: CrossEncoder) -> Scoring:
     """As the original's script computes it, with transformers' attention and its tokenisation of every pair."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(ranker.model.config._name_or_path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(ranker.model.config._name_or_path, dtype=torch.float32, trust_remote_code=False).eval()
 
     @torch.inference_mode()
     def scoring(pairs: Pairs) -> np.ndarray:

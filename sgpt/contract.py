@@ -26,10 +26,11 @@ MAY_CHANGE = ("base", "hash")  # a base can be moved; an adapter knows it by its
 class Contract:
     """How texts become embeddings with these weights.
 
-    base: path or hub id of the frozen trunk. normalize: embeddings are of length 1. probes: texts and their embeddings by
+    base: path or hub id of the frozen trunk. normalize: embeddings are of length 1. prompts: by role, what stands before every
+    text and is tokenised with it, as some sentence-transformers models were trained. probes: texts and their embeddings by
     role, as the weights gave them in float32 when they were saved; whoever loads the model can check that it still does.
     rounding: dtype -> how far the probes were from that with the weights in this dtype, null where they were no numbers.
-    files: name -> hash of each file beside the contract that the embeddings depend on.
+    files: name -> hash of each file next to the contract that the embeddings depend on.
     """
 
     pooling: str = "weighted_mean"
@@ -37,6 +38,7 @@ class Contract:
     normalize: bool = False
     base: str = ""
     probes: dict[str, list] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
     rounding: dict[str, float | None] = field(default_factory=dict, compare=False)
     files: dict[str, str] = field(default_factory=dict, compare=False)
 
@@ -63,12 +65,15 @@ class Contract:
             if not (folder / name).is_file():
                 raise InputError(f"{folder / name}: the file is missing; copy the whole folder, or make it again from its run")
             if hash_of(folder / name) != expected:
-                raise InputError(f"{folder / name}: its hash differs from the one in {FILE} that it was saved with; copy the folder again, or make it again from its run")
+                raise InputError(
+                    f"{folder / name}: its hash differs from the one in {FILE} that it was saved with; "
+                    "copy the folder again, or make it again from its run"
+                )
         return cls(**{**stated, "markers": MarkersConfig(**stated["markers"])})
 
     def fingerprint(self) -> str:
         """Of everything but what was measured; equal contracts give equal token ids and pooling."""
-        stated = {key: value for key, value in asdict(self).items() if key not in MEASURED}
+        stated = {key: value for key, value in asdict(self).items() if key not in MEASURED and (key != "prompts" or value)}
         return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -128,5 +133,6 @@ TYPES: dict[str, Callable[[object], bool]] = {
     "base": lambda value: isinstance(value, str),
     "probes": _is_probes,
     "rounding": _is_rounding,
-    "files": lambda value: isinstance(value, dict) and all(type(name) is str and Path(name).name == name for name in value) and all(type(x) is str for x in value.values()),
+    "prompts": lambda value: isinstance(value, dict) and value.keys() <= {*ROLES} and _all([*value.values()], str),
+    "files": lambda value: isinstance(value, dict) and all(Path(name).name == name for name in value) and _all([*value.values()], str),
 }

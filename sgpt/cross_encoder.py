@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sgpt.attention import PACKED_FAMILIES, prepare
 from sgpt.errors import InputError
 from sgpt.likelihood import Text, log_probabilities
-from sgpt.model import BIDIRECTIONAL, ModelConfig, cannot_load, load_tokenizer, located, position_limit
+from sgpt.model import BIDIRECTIONAL, ModelConfig, check_family, check_vocabulary, load_tokenizer, open_model, position_limit
+from sgpt.model_files import CONFIG, check_config, local_folder, read_json
 from sgpt.progress import progress_bar
 from sgpt.prompts import PromptConfig, build_prompt
 
@@ -50,6 +51,7 @@ class CrossEncoder:
         self.model, self.tokenizer, self.tokens_per_pack = model, tokenizer, tokens_per_pack
         self.prompt = build_prompt(PromptConfig(prompt) if isinstance(prompt, str) else prompt)
         self.scoring = scoring or ScoreConfig()
+        check_vocabulary(tokenizer, model)
         self.max_tokens = position_limit(model.base_model) or LENGTH_WITHOUT_TABLE
         empty = tokenizer("")["input_ids"]
         self.start: Ids = tuple(empty[:1]) if empty and empty[0] == tokenizer.bos_token_id else ()  # Llama and OPT were trained with it
@@ -80,7 +82,14 @@ class CrossEncoder:
         """log p(query | prompt with document), float64 [pairs]: what `score` is made of."""
         texts = self.texts(queries, documents)
         with progress_bar(f"scoring {len(texts):,} pairs", len(set(texts)), progress) as advance:
-            return log_probabilities(self.model, texts, tokens_per_pack=self.tokens_per_pack, choices=self.answers, advance=advance).numpy()
+            sums = log_probabilities(self.model, texts, tokens_per_pack=self.tokens_per_pack, choices=self.answers, advance=advance).numpy()
+        if not np.isfinite(sums).all():
+            pair = int(np.flatnonzero(~np.isfinite(sums))[0])
+            raise InputError(
+                f"score: pair {pair} (query {queries[pair]!r:.60}, document {documents[pair]!r:.60}) has the score {sums[pair]}; "
+                f"{type(self.model).__name__} gives NaN or infinite numbers in {self.model.dtype}: try float32, or another model"
+            )
+        return sums
 
     def query_tokens(self, queries: Sequence[str]) -> np.ndarray:
         """Numbers of tokens that a score sums over, int64 [queries]."""
@@ -136,18 +145,13 @@ def load_language_model(config: ModelConfig) -> nn.Module:
 
     Raises InputError for an encoder, and for a folder without the head, which would score at random and say nothing.
     """
-    path = located(config.path)
-    try:
-        architecture = AutoConfig.from_pretrained(path)
-        if architecture.is_encoder_decoder or architecture.model_type in BIDIRECTIONAL:
-            raise InputError(f"{config.path}: {architecture.model_type} predicts no next token; re-rank with a decoder such as EleutherAI/gpt-neo-125M")
-        model, loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise cannot_load(config.path, error) from error
-    if missing := sorted(loaded["missing_keys"]):
-        raise InputError(f"{config.path}: {', '.join(missing[:3])} is missing, so it is no whole language model; re-rank with the base it was made from")
-    if architecture.model_type not in PACKED_FAMILIES:
-        log.warning("%s: nothing is known of how its attention keeps texts apart, so texts are padded and no beginning is shared", architecture.model_type)
-    model.config.use_cache = False
+    folder = local_folder(config.path)
+    check_config(folder, config.path)
+    if (family := read_json(folder / CONFIG)["model_type"]) in BIDIRECTIONAL or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(f"{config.path}: {family} predicts no next token; re-rank with a decoder such as EleutherAI/gpt-neo-125m")
+    model = open_model(config, AutoModelForCausalLM)
+    if family not in PACKED_FAMILIES:
+        log.warning("%s: nothing is known of how its attention keeps texts apart, so texts are padded and no beginning is shared", family)
     prepare(model.base_model)
-    return model.eval()
+    check_family(config.path, model.base_model, causal=True)
+    return model

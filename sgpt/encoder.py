@@ -4,9 +4,9 @@
     encoder.encode_queries(["parse a date from a string"])  # [1, D]
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgpt import contract as contracts
+from sgpt import sentence_transformers_format
 from sgpt.adapter import check_tokenizer, is_adapter, open_trunk
 from sgpt.contract import Contract
 from sgpt.data.collate import marked
@@ -23,6 +24,7 @@ from sgpt.errors import InputError
 from sgpt.markers import Frame, MarkersConfig, Role, frames
 from sgpt.model import (
     ModelConfig,
+    check_vocabulary,
     embedding_size,
     load_tokenizer,
     load_trunk,
@@ -38,11 +40,6 @@ from sgpt.progress import progress_bar
 
 TOKENS_PER_PACK = 4096
 TEXTS_AT_A_TIME = 16_384  # whose token ids exist
-ST_POOLINGS = {"weightedmean": "weighted_mean", "mean": "mean", "lasttoken": "last_token", "cls": "cls", "max": "max"}
-LEGACY_POOLINGS = {  # sentence-transformers before 6, and every published SGPT model
-    "pooling_mode_weightedmean_tokens": "weighted_mean", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last_token",
-    "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
-}
 
 
 class Encoder(nn.Module):
@@ -57,6 +54,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.weights = nullcontext() if delta is None else delta
         self.trunk, self.tokenizer, self.contract = trunk, tokenizer, contract
+        check_vocabulary(tokenizer, trunk)
         self.tokens_per_pack = tokens_per_pack
         self.frames: dict[Role, Frame] = frames(contract.markers, tokenizer)
         _check_limits(contract.markers, trunk)
@@ -97,7 +95,11 @@ class Encoder(nn.Module):
 
     def token_ids(self, texts: Sequence[str], role: Role) -> Rows:
         """Marked and truncated ids; the content is tokenised alone, so nothing merges with a marker."""
-        return marked(texts, self.tokenizer, self.frames[role])
+        return marked(self._prompted(texts, role), self.tokenizer, self.frames[role])
+
+    def _prompted(self, texts: Sequence[str], role: Role) -> Sequence[str]:
+        prompt = self.contract.prompts.get(role)
+        return [prompt + text for text in texts] if prompt else texts
 
     def encode_queries(self, texts: Sequence[str], **options) -> np.ndarray | Tensor:
         """As `encode` with role="query"."""
@@ -132,15 +134,26 @@ class Encoder(nn.Module):
                 part = embeddings[start : start + TEXTS_AT_A_TIME].zero_()
                 for pack in self.packs(self.token_ids(texts[start : start + TEXTS_AT_A_TIME], role)):
                     made = self.embed_pack(pack).float()
-                    part[pack.rows] = (F.normalize(made, dim=1) if unit else made).cpu()
+                    made = (F.normalize(made, dim=1) if unit else made).cpu()
+                    if not made.isfinite().all():
+                        self._refuse_not_finite(made, [start + row for row in pack.rows], texts, role)
+                    part[pack.rows] = made
                     advance(len(pack.rows))
         self.train(was_training)
         return embeddings if as_tensor or out is not None else embeddings.numpy()
 
+    def _refuse_not_finite(self, made: Tensor, numbers: Sequence[int], texts: Sequence[str], role: Role) -> None:
+        """By the first text, in the order given, whose embedding holds NaN or infinity: its scores would be no scores."""
+        number = min(number for number, row in zip(numbers, made, strict=True) if not row.isfinite().all())
+        raise InputError(
+            f"encode: the embedding of {role} {number} ({texts[number]!r:.60}) holds NaN or infinity; "
+            f"{type(self.trunk).__name__} overflows in {self.trunk.dtype} or its weights are damaged: try float32, or another model"
+        )
+
     def truncation_share(self, texts: Sequence[str], role: Role) -> float:
         """Share of texts longer than the limit, 0 to 1."""
         room = self.frames[role].content_tokens
-        return sum(len(ids) > room for ids in content_ids(texts, self.tokenizer)) / max(1, len(texts))
+        return sum(len(ids) > room for ids in content_ids(self._prompted(texts, role), self.tokenizer)) / max(1, len(texts))
 
     def padding_share(self, rows: Rows) -> float:
         """Share of computed positions that are padding, 0 to 1: none in packs."""
@@ -183,10 +196,7 @@ class Encoder(nn.Module):
                 return cls(open_trunk(folder, dtype), tokenizer, contract)
             return check(cls(*_load(folder, dtype), contract), str(folder))
         if (folder / "modules.json").is_file():
-            transformer, contract = _read_sentence_transformers(folder)
-            contract.markers = markers or contract.markers
-            contract.pooling = pooling or contract.pooling
-            return cls(*_load(transformer, dtype), contract)
+            return cls(*_open_foreign(folder, markers, pooling, dtype))
         trunk, tokenizer = _load(path, dtype)
         return cls(trunk, tokenizer, Contract(pooling or "weighted_mean", markers or _unmarked(position_limit(trunk)), base=str(path)))
 
@@ -200,45 +210,17 @@ def _unmarked(limit: int | None) -> MarkersConfig:
     return MarkersConfig("none", tokens, tokens)
 
 
-def _read_sentence_transformers(folder: Path) -> tuple[Path, Contract]:
-    """The transformer's folder and the contract that the module list amounts to."""
-    contract, transformer = Contract(markers=MarkersConfig("none")), folder
-    for module in json.loads((folder / "modules.json").read_text()):
-        kind, place = module["type"].rsplit(".", 1)[-1], folder / module["path"]
-        if kind == "Transformer":
-            transformer = place
-            stored = json.loads((place / "sentence_bert_config.json").read_text()) if (place / "sentence_bert_config.json").is_file() else {}
-            if "message" in stored.get("modality_config", {}):
-                raise InputError(f"{folder}: its texts go through a chat template, which only sentence-transformers reads; open our own export of it")
-            tokenizer = json.loads((place / "tokenizer_config.json").read_text())
-            limit = min(stored.get("max_seq_length") or int(1e30), tokenizer.get("model_max_length") or int(1e30))
-            limit = limit if limit < 1e6 else _position_limit(place)
-            contract.markers = MarkersConfig("none", limit, limit)
-        elif kind == "Pooling":
-            contract.pooling = _read_pooling(place / "config.json")
-        elif kind == "Normalize":
-            contract.normalize = True
-        else:
-            raise InputError(f"{folder}/modules.json: module {kind} is not supported; Transformer, Pooling and Normalize are")
-    contract.base = str(transformer)
-    return transformer, contract
-
-
-def _position_limit(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text())
-    return next((config[name] for name in ("max_position_embeddings", "n_positions") if config.get(name)), 512)
-
-
-def _read_pooling(file: Path) -> str:
-    config = json.loads(file.read_text())
-    if "pooling_mode" in config:
-        modes = config["pooling_mode"] if isinstance(config["pooling_mode"], list) else [config["pooling_mode"]]
-        chosen = [ST_POOLINGS.get(mode, mode) for mode in modes]
-    else:
-        chosen = [name for key, name in LEGACY_POOLINGS.items() if config.get(key)]
-    if len(chosen) != 1 or chosen[0] not in POOLINGS:
-        raise InputError(f"{file}: pooling {chosen} is not supported; one of {', '.join(POOLINGS)} is")
-    return chosen[0]
+def _open_foreign(
+    folder: Path, markers: MarkersConfig | None, pooling: str | None, dtype: str
+) -> tuple[nn.Module, object, Contract]:  # fmt: skip
+    """Trunk, tokenizer and contract of a sentence-transformers folder that is none of our exports."""
+    stated = sentence_transformers_format.read(folder)
+    trunk = load_trunk(ModelConfig(str(stated.transformer), dtype))
+    tokenizer = load_tokenizer(str(stated.transformer), **stated.tokenizer_options)
+    if stated.lower_case:
+        tokenizer = sentence_transformers_format.lower_cased(tokenizer)
+    contract = sentence_transformers_format.contract_of(stated, trunk)
+    return trunk, tokenizer, replace(contract, markers=markers or contract.markers, pooling=pooling or contract.pooling)
 
 
 def _check_limits(markers: MarkersConfig, trunk: nn.Module) -> None:

@@ -7,7 +7,8 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -97,9 +98,19 @@ def evaluate(encoder: Encoder, sets: Sets) -> Results:
     return results
 
 
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """What is wrong inside is said with the set's name."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
 def retrieve(encoder: Encoder, chosen: RetrievalSet, depth: int = DEPTH, documents: Tensor | None = None) -> Run:
     """Cosine scores of the best `depth` documents of each query. documents: their embeddings, when they are there already."""
-    queries = encoder.encode_queries(list(chosen.queries.values()), normalize=True, as_tensor=True)
+    with _naming(chosen.name):
+        queries = encoder.encode_queries(list(chosen.queries.values()), normalize=True, as_tensor=True)
     scores, rows = search(queries, embedded(encoder, chosen) if documents is None else documents, depth + chosen.skip_own_id)
     return _found(chosen, scores, rows, depth)
 
@@ -112,7 +123,8 @@ def embedded(encoder: Encoder, chosen: RetrievalSet) -> Tensor:
         with tempfile.TemporaryFile() as file:
             reserve(file, 4 * math.prod(shape), f"{tempfile.gettempdir()}, the folder of temporary files that TMPDIR can name")
             out = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
-    return encoder.encode_documents(list(chosen.corpus.values()), normalize=True, as_tensor=True, out=out)
+    with _naming(chosen.name):
+        return encoder.encode_documents(list(chosen.corpus.values()), normalize=True, as_tensor=True, out=out)
 
 
 def search(queries: Tensor, documents: Tensor, depth: int, chunk: int = 16_384) -> tuple[Tensor, Tensor]:
@@ -145,7 +157,8 @@ def as_run(query_ids: Sequence[str], document_ids: Sequence[str], scores: Tensor
 
 def cosines(encoder: Encoder, pairs: PairSet) -> list[float]:
     """Both sides are encoded as queries: a similarity of equals has one role."""
-    first, second = (encoder.encode_queries(side, normalize=True, as_tensor=True) for side in (pairs.first, pairs.second))
+    with _naming(pairs.name):
+        first, second = (encoder.encode_queries(side, normalize=True, as_tensor=True) for side in (pairs.first, pairs.second))
     return (first * second).sum(1).tolist()
 
 

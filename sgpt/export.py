@@ -28,11 +28,12 @@ from torch import nn
 
 from sgpt import contract as contracts
 from sgpt.data.collate import Rows
-from sgpt.encoder import LEGACY_POOLINGS, Encoder
+from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.files import replace_folder
 from sgpt.markers import ROLES, Frame, Role
 from sgpt.probes import in_dtype, probes, rounding
+from sgpt.sentence_transformers_format import LEGACY_POOLINGS
 from sgpt.template import SEAM, wrap
 
 log = logging.getLogger(__name__)
@@ -256,7 +257,7 @@ def _our_reader(folder: Path, encoder: Encoder) -> _Reader:
 def _sentence_transformers_reader(folder: Path, encoder: Encoder) -> _Reader:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), device=str(encoder.device))
+    model = SentenceTransformer(str(folder), device=str(encoder.device), trust_remote_code=False)
 
     def token_ids(texts: list[str], role: Role) -> Rows:
         batch = model.preprocess(texts, task=role)

@@ -4,7 +4,6 @@
 cache (sgpt/data/embeddings.py); a second start reads it, and a step costs nothing but the guide's scores.
 """
 
-import json
 import logging
 from dataclasses import replace
 from functools import partial
@@ -95,8 +94,4 @@ def _frozen(path: str, key: str, device: torch.device | str) -> tuple[Encoder, s
         encoder = Encoder.from_pretrained(folder)
     except InputError as error:
         raise InputError(f"{key}={path}: {error}") from error
-    file = folder / "config_sentence_transformers.json"
-    prompts = json.loads(file.read_text(encoding="utf-8")).get("prompts") or {} if file.is_file() and not (folder / contracts.FILE).is_file() else {}
-    if any(prompts.values()):
-        log.warning("%s=%s: its prompts (%s) are not put before the texts", key, path, ", ".join(repr(text) for text in prompts.values() if text))
     return encoder.to(device), key_of(fingerprint(encoder, {}), computing_versions())

@@ -1,21 +1,47 @@
-"""Base models: loading a trunk and its tokenizer, and the few facts that differ by family.
+"""Base models: opening a trunk and its tokenizer, and the few facts that differ by family.
 
-The trunk is `AutoModel`: the decoder (or encoder) without its language-model head. Only safetensors and JSON are read.
+The trunk is `AutoModel`: the decoder (or encoder) without its language-model head. `open_model` is the one way by which
+weights are opened, whoever asks, so no check of theirs can be forgotten. Only safetensors and JSON are read, and no code.
 """
 
 import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.models.auto.auto_factory import _get_model_class
 
+from sgpt.agreement import check_agreement
 from sgpt.attention import NAME, PACKED_FAMILIES, packed, prepare
 from sgpt.errors import InputError
-from sgpt.files import may_be_hub_id
+from sgpt.model_files import (
+    CONFIG,
+    OUTER,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    UNUSED,
+    check_config,
+    check_names,
+    check_numbers,
+    first_line,
+    local_folder,
+    read_json,
+    refuse_foreign_code,
+    stored_tensors,
+    unloadable,
+    without_wrappers,
+)
 from sgpt.packing import Pack
 from sgpt.template import unwrap
+
+log = logging.getLogger(__name__)
 
 # Families whose tokens look both ways; every other one is taken to be causal.
 BIDIRECTIONAL = {"bert", "roberta", "distilbert", "mpnet", "xlm-roberta", "electra", "albert", "camembert", "modernbert"}
@@ -36,31 +62,165 @@ class ModelConfig:
 
 
 def load_trunk(config: ModelConfig) -> nn.Module:
-    """The trunk in evaluation mode. Raises InputError when the weights cannot be had or are no safetensors."""
-    path = located(config.path)
-    try:
-        architecture = AutoConfig.from_pretrained(path)
+    """The trunk in evaluation mode, its attention prepared. Raises InputError for whatever is wrong with the folder."""
+    trunk = prepare(open_model(config))
+    check_family(config.path, trunk)
+    return trunk
+
+
+def open_model(config: ModelConfig, auto: type = AutoModel) -> nn.Module:
+    """The model as it lies on disk, or InputError: in evaluation mode, by `auto`'s class, with attention as transformers computes it.
+
+    Weights that are missing, left over, of another shape, NaN or too large for the dtype are refused by name; prefixes of
+    wrappers (torch.compile, DDP, PEFT, sentence-transformers) are taken off, and said to be.
+    """
+    path, folder = config.path, local_folder(config.path)
+    check_config(folder, path)
+    with told(path):
+        architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if architecture.is_encoder_decoder:
-            raise InputError(f"{config.path}: {architecture.model_type} is an encoder-decoder; use a decoder or an encoder")
-        trunk = AutoModel.from_pretrained(path, dtype=getattr(torch, config.dtype), use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise cannot_load(config.path, error) from error
-    trunk.config.use_cache = False
-    return prepare(trunk).eval()
+            raise InputError(f"{path}: {architecture.model_type} is an encoder-decoder; use a decoder or an encoder")
+        architecture.return_dict = True  # a config may say otherwise, and its forward would give a tuple
+    stored = stored_tensors(folder, path)
+    with told(path):
+        model, report = _loaded(path, folder, architecture, auto, config.dtype, stored)
+    check_names(path, model, report)
+    check_numbers(path, model, stored)
+    model.config.use_cache = False
+    with torch.no_grad():
+        for name in report["missing_keys"]:
+            if UNUSED.search(name):  # random otherwise, and so another base each time
+                model.get_parameter(name).zero_()
+    _try(path, model.eval())
+    return model
 
 
-def load_tokenizer(path: str):
-    """The fast tokenizer, without the markers of an export; where it has no pad token the end token serves, as in SGPT."""
+def check_family(path: str, trunk: nn.Module, *, causal: bool = False) -> None:
+    """Unless its family is proved by tests, that padded rows are computed as each alone. causal: and that no token sees what follows."""
+    if trunk.config.model_type not in PACKED_FAMILIES:
+        with told(path, running=trunk):
+            embed = partial(token_embeddings, trunk)
+            check_agreement(path, trunk, embed, embedding_size(trunk), position_limit(trunk), causal=causal)
+
+
+@contextmanager
+def told(path: str, *, read: Path | None = None, running: nn.Module | None = None) -> Iterator[None]:
+    """Whatever transformers raises inside over a user's files is one sentence that names the folder.
+
+    read: a file that is named if it is no JSON. running: the model, where it is opened already and run.
+    """
+    quieted = [logging.getLogger(name) for name in ("transformers.modeling_utils", "transformers.configuration_utils")]
+    for logger in quieted:  # their table of missing weights: what matters of it is refused here by name
+        logger.disabled = True
     try:
-        tokenizer = unwrap(AutoTokenizer.from_pretrained(located(path)))
-    except (OSError, ValueError) as error:
-        raise cannot_load(path, error) from error
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers, which is no Exception
+            raise
+        if read is not None and read.is_file():
+            read_json(read)
+        if running is not None:
+            raise InputError(
+                f"{path}: {type(running).__name__} ({running.config.model_type}) cannot be run over the tokens of a text ({first_line(error)}); "
+                f"a value in {CONFIG} is wrong, or this family cannot be used here"
+            ) from error
+        raise unloadable(path, first_line(error)) from error
+    finally:
+        for logger in quieted:
+            logger.disabled = False
+
+
+def _loaded(path: str, folder: Path, architecture, auto: type, dtype: str, stored: dict[str, Path]) -> tuple[nn.Module, dict]:
+    """The model and what transformers reports of missing, left-over and misshaped weights."""
+    model_class = _get_model_class(architecture, auto._model_mapping)
+    options = {
+        "config": architecture, "dtype": getattr(torch, dtype), "output_loading_info": True, "ignore_mismatched_sizes": True,
+        "attn_implementation": "sdpa" if model_class._supports_sdpa else "eager",  # whatever the config says
+    }  # fmt: skip
+    own = without_wrappers(stored)
+    if own == {name: name for name in stored}:
+        model, report = model_class.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **options)
+    else:
+        log.warning("%s: its weights were saved from within a wrapper; prefixes such as %r are taken off", path, _taken_off(own))
+        model, report = model_class.from_pretrained(None, state_dict=_renamed(stored, own), **options)
+    outer = next((prefix for prefix in OUTER if all(name.startswith(prefix) for name in own.values())), None)
+    if outer and any(not UNUSED.search(name) for name in report["missing_keys"]):
+        bare = without_wrappers(stored, also=outer)
+        again, second = model_class.from_pretrained(None, state_dict=_renamed(stored, bare), **options)
+        if all(UNUSED.search(name) for name in second["missing_keys"]):
+            log.warning("%s: its weights were saved from within a wrapper; the prefix %r is taken off", path, outer)
+            return again, second
+    return model, report
+
+
+def _renamed(stored: dict[str, Path], own: dict[str, str]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in dict.fromkeys(stored.values()):
+        tensors |= {own[name]: tensor for name, tensor in load_file(file).items()}
+    return tensors
+
+
+def _taken_off(own: dict[str, str]) -> str:
+    stored, name = next((stored, name) for stored, name in own.items() if stored != name)
+    return stored.removesuffix(name) if stored.endswith(name) else stored
+
+
+@torch.no_grad()
+def _try(path: str, model: nn.Module) -> None:
+    """A few tokens: some values of a config fail, or give NaN, only when the model runs."""
+    with told(path, running=model):
+        ids = torch.arange(8)[None] % model.get_input_embeddings().weight.shape[0]
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    if not output[0].isfinite().all():
+        raise InputError(f"{path}: {type(model).__name__} gives NaN or infinite numbers in {model.dtype}; a value in config.json or the dtype is wrong")
+
+
+def load_tokenizer(path: str, **options):
+    """The fast tokenizer, without the markers of an export; where it has no pad token the end token serves, as in SGPT."""
+    folder = local_folder(path)
+    if (folder / TOKENIZER_CONFIG).is_file():
+        refuse_foreign_code(folder / TOKENIZER_CONFIG, read_json(folder / TOKENIZER_CONFIG), known=True)
+    if (folder / CONFIG).is_file():
+        refuse_foreign_code(folder / CONFIG, read_json(folder / CONFIG), known=True)
+    with told(path, read=folder / TOKENIZER):
+        tokenizer = unwrap(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options))
+        _refuse_without_vocabulary(path, folder, tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(f"{path}: the tokenizer has neither a pad token nor an end token; set one in its tokenizer_config.json")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = int(1e30)  # limits are ours (markers.*_max_tokens); no second one that warns
     return tokenizer
+
+
+def _refuse_without_vocabulary(path: str, folder: Path, tokenizer) -> None:
+    """transformers makes a tokenizer that knows no word where the vocabulary's files are missing."""
+    files = {kind: name for kind, name in tokenizer.vocab_files_names.items() if kind != "tokenizer_file"}
+    whole = (folder / TOKENIZER).is_file() or (files and all((folder / name).is_file() for name in files.values()))
+    byte_level = not tokenizer.vocab_files_names  # ByT5 and CANINE need none
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = len(tokenizer) if backend is None else backend.get_vocab_size(with_added_tokens=False)
+    if not (whole or byte_level) or not words:
+        wanted = " or ".join(dict.fromkeys([TOKENIZER, " and ".join(files.values())] if files else [TOKENIZER]))
+        raise InputError(f"{path}: the tokenizer has no vocabulary; the folder lacks {wanted}, fetch it again whole")
+    tokenizer("a b", add_special_tokens=True)  # some settings fail only now
+
+
+def check_vocabulary(tokenizer, model: nn.Module) -> None:
+    """Refuses a tokenizer that can give ids beyond the embedding table, by the text that gives one."""
+    size = model.get_input_embeddings().weight.shape[0]
+    beyond = sorted((number, text) for text, number in tokenizer.get_vocab().items() if number >= size)
+    if beyond:
+        number, text = beyond[0]
+        more = f" ({len(beyond) - 1} more are beyond it)" if len(beyond) > 1 else ""
+        raise InputError(
+            f"{tokenizer.name_or_path}: the text {text!r} has token id {number}, and the embedding table ends after {size} rows{more}; "
+            "the tokenizer is of another model, or tokens were added to it alone: take them out, or resize the table and train it"
+        )
+    if beyond := [number for number in tokenizer("a")["input_ids"] if not 0 <= number < size]:
+        raise InputError(f"{tokenizer.name_or_path}: puts token id {beyond[0]} around a text, and the embedding table ends after {size} rows; fetch it again")
 
 
 def located(path: str) -> str:
@@ -75,9 +235,7 @@ def position_limit(trunk: nn.Module) -> int | None:
     if config.model_type in RELATIVE_POSITIONS:
         return None
     limit = next((value for name in POSITION_TABLES if (value := getattr(config, name, None))), None)
-    if limit and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        limit -= 2  # their tables start after the padding index
-    return limit
+    return limit - position_offset(trunk) if isinstance(limit, int) and limit > 0 else None
 
 
 def embedding_size(trunk: nn.Module) -> int:
@@ -114,24 +272,15 @@ def packed_token_embeddings(trunk: nn.Module, pack: Pack) -> Tensor:
 
 
 def takes_position_ids(trunk: nn.Module) -> bool:
-    """Whether positions can be handed in. BLOOM's ALiBi counts the mask itself; RoBERTa's positions are derived from the padding id."""
+    """Whether positions can be handed in, counted from 0. BLOOM's ALiBi counts the mask itself; RoBERTa's start behind the padding id."""
     base = trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
-    offset_families = ("roberta", "xlm-roberta", "camembert", "mpnet")
-    return "position_ids" in inspect.signature(base.forward).parameters and base.config.model_type not in offset_families
+    return "position_ids" in inspect.signature(base.forward).parameters and not position_offset(base)
 
 
-def cannot_load(path: str, error: Exception) -> InputError:
-    if isinstance(error, InputError):
-        return error
-    if Path(path).exists():
-        return InputError(f"{path}: the folder cannot be loaded ({_first_line(error)}); it needs config.json, model.safetensors and tokenizer files")
-    if not may_be_hub_id(path):
-        return InputError(f"{path}: no such folder; check the path")
-    return InputError(
-        f"{path}: no such local folder, and it could not be had from the model hub ({_first_line(error)}). "
-        "Without a network, download it elsewhere and give the local folder"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+def position_offset(trunk: nn.Module) -> int:
+    """Rows of the position table that no text uses: of RoBERTa and its kin, whose first position follows the padding id."""
+    for name, module in trunk.named_modules():
+        padding_id = getattr(module, "padding_idx", None)  # I-BERT's table is no nn.Embedding
+        if name.endswith("position_embeddings") and isinstance(padding_id, int):
+            return padding_id + 1
+    return 0

@@ -317,18 +317,19 @@ def test_two_processes_give_the_gradient_of_the_whole_batch(guide, tiny_base, tm
 # --- what is refused ---
 
 
-def test_a_sentence_transformers_folder_serves_and_its_prompts_are_not_dropped_in_silence(tmp_path, tiny_encoder, caplog):
+def test_a_sentence_transformers_folder_serves_with_its_prompts(tmp_path, tiny_encoder, caplog):
+    """Against sentence-transformers itself, without prompts and with one for queries."""
     folder = tmp_path / "st"
-    encoder, _ = st_model(tiny_encoder, folder, "gpt2")
+    st_model(tiny_encoder, folder, "gpt2")
     (folder / "sgpt.json").unlink()
     feed = feed_of(tmp_path, tiny_encoder("gpt2").tokenizer)
-    found = guided(feed, LossConfig(guide=str(folder))).sources[0].guide["query"]
-    assert not caplog.text
     text = feed.sources[0].examples.queries[2]
-    assert np.abs(found[text] - encoder.encode_queries([feed.sources[0].examples.texts[text]], normalize=True)[0]).max() < 1e-6
-    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "query: ", "document": ""}}))
-    guided(feed, LossConfig(guide=str(folder)))
-    assert "its prompts ('query: ') are not put before the texts" in caplog.text
+    for prompts in ({}, {"query": "query: ", "document": ""}):
+        (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+        found = guided(feed, LossConfig(guide=str(folder))).sources[0].guide["query"]
+        theirs = SentenceTransformer(str(folder), device="cpu").encode_query([feed.sources[0].examples.texts[text]], normalize_embeddings=True)
+        assert np.abs(found[text] - theirs[0]).max() < 1e-6
+    assert not caplog.text
 
 
 def test_bad_settings_are_refused(tmp_path, tiny_base, tiny_encoder):

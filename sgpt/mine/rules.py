@@ -1,6 +1,5 @@
 """From a ranking to training rows: the window, the cross-encoder, the margins, the pick."""
 
-import json
 import math
 import random
 from collections import Counter
@@ -9,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from sgpt.cross_encoder import CrossEncoder as SgptCrossEncoder
 from sgpt.errors import InputError
 from sgpt.mine.config import MineConfig
 from sgpt.mine.sources import Candidate, Ranked, Source
 from sgpt.mine.task import Pool, Query, Task
+from sgpt.model import ModelConfig, check_vocabulary, load_tokenizer, open_model, told
+from sgpt.model_files import CONFIG, check_config, read_json
 
 Rescore = Callable[[Sequence[tuple[str, str]]], list[float]]  # (query, document) -> score
 
@@ -110,7 +112,8 @@ def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise InputError(f"rescore={folder}: no folder with a config.json; give the local folder of a cross-encoder")
-    heads = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    check_config(path, folder)
+    heads = [head for head in read_json(path / CONFIG).get("architectures") or [] if isinstance(head, str)]
     if any(head.endswith(("ForCausalLM", "LMHeadModel")) for head in heads):
         return _by_decoder(folder, device, queries)
     if not (path / "modules.json").is_file() and not any("SequenceClassification" in head for head in heads):
@@ -119,14 +122,23 @@ def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()
         from sentence_transformers import CrossEncoder
     except ImportError:
         raise InputError(f"rescore={folder}: sentence-transformers is not installed; pip install 'sgpt-framework[st]'") from None
-    try:
-        model = CrossEncoder(folder, device=str(device), local_files_only=True, model_kwargs={"use_safetensors": True})
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"rescore={folder}: cannot be loaded ({reason}); it needs config.json, model.safetensors and tokenizer files") from None
+    if not (path / "modules.json").is_file():
+        # is all of it there? sentence-transformers would fill what is missing at random
+        check_vocabulary(load_tokenizer(folder), open_model(ModelConfig(folder), AutoModelForSequenceClassification))
+    with told(f"rescore={folder}"):
+        model = CrossEncoder(folder, device=str(device), local_files_only=True, trust_remote_code=False, model_kwargs={"use_safetensors": True})
     if model.num_labels != 1:
         raise InputError(f"rescore={folder}: gives {model.num_labels} scores for a pair, one is needed; give a cross-encoder for ranking")
-    return lambda pairs: model.predict(list(pairs), show_progress_bar=False).tolist() if pairs else []
+
+    def rescore(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        scores = model.predict(list(pairs), show_progress_bar=False).tolist() if pairs else []
+        bad = next((number for number, score in enumerate(scores) if not math.isfinite(score)), None)
+        if bad is not None:
+            query, document = pairs[bad]
+            raise InputError(f"rescore={folder}: gives {scores[bad]} for query {query!r:.60} and document {document!r:.60}; its weights are damaged")
+        return scores
+
+    return rescore
 
 
 def _by_decoder(folder: str, device: torch.device, queries: Sequence[str]) -> Rescore:
