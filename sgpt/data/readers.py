@@ -16,6 +16,7 @@ from sgpt.data.sampling import Feed, Source
 from sgpt.data.store import Examples, Tokens, Writer, key_of, stored
 from sgpt.errors import InputError
 from sgpt.markers import MarkersConfig, frames
+from sgpt.values import COUNT, COUNT_OR_NONE, FINITE, MOST, POSITIVE, SEED, SHARE, Range, check_ranges
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +66,14 @@ class SourceConfig:
         self.columns = dict.fromkeys(ROLES) | self.columns
         if odd := self.columns.keys() - {*ROLES}:
             raise InputError(f"data.columns has the unknown key {sorted(odd)[0]!r}; it maps {', '.join(ROLES)}")
-        if self.num_hard_negatives < 0:
-            raise InputError(f"data.num_hard_negatives={self.num_hard_negatives} must be 0 or more")
+        tokens = Range("4 or more", 4, MOST).or_null("for the run's")
+        check_ranges(
+            self, "data.", num_hard_negatives=COUNT_OR_NONE, limit=replace(COUNT, words="1 or more; null takes every example"), seed=SEED,
+            max_error_share=SHARE, positive_score=FINITE, negative_score=FINITE, score_margin=FINITE, negatives_per_system=COUNT,
+            weight=replace(POSITIVE, words="positive; leave a source out to give it nothing"), query_max_tokens=tokens, document_max_tokens=tokens,
+        )  # fmt: skip
         if self.num_hard_negatives > 1 and self.name == "nli":
             raise InputError(f"data.num_hard_negatives={self.num_hard_negatives}: data=nli has one hard negative for each example; set it to 1 or 0")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"data.limit={self.limit} must be 1 or more; null takes every example")
-        if self.weight is not None and not self.weight > 0:
-            raise InputError(f"data.weight={self.weight} must be positive; leave a source out to give it nothing")
         if self.on_error not in ("stop", "skip"):
             raise InputError(f"data.on_error={self.on_error!r} is unknown; choose stop or skip")
         if self.on_error == "skip" and not READERS[self.name].skips:
@@ -100,8 +101,8 @@ class DataConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise InputError(f"data.temperature={self.temperature} must be positive; 1 is by size, larger evens the sources out")
+        evens = Range("positive and 0.1 or more; 1 is by size, larger evens the sources out", 0.1)  # below, a size to the power of 1 / it is no number
+        check_ranges(self, "data.", temperature=evens)
         if self.batches not in ("random", "hard"):
             raise InputError(f"data.batches={self.batches!r} is unknown; choose random or hard")
         if (self.batches == "hard") != bool(self.grouping_model):
