@@ -1,10 +1,11 @@
 """What the scripts are given, as typed attributes. Hydra composes YAML; past `typed` there are only dataclasses."""
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from sgpt.data.readers import DataConfig
 from sgpt.errors import InputError
@@ -161,16 +162,26 @@ Config = TypeVar("Config")
 def typed(schema: type[Config], composed: DictConfig) -> Config:
     """The dataclass with the composed values; InputError for an unknown key or a value of the wrong type."""
     try:
-        plain = OmegaConf.create({key: value for key, value in OmegaConf.to_container(composed, resolve=True).items() if key != "hydra"})
-        check_shapes(schema, OmegaConf.to_container(plain))
-        _refuse_endless_numbers(OmegaConf.to_container(plain))
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+        tree = {key: value for key, value in OmegaConf.to_container(composed, resolve=True).items() if key != "hydra"}
+        check_shapes(schema, tree)
+        _refuse_endless_numbers(tree)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(literal(tree))))
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
-        raise InputError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from error
+        advice = " (for the characters themselves write \\${ in place of ${)" if isinstance(error, InterpolationResolutionError | GrammarParseError) else ""
+        raise InputError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}{advice}") from error
     check_texts(config)
     return config
+
+
+def literal(tree: Any) -> Any:
+    """With texts in which ${ is ${ to OmegaConf: what has been resolved, or was saved, refers to nothing any more."""
+    if isinstance(tree, dict):
+        return {key: literal(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [literal(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
 def _refuse_endless_numbers(value: Any, key: str = "") -> None:

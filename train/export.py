@@ -13,7 +13,7 @@ def main(composed: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from sgpt import checkpoint, outcome
-    from sgpt.config import ExportConfig, TrainConfig, typed
+    from sgpt.config import ExportConfig, TrainConfig, literal, typed
     from sgpt.contract import Contract
     from sgpt.encoder import Encoder
     from sgpt.errors import InputError
@@ -26,7 +26,7 @@ def main(composed: DictConfig) -> None:
     run = Run(Path(config.run))
     if not config.run or not (run.folder / "config.yaml").is_file():
         raise InputError(f"run={config.run}: no run folder; give one that holds config.yaml, for example run=runs/pydocs")
-    trained = typed(TrainConfig, OmegaConf.create(yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))))
+    trained = typed(TrainConfig, OmegaConf.create(literal(yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8")))))
     newest = checkpoint.latest(run.checkpoints)
     if newest is None:
         raise InputError(f"{run.folder} has no checkpoint yet; let it train until the first one")
