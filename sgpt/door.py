@@ -25,7 +25,6 @@ from sgpt.failures import told
 from sgpt.memory import keep_freed_memory
 from sgpt.overrides import CONFIGS, as_typed, quoted
 
-
 LONG = re.compile(r"\S{1000,}")  # words of a sentence
 PATIENCE = 5  # seconds
 
@@ -50,7 +49,7 @@ def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = (
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # "Loading weights" of a few milliseconds
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a trunk without its head is what we ask for
             try:
-                os.getcwd()  # noqa: PTH109
+                os.getcwd()
                 hydra.main(version_base="1.3", config_path=_search_path(config_name, groups), config_name=config_name)(_refusing(main))()
             except (HydraException, OmegaConfBaseException) as error:
                 _refuse(explain(error, config_name, [argument for argument in given if "=" in argument], groups=groups))

@@ -14,6 +14,7 @@ from traceback import walk_tb
 from typing import Any
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
+UNTOLD = -1  # a write that failed, of which the library does not say why
 SAID = re.compile(r"\b(?:os error|errno) (\d+)|Os \{ code: (\d+)", re.IGNORECASE)  # Rust's and Arrow's; Python's own have it as a number
 WRITING = re.compile(r"PytorchStreamWriter|inline_container.*unexpected pos|iostream error|\d+ requested and \d+ written")  # torch's and numpy's
 NETWORK = {"requests", "httpx", "httpcore", "urllib3", "urllib", "aiohttp", "socket"}
@@ -47,14 +48,14 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _errno(error: BaseException) -> int | None:
-    """The system's number of what failed. A short write without a number has found a full disk."""
+    """The system's number of what failed, or UNTOLD."""
     if isinstance(error, OSError) and error.errno:
         return error.errno if error.errno in errno.errorcode else None
     if isinstance(error, OSError | RuntimeError) or type(error).__name__ in ("SafetensorError", "Exception"):
         if found := SAID.search(str(error)):
             return int(found[1] or found[2])
         if WRITING.search(str(error)):
-            return errno.ENOSPC
+            return UNTOLD
     return None
 
 
@@ -63,6 +64,8 @@ def _of_the_system(error: BaseException, number: int, config: Mapping[str, Any])
     where = place or "a file"
     if number in FULL:
         return f"{where} could not be written: the disk is full{_free(place)}; make room, {_again(config)}"
+    if number == UNTOLD:
+        return f"{where} could not be written{_free(place)}; if that is too little make room, or let files grow larger (ulimit -f), {_again(config)}"
     if number == errno.EFBIG:
         return f"{where} could not be written: files may not grow so large here (ulimit -f, or the file system); raise the limit, {_again(config)}"
     key = _key_of(place, config)
