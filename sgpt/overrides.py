@@ -44,8 +44,10 @@ def as_typed(arguments: Sequence[str], config_name: str, verbatim: Sequence[str]
     return [_as_typed(argument, known, verbatim, sweeping) for argument in arguments]
 
 
-def argument(key: str, value: str) -> str:
-    """key=value as one word of the shell, which gives a script this very text."""
+def argument(key: str, value: str | Sequence[str]) -> str:
+    """key=value as one word of the shell, which gives a script this very text, or list of texts."""
+    if not isinstance(value, str):
+        return shlex.quote(f"{key}=[{','.join(text if PLAIN.fullmatch(text) else quoted(text) for text in value)}]")
     misread = value == "null" or QUOTED.fullmatch(value) or "${" in value
     return shlex.quote(f"{key}={quoted(value) if misread else value}")
 
@@ -75,11 +77,23 @@ def _value(key: str, value: str, known: Mapping[str, Text], kind: Text | None) -
         return quoted(value, verbatim=False)
     if inner[:1] == "[" and inner[-1:] == "]":
         member, key = kind and Text(kind.depth - 1, False), "data" if key == SOURCES else key
-        return "[" + ",".join(_value(key, part.strip(), known, member) for part in _split(inner[1:-1])) + "]"
+        parts = _split(inner[1:-1])
+        return "[" + ",".join(_value(key, part.strip(), known, member) for part in (_paths(parts) if member == (0, False) else parts)) + "]"
     if inner[:1] == "{" and inner[-1:] == "}":
         pairs = [(name.strip(), of.strip()) for name, _, of in (part.partition(":") for part in _split(inner[1:-1]))]
         return "{" + ",".join(f"{name}:{_value(f'{key}.{name}', of, known, known.get(f'{key}.{name}'))}" for name, of in pairs) + "}"
     return value if PLAIN.fullmatch(inner) or "${" in value or not inner else quoted(value)
+
+
+def _paths(parts: list[str]) -> list[str]:
+    """A name with a comma in it is one where there is such a file, and none that ends at the comma."""
+    found, rest = [], parts
+    while rest:
+        whole = (size for size in range(len(rest), 1, -1) if not Path(rest[0].strip()).exists() and Path(",".join(rest[:size]).strip()).exists())
+        size = next(whole, 1)
+        found.append(",".join(rest[:size]))
+        rest = rest[size:]
+    return found
 
 
 def _stands(value: str, kind: Text | None) -> bool:

@@ -6,6 +6,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from sgpt.errors import InputError
+from sgpt.overrides import argument
 
 MOST = 2**31 - 1  # of a count: what 32 bits hold, in libraries and in files
 LARGEST = 1e30  # of any other number: float32 holds it, and its product with another one of a configuration
@@ -70,11 +71,11 @@ def check_shapes(schema: type, tree: Any, key: str = "") -> None:
                 check_shapes(kind, tree[name], f"{key}.{name}" if key else str(name))
     elif get_origin(schema) is list:
         if not isinstance(tree, list):
-            raise InputError(f"{key}={tree!r} is not a list; write {key}=[{tree if isinstance(tree, str) else '…'}]")
+            raise InputError(f"{key}={tree!r} is not a list; write {argument(key, [str(tree)])}")
         for number, inner in enumerate(tree):
             check_shapes(get_args(schema)[0], inner, f"{key}[{number}]")
     elif isinstance(tree, dict | list):
-        raise InputError(f"{key}={tree!r} is one value; write it without brackets and braces, or in quotes: \"{key}='…'\"")
+        raise InputError(f"{key}={tree!r} is one value; write it without brackets and braces, or in quotes of its own")
 
 
 def check_texts(config: Any, prefix: str = "") -> None:

@@ -23,7 +23,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.files import check_place
     from sgpt.useb import useb
 
-    config, console = typed(EvaluateConfig, composed), Console(width=None if sys.stdout.isatty() else 200)
+    config, console = typed(EvaluateConfig, composed), Console(width=None if sys.stdout.isatty() else 200, markup=False)
     if not config.model or not (config.retrieval or config.sts or config.useb):
         raise InputError("set model=<folder or hub id> and retrieval=[<BEIR folder or name>,…], sts=[<pairs file>,…] or useb=<folder data-eval>")
     for key, file in (("output", config.output), ("systems_output", config.systems_output)):
