@@ -13,6 +13,19 @@ from filelock import FileLock, Timeout
 from sgpt.errors import InputError
 
 
+MOST_FILES = 20_000  # below a folder of one data set: more are a whole disk, or a folder that was meant for something else
+
+
+def files_below(folder: Path) -> list[Path]:
+    """By name, in linked folders too. InputError where there are so many that it cannot be the folder of a data set."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        found += [Path(place, name) for name in names]
+        if len(found) + len(folders) > MOST_FILES or place.count(os.sep) > 100:
+            raise InputError(f"{folder}: more than {MOST_FILES:,} files are below it, so it is no folder of one data set; give the data's own folder")
+    return sorted(found)
+
+
 def may_be_hub_id(path: str) -> bool:
     """`name` or `owner/name`, as the model hub has them; anything else is a path of this machine and need not be asked for."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None
@@ -62,6 +75,8 @@ def let_go(lock: FileLock) -> None:
 
 
 def _lock_of(path: Path) -> Path:
+    if not path.name:
+        raise InputError(f"{path}: has no name, so nothing can be made in its place; name a file or a folder in it")
     return path.with_name(f".{path.name}.lock")
 
 

@@ -1,6 +1,7 @@
 """Every key of every script with values that cannot be: a configuration, or one sentence that names the key and the value."""
 
 import math
+import re
 from dataclasses import fields, is_dataclass
 from typing import get_args, get_type_hints
 
@@ -8,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sgpt.config import EvaluateConfig, ExportConfig, InspectConfig, SearchConfig, TrainConfig, typed
+from sgpt.data.readers import SourceConfig, read_examples
 from sgpt.errors import InputError
 from sgpt.mine import MineConfig
 from sgpt.mteb import MtebConfig
@@ -50,3 +52,13 @@ def test_every_value_of_every_key_is_taken_or_refused_by_key(schema):
                 assert "\0" not in str(value)
                 number = isinstance(value, float | int) and known[key] not in (str, str | None, bool)
                 assert not number or abs(value) <= 1e30, f"{key} takes {value}"
+
+
+@pytest.mark.parametrize("reader", ["file", "beir", "nli", "msmarco"])
+def test_a_folder_is_looked_at_for_what_it_holds_before_it_is_read(tmp_path, reader):
+    """It holds a file that would take hours, a link to itself and no data."""
+    with (tmp_path / "image.iso").open("wb") as large:
+        large.truncate(2**43)
+    (tmp_path / "again").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+        read_examples(SourceConfig(name=reader, path=str(tmp_path)), tmp_path / "cache")

@@ -11,10 +11,11 @@ from pathlib import Path
 from sgpt.data import beir, msmarco, nli, pairs, pydocs
 from sgpt.data.example import Example
 from sgpt.data.pairs import ROLES
-from sgpt.data.rows import of_split, of_the_hub, rows
+from sgpt.data.rows import kind_of, of_split, of_the_hub, rows, saved_folder
 from sgpt.data.sampling import Feed, Source
 from sgpt.data.store import Examples, Tokens, Writer, key_of, stored
 from sgpt.errors import InputError
+from sgpt.files import files_below
 from sgpt.markers import MarkersConfig, frames
 from sgpt.values import COUNT, COUNT_OR_NONE, FINITE, MOST, POSITIVE, SEED, SHARE, Range, check_ranges
 
@@ -165,15 +166,27 @@ def read_examples(config: SourceConfig, cache: Path) -> Examples:
 
 
 def files_fingerprint(config: SourceConfig) -> str:
-    """Of the bytes of a file, or of every file below a folder, linked folders too."""
+    """Of the bytes of a file, or of those files of a folder that its reader looks at: the folder may hold a whole disk besides."""
     path = Path(config.path)
     digest = hashlib.blake2b(digest_size=16)
-    below = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-    for file in below if path.is_dir() else [path]:
+    for file in _data_files(path, config.name) if path.is_dir() else [path]:
         if file.is_file():
             digest.update(os.fsencode(file.relative_to(path)))
             digest.update(_digest(file))
     return digest.hexdigest()
+
+
+def _data_files(folder: Path, name: str) -> list[Path]:
+    """In a fixed order, those that are not there too."""
+    match name:
+        case "beir":
+            return [*(folder / f"{part}.jsonl{packed}" for part in ("corpus", "queries") for packed in ("", ".gz")), *sorted(folder.glob("qrels/*.tsv"))]
+        case "msmarco":
+            parts = (msmarco.COLLECTION, msmarco.QUERIES, msmarco.MINED, msmarco.SCORES)
+            return [folder / f"{part}{packed}" for part in parts for packed in ("", ".gz")]
+        case "nli":
+            return nli.training_files(folder)
+    return files_below(folder) if saved_folder(folder) else sorted(file for file in folder.iterdir() if kind_of(file))
 
 
 def _digest(file: Path) -> bytes:

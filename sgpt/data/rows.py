@@ -79,11 +79,15 @@ def _source(path: Path, split: str, subset: str | None, streaming: bool) -> Rows
     if path.is_file():
         return _read_file(path)
     if path.is_dir():
-        saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
-        return _saved_rows(path, split) if saved else (row for file in _files(path, split) for row in _read_file(file))
+        return _saved_rows(path, split) if saved_folder(path) else (row for file in _files(path, split) for row in _read_file(file))
     if not of_the_hub(path):
         raise InputError(f"{path}: no such file; check the path")
     return _hub_rows(path, split, subset, streaming)
+
+
+def saved_folder(path: Path) -> bool:
+    """Written by the library datasets."""
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def of_the_hub(path: Path) -> bool:
@@ -91,7 +95,7 @@ def of_the_hub(path: Path) -> bool:
     return not path.exists() and path.suffix not in {*READERS, ".gz"} and may_be_hub_id(str(path))
 
 
-def _kind(file: Path) -> str | None:
+def kind_of(file: Path) -> str | None:
     """A key of READERS. Only text is read from .gz: Parquet and Arrow compress by themselves."""
     name = file.name.lower()
     kind = Path(name.removesuffix(".gz")).suffix
@@ -99,7 +103,7 @@ def _kind(file: Path) -> str | None:
 
 
 def _read_file(file: Path) -> Rows:
-    kind = _kind(file)
+    kind = kind_of(file)
     if kind is None:
         raise InputError(f"{file}: the ending is unknown; the ones that are read are {', '.join(READERS)}, and .gz behind {', '.join(TEXT)}")
     return READERS[kind](file)
@@ -108,8 +112,8 @@ def _read_file(file: Path) -> Rows:
 def _files(folder: Path, split: str) -> list[Path]:
     """Those of the one kind that the folder holds. A .json is no data here: folders hold them as descriptions."""
     visible = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "_")))
-    files = [file for file in visible if _kind(file) not in (None, ".json")]
-    kinds = Counter(_kind(file) for file in files)
+    files = [file for file in visible if kind_of(file) not in (None, ".json")]
+    kinds = Counter(kind_of(file) for file in files)
     if len(kinds) > 1:
         several = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise InputError(f"{folder}: holds files of several kinds ({several}); give one file, or a folder of one kind")
