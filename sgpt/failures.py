@@ -17,6 +17,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 UNTOLD = -1  # a write that failed, of which the library does not say why
 SAID = re.compile(r"\b(?:os error|errno) (\d+)|Os \{ code: (\d+)", re.IGNORECASE)  # Rust's and Arrow's; Python's own have it as a number
 WRITING = re.compile(r"PytorchStreamWriter|inline_container.*unexpected pos|iostream error|\d+ requested and \d+ written")  # torch's and numpy's
+UNFINISHED = re.compile(r"\.(.+)\.(?:lock|tmp|old|building)")  # next to what it is to become
 NETWORK = {"requests", "httpx", "httpcore", "urllib3", "urllib", "aiohttp", "socket"}
 OURS = str(Path(__file__).parents[1])
 
@@ -71,7 +72,8 @@ def _of_the_system(error: BaseException, number: int, config: Mapping[str, Any])
     key = _key_of(place, config)
     other = f"choose another {key}=" if key else f"choose another place with {_places(config)}"
     if number in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"{where}: {os.strerror(number)}; nothing can be read or written there, so {other}"
+        keys = dict.fromkeys([*([f"{key}="] if key else []), *_places(config).split(" and ")])
+        return f"{where}: {os.strerror(number)}; choose places that can be read and written, by {' and '.join(keys)}"
     if number == errno.ENAMETOOLONG:
         return f"{where}: a name is too long for this file system, which takes 255 bytes and whole paths of 4,095; {other}"
     if number in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENODEV, errno.ESTALE, errno.EIO, errno.ENOTEMPTY):
@@ -82,14 +84,18 @@ def _of_the_system(error: BaseException, number: int, config: Mapping[str, Any])
 
 
 def _place(error: BaseException) -> Path | None:
-    """The file that it names, or the innermost path that our code held when it happened: a failed write does not say to which file."""
+    """The file that it names, or the innermost path that our code held when it happened: a failed write does not say to which file,
+
+    and a folder that could not be made may be only the first one of those on the way.
+    """
     named = getattr(error, "filename2", None) or getattr(error, "filename", None)
-    if isinstance(named, str | bytes | os.PathLike):
-        return Path(os.fsdecode(named))
+    named = Path(os.fsdecode(named)) if isinstance(named, str | bytes | os.PathLike) else None
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     ours = [frame for frame in frames if frame.f_code.co_filename.startswith(OURS) and frame.f_code.co_filename != __file__]
     held = [value for frame in reversed(ours) for value in reversed(list(frame.f_locals.values())) if isinstance(value, Path)]
     read = [value for frame in reversed(frames) for name, value in frame.f_locals.items() if name == "full_path" and isinstance(value, str)]  # Hydra's
+    if named is not None:
+        return next((path for path in held if named in path.parents), named)
     return Path(read[0]) if read else held[0] if held else None
 
 
@@ -102,6 +108,8 @@ def _key_of(place: Path | None, config: Mapping[str, Any]) -> str | None:
     """The key whose value is, or begins, or is in the path."""
     if place is None:
         return None
+    if unfinished := UNFINISHED.fullmatch(place.name):
+        place = place.with_name(unfinished[1])
     keys = [(key, value) for key, value in _texts(config) if value and (str(place) == value or str(place).startswith(f"{value.rstrip('/')}/") or (
         key == "name" and f"/{value}/" in f"/{place}/"))]
     return max(keys, key=lambda pair: len(pair[1]))[0] if keys else None
@@ -119,7 +127,9 @@ def _texts(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def _places(config: Mapping[str, Any]) -> str:
     """The keys by which files are put elsewhere."""
     keys = [key for key in ("runs", "output", "folder") if key in config] + (["data.cache"] if isinstance(config.get("data"), Mapping) else [])
-    return " and ".join(f"{key}=" for key in keys) or "an absolute path"
+    if "index" in config:  # search: the index lies in the run's folder, and what is searched may have to be made
+        keys = ["run", "corpus"]
+    return " and ".join(f"{key}=" for key in keys) or "its key"
 
 
 def _again(config: Mapping[str, Any]) -> str:

@@ -47,9 +47,12 @@ def make_once(path: Path, is_there: Callable[[], bool], make: Callable[[], None]
             _lock_of(path).unlink(missing_ok=True)  # still held: who waits for it sees that it is gone, and takes a new one
 
 
-def held(path: Path) -> FileLock:
-    """`path` for this process alone for as long as the lock that is returned lives. InputError when another one has it, or nobody can."""
-    check_place(path)
+def held(path: Path, key: str = "another place") -> FileLock:
+    """`path` for this process alone for as long as the lock that is returned lives. InputError when another one has it, or nobody can.
+
+    key: by which another place is chosen.
+    """
+    check_place(path, key)
     lock = FileLock(_lock_of(path))
     try:
         lock.acquire(timeout=0)
@@ -58,14 +61,14 @@ def held(path: Path) -> FileLock:
     return lock
 
 
-def check_place(path: Path) -> None:
-    """Makes the folder that `path` is to be in. InputError where nothing can be written."""
+def check_place(path: Path, key: str = "another place") -> None:
+    """Makes the folder that `path` is to be in. InputError where nothing can be written. key: by which another place is chosen."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise InputError(f"{path}: nothing can be written there ({error.strerror}); choose another place") from None
+        raise InputError(f"{path}: nothing can be written there ({error.strerror}); choose {key}") from None
 
 
 def let_go(lock: FileLock) -> None:

@@ -1,5 +1,6 @@
 """Disks that fill up, files that may not grow, places where nothing can be written: one sentence, exit code 2, and the run can be resumed."""
 
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -77,3 +78,55 @@ def test_a_full_disk_is_one_sentence_and_the_run_resumes(small_disk, start, trai
     small_disk(20_000)
     assert start("biencoder", *training(place), "resume=true").code == 0
     assert weights(place) == reference
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
+    """read_only(folder): nothing can be written below it. Root may write where it is not allowed to, but not into what is mounted so."""
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        if os.geteuid():
+            folder.chmod(0o555)
+        elif (told := subprocess.run(["mount", "--bind", "-o", "ro", str(folder), str(folder)], capture_output=True, text=True)).returncode:
+            pytest.skip(f"nothing can be mounted here: {told.stderr.strip()}")
+        made.append(folder)
+
+    try:
+        yield make
+    finally:
+        for folder in made:
+            folder.chmod(0o755) if os.geteuid() else subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_where_nothing_can_be_written_the_keys_that_choose_another_place_are_named(tmp_path, start, training, read_only):
+    corpus, beir = tmp_path / "corpus.jsonl", tmp_path / "toy"
+    corpus.write_text('{"_id": "a", "text": "seven"}\n')
+    (beir / "qrels").mkdir(parents=True)
+    for name in ("corpus", "queries"):
+        (beir / f"{name}.jsonl").write_text('{"_id": "a", "text": "seven"}\n')
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\na\ta\t1\n")
+    other = tmp_path / "other"
+    assert start("biencoder", *training(tmp_path)).code == 0
+    place, run = tmp_path / "place", tmp_path / "runs" / "run"
+    place.mkdir()
+    read_only(place)
+    read_only(run)
+    for script, overrides, keys in (
+        ("biencoder", training(place), ["runs=", "data.cache="]),
+        ("biencoder", [*training(place), f"data.cache={other}"], ["runs="]),
+        ("biencoder", [*training(other), f"data.cache={place}/below/it"], ["runs=", "data.cache="]),
+        ("biencoder", [*training(other), "data=pydocs", f"data.path={place}/pydocs"], ["data.path=", "data.cache="]),
+        ("inspect_data", [*training(other), f"output={place}/page.html"], ["output="]),
+        ("search", [f"run={run}", "query=seven", f"corpus={corpus}"], ["run="]),
+        ("export", [f"run={run}"], ["run=", "output="]),
+        ("export", [f"run={run}", f"output={place}/export"], ["output="]),
+        ("evaluate", [f"model={run}", f"retrieval=[{beir}]", f"output={place}/scores.json"], ["output="]),
+        ("evaluate", [f"model={run}", f"retrieval=[{beir}]", f"runs={place}/trec"], ["runs="]),
+        ("mine", [f"data={beir}", "split=test", f"output={place}/rows.jsonl"], ["output="]),
+        ("rerank", [f"data={beir}", f"output={place}/run.trec"], ["output="]),
+        ("pretrain", [f"pydocs={place}/pydocs", f"folder={place}/nano"], ["folder="]),
+    ):
+        sentence = start(script, *overrides).sentence
+        assert all(key in sentence for key in keys), (script, overrides, sentence)
+        assert str(run if script in ("search", "export") and "output" not in str(overrides) else place) in sentence, sentence
