@@ -13,6 +13,18 @@ from filelock import FileLock, Timeout
 
 from sgpt.errors import InputError
 
+MOST_FILES = 20_000  # below a folder of one data set: more are a whole disk, or a folder that was meant for something else
+
+
+def files_below(folder: Path) -> list[Path]:
+    """By name, in linked folders too. InputError where there are so many that it cannot be the folder of a data set."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        found += [Path(place, name) for name in names]
+        if len(found) + len(folders) > MOST_FILES or place.count(os.sep) > 100:
+            raise InputError(f"{folder}: more than {MOST_FILES:,} files are below it, so it is no folder of one data set; give the data's own folder")
+    return sorted(found)
+
 
 def may_be_hub_id(path: str) -> bool:
     """`name` or `owner/name`, as the model hub has them; anything else is a path of this machine and need not be asked for."""
@@ -35,9 +47,12 @@ def make_once(path: Path, is_there: Callable[[], bool], make: Callable[[], None]
             _lock_of(path).unlink(missing_ok=True)  # still held: who waits for it sees that it is gone, and takes a new one
 
 
-def held(path: Path) -> FileLock:
-    """`path` for this process alone for as long as the lock that is returned lives. InputError when another one has it, or nobody can."""
-    check_place(path)
+def held(path: Path, key: str = "another place") -> FileLock:
+    """`path` for this process alone for as long as the lock that is returned lives. InputError when another one has it, or nobody can.
+
+    key: by which another place is chosen.
+    """
+    check_place(path, key)
     lock = FileLock(_lock_of(path))
     try:
         lock.acquire(timeout=0)
@@ -46,14 +61,14 @@ def held(path: Path) -> FileLock:
     return lock
 
 
-def check_place(path: Path) -> None:
-    """Makes the folder that `path` is to be in. InputError where nothing can be written."""
+def check_place(path: Path, key: str = "another place") -> None:
+    """Makes the folder that `path` is to be in. InputError where nothing can be written. key: by which another place is chosen."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise InputError(f"{path}: nothing can be written there ({error.strerror}); choose another place") from None
+        raise InputError(f"{path}: nothing can be written there ({error.strerror}); choose {key}") from None
 
 
 def let_go(lock: FileLock) -> None:
@@ -63,6 +78,8 @@ def let_go(lock: FileLock) -> None:
 
 
 def _lock_of(path: Path) -> Path:
+    if not path.name:
+        raise InputError(f"{path}: has no name, so nothing can be made in its place; name a file or a folder in it")
     return path.with_name(f".{path.name}.lock")
 
 

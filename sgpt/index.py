@@ -36,6 +36,7 @@ from sgpt.evaluate import search
 from sgpt.files import make_once, replace_folder, reserve, write_whole
 from sgpt.progress import progress_bar
 from sgpt.provenance import changed_environment, content_hash, environment, threads, tokenizer_hash, weights_hash
+from sgpt.values import COUNT, check_ranges
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,7 @@ class IndexConfig:
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 raise InputError(f"index.{key}={getattr(self, key)!r} is unknown; choose {' or '.join(choices)}")
-        if self.documents_per_block < 1:
-            raise InputError(f"index.documents_per_block={self.documents_per_block} must be 1 or more")
+        check_ranges(self, "index.", documents_per_block=COUNT)
 
 
 class Stored:

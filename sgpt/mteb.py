@@ -24,6 +24,7 @@ from sgpt.errors import InputError
 from sgpt.evaluate import Results
 from sgpt.index import fingerprint
 from sgpt.markers import ROLES, MarkersConfig, Role
+from sgpt.overrides import argument
 from sgpt.progress import under_way
 
 SYMMETRIC = {"AskUbuntuDupQuestions", "MindSmallReranking", "SciDocsRR", "StackOverflowDupQuestions"}
@@ -51,7 +52,7 @@ class MtebConfig:
 
     def __post_init__(self) -> None:
         if self.name is not None and "/" not in self.name:
-            raise InputError(f"name={self.name} must be <organisation>/<model>, for example name=sgpt/{self.name}")
+            raise InputError(f"name={self.name} must be <organisation>/<model>, for example {argument('name', f'sgpt/{self.name}')}")
         if self.prompt and (self.markers or self.pooling):
             raise InputError(f"prompt={self.prompt} re-ranks, and a re-ranker has no markers and no pooling; leave out one or the others")
 

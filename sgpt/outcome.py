@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from sgpt.evaluate import Sets
 from sgpt.export import export
 from sgpt.files import held
 from sgpt.model import load_tokenizer, load_trunk, located
+from sgpt.overrides import argument
 from sgpt.probes import in_dtype, probes
 from sgpt.provenance import Inputs, content_hash, environment, tokenizer_hash, weights_hash
 from sgpt.run import Run
@@ -149,7 +151,7 @@ def show(run: Run) -> None:
     from rich.console import Console
 
     results, manifest = run.read("results.json", {}), run.read("manifest.json", {})
-    console = Console()
+    console = Console(markup=False)  # a name may hold brackets
     if scored := {name: results[name] for name in ("before", "after", "bm25") if results.get(name)}:
         console.print(evaluate.table(scored, f"{run.name}: results × 100"))
     else:
@@ -158,12 +160,22 @@ def show(run: Run) -> None:
     console.print(f"{queries / manifest['seconds']:.1f} pairs per second · {queries:,} pairs · {manifest['seconds'] / 60:.1f} minutes of training")
     console.print(f"trained {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters: "
                   f"{_bytes(size['adapter'])} of changes" + (f" to a model of {_bytes(size['model'])}" if "model" in size else ", not exported"))
-    console.print(f"run folder  {run.folder}   (open {run.folder}/report.html)")
+    console.print(f"run folder  {run.folder}   (open {run.folder}/report.html)", soft_wrap=True, highlight=False)
     ours = manifest["data"]["sources"][0]["source"].endswith("pydocs")  # what search looks through when no corpus is named
     what = 'query="parse a date from a string"' if ours else "corpus=<JSON lines of _id and text>"
-    here = Path(sys.executable)
-    python = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else "python"  # .venv/bin/python needs no activation
-    console.print(f"search it   {python} train/search.py {shlex.quote(f'run={run.folder}')} {what}", soft_wrap=True, highlight=False)
+    search = shlex.quote(_from_here(Path(__file__).parents[1] / "train" / "search.py"))
+    console.print(f"search it   {_python()} {search} {argument('run', str(run.folder))} {what}", soft_wrap=True, highlight=False)
+
+
+def _python() -> str:
+    """This interpreter, as the shell finds it from here: .venv/bin/python needs no activation."""
+    found = shutil.which("python")
+    return "python" if found and Path(found).absolute() == Path(sys.executable).absolute() else shlex.quote(_from_here(Path(sys.executable)))
+
+
+def _from_here(file: Path) -> str:
+    """Relative where it lies below the working directory."""
+    return os.path.relpath(file) if file.absolute().is_relative_to(Path.cwd()) else str(file.absolute())
 
 
 def card(run: Run, config: TrainConfig) -> str:

@@ -37,7 +37,7 @@ class Resumable(Protocol):
 def sole_writer(output: Path) -> Iterator[None]:
     """InputError, on all processes of this start, while another start writes `output`."""
     locks: list[FileLock] = []
-    from_main(lambda: locks.append(held(output)))
+    from_main(lambda: locks.append(held(output, "another output=")))
     try:
         yield
     finally:

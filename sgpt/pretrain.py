@@ -49,6 +49,7 @@ from sgpt.packing import packs
 from sgpt.pooling import weighted_mean
 from sgpt.progress import progress_bar
 from sgpt.provenance import check_same, differences, environment, file_hash, recorded_threads, threads
+from sgpt.values import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, check_choice, check_ranges
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,11 @@ class NanoConfig:
     heads: int = 8
     positions: int = 384
     window: int = 256
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "nano.", **dict.fromkeys((field.name for field in fields(self)), COUNT))
+        if self.hidden_size % self.heads:
+            raise InputError(f"nano.heads={self.heads} does not divide nano.hidden_size={self.hidden_size}")
 
 
 @dataclass
@@ -112,6 +118,15 @@ class PretrainConfig:
     log_every_steps: int = 5
 
     def __post_init__(self) -> None:
+        rates = ("lexical_learning_rate", "muon_learning_rate", "embedding_learning_rate", "head_learning_rate", "vector_learning_rate", "scale")
+        counts = (
+            "lexical_pairs_per_step", "window_tokens", "windows_per_step", "windows_per_forward", "pairs_per_step", "neighbours",
+            "max_query_tokens", "max_document_tokens", "warmup_steps", "save_every_steps", "log_every_steps",
+        )  # fmt: skip
+        steps = ("lexical_steps", "joint_steps", "language_steps")
+        check_ranges(self, **dict.fromkeys(rates, POSITIVE), **dict.fromkeys(counts, COUNT), **dict.fromkeys(steps, COUNT_OR_NONE), seed=SEED,
+                     head_share=SHARE, contrastive_weight=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE)
+        check_choice("precision", self.precision, ("fp32", "bf16"))
         for name in ("pairs_per_step", "lexical_pairs_per_step"):
             if getattr(self, name) % self.neighbours:
                 raise InputError(f"neighbours={self.neighbours} does not divide {name}={getattr(self, name)}")

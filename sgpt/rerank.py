@@ -32,6 +32,7 @@ from sgpt.parts import Parts, begin, beside, read_manifest, remove_parts, sole_w
 from sgpt.progress import progress_bar
 from sgpt.prompts import PromptConfig, build_prompt
 from sgpt.provenance import Inputs, content_hash, recorded_threads, threads, tokenizer_hash, weights_hash
+from sgpt.values import COUNT, THREADS, check_choice, check_ranges
 
 log = logging.getLogger(__name__)
 FIRST = {"bm25": None, "encoder": "encoder", "run": "trec"}  # first stage -> the key that it reads
@@ -79,9 +80,11 @@ class RerankConfig:
             if key and (self.first == first) != bool(getattr(self, key)):
                 problem = f"needs {key}=<path>" if self.first == first else f"does not read {key}={getattr(self, key)}; set first={first}, or leave it out"
                 raise InputError(f"first={self.first} {problem}")
-        for key in ("depth", "limit", "tokens_per_pack", "documents_per_block", "threads"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise InputError(f"{key}={getattr(self, key)} must be 1 or more")
+        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_ranges(
+            self, depth=COUNT, limit=COUNT.or_null("for all queries"), tokens_per_pack=COUNT, documents_per_block=COUNT,
+            threads=THREADS.or_null("to share the cores"),
+        )  # fmt: skip
         if self.posterior and (self.mean or self.answers):
             raise InputError("posterior=true makes probabilities of the query's, which a mean over its tokens and an answer are not; set one of them")
         build_prompt(self.prompt_config)

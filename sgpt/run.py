@@ -87,7 +87,7 @@ def begin(run: Run, config: dict) -> None:
     """Makes the folder, once everything that can be checked beforehand has been. InputError while another process writes it."""
     import yaml
 
-    run.lock = held(run.folder)
+    run.lock = held(run.folder, "another runs=")
     run.folder.mkdir(parents=True, exist_ok=True)
     if not (run.folder / "config.yaml").is_file():
         write_whole(run.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

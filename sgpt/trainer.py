@@ -35,6 +35,7 @@ from sgpt.progress import clock, said, under_way
 from sgpt.run import Run
 from sgpt.step import Outcome, contrastive_step, health
 from sgpt.tuning import count, learning
+from sgpt.values import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, THREADS, check_ranges
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +68,12 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):
             raise InputError(f"trainer.precision={self.precision!r} is unknown; choose fp32 or bf16")
-        for name in ("queries_per_process", "epochs", "gradient_accumulation", "log_every_steps", "save_every_steps", "keep_checkpoints", "tokens_per_pack"):
-            if getattr(self, name) < 1:
-                raise InputError(f"trainer.{name}={getattr(self, name)} must be 1 or more")
-        if self.keep_gigabytes is not None and self.keep_gigabytes < 0:
-            raise InputError(f"trainer.keep_gigabytes={self.keep_gigabytes} must be 0 or more, or null for half of the free memory")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise InputError(f"trainer.max_steps={self.max_steps} must be 1 or more, or null for whole epochs")
+        check_ranges(
+            self, "trainer.", queries_per_process=COUNT, epochs=COUNT, gradient_accumulation=COUNT, tokens_per_pack=COUNT,
+            log_every_steps=COUNT, save_every_steps=COUNT, keep_checkpoints=COUNT, evaluate_every_steps=COUNT_OR_NONE, seed=SEED,
+            max_steps=COUNT.or_null("for whole epochs"), keep_gigabytes=NOT_NEGATIVE.or_null("for half of the free memory"),
+            threads=THREADS.or_null("to share the cores"),
+        )  # fmt: skip
 
     def steps(self, batches_per_epoch: float) -> int:
         """Optimizer steps of the whole run: enough for every example of every epoch."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from sgpt.errors import InputError
+from sgpt.values import BELOW_ONE, COUNT, check_ranges
 
 ALTERNATIVES = "use tuning=bitfit_norm (biases and norm gains), tuning=lora or tuning=full, or a base with biases such as GPT-Neo, GPT-2, OPT, Pythia or BLOOM"
 
@@ -26,6 +27,7 @@ class TuningConfig:
     def __post_init__(self) -> None:
         if self.name not in TUNINGS:
             raise InputError(f"tuning.name={self.name!r} is unknown; choose one of {', '.join(TUNINGS)}")
+        check_ranges(self, "tuning.", lora_rank=COUNT, lora_alpha=COUNT, lora_dropout=BELOW_ONE)
 
 
 def bitfit(trunk: nn.Module, config: TuningConfig) -> nn.Module:
@@ -51,6 +53,8 @@ def lora(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
+    if config.lora_rank > trunk.config.hidden_size:
+        raise InputError(f"tuning.lora_rank={config.lora_rank} is more than the width of the base, {trunk.config.hidden_size}; lower it, or set tuning=full")
     return get_peft_model(trunk, LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         target_modules="all-linear", task_type="FEATURE_EXTRACTION",

@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,3 +121,85 @@ def beir(folder: Path, corpus: dict[str, str], queries: dict[str, str], qrels: d
     judged = "".join(f"{query}\t{document}\t{score}\n" for query, documents in qrels.items() for document, score in documents.items())
     (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
     return folder
+
+
+# The same one start after another, as a test asks for them: each with what it said, and with files of no more than `limit` bytes.
+_FORKER = """
+import json, os, resource, runpy, sys
+import rich.console, sentence_transformers, torch
+torch.set_num_threads(1)
+import sgpt.config, sgpt.launch, sgpt.report, sgpt.search
+for line in sys.stdin:
+    limit, command = json.loads(line)
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(write, 1), os.dup2(write, 2)
+        sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        sys.argv, code = command, 1
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    os.close(write)
+    with open(read) as said:
+        text = said.read()
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text]), flush=True)
+"""
+
+
+class Forked(NamedTuple):
+    code: int
+    said: str
+
+    @property
+    def sentence(self) -> str:
+        """What it was refused with; fails when that is anything but one sentence, behind what was logged before."""
+        assert self.code == 2, self.said
+        assert "Traceback" not in self.said
+        told = [line for line in self.said.splitlines() if line.startswith("error: ")]
+        assert len(told) == 1
+        assert self.said.endswith(told[0] + "\n")
+        return told[0].removeprefix("error: ")
+
+
+Forks = Callable[..., Forked]
+
+
+@contextmanager
+def forks(folder: Path) -> Iterator[Forks]:
+    """start(script, *overrides, limit=None), in `folder`."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "400", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    forker = subprocess.Popen([sys.executable, "-c", _FORKER], cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(script: str, *overrides: str, limit: int | None = None) -> Forked:
+        forker.stdin.write(json.dumps([limit, [str(REPOSITORY / "train" / f"{script}.py"), *overrides]]) + "\n")
+        forker.stdin.flush()
+        return Forked(*json.loads(forker.stdout.readline()))
+
+    try:
+        yield start
+    finally:
+        forker.stdin.close()
+        forker.wait(timeout=60)
+        forker.stdout.close()
+
+
+def small_training(data: Path, base: Path) -> Callable[[Path], list[str]]:
+    """place -> overrides of a run of four steps with two checkpoints, which writes below `place` alone."""
+    pairs, scored = data / "pairs.jsonl", data / "scored.jsonl"
+    pairs.write_text("".join(json.dumps({"query": f"what is {n}?", "positive": f"{n} is behind {n - 1}"}) + "\n" for n in range(64)))
+    scored.write_text("".join(json.dumps({"sentence1": f"{n}", "sentence2": f"{n + n % 3}", "score": n % 3}) + "\n" for n in range(6)))
+    return lambda place: [
+        f"runs={place}/runs", f"data.cache={place}/cache", f"model.path={base}", f"data.path={pairs}", f"evaluation.sts=[{scored}]",
+        "markers.query_max_tokens=24", "markers.document_max_tokens=24", "trainer.threads=1", "trainer.queries_per_process=8",
+        "trainer.max_steps=4", "trainer.save_every_steps=2", "trainer.log_every_steps=1",
+    ]  # fmt: skip

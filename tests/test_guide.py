@@ -338,7 +338,7 @@ def test_bad_settings_are_refused(tmp_path, tiny_base, tiny_encoder):
         guided(feed, LossConfig(guide="nowhere"))
     with pytest.raises(InputError, match=r"data\.grouping_model=.*: a bare base knows no similarity of texts; give a run, an export or"):
         grouped(feed, DataConfig(batches="hard", grouping_model=str(tiny_base("gpt2"))))
-    with pytest.raises(InputError, match=r"loss\.guide_margin=0\.1 is of no use without a guide; set loss\.guide=<folder of a model>, or leave it 0"):
+    with pytest.raises(InputError, match=r"loss\.guide_margin=0\.1 has no effect without a guide; set loss\.guide=<folder of a model>, or leave it 0"):
         LossConfig(guide_margin=0.1)
     with pytest.raises(InputError, match=r"loss\.guide_margin=nan must be a number"):
         LossConfig(guide="g", guide_margin=float("nan"))

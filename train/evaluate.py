@@ -26,14 +26,14 @@ def main(composed: DictConfig) -> None:
     from sgpt.progress import under_way
     from sgpt.useb import useb
 
-    config, console = typed(EvaluateConfig, composed), Console(width=None if sys.stdout.isatty() else 200)
+    config, console = typed(EvaluateConfig, composed), Console(width=None if sys.stdout.isatty() else 200, markup=False)
     if not config.model or not (config.retrieval or config.sts or config.useb):
         raise InputError("set model=<folder or hub id> and retrieval=[<BEIR folder or name>,…], sts=[<pairs file>,…] or useb=<folder data-eval>")
     for key, file in (("output", config.output), ("systems_output", config.systems_output)):
         if file and Path(file).is_dir():
             raise InputError(f"{key}={file} is a folder; name a file in it, for example {Path(file) / 'scores.json'}")
         if file:
-            check_place(Path(file))
+            check_place(Path(file), f"another {key}=")
     there = places(config.retrieval, config.split, Path(config.beir_root))  # what is missing stops us now and not after hours
     similar = evaluate.read_sets(evaluate.EvaluationConfig(sts=config.sts, split=config.split))
     tasks = read_useb(Path(config.useb), config.split or "test") if config.useb else []

@@ -13,7 +13,7 @@ def main(composed: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from sgpt import outcome
-    from sgpt.config import ExportConfig, TrainConfig, typed
+    from sgpt.config import ExportConfig, TrainConfig, literal, typed
     from sgpt.errors import InputError
     from sgpt.export import export
     from sgpt.run import Run
@@ -22,7 +22,7 @@ def main(composed: DictConfig) -> None:
     run = Run(Path(config.run))
     if not config.run or not (run.folder / "config.yaml").is_file():
         raise InputError(f"run={config.run}: no run folder; give one that holds config.yaml, for example run=runs/pydocs")
-    trained = typed(TrainConfig, OmegaConf.create(yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))))
+    trained = typed(TrainConfig, OmegaConf.create(literal(yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8")))))
     encoder, newest = outcome.reopen(run, trained)
     folder = Path(config.output) if config.output else run.folder / "export"
     if run.finished and not config.output:

@@ -37,6 +37,7 @@ from sgpt.data.example import Example
 from sgpt.data.jsonl import read_rows
 from sgpt.data.rows import listed, same_split, shown
 from sgpt.errors import InputError
+from sgpt.files import files_below
 
 LABELS = ("entailment", "neutral", "contradiction")
 UNLABELLED = "-"
@@ -70,7 +71,7 @@ def training_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder; give AllNLI.tsv.gz, a training file of SNLI or MultiNLI, or their folder")
     found: dict[Path, list[Path]] = {}
-    for file in sorted(path.rglob("*")):
+    for file in files_below(path):
         if TRAINING_FILE.fullmatch(file.name):
             found.setdefault(file.parent / _without_form(file.name), []).append(file)
     if not found:

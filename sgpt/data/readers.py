@@ -11,11 +11,13 @@ from pathlib import Path
 from sgpt.data import beir, msmarco, nli, pairs, pydocs
 from sgpt.data.example import Example
 from sgpt.data.pairs import ROLES
-from sgpt.data.rows import of_split, of_the_hub, rows
+from sgpt.data.rows import kind_of, of_split, of_the_hub, rows, saved_folder
 from sgpt.data.sampling import Feed, Source
 from sgpt.data.store import Examples, Tokens, Writer, key_of, stored
 from sgpt.errors import InputError
+from sgpt.files import files_below
 from sgpt.markers import MarkersConfig, frames
+from sgpt.values import COUNT, COUNT_OR_NONE, FINITE, MOST, POSITIVE, SEED, SHARE, Range, check_ranges
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +70,14 @@ class SourceConfig:
         self.columns = dict.fromkeys(ROLES) | self.columns
         if odd := self.columns.keys() - {*ROLES}:
             raise InputError(f"data.columns has the unknown key {sorted(odd)[0]!r}; it maps {', '.join(ROLES)}")
-        if self.num_hard_negatives < 0:
-            raise InputError(f"data.num_hard_negatives={self.num_hard_negatives} must be 0 or more")
+        tokens = Range("4 or more", 4, MOST).or_null("for the run's")
+        check_ranges(
+            self, "data.", num_hard_negatives=COUNT_OR_NONE, limit=replace(COUNT, words="1 or more; null takes every example"), seed=SEED,
+            max_error_share=SHARE, positive_score=FINITE, negative_score=FINITE, score_margin=FINITE, negatives_per_system=COUNT,
+            weight=replace(POSITIVE, words="positive; leave a source out to give it nothing"), query_max_tokens=tokens, document_max_tokens=tokens,
+        )  # fmt: skip
         if self.num_hard_negatives > 1 and self.name == "nli":
             raise InputError(f"data.num_hard_negatives={self.num_hard_negatives}: data=nli has one hard negative for each example; set it to 1 or 0")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"data.limit={self.limit} must be 1 or more; null takes every example")
-        if self.weight is not None and not self.weight > 0:
-            raise InputError(f"data.weight={self.weight} must be positive; leave a source out to give it nothing")
         if self.on_error not in ("stop", "skip"):
             raise InputError(f"data.on_error={self.on_error!r} is unknown; choose stop or skip")
         if self.on_error == "skip" and "on_error" not in READERS[self.name].keys:
@@ -115,8 +117,8 @@ class DataConfig(SourceConfig):
         if self.sources:
             self._check_sources()
         super().__post_init__()
-        if not self.temperature > 0:
-            raise InputError(f"data.temperature={self.temperature} must be positive; 1 is by size, larger evens the sources out")
+        evens = Range("positive and 0.1 or more; 1 is by size, larger evens the sources out", 0.1)  # below, a size to the power of 1 / it is no number
+        check_ranges(self, "data.", temperature=evens)
         if self.batches not in ("random", "hard"):
             raise InputError(f"data.batches={self.batches!r} is unknown; choose random or hard")
         if (self.batches == "hard") != bool(self.grouping_model):
@@ -181,15 +183,27 @@ def read_examples(config: SourceConfig, cache: Path) -> Examples:
 
 
 def files_fingerprint(config: SourceConfig) -> str:
-    """Of the bytes of a file, or of every file below a folder, linked folders too."""
+    """Of the bytes of a file, or of those files of a folder that its reader looks at: the folder may hold a whole disk besides."""
     path = Path(config.path)
     digest = hashlib.blake2b(digest_size=16)
-    below = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-    for file in below if path.is_dir() else [path]:
+    for file in _data_files(path, config.name) if path.is_dir() else [path]:
         if file.is_file():
             digest.update(os.fsencode(file.relative_to(path)))
             digest.update(_digest(file))
     return digest.hexdigest()
+
+
+def _data_files(folder: Path, name: str) -> list[Path]:
+    """In a fixed order, those that are not there too."""
+    match name:
+        case "beir":
+            return [*(folder / f"{part}.jsonl{packed}" for part in ("corpus", "queries") for packed in ("", ".gz")), *sorted(folder.glob("qrels/*.tsv"))]
+        case "msmarco":
+            parts = (msmarco.COLLECTION, msmarco.QUERIES, msmarco.MINED, msmarco.SCORES)
+            return [folder / f"{part}{packed}" for part in parts for packed in ("", ".gz")]
+        case "nli":
+            return nli.training_files(folder)
+    return files_below(folder) if saved_folder(folder) else sorted(file for file in folder.iterdir() if kind_of(file))
 
 
 def _digest(file: Path) -> bytes:

@@ -94,11 +94,15 @@ def _source(path: Path, split: str, subset: str | None, streaming: bool) -> Rows
     if path.is_file():
         return _read_file(path)
     if path.is_dir():
-        saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
-        return _saved_rows(path, split) if saved else (row for file in _files(path, split) for row in _read_file(file))
+        return _saved_rows(path, split) if saved_folder(path) else (row for file in _files(path, split) for row in _read_file(file))
     if not of_the_hub(path):
         raise InputError(f"{path}: no such file; check the path")
     return _hub_rows(path, split, subset, streaming)
+
+
+def saved_folder(path: Path) -> bool:
+    """Written by the library datasets."""
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def of_the_hub(path: Path) -> bool:
