@@ -172,6 +172,8 @@ def _end_interrupted(error: KeyboardInterrupt, *, resume: bool) -> None:
         again = "resume with" if resume or isinstance(error, interrupt.Interrupted) else "start again with"
         print(f"interrupted: {kept}; {again}: {interrupt.command_again(resume=resume)}", file=sys.stderr)
     sys.exit(interrupt.exit_code())
+
+
 def _refuse_or_report(error: BaseException, config: dict) -> None:
     """A sentence for what happened around us; the traceback of what is our own fault."""
     if sentence := told(error, config):
