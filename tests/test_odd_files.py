@@ -204,6 +204,7 @@ def test_blanks_behind_separators_are_kept_where_no_quote_stands_behind_one(tmp_
     ("name", "content", "message"),
     [
         ("a.tsv", '"query"\t"positive"\n"q"\t"p"\n', r"line 1: the column '\"query\"' is in quotes, and TSV has no quoting; write the file as CSV"),
+        ("a.csv", 'query,positive\n"q" ,"p"\n', r"line 2: not CSV up to line 2 .*; take the blanks behind quotes away"),
         ("a.csv", "query\tpositive\nq\tp\n", r"line 1: the header is one column with '\\t' in its name"),
         ("a.jsonl", '{"query": "q", "positive": Infinity}\n', r"line 1: not JSON \(Infinity is no JSON number\)"),
         ("a.csv", "query,positive\nq,p\n".encode("utf-16"), r"line 1: begins with the mark of UTF-16; save the file as UTF-8"),
@@ -342,13 +343,13 @@ def test_mined_rows_without_negatives_are_told(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"systems": ["bm25"]}, r"^data\.systems=\['bm25'\]: is read by data=msmarco only, not by data=file; leave it out$"),
-        ({"seed": 3}, r"^data\.seed=3: is read by data=nli or data=msmarco only, not by data=file"),
-        ({"triples": "t.tsv"}, r"^data\.triples=t\.tsv: is read by data=beir only"),
-        ({"name": "beir", "columns": {"query": "q"}}, r"^data\.columns=.*: is read by data=file only, not by data=beir"),
-        ({"name": "nli", "split": "dev"}, r"^data\.split=dev: is read by data=file or data=beir only, not by data=nli"),
-        ({"name": "msmarco", "positive_score": 0.5}, r"^data\.positive_score=0\.5: is read by data=file only, not by data=msmarco"),
-        ({"name": "pydocs", "streaming": True}, r"^data\.streaming=True: is read by data=file only, not by data=pydocs"),
+        ({"systems": ["bm25"]}, r"^data\.systems=\['bm25'\] is read by data=msmarco only, not by data=file; leave it out$"),
+        ({"seed": 3}, r"^data\.seed=3 is read by data=nli or data=msmarco only, not by data=file"),
+        ({"triples": "t.tsv"}, r"^data\.triples=t\.tsv is read by data=beir only"),
+        ({"name": "beir", "columns": {"query": "q"}}, r"^data\.columns=.* is read by data=file only, not by data=beir"),
+        ({"name": "nli", "split": "dev"}, r"^data\.split=dev is read by data=file or data=beir only, not by data=nli"),
+        ({"name": "msmarco", "positive_score": 0.5}, r"^data\.positive_score=0\.5 is read by data=file only, not by data=msmarco"),
+        ({"name": "pydocs", "streaming": True}, r"^data\.streaming=True is read by data=file only, not by data=pydocs"),
     ],
 )
 @pytest.mark.parametrize("kind", [SourceConfig, DataConfig])

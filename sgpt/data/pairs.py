@@ -143,12 +143,14 @@ def _means(name: str, role: str) -> bool:
     return bool(_negatives([name])) if role == "negative" else name.lower() in NAMES[role]
 
 
-def describe(columns: Columns, num_hard_negatives: int, names: Sequence[str] = ()) -> str:
+def describe(columns: Columns, num_hard_negatives: int, names: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
     """One line for the log."""
     negatives = f"hard negatives from {', '.join(map(repr, columns.negatives))}" if columns.negatives else "no hard negatives"
     if columns.label:
         yes, no = (", ".join(name for name, meaning in LABELS.items() if meaning is value) for value in (True, False))
-        negatives = f"pairs judged by {columns.label!r}: {yes} make a positive; {no} a hard negative of the same query; others are left out"
+        numbers = ", ".join(f"{number} is {name}" for number, name in enumerate(labels))
+        judged = f"pairs judged by {columns.label!r}{f', where {numbers}' if labels else ''}"
+        negatives = f"{judged}: {yes} make a positive; {no} a hard negative of the same query; others are left out"
     if columns.score:
         negatives = (
             f"pairs judged by {columns.score!r}: data.positive_score and more make a positive; less than data.negative_score a hard negative "
@@ -379,7 +381,7 @@ def retrieval_set(path: Path, split: str, stated: Mapping[str, str | None], labe
     """
     names, found = with_names(rows(path, split))
     columns = guess_columns(names, stated, str(path))
-    log.info("%s: %s", path, describe(columns, 0, names))
+    log.info("%s: %s", path, describe(columns, 0, names, labels))
     if columns.score:
         raise InputError(f"{path}: column {columns.score!r} scores the pairs, and which are positives is not said; keep those, and set data.columns.score=''")
     found = without_late_columns(of_split(found, split, str(path)), names, columns, stated, 0)
