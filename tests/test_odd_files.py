@@ -76,17 +76,18 @@ def test_class_labels_are_read_by_name_whatever_the_form(kind, tmp_path):
     assert read(place, num_hard_negatives=1) == RTE_EXAMPLES
 
 
-@pytest.mark.parametrize("second", ["sentence2", "text2", "hypothesis"])
+@pytest.mark.parametrize("second", ["sentence2", "text2", "hypothesis", "sentence"])
 @pytest.mark.parametrize("kind", [int, float, str])
 def test_numbers_as_labels_of_two_sentences_are_asked_for_and_taken_as_stated(kind, second, tmp_path):
     file = json_lines(tmp_path / "rte.jsonl", *({"sentence1": a, second: b, "label": kind(label)} for a, b, label in RTE))
+    columns = {"positive": second}
     with pytest.raises(InputError, match=r"line 1, column 'label': the label .* says nothing certain.*data\.labels=\[not_duplicate,duplicate\]"):
-        read(file)
-    assert read(file, labels=["entailment", "contradiction"], num_hard_negatives=1) == RTE_EXAMPLES
+        read(file, columns=columns)
+    assert read(file, columns=columns, labels=["entailment", "contradiction"], num_hard_negatives=1) == RTE_EXAMPLES
     with pytest.raises(InputError, match=r"line 2, column 'label': data\.labels names the numbers 0 to 0, and the label is"):
-        read(file, labels=["entailment"])
+        read(file, columns=columns, labels=["entailment"])
     with pytest.raises(InputError, match=r"data\.labels: 'yes' is none of 1, 1\.0, true, entailment"):
-        read(file, labels=["yes", "no"])
+        read(file, columns=columns, labels=["yes", "no"])
 
 
 @pytest.mark.parametrize("columns", [("question1", "question2", "is_duplicate"), ("query", "passage", "is_relevant"), ("query", "document", "label"),
@@ -150,11 +151,11 @@ def test_a_title_that_is_no_value_is_no_title_and_one_that_is_no_text_is_refused
 
 def test_words_for_no_value_and_lists_in_cells_are_told(tmp_path, caplog):
     assert len(read(written(tmp_path / "a.csv", "query,positive\nq1,nan\nq2,None\nq3,\"['p', 'r']\"\nq4,p4\n"))) == 4
-    assert "a.csv, line 2: a word for no value, such as nan or None, read as it is; so are 2 rows" in caplog.text
-    assert "a.csv, line 4: a list written as text, read as it is; so are 1 rows" in caplog.text
+    assert "a.csv, line 2: 'nan' is a word for no value and is read as a text, in 2 rows; leave such cells empty" in caplog.text
+    assert "a.csv, line 4: \"['p', 'r']\" is a list written as text and is read as a text, in 1 rows" in caplog.text
     json_lines(tmp_path / "corpus.jsonl", {"_id": "1", "title": "nan", "text": "a"})
     read_documents(tmp_path / "corpus.jsonl")
-    assert "corpus.jsonl, line 1: a title or text of 1 rows is a word for no value" in caplog.text
+    assert "corpus.jsonl, line 1: 'nan' is a word for no value and is read as a text or title, in 1 rows" in caplog.text
 
 
 @pytest.mark.parametrize("cell", ["['n1', 'n2']", '["n1", "n2"]', "['n1' 'n2']", "['n1']"])
@@ -275,6 +276,7 @@ def test_a_run_that_orders_by_rank_alone_is_refused_and_one_with_some_such_queri
     assert "all scores of query 'q0' are equal while its ranks differ" in caplog.text
     assert "1 of 2 queries are like it" in caplog.text
     assert run_of(toy, "q0 Q0 d0 1 1.0 tag\nq0 Q0 d1 1 1.0 tag\n") == {"q0": {"d0": 1.0, "d1": 1.0}}  # equal ranks: ties, as they are
+    assert "run: all scores of a query are equal, so the run ranks nothing" in caplog.text
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])

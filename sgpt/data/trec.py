@@ -58,6 +58,8 @@ def read_run(file: Path, data: Path, chosen: RetrievalSet, key: str) -> dict[str
         if document in run.setdefault(query, {}):
             raise InputError(f"{where}: document id {shown(document)} stands twice under query id {shown(query)}; remove one of them")
         run[query][document] = score
+    if run and all(len(scores) > 1 and len({*scores.values()}) == 1 for scores in run.values()):
+        log.warning("%s: all scores of a query are equal, so the run ranks nothing; write scores that fall with the rank", file)
     if unjudged:
         log.info("%s: %d queries of it are not judged in this split and are left out", file, len(unjudged))
     return run
