@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from sgpt import outcome
 from sgpt.data import beir
@@ -138,6 +140,9 @@ def test_a_title_that_is_no_value_is_no_title_and_one_that_is_no_text_is_refused
     folder = tmp_path / "b"
     json_lines(folder / "corpus.jsonl", '{"_id": "1", "title": NaN, "text": "Put the egg"}', '{"_id": "2", "title": null, "text": "in"}')
     assert reader(folder) == reader(folder / "corpus.jsonl") == {"1": "Put the egg", "2": "in"}
+    table = pa.table({"_id": ["1"], "title": pa.array([float("nan")]), "text": ["Put the egg"]})
+    parquet.write_table(table, tmp_path / "corpus.parquet")
+    assert reader(tmp_path / "corpus.parquet") == {"1": "Put the egg"}
     for value, told in (('["a", "b"]', r"title is \['a', 'b'\], which is no text; write it as one text"), ("7", "title is 7, which is no text; write it in"),
                         ('{"a": 1}', "title is {'a': 1}, which is no text"), ("Infinity", "not JSON .Infinity is no JSON number"),
                         ("false", "title is False, which is no text")):  # fmt: skip
@@ -250,9 +255,10 @@ def test_pairs_of_other_splits_are_told(tmp_path, caplog):
         beir.read_pairs(json_lines(tmp_path / "sts.jsonl", {**rows[0], "split": 5}), "test")
 
 
-def test_scored_pairs_may_be_a_table(tmp_path):
-    file = written(tmp_path / "sts.csv", 'sentence1,sentence2,score\na,"b, c",4.5\nd,e,1\n')
+def test_scored_pairs_may_be_a_table_and_empty_sentences_are_told(tmp_path, caplog):
+    file = written(tmp_path / "sts.csv", 'sentence1,sentence2,score\na,"b, c",4.5\nd,,1\n')
     assert beir.read_pairs(file, "test")[0].scores == [4.5, 1.0]
+    assert "sts.csv: 1 sentences are empty; fix or remove their rows" in caplog.text
 
 
 # --- runs ---

@@ -221,6 +221,8 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
                 f"{file}: {len(pairs.scores)} pairs{f' of {pairs.name}' if pairs.name != plain else ''} in split {split!r} "
                 f"with fewer than two different scores; nothing to correlate{f'. It has {told}; set the split' if others else ''}"
             )
+    if blank := sum(not text.strip() for pairs in sets.values() for text in (*pairs.first, *pairs.second)):
+        log.warning("%s: %d sentences are empty; fix or remove their rows", file, blank)
     if others:
         usual = all(name.strip().lower() in SPLITS for name in others)
         log.log(logging.INFO if usual else logging.WARNING, "%s: %s left out; %r is the split to read", file, told, split)
@@ -237,7 +239,8 @@ def _score(given: object) -> float | None:
 
 
 def _document(row: dict) -> str:
-    return f"{row.get('title') or ''} {row['text']}".strip()
+    title = row.get("title")
+    return row["text"].strip() if _is_none(title) else f"{title} {row['text']}".strip()
 
 
 def _table(folder: Path, name: str) -> Path:
