@@ -92,6 +92,8 @@ def tuning_set(place: Place, chosen: RetrievalSet, split: str) -> tuple[Retrieva
         remedy = f"set dev_split={' or dev_split='.join(others)}" if others else "no other split is there to tune it on"
         return None, f"{left_out} on split {split!r}, and {place.folder} has: {', '.join(there)}; {remedy}"
     queries, qrels = read_judged(place.folder, split)
+    if not any(score > 0 for judged in qrels.values() for score in judged.values()):
+        return None, f"{left_out} on split {split!r}, where no judgement is above 0; set dev_split=<another>"
     return replace(chosen, queries=queries, qrels=qrels), ""
 
 

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from sgpt import outcome
 from sgpt.data import beir
@@ -76,17 +78,18 @@ def test_class_labels_are_read_by_name_whatever_the_form(kind, tmp_path):
     assert read(place, num_hard_negatives=1) == RTE_EXAMPLES
 
 
-@pytest.mark.parametrize("second", ["sentence2", "text2", "hypothesis"])
+@pytest.mark.parametrize("second", ["sentence2", "text2", "hypothesis", "sentence"])
 @pytest.mark.parametrize("kind", [int, float, str])
 def test_numbers_as_labels_of_two_sentences_are_asked_for_and_taken_as_stated(kind, second, tmp_path):
     file = json_lines(tmp_path / "rte.jsonl", *({"sentence1": a, second: b, "label": kind(label)} for a, b, label in RTE))
+    columns = {"positive": second}
     with pytest.raises(InputError, match=r"line 1, column 'label': the label .* says nothing certain.*data\.labels=\[not_duplicate,duplicate\]"):
-        read(file)
-    assert read(file, labels=["entailment", "contradiction"], num_hard_negatives=1) == RTE_EXAMPLES
+        read(file, columns=columns)
+    assert read(file, columns=columns, labels=["entailment", "contradiction"], num_hard_negatives=1) == RTE_EXAMPLES
     with pytest.raises(InputError, match=r"line 2, column 'label': data\.labels names the numbers 0 to 0, and the label is"):
-        read(file, labels=["entailment"])
+        read(file, columns=columns, labels=["entailment"])
     with pytest.raises(InputError, match=r"data\.labels: 'yes' is none of 1, 1\.0, true, entailment"):
-        read(file, labels=["yes", "no"])
+        read(file, columns=columns, labels=["yes", "no"])
 
 
 @pytest.mark.parametrize("columns", [("question1", "question2", "is_duplicate"), ("query", "passage", "is_relevant"), ("query", "document", "label"),
@@ -137,6 +140,9 @@ def test_a_title_that_is_no_value_is_no_title_and_one_that_is_no_text_is_refused
     folder = tmp_path / "b"
     json_lines(folder / "corpus.jsonl", '{"_id": "1", "title": NaN, "text": "Put the egg"}', '{"_id": "2", "title": null, "text": "in"}')
     assert reader(folder) == reader(folder / "corpus.jsonl") == {"1": "Put the egg", "2": "in"}
+    table = pa.table({"_id": ["1"], "title": pa.array([float("nan")]), "text": ["Put the egg"]})
+    parquet.write_table(table, tmp_path / "corpus.parquet")
+    assert reader(tmp_path / "corpus.parquet") == {"1": "Put the egg"}
     for value, told in (('["a", "b"]', r"title is \['a', 'b'\], which is no text; write it as one text"), ("7", "title is 7, which is no text; write it in"),
                         ('{"a": 1}', "title is {'a': 1}, which is no text"), ("Infinity", "not JSON .Infinity is no JSON number"),
                         ("false", "title is False, which is no text")):  # fmt: skip
@@ -150,11 +156,11 @@ def test_a_title_that_is_no_value_is_no_title_and_one_that_is_no_text_is_refused
 
 def test_words_for_no_value_and_lists_in_cells_are_told(tmp_path, caplog):
     assert len(read(written(tmp_path / "a.csv", "query,positive\nq1,nan\nq2,None\nq3,\"['p', 'r']\"\nq4,p4\n"))) == 4
-    assert "a.csv, line 2: a word for no value, such as nan or None, read as it is; so are 2 rows" in caplog.text
-    assert "a.csv, line 4: a list written as text, read as it is; so are 1 rows" in caplog.text
+    assert "a.csv, line 2: 'nan' is a word for no value and is read as a text, in 2 rows; leave such cells empty" in caplog.text
+    assert "a.csv, line 4: \"['p', 'r']\" is a list written as text and is read as a text, in 1 rows" in caplog.text
     json_lines(tmp_path / "corpus.jsonl", {"_id": "1", "title": "nan", "text": "a"})
     read_documents(tmp_path / "corpus.jsonl")
-    assert "corpus.jsonl, line 1: a title or text of 1 rows is a word for no value" in caplog.text
+    assert "corpus.jsonl, line 1: 'nan' is a word for no value and is read as a text or title, in 1 rows" in caplog.text
 
 
 @pytest.mark.parametrize("cell", ["['n1', 'n2']", '["n1", "n2"]', "['n1' 'n2']", "['n1']"])
@@ -204,6 +210,7 @@ def test_blanks_behind_separators_are_kept_where_no_quote_stands_behind_one(tmp_
     ("name", "content", "message"),
     [
         ("a.tsv", '"query"\t"positive"\n"q"\t"p"\n', r"line 1: the column '\"query\"' is in quotes, and TSV has no quoting; write the file as CSV"),
+        ("a.csv", 'query,positive\n"q" ,"p"\n', r"line 2: not CSV up to line 2 .*; take the blanks behind quotes away"),
         ("a.csv", "query\tpositive\nq\tp\n", r"line 1: the header is one column with '\\t' in its name"),
         ("a.jsonl", '{"query": "q", "positive": Infinity}\n', r"line 1: not JSON \(Infinity is no JSON number\)"),
         ("a.csv", "query,positive\nq,p\n".encode("utf-16"), r"line 1: begins with the mark of UTF-16; save the file as UTF-8"),
@@ -248,9 +255,10 @@ def test_pairs_of_other_splits_are_told(tmp_path, caplog):
         beir.read_pairs(json_lines(tmp_path / "sts.jsonl", {**rows[0], "split": 5}), "test")
 
 
-def test_scored_pairs_may_be_a_table(tmp_path):
-    file = written(tmp_path / "sts.csv", 'sentence1,sentence2,score\na,"b, c",4.5\nd,e,1\n')
+def test_scored_pairs_may_be_a_table_and_empty_sentences_are_told(tmp_path, caplog):
+    file = written(tmp_path / "sts.csv", 'sentence1,sentence2,score\na,"b, c",4.5\nd,,1\n')
     assert beir.read_pairs(file, "test")[0].scores == [4.5, 1.0]
+    assert "sts.csv: 1 sentences are empty; fix or remove their rows" in caplog.text
 
 
 # --- runs ---
@@ -274,6 +282,7 @@ def test_a_run_that_orders_by_rank_alone_is_refused_and_one_with_some_such_queri
     assert "all scores of query 'q0' are equal while its ranks differ" in caplog.text
     assert "1 of 2 queries are like it" in caplog.text
     assert run_of(toy, "q0 Q0 d0 1 1.0 tag\nq0 Q0 d1 1 1.0 tag\n") == {"q0": {"d0": 1.0, "d1": 1.0}}  # equal ranks: ties, as they are
+    assert "run: all scores of a query are equal, so the run ranks nothing" in caplog.text
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
@@ -342,13 +351,13 @@ def test_mined_rows_without_negatives_are_told(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"systems": ["bm25"]}, r"^data\.systems=\['bm25'\]: is read by data=msmarco only, not by data=file; leave it out$"),
-        ({"seed": 3}, r"^data\.seed=3: is read by data=nli or data=msmarco only, not by data=file"),
-        ({"triples": "t.tsv"}, r"^data\.triples=t\.tsv: is read by data=beir only"),
-        ({"name": "beir", "columns": {"query": "q"}}, r"^data\.columns=.*: is read by data=file only, not by data=beir"),
-        ({"name": "nli", "split": "dev"}, r"^data\.split=dev: is read by data=file or data=beir only, not by data=nli"),
-        ({"name": "msmarco", "positive_score": 0.5}, r"^data\.positive_score=0\.5: is read by data=file only, not by data=msmarco"),
-        ({"name": "pydocs", "streaming": True}, r"^data\.streaming=True: is read by data=file only, not by data=pydocs"),
+        ({"systems": ["bm25"]}, r"^data\.systems=\['bm25'\] is read by data=msmarco only, not by data=file; leave it out$"),
+        ({"seed": 3}, r"^data\.seed=3 is read by data=nli or data=msmarco only, not by data=file"),
+        ({"triples": "t.tsv"}, r"^data\.triples=t\.tsv is read by data=beir only"),
+        ({"name": "beir", "columns": {"query": "q"}}, r"^data\.columns=.* is read by data=file only, not by data=beir"),
+        ({"name": "nli", "split": "dev"}, r"^data\.split=dev is read by data=file or data=beir only, not by data=nli"),
+        ({"name": "msmarco", "positive_score": 0.5}, r"^data\.positive_score=0\.5 is read by data=file only, not by data=msmarco"),
+        ({"name": "pydocs", "streaming": True}, r"^data\.streaming=True is read by data=file only, not by data=pydocs"),
     ],
 )
 @pytest.mark.parametrize("kind", [SourceConfig, DataConfig])

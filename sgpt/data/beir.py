@@ -221,6 +221,8 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
                 f"{file}: {len(pairs.scores)} pairs{f' of {pairs.name}' if pairs.name != plain else ''} in split {split!r} "
                 f"with fewer than two different scores; nothing to correlate{f'. It has {told}; set the split' if others else ''}"
             )
+    if blank := sum(not text.strip() for pairs in sets.values() for text in (*pairs.first, *pairs.second)):
+        log.warning("%s: %d sentences are empty; fix or remove their rows", file, blank)
     if others:
         usual = all(name.strip().lower() in SPLITS for name in others)
         log.log(logging.INFO if usual else logging.WARNING, "%s: %s left out; %r is the split to read", file, told, split)
@@ -237,7 +239,8 @@ def _score(given: object) -> float | None:
 
 
 def _document(row: dict) -> str:
-    return f"{row.get('title') or ''} {row['text']}".strip()
+    title = row.get("title")
+    return row["text"].strip() if _is_none(title) else f"{title} {row['text']}".strip()
 
 
 def _table(folder: Path, name: str) -> Path:
@@ -254,7 +257,7 @@ def _by_id(table: Rows, bad: Bad | None = None) -> dict[str, dict]:
         if isinstance(row, InputError):
             _refuse(bad, where, row)
         elif odd := _no_text(row):
-            _refuse(bad, where, f"{odd} is {shown(row[odd])}, which is no text; {_as_text(row[odd])}")
+            _refuse(bad, where, f"{odd} is {shown(row[odd])}, which is no text; {_as_text(odd, row[odd])}")
         elif not row.keys() >= {"_id", "text"}:
             _refuse(bad, where, f"needs the columns _id and text; it has {listed(row) or 'none'}; rename its columns, or fix the row")
         elif not row["_id"].strip():
@@ -263,9 +266,10 @@ def _by_id(table: Rows, bad: Bad | None = None) -> dict[str, dict]:
             _refuse(bad, where, f"id {shown(row['_id'])} was used before; ids must be unique")
         else:
             found[row["_id"]] = row
-            nothing += [where] if any(spells_nothing(row.get(key)) for key in ("text", "title")) else []
+            if word := next(filter(spells_nothing, (row["text"], row.get("title"))), None):
+                nothing.append(f"{where}: {shown(word)}")
     if nothing:
-        log.warning("%s: a title or text of %d rows is a word for no value, such as nan or None, and is read as text; leave it empty", nothing[0], len(nothing))
+        log.warning("%s is a word for no value and is read as a text or title, in %d rows; leave it empty if it is none", nothing[0], len(nothing))
     return found
 
 
@@ -277,10 +281,10 @@ def _no_text(row: dict) -> str | None:
     return next((key for key, value in given.items() if not isinstance(value, str)), None)
 
 
-def _as_text(value: object) -> str:
+def _as_text(column: str, value: object) -> str:
     """What to do with it."""
     if _is_none(value):
-        return 'write "" for an empty one'
+        return "give the row an id" if column == "_id" else 'write "" for an empty one'
     return "write it as one text" if isinstance(value, list | dict) else "write it in quotes"
 
 

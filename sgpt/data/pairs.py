@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ LABELS = {  # True: positive; False: hard negative; None: neither
 LIST = re.compile(r"""\[\s*(?P<quote>['"]).*(?P=quote)\s*,?\s*\]""", re.DOTALL)
 NUMBER = re.compile(r"-?[0-9]+(\.0+)?")
 SETTLED = ("is_duplicate", "duplicate", "is_relevant", "relevance")  # columns of labels where 1 is a positive by their very names
-SENTENCES = ("hypothesis", "sentence2", "text2")  # second texts of inference and of paraphrase data, which number labels the other way round
+SENTENCES = ("hypothesis", "sentence2", "text2", "sentence")  # second texts of inference and of paraphrase data, which number labels the other way round
 ROWS_BEFORE_SHARE, HOPELESS = 100, 0.5  # of fewer rows a share says little; with more of them bad the rest need not be read
 
 
@@ -143,12 +144,14 @@ def _means(name: str, role: str) -> bool:
     return bool(_negatives([name])) if role == "negative" else name.lower() in NAMES[role]
 
 
-def describe(columns: Columns, num_hard_negatives: int, names: Sequence[str] = ()) -> str:
+def describe(columns: Columns, num_hard_negatives: int, names: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
     """One line for the log."""
     negatives = f"hard negatives from {', '.join(map(repr, columns.negatives))}" if columns.negatives else "no hard negatives"
     if columns.label:
         yes, no = (", ".join(name for name, meaning in LABELS.items() if meaning is value) for value in (True, False))
-        negatives = f"pairs judged by {columns.label!r}: {yes} make a positive; {no} a hard negative of the same query; others are left out"
+        numbers = ", ".join(f"{number} is {name}" for number, name in enumerate(labels))
+        judged = f"pairs judged by {columns.label!r}{f', where {numbers}' if labels else ''}"
+        negatives = f"{judged}: {yes} make a positive; {no} a hard negative of the same query; others are left out"
     if columns.score:
         negatives = (
             f"pairs judged by {columns.score!r}: data.positive_score and more make a positive; less than data.negative_score a hard negative "
@@ -203,15 +206,18 @@ def examples(
 
 def _told_of_odd_texts(rows: Rows, columns: Sequence[str]) -> Rows:
     """The rows; at the end a warning for texts that are most likely none: nan, None, a list as Python or JSON writes it."""
-    found: dict[str, list[str]] = {"a word for no value, such as nan or None": [], "a list written as text": []}
+    kinds = {"a word for no value": spells_nothing, "a list written as text": _spells_list}
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
     for where, row in rows:
         texts = [row.get(column) for column in columns] if isinstance(row, dict) else ()
-        for kind, odd in zip(found, (spells_nothing, _spells_list), strict=True):
-            found[kind] += [where] if any(map(odd, texts)) else []
+        for kind, is_odd in kinds.items():
+            if odd := next(filter(is_odd, texts), None):
+                first.setdefault(kind, f"{where}: {shown(odd)}")
+                counts[kind] += 1
         yield where, row
-    for kind, places in found.items():
-        if places:
-            log.warning("%s: %s, read as it is; so are %d rows. Leave such cells empty or write them anew if they are not meant", places[0], kind, len(places))
+    for kind, place in first.items():
+        log.warning("%s is %s and is read as a text, in %d rows; leave such cells empty, or write them anew", place, kind, counts[kind])
 
 
 def _spells_list(text: object) -> bool:
@@ -379,7 +385,7 @@ def retrieval_set(path: Path, split: str, stated: Mapping[str, str | None], labe
     """
     names, found = with_names(rows(path, split))
     columns = guess_columns(names, stated, str(path))
-    log.info("%s: %s", path, describe(columns, 0, names))
+    log.info("%s: %s", path, describe(columns, 0, names, labels))
     if columns.score:
         raise InputError(f"{path}: column {columns.score!r} scores the pairs, and which are positives is not said; keep those, and set data.columns.score=''")
     found = without_late_columns(of_split(found, split, str(path)), names, columns, stated, 0)

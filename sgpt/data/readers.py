@@ -92,7 +92,7 @@ class SourceConfig:
             if (value := getattr(self, key)) != _default(key):
                 able = " or ".join(f"data={name}" for name, reader in READERS.items() if key in reader.keys)
                 of = f" of {self.path}" if self.path else ""
-                raise InputError(f"data.{key}={value}: is read by {able} only, not by data={self.name}{of}; leave it out")
+                raise InputError(f"data.{key}={value} is read by {able} only, not by data={self.name}{of}; leave it out")
 
 
 @dataclass
@@ -244,7 +244,7 @@ def _fill_rows(config: SourceConfig, writer: Writer, rejected: Path) -> None:
     """Files, folders and data sets of rows."""
     names, found = pairs.with_names(rows(Path(config.path), config.split, subset=config.subset, streaming=config.streaming))
     columns = pairs.guess_columns(names, config.columns, config.path)
-    log.info("%s: %s", config.path, pairs.describe(columns, config.num_hard_negatives, names))
+    log.info("%s: %s", config.path, pairs.describe(columns, config.num_hard_negatives, names, config.labels))
     found = pairs.without_late_columns(of_split(found, config.split, config.path), names, columns, config.columns, config.num_hard_negatives)
     candidates = pairs.examples(
         found, columns, num_hard_negatives=config.num_hard_negatives,

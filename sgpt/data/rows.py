@@ -420,7 +420,8 @@ def _csv_error(error: csv.Error, where: str, last_line: int, feed: "_Feed") -> I
     if str(error).startswith(("unexpected end", "field larger")):
         found = f"{where}: a quote that opens in the row {shown(feed.first)} is not closed up to line {last_line}"
         raise InputError(f"{found}, and no row behind it can be told; close it, or double quotes within a text") from None
-    return InputError(f"{where}: not CSV up to line {last_line} ({error}): {shown(feed.first)}; double quotes within a text, or remove the row")
+    remedy = "take the blanks behind quotes away" if re.search(r'"[ \t]+\W', feed.first) else "double quotes within a text, or remove the row"
+    return InputError(f"{where}: not CSV up to line {last_line} ({error}): {shown(feed.first)}; {remedy}")
 
 
 class _Feed:

@@ -46,17 +46,22 @@ def read_run(file: Path, data: Path, chosen: RetrievalSet, key: str) -> dict[str
     """query id -> document id -> score, of the judged queries. Every id must be one of the folder `data`. key: what the user named the file by."""
     if not file.is_file():
         raise InputError(f"{key}={file}: no such file; check the path")
-    queries = read_queries(data)
+    queries, unjudged = read_queries(data), set()
     run: dict[str, dict[str, float]] = {}
     for where, query, document, score in _run_lines(file):
         for kind, identifier, known in (("query", query, queries), ("document", document, chosen.corpus)):
             if identifier not in known:
                 raise InputError(f"{where}: {kind} id {shown(identifier)} is not in {data}; the run belongs to another folder")
         if query not in chosen.qrels:
+            unjudged.add(query)
             continue
         if document in run.setdefault(query, {}):
             raise InputError(f"{where}: document id {shown(document)} stands twice under query id {shown(query)}; remove one of them")
         run[query][document] = score
+    if run and all(len(scores) > 1 and len({*scores.values()}) == 1 for scores in run.values()):
+        log.warning("%s: all scores of a query are equal, so the run ranks nothing; write scores that fall with the rank", file)
+    if unjudged:
+        log.info("%s: %d queries of it are not judged in this split and are left out", file, len(unjudged))
     return run
 
 

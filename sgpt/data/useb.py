@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgpt.data.beir import PairSet, RetrievalSet
+from sgpt.data.beir import MAX_RELEVANCE, PairSet, RetrievalSet
 from sgpt.data.rows import listed, parsed_json, same_split, shown, text_lines
 from sgpt.errors import InputError
 from sgpt.metrics import Qrels
@@ -48,7 +48,17 @@ def read_useb(folder: Path, split: str) -> list[UsebTask]:
     there = [name for name in READERS if (folder / name).is_dir() and not (name == "twitterpara" and theirs != "test")]
     if not there:
         raise InputError(f"useb={folder}: holds none of {', '.join(READERS)}; give the folder data-eval of USEB's data-eval.zip")
-    return [UsebTask(name, READERS[name](folder / name, theirs)) for name in there]
+    tasks = [UsebTask(name, READERS[name](folder / name, theirs)) for name in there]
+    for task in tasks:
+        if not task.parts or not all(map(_has_something, task.parts)):
+            raise InputError(f"{folder / task.name}: nothing to score in split {split!r}, or in a part of it; is it whole?")
+    return tasks
+
+
+def _has_something(part: CandidateSet | RetrievalSet | PairSet) -> bool:
+    if isinstance(part, PairSet):
+        return len(set(part.scores)) > 1
+    return any(part.candidates.values()) if isinstance(part, CandidateSet) else any(part.qrels.values()) and bool(part.corpus)
 
 
 def _askubuntu(folder: Path, split: str) -> list[CandidateSet]:
@@ -94,8 +104,8 @@ def _scidocs(folder: Path, split: str) -> list[CandidateSet]:
     titles = _of_texts({name: _object(paper, f"{where}, paper {shown(name)}").get("title") or "" for name, paper in papers.items()}, f"{where}, titles")
     for kind, qrels in _object(data[split], f"{where}, {split}").items():
         for query, judged in _object(qrels, f"{where}, {shown(kind)}").items():
-            if odd := next((score for score in _object(judged, f"{where}, {shown(kind)}, query id {shown(query)}").values() if type(score) is not int), None):
-                raise InputError(f"{where}, {shown(kind)}, query id {shown(query)}: judgement {shown(odd)} is no whole number; fix it")
+            if odd := next((score for score in _object(judged, f"{where}, {shown(kind)}, query id {shown(query)}").values() if not _is_judgement(score)), None):
+                raise InputError(f"{where}, {shown(kind)}, query id {shown(query)}: judgement {shown(odd)} is no whole number up to {MAX_RELEVANCE:,}; fix it")
     return [
         CandidateSet(kind, titles, {query: [name for name in judged if titles.get(name)] for query, judged in qrels.items() if titles.get(query)}, qrels)
         for kind, qrels in data[split].items()
@@ -158,6 +168,10 @@ def _of_texts(value: object, where: str) -> dict[str, str]:
     if odd := next((name for name, text in _object(value, where).items() if not isinstance(text, str)), None):
         raise InputError(f"{where}: {shown(odd)} is {shown(value[odd])}, which is no text; write it in quotes")  # type: ignore[index]
     return value  # type: ignore[return-value]
+
+
+def _is_judgement(value: object) -> bool:
+    return type(value) is int and abs(value) <= MAX_RELEVANCE
 
 
 def _list_of_texts(value: object, where: str) -> None:
