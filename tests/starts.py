@@ -29,6 +29,7 @@ def started(number, job, rank):
     if job["port"]:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
     os.dup2(os.pipe()[0], 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored when the tests run in the background of a script
     sys.argv, sys.orig_argv, code = job["command"], ["python", *job["command"]], 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")

@@ -82,3 +82,21 @@ with progress.progress_bar("encoding", 10, {wanted}) as advance:
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (ended.stdout, ended.stderr) == ("", "")
+
+
+def test_a_terminal_has_bars_and_no_lines(quick, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress.under_way("evaluating on toy"), progress.progress_bar("encoding 10 texts", 10) as advance:
+        for _ in range(4):
+            advance(1)
+            time.sleep(0.05)
+    assert quick.messages == []
+
+
+def test_works_one_after_the_other_have_one_writer(quick):
+    for _ in range(20):
+        with progress.under_way("short"):
+            time.sleep(0.001)
+    with progress.progress_bar("encoding 10 texts", 10):
+        time.sleep(0.2)
+    assert len(quick.messages) == 1
