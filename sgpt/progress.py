@@ -44,6 +44,7 @@ def start_log() -> None:
 
 
 _under_way: list[Work] = []  # the outermost first
+_writer: threading.Thread | None = None
 _lock = threading.Lock()
 _last_line = 0.0
 
@@ -57,11 +58,13 @@ def said() -> None:
 @contextmanager
 def under_way(title: str, total: float | None = None) -> Iterator[Work]:
     """Writes lines about this work into the log while it lasts, together with the work that it is part of."""
+    global _writer
     work = Work(title, total)
     with _lock:
         _under_way.append(work)
-        if len(_under_way) == 1:
-            threading.Thread(target=_write_lines, name="progress", daemon=True).start()
+        if _writer is None and not sys.stderr.isatty():
+            _writer = threading.Thread(target=_write_lines, name="progress", daemon=True)
+            _writer.start()
     try:
         yield work
     finally:
@@ -71,11 +74,13 @@ def under_way(title: str, total: float | None = None) -> Iterator[Work]:
 
 def _write_lines() -> None:
     """Until nothing is under way. Wakes ten times in each interval, so that no work is kept waiting for this thread."""
+    global _writer
     told: set[str] = set()
     while True:
         time.sleep(min(PATIENCE_SECONDS, LINE_EVERY_SECONDS) / 10)
         with _lock:
             if not _under_way:
+                _writer = None
                 return
             works = list(_under_way)
         now, newest = time.monotonic(), works[-1]
@@ -90,15 +95,15 @@ def _write_lines() -> None:
 @contextmanager
 def progress_bar(title: str, total: float, wanted: bool | None = None) -> Iterator[Callable[[float], None]]:
     """Gives advance(amount). wanted: True always shows a bar, False nothing, None a bar or lines when it is worth it."""
-    terminal = sys.stderr.isatty()
-    if wanted is False or ((wanted is None and not (terminal or log.isEnabledFor(logging.INFO))) or os.environ.get("RANK", "0") != "0"):
-        yield lambda amount: None
-    elif wanted or terminal:
+    is_main, is_terminal = os.environ.get("RANK", "0") == "0", sys.stderr.isatty()
+    if wanted or (wanted is None and is_main and is_terminal):
         with _bar(title, total, at_once=bool(wanted)) as advance:
             yield advance
-    else:
+    elif wanted is None and is_main and log.isEnabledFor(logging.INFO):
         with under_way(title, total) as work:
             yield lambda amount: setattr(work, "done", work.done + amount)
+    else:
+        yield lambda amount: None
 
 
 @contextmanager

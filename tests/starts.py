@@ -33,6 +33,7 @@ def started(number, job, rank):
     if job["cores"]:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:job["cores"]])
     os.dup2(os.pipe()[0], 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored when the tests run in the background of a script
     sys.argv, sys.orig_argv, code = job["command"], ["python", *job["command"]], 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")

@@ -108,7 +108,7 @@ def test_a_terminated_run_is_saved_too(ended, folder):
     assert [path.name for path in (folder / "runs" / "terminated" / "checkpoints").iterdir()] == [f"step-{step}"]
 
 
-def test_a_second_press_ends_at_once_and_the_echo_of_the_first_does_not():
+def test_a_second_press_ends_at_once_and_the_echo_of_the_first_does_not(ctrl_c):
     """torchrun passes Ctrl-C on to its processes, which the terminal has told already."""
     program = "import time; from sgpt.interrupt import Stop\nwith Stop():\n    print('ready', flush=True)\n    time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -170,7 +170,7 @@ def test_the_folder_of_texts_must_be_given():
         prepare(PretrainConfig())
 
 
-def test_an_interrupted_pretraining_is_saved_after_its_step(config, tmp_path):
+def test_an_interrupted_pretraining_is_saved_after_its_step(ctrl_c, config, tmp_path):
     class Press(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.getMessage().startswith("step 3/"):

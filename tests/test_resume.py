@@ -254,7 +254,7 @@ def test_a_broken_line_of_the_log_is_refused_by_its_number(tiny_encoder, tmp_pat
         trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"))
 
 
-def test_an_evaluation_is_broken_off_and_done_again_on_resuming(tiny_encoder, tmp_path):
+def test_an_evaluation_is_broken_off_and_done_again_on_resuming(ctrl_c, tiny_encoder, tmp_path):
     """The step is saved at once, and its line of the dev set is there in the end."""
     trained(tmp_path / "whole", fresh_encoder(tiny_encoder, "bitfit"))
     folder, encoder = tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit")
