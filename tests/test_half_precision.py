@@ -158,7 +158,7 @@ def test_weights_that_make_much_of_a_rounding_are_exported(dtype, sensitive, tmp
     run = saved(encoder, "bitfit", tmp_path / "run")
     embeddings = Encoder.from_pretrained(run).encode_queries(TEXTS)
     rounded = np.abs(encoder.encode_queries(TEXTS) - embeddings).max() / np.abs(embeddings).max()
-    assert rounded > 0.05  # what was allowed at most
+    assert rounded > (0.05 if dtype == "bfloat16" else 0.02)  # 0.05 was allowed at most
     for name in ("bfloat16", "float16"):
         assert Encoder.from_pretrained(run, dtype=name).trunk.dtype == getattr(torch, name)
 
@@ -169,7 +169,7 @@ def test_a_wrong_export_of_such_weights_is_told_from_rounding(sensitive, tmp_pat
     export(encoder, tmp_path / "export", card="")
     pooling = tmp_path / "export" / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"pooling_mode_weightedmean_tokens": False, "pooling_mode_mean_tokens": True}))
-    with pytest.raises(InputError, match=r"sentence-transformers .* embeds .* both in float32, by .* It is not rounding, which comes to \d\.\de-0[3-7]"):
+    with pytest.raises(InputError, match=r"sentence-transformers .* embeds .* both in float32, by .* It is not rounding, which comes to \d\.\de-0[3-7] with"):
         verify(tmp_path / "export", encoder)
 
 
@@ -230,7 +230,14 @@ def project(language_model, tiny_base, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def starts(project) -> Iterator[dict[str, Ended]]:
+def private() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture(scope="module")
+def starts(project, private) -> dict[str, Ended]:
     refused = ["biencoder", *TRAIN, "name=refused", "model.path=spaced", "evaluation.retrieval=[]"]
     named = {"refused": refused, "refused again": [*refused, "resume=true"], "refused export": ["export", "run=runs/refused"]}
     for dtype, tuning in RUNS.items():
@@ -244,12 +251,7 @@ def starts(project) -> Iterator[dict[str, Ended]]:
         }
     named["mine"] = ["mine", "data=toy", "source=model", "model=runs/bfloat16", "output=out/mined.jsonl", "first_rank=1", "threads=1"]
     named["re-rank"] = ["search", "run=runs/bfloat16", "corpus=toy", f"query={QUERY}", "top=3", "rerank=true", "depth=3"]
-    before = os.umask(0o027)
-    try:
-        ended = all_started(project, list(named.values()))
-    finally:
-        os.umask(before)
-    return dict(zip(named, ended, strict=True))
+    return dict(zip(named, all_started(project, list(named.values())), strict=True))
 
 
 @pytest.mark.parametrize("dtype", RUNS)
@@ -299,7 +301,7 @@ def test_a_refused_export_leaves_a_finished_run_and_the_command_that_makes_it_ag
 
 
 @pytest.mark.parametrize("left", [(), ("export",)], ids=["before", "after"])
-def test_killed_before_or_after_its_export_a_resumed_run_makes_that_alone(left, project, starts, monkeypatch):
+def test_killed_before_or_after_its_export_a_resumed_run_makes_that_alone(left, project, starts, monkeypatch, private):
     """The state that a kill leaves: the run is finished, its manifest knows of no export, and a folder may be there."""
     monkeypatch.chdir(project)
     run = Path("runs/bfloat16")
@@ -313,7 +315,9 @@ def test_killed_before_or_after_its_export_a_resumed_run_makes_that_alone(left, 
         shutil.rmtree(run / "export")
     config = typed(TrainConfig, OmegaConf.create(yaml.safe_load((run / "config.yaml").read_text())))
     outcome.complete(claim(run, plain(config), resume=True), config)
-    assert content(run) == whole
+    now = content(run)
+    assert now.keys() == whole.keys()
+    assert [name for name in whole if now[name] != whole[name]] == []
 
 
 def content(folder: Path) -> dict[str, bytes]:
