@@ -66,8 +66,8 @@ class Contract:
                 raise InputError(f"{folder / name}: the file is missing; copy the whole folder, or make it again from its run")
             if hash_of(folder / name) != expected:
                 raise InputError(
-                    f"{folder / name}: its hash differs from the one in {FILE} that it was saved with; "
-                    "copy the folder again, or make it again from its run"
+                    f"{folder / name}: its hash differs from the one in {FILE} that it was saved with; copy the folder again, "
+                    "or make it again from its run"
                 )
         return cls(**{**stated, "markers": MarkersConfig(**stated["markers"])})
 
@@ -98,7 +98,10 @@ def _checked(stored: object, file: Path) -> dict:
         if key in stored and not is_right(stored[key]):
             raise InputError(f"{file}: {key} is {str(stored[key])!r:.80}, which it cannot be; export the run again")
     if not old and _hash(stored) != stored["hash"]:
-        raise InputError(f"{file}: the contract was changed since it was saved (its own hash differs); copy the folder again, or make it again from its run")
+        raise InputError(
+            f"{file}: the contract was changed since it was saved (its own hash differs); copy the folder again, "
+            "or make it again from its run"
+        )
     return {key: stored[key] for key in known if key in stored}
 
 
@@ -123,7 +126,16 @@ def _all(values: object, kind: type) -> bool:
 
 
 def _is_rounding(value: object) -> bool:
-    return isinstance(value, dict) and all(number is None or (type(number) is float and 0 <= number < math.inf) for number in value.values())
+    if not isinstance(value, dict):
+        return False
+    return all(number is None or (type(number) is float and 0 <= number < math.inf) for number in value.values())
+
+
+def _is_files(value: object) -> bool:
+    """Names of files of this very folder, with their hashes."""
+    if not isinstance(value, dict):
+        return False
+    return all(Path(name).name == name and isinstance(expected, str) for name, expected in value.items())
 
 
 TYPES: dict[str, Callable[[object], bool]] = {
@@ -134,5 +146,5 @@ TYPES: dict[str, Callable[[object], bool]] = {
     "probes": _is_probes,
     "rounding": _is_rounding,
     "prompts": lambda value: isinstance(value, dict) and value.keys() <= {*ROLES} and _all([*value.values()], str),
-    "files": lambda value: isinstance(value, dict) and all(Path(name).name == name for name in value) and _all([*value.values()], str),
+    "files": _is_files,
 }

@@ -26,7 +26,7 @@ from sgpt.export import export
 from sgpt.files import held
 from sgpt.model import load_tokenizer, load_trunk, located
 from sgpt.overrides import argument
-from sgpt.probes import in_dtype, probes
+from sgpt.probes import HALVES, in_dtype, probes
 from sgpt.provenance import Inputs, content_hash, environment, tokenizer_hash, weights_hash
 from sgpt.run import Run
 from sgpt.tuning import count, learning, tune
@@ -66,6 +66,7 @@ def record_start(run: Run, config: TrainConfig, encoder: Encoder, feed: Feed, in
             "sources": [{"source": source.name, "examples": len(source.examples), "key": source.examples.key} for source in feed.sources],
         },
         parameters={"trained": trained, "total": total}, contract={"fingerprint": encoder.contract.fingerprint(), **asdict(encoder.contract)},
+        precision=_precision(encoder, config),
     )
 
 
@@ -107,8 +108,9 @@ def write_export(run: Run, config: TrainConfig, encoder: Encoder) -> None:
     except InputError as error:
         again = shlex.join(["python", "train/export.py", f"run={run.folder}"])
         raise InputError(f"{run.folder} has its adapter, results and report, and no export: {error}. To export it again: {again}") from error
-    size = run.read("manifest.json", {})["bytes"] | {"model": sum(file.stat().st_size for file in (run.folder / "export").glob("*.safetensors"))}
-    run.update("manifest.json", export=verified, bytes=size)
+    weights = sum(file.stat().st_size for file in (run.folder / "export").glob("*.safetensors"))
+    size = run.read("manifest.json", {})["bytes"]
+    run.update("manifest.json", export=verified, bytes=size | {"model": weights})
 
 
 def reopen(run: Run, config: TrainConfig) -> tuple[Encoder, Path]:
@@ -188,6 +190,8 @@ def card(run: Run, config: TrainConfig) -> str:
         tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "sgpt", config.tuning.name],
     )
     manifest = run.read("manifest.json", {})
+    frozen = manifest.get("precision", {}).get("frozen", "float32")  # runs of older versions do not say
+    over = f" over a trunk in {frozen}" if frozen != "float32" else ""
     roles = "encode_query / encode_document" if config.markers.name != "none" else "encode"
     return f"""---
 {data.to_yaml()}
@@ -196,8 +200,8 @@ def card(run: Run, config: TrainConfig) -> str:
 # {run.name}
 
 An SGPT bi-encoder: {config.model.path} with {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters trained
-({config.tuning.name}), pooled by {config.pooling.name}, markers {config.markers.name}, at most {config.markers.query_max_tokens} tokens a query and
-{config.markers.document_max_tokens} a document. Compare by cosine.
+({config.tuning.name}, in float32{over}), pooled by {config.pooling.name}, markers {config.markers.name},
+at most {config.markers.query_max_tokens} tokens a query and {config.markers.document_max_tokens} a document. Compare by cosine.
 
     from sentence_transformers import SentenceTransformer   # 6.0 or newer; older versions would leave out the markers
     model = SentenceTransformer("{run.folder}/export")        # {roles}
@@ -210,6 +214,13 @@ Trained on {manifest['data']['examples']:,} examples ({', '.join(source['key'] f
 loss {config.loss.name}, scale {config.loss.scale:g}, {config.trainer.queries_per_process} queries a process,
 peak learning rate {config.optim.learning_rate:g}, seed {config.trainer.seed}.
 """
+
+
+def _precision(encoder: Encoder, config: TrainConfig) -> dict[str, str]:
+    """What the frozen and the trained weights are held in while the run trains and is scored, and what it computes in."""
+    held_in = {str(parameter.dtype).removeprefix("torch.") for parameter in encoder.trunk.parameters()}
+    half = next((name for name in HALVES if name in held_in), None)
+    return {"frozen": half or "float32", "trained": "float32", "computed": half or config.trainer.precision}
 
 
 def _similarity(encoder: Encoder, sets: Sets) -> dict[str, list[float]]:

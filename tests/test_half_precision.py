@@ -108,6 +108,22 @@ def test_one_trunk_for_search_and_re_ranking_is_the_rounded_base_too(language_mo
     assert np.array_equal(both.encode_queries(TEXTS), Encoder.from_pretrained(run / "adapter").encode_queries(TEXTS))
 
 
+@pytest.mark.parametrize("tuning", ["bitfit", "lora"])
+def test_small_gradients_are_not_lost_in_float16(tuning, tiny_encoder):
+    """Of a batch of thousands of queries and long documents; float16 ends at 6e-8, and there was no loss scale."""
+
+    def gradient(dtype: str) -> torch.Tensor:
+        encoder = tiny_encoder("gpt2", dtype=dtype)
+        torch.manual_seed(0)  # the low-rank matrices
+        encoder.trunk = tune(encoder.trunk, TuningConfig(tuning))
+        embeddings = encoder(encoder.token_ids(TEXTS, "query")).float()
+        (torch.nn.functional.normalize(embeddings, dim=1)[:, 0].sum() / 20_000).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in learning(encoder.trunk).values()])
+
+    exact = gradient("float32")
+    assert (gradient("float16") - exact).norm() / exact.norm() < 0.02  # 2**-11 a rounding, over two layers
+
+
 # --- opened in half precision ---
 
 
@@ -150,7 +166,7 @@ def sensitive(tmp_path_factory, tiny_base) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_weights_that_make_much_of_a_rounding_are_exported(dtype, sensitive, tmp_path):
     """Training ended in "the export is wrong … by 5.5e-02 where 5e-02 is allowed … LlamaModel cannot be expressed there"."""
     base = str(sensitive)
@@ -158,7 +174,7 @@ def test_weights_that_make_much_of_a_rounding_are_exported(dtype, sensitive, tmp
     run = saved(encoder, "bitfit", tmp_path / "run")
     embeddings = Encoder.from_pretrained(run).encode_queries(TEXTS)
     rounded = np.abs(encoder.encode_queries(TEXTS) - embeddings).max() / np.abs(embeddings).max()
-    assert rounded > 0.05  # what was allowed at most
+    assert rounded > (0.05 if dtype == "bfloat16" else 0.02)  # 0.05 was allowed at most
     for name in ("bfloat16", "float16"):
         assert Encoder.from_pretrained(run, dtype=name).trunk.dtype == getattr(torch, name)
 
@@ -169,7 +185,7 @@ def test_a_wrong_export_of_such_weights_is_told_from_rounding(sensitive, tmp_pat
     export(encoder, tmp_path / "export", card="")
     pooling = tmp_path / "export" / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"pooling_mode_weightedmean_tokens": False, "pooling_mode_mean_tokens": True}))
-    with pytest.raises(InputError, match=r"sentence-transformers .* embeds .* both in float32, by .* It is not rounding, which comes to \d\.\de-0[3-7]"):
+    with pytest.raises(InputError, match=r"sentence-transformers .* embeds .* both in float32, by .* It is not rounding, which comes to \d\.\de-0[3-7] with"):
         verify(tmp_path / "export", encoder)
 
 
@@ -230,7 +246,14 @@ def project(language_model, tiny_base, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def starts(project) -> Iterator[dict[str, Ended]]:
+def private() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture(scope="module")
+def starts(project, private) -> dict[str, Ended]:
     refused = ["biencoder", *TRAIN, "name=refused", "model.path=spaced", "evaluation.retrieval=[]"]
     named = {"refused": refused, "refused again": [*refused, "resume=true"], "refused export": ["export", "run=runs/refused"]}
     for dtype, tuning in RUNS.items():
@@ -244,12 +267,7 @@ def starts(project) -> Iterator[dict[str, Ended]]:
         }
     named["mine"] = ["mine", "data=toy", "source=model", "model=runs/bfloat16", "output=out/mined.jsonl", "first_rank=1", "threads=1"]
     named["re-rank"] = ["search", "run=runs/bfloat16", "corpus=toy", f"query={QUERY}", "top=3", "rerank=true", "depth=3"]
-    before = os.umask(0o027)
-    try:
-        ended = all_started(project, list(named.values()))
-    finally:
-        os.umask(before)
-    return dict(zip(named, ended, strict=True))
+    return dict(zip(named, all_started(project, list(named.values())), strict=True))
 
 
 @pytest.mark.parametrize("dtype", RUNS)
@@ -263,6 +281,13 @@ def test_every_script_takes_the_run(dtype, project, starts):
     ranks = np.argsort(np.argsort(-(encoder.encode_queries([row["query"] for row in ROWS], normalize=True) @ documents.T), axis=1), axis=1)
     gains = [1 / np.log2(rank + 2) if rank < 10 else 0.0 for rank in np.diag(ranks)]
     assert json.loads((project / "out" / f"{dtype}.json").read_text())["toy"]["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", RUNS)
+def test_card_and_manifest_say_what_is_held_in_which_precision(dtype, project, starts):
+    manifest = json.loads((project / "runs" / dtype / "manifest.json").read_text())
+    assert manifest["precision"] == {"frozen": dtype, "trained": "float32", "computed": dtype}
+    assert f"({RUNS[dtype]}, in float32 over a trunk in {dtype})" in (project / "runs" / dtype / "export" / "README.md").read_text()
 
 
 def test_mining_and_re_ranking_take_the_run(project, starts):
@@ -299,7 +324,7 @@ def test_a_refused_export_leaves_a_finished_run_and_the_command_that_makes_it_ag
 
 
 @pytest.mark.parametrize("left", [(), ("export",)], ids=["before", "after"])
-def test_killed_before_or_after_its_export_a_resumed_run_makes_that_alone(left, project, starts, monkeypatch):
+def test_killed_before_or_after_its_export_a_resumed_run_makes_that_alone(left, project, starts, monkeypatch, private):
     """The state that a kill leaves: the run is finished, its manifest knows of no export, and a folder may be there."""
     monkeypatch.chdir(project)
     run = Path("runs/bfloat16")
@@ -313,7 +338,9 @@ def test_killed_before_or_after_its_export_a_resumed_run_makes_that_alone(left, 
         shutil.rmtree(run / "export")
     config = typed(TrainConfig, OmegaConf.create(yaml.safe_load((run / "config.yaml").read_text())))
     outcome.complete(claim(run, plain(config), resume=True), config)
-    assert content(run) == whole
+    now = content(run)
+    assert now.keys() == whole.keys()
+    assert [name for name in whole if now[name] != whole[name]] == []
 
 
 def content(folder: Path) -> dict[str, bytes]:
