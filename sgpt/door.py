@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -42,7 +43,9 @@ def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = (
         @functools.wraps(main)
         def run() -> None:
             keep_freed_memory()
-            _be_able_to_print()
+            _check_streams()
+            if not _working_directory():
+                _refuse("the working directory is not there any more; cd to one that is")
             given = sys.argv[1:]
             sys.argv[1:] = as_typed(given, config_name, verbatim)
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints its own report and exits with 1
@@ -50,7 +53,6 @@ def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = (
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # "Loading weights" of a few milliseconds
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a trunk without its head is what we ask for
             try:
-                os.getcwd()
                 guarded = _ending_in_words(main, config_name)
                 hydra.main(version_base="1.3", config_path=_search_path(config_name, groups), config_name=config_name)(guarded)()
             except (HydraException, OmegaConfBaseException) as error:
@@ -200,8 +202,17 @@ def _end(code: int) -> None:
     sys.exit(code)
 
 
-def _be_able_to_print() -> None:
-    """Any letter on any terminal, and to nobody where a stream was closed."""
+def _working_directory() -> Path | None:
+    try:
+        return Path.cwd()
+    except OSError:
+        return None
+
+
+def _check_streams() -> None:
+    """Any letter can be printed on any terminal; where a stream was closed nobody reads, and there is nothing to read."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115

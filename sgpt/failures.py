@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -20,6 +21,7 @@ WRITING = re.compile(r"PytorchStreamWriter|inline_container.*unexpected pos|iost
 UNFINISHED = re.compile(r"\.(.+)\.(?:lock|tmp|old|building)")  # next to what it is to become
 NETWORK = {"requests", "httpx", "httpcore", "urllib3", "urllib", "aiohttp", "socket"}
 OURS = str(Path(__file__).parents[1])
+PRINTING = (str(Path(__file__).with_name("door.py")), str(Path(find_spec("rich").origin).parent))
 
 
 def told(error: BaseException, config: Mapping[str, Any]) -> str | None:
@@ -64,7 +66,7 @@ def _of_the_system(error: BaseException, number: int, config: Mapping[str, Any])
     place = _place(error)
     where = place or "a file"
     if number in FULL:
-        return f"{where} could not be written: the disk is full{_free(place)}; make room, {_again(config)}"
+        return f"{where} could not be written: the disk is full{_free(place) if place != Path('the output') else ''}; make room, {_again(config)}"
     if number == UNTOLD:
         return f"{where} could not be written{_free(place)}; if that is too little make room, or let files grow larger (ulimit -f), {_again(config)}"
     if number == errno.EFBIG:
@@ -94,6 +96,8 @@ def _place(error: BaseException) -> Path | None:
     ours = [frame for frame in frames if frame.f_code.co_filename.startswith(OURS) and frame.f_code.co_filename != __file__]
     held = [value for frame in reversed(ours) for value in reversed(list(frame.f_locals.values())) if isinstance(value, Path)]
     read = [value for frame in reversed(frames) for name, value in frame.f_locals.items() if name == "full_path" and isinstance(value, str)]  # Hydra's
+    if named is None and frames and frames[-1].f_code.co_filename.startswith(PRINTING):
+        return Path("the output")
     if named is not None:
         return next((path for path in held if named in path.parents), named)
     return Path(read[0]) if read else held[0] if held else None

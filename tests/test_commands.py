@@ -55,7 +55,7 @@ def test_a_file_with_a_comma_in_its_name_is_one_where_it_is_there(tmp_path, monk
     assert read("retrieval=[d,c]", "evaluate") == ["d", "c"]
 
 
-@pytest.mark.parametrize("name", ["a,b [x] {c} e=3", """it's "q" $x `y` ${z} ~é; n&m|o\\\\""", "'z'"])
+@pytest.mark.parametrize("name", [pytest.param("a,b [x] {c} e=3", marks=pytest.mark.slow), """it's "q" $x `y` ${z} ~é; n&m|o\\\\""", pytest.param("'z'", marks=pytest.mark.slow)])
 def test_the_command_that_a_run_ends_with_finds_when_it_is_typed(tmp_path, start, training, name):
     folder = tmp_path / name
     folder.mkdir()
@@ -83,10 +83,42 @@ def test_the_line_works_in_a_shell_from_another_folder(tmp_path, start, training
     assert (found.returncode, found.stdout.split()[1:]) == (0, ["a", "seven"]), found.stderr
 
 
-@pytest.mark.parametrize("key", ["name", "runs", "data.cache", "data.path", "model.path", "evaluation.sts"])
-@pytest.mark.parametrize("odd", ["x" * 300, "x/" * 3000, "a\0b"])
+@pytest.mark.parametrize(("key", "odd"), [
+    ("name", "x" * 300), ("runs", "x/" * 3000), ("data.cache", "x" * 300),
+    *(pytest.param(key, odd, marks=pytest.mark.slow) for key in ("name", "data.path", "model.path", "evaluation.sts") for odd in ("x" * 300, "x/" * 3000, "a\0b")),
+])  # fmt: skip
 def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path, start, training, key, odd):
     refused = start("biencoder", *training(tmp_path), f"{key}=[{odd}]" if key == "evaluation.sts" else f"{key}={odd}")
     assert odd[:3].replace("\0", "\\x00") in refused.sentence
     assert len(refused.sentence) < 1500
     assert "\0" not in odd or key in refused.sentence
+
+
+SCRIPT = f"{sys.executable} {REPOSITORY / 'train' / 'search.py'}"
+
+
+@pytest.mark.parametrize(("command", "code", "said"), [
+    (f"{SCRIPT} top=0 run=x <&- >&-", 2, "error: top=0 must be 1 or more\n"),
+    (f"mkdir gone && cd gone && rmdir ../gone && {SCRIPT} run=x", 2, "error: the working directory is not there any more; cd to one that is\n"),
+    (f"{SCRIPT} --help > /dev/full", 2, "error: the output could not be written: the disk is full; make room, then start it again\n"),
+    (f"{SCRIPT} run=x --config-dir=odd --config-name=latin", 2, "not in UTF-8 (invalid continuation byte at byte 7); save it as UTF-8\n"),
+    (f"{SCRIPT} run=x --config-dir=odd --config-name=open", 2, "line 2, column 1: while parsing a flow node; correct the YAML\n"),
+    (f"{SCRIPT} run=x hydra.run.dir=odd/open.yaml/below", 2, "error: odd/open.yaml/below: Not a directory; put it right, or choose another hydra.run.dir=\n"),
+    (f"{SCRIPT} top={'9' * 5000}", 2, "error: a number has more digits than can be read; write a smaller one\n"),
+])  # fmt: skip
+def test_what_happens_around_a_script_is_one_sentence(tmp_path, command, code, said):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "latin.yaml").write_bytes("query: é!\n".encode("latin-1"))
+    (tmp_path / "odd" / "open.yaml").write_text("query: [1,\n")
+    ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert (ended.returncode, ended.stderr.count("\n")) == (code, 1), ended.stderr
+    assert ended.stderr.endswith(said)
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_says_that_it_is_one(tmp_path):
+    """A script of our kind with a mistake in it."""
+    (tmp_path / "faulty.py").write_text('from sgpt.door import script\n\n@script("export", groups=False)\ndef main(composed):\n    {}["x"]\n\nmain()\n')
+    ended = subprocess.run([sys.executable, "faulty.py"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    assert "KeyError: 'x'\nThis is a fault of sgpt and not of your input. Please report it with the lines above and the command.\n" in ended.stderr

@@ -11,6 +11,10 @@ import pytest
 from tests.starts import Forks, forks, small_training
 
 
+def slow(*values: int) -> list:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     with forks(tmp_path_factory.mktemp("starts")) as started:
@@ -34,7 +38,7 @@ def weights(place: Path) -> dict[str, bytes]:
     return {file: (place / "runs" / "run" / file).read_bytes() for file in ("export/model.safetensors", "adapter/adapter_model.safetensors")}
 
 
-@pytest.mark.parametrize("limit", [200, 1_000, 3_000, 9_000, 60_000])
+@pytest.mark.parametrize("limit", [1_000, *slow(200, 3_000, 9_000, 60_000)])
 def test_a_file_that_may_not_grow_is_one_sentence_and_the_run_resumes(tmp_path, start, training, reference, limit):
     stopped = start("biencoder", *training(tmp_path), limit=limit)
     assert re.match(rf"{re.escape(str(tmp_path))}/\S+ could not be written(: files may not grow so large|, with [\d.,]+ MB free;)", stopped.sentence)
@@ -67,7 +71,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
             subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize("kilobytes", [12, 40, 80, 130, 190, 260, 350])
+@pytest.mark.parametrize("kilobytes", [80, *slow(12, 40, 130, 190, 260, 350)])
 def test_a_full_disk_is_one_sentence_and_the_run_resumes(small_disk, start, training, reference, kilobytes):
     place = small_disk(kilobytes)
     sentence = start("biencoder", *training(place)).sentence
@@ -99,6 +103,7 @@ def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
             folder.chmod(0o755) if os.geteuid() else subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_written_the_keys_that_choose_another_place_are_named(tmp_path, start, training, read_only):
     corpus, beir = tmp_path / "corpus.jsonl", tmp_path / "toy"
     corpus.write_text('{"_id": "a", "text": "seven"}\n')
