@@ -78,6 +78,8 @@ def build(family: str, vocabulary: int) -> torch.nn.Module:
     for more in ONCE_MORE:
         sizes = {name: value for name, value in {**SMALL, **more}.items() if name in known or (name in more and name in SMALL)}
         sizes |= {name: value for name, value in more.items() if name in known}
+        if "kv_lora_rank" in known:  # latent attention has a key for every head
+            sizes |= {"num_key_value_heads": 4, "head_dim": 4}
         tokens = {name: 0 for name in ("bos_token_id", "eos_token_id") if name in known}
         pad = {"pad_token_id": 1} if getattr(default, "pad_token_id", None) is not None else {}
         try:
