@@ -65,7 +65,7 @@ def save_adapter(encoder: "Encoder", base: Mapping[str, Tensor], folder: Path) -
     dtype = str(trunk.config.dtype).removeprefix("torch.")  # as it was opened: what learns is float32 since
     (temporary / DELTA).write_text(json.dumps({
         "format": FORMAT, "form": form, "base": encoder.contract.base, "dtype": dtype, "base_hash": base_hash(untuned, dtype),
-        "tokenizer_hash": tokenizer_hash(encoder.tokenizer), "note": note,
+        "tokenizer_hash": _tokenizer_hash(encoder.tokenizer), "note": note,
     }, indent=2) + "\n")  # fmt: skip
     files = [file.name for file in temporary.iterdir() if file.name != "README.md"]  # PEFT writes one
     replace(encoder.contract, probes={}).save(temporary, files)  # probes belong to merged weights
@@ -161,11 +161,11 @@ def convert(model: nn.Module, dtype: str) -> None:
 def check_tokenizer(tokenizer, folder: Path) -> None:
     """InputError when the base's tokenizer is no longer the one that the adapter was trained with."""
     stated = _read(folder) if (folder / DELTA).is_file() else {}
-    if stated.get("tokenizer_hash", "") not in ("", tokenizer_hash(tokenizer)):
+    if stated.get("tokenizer_hash", "") not in ("", _tokenizer_hash(tokenizer)):
         raise InputError(f"{folder}: trained with another tokenizer than {stated['base']} has now, so its texts would get other ids; restore that")
 
 
-def tokenizer_hash(tokenizer) -> str:
+def _tokenizer_hash(tokenizer) -> str:
     """Of how a text becomes ids: of the whole tokenizer.json as it is in use, padding and truncation aside. Empty without one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

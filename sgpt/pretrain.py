@@ -41,7 +41,7 @@ from sgpt.data.jsonl import read_rows
 from sgpt.data.open_text import read_documents, read_weak_pairs
 from sgpt.distributed import average_gradients, from_main, gather
 from sgpt.errors import InputError
-from sgpt.files import write_whole
+from sgpt.files import ordinary_permissions, write_whole
 from sgpt.interrupt import Interrupted, Stop
 from sgpt.loss import similarities
 from sgpt.model import packed_token_embeddings
@@ -460,6 +460,7 @@ def save_model(model: GPTNeoForCausalLM, config: PretrainConfig) -> Path:
     half.half().save_pretrained(output)
     PreTrainedTokenizerFast(tokenizer_file=f"{config.folder}/tokenizer.json", eos_token=END, bos_token=END, pad_token=END,
                             padding_side="right").save_pretrained(output)
+    ordinary_permissions(output)
     return output
 
 

@@ -61,10 +61,15 @@ def in_dtype(encoder: "Encoder", dtype: torch.dtype) -> "Encoder":
 
 
 def rounding(encoder: "Encoder", dtypes: tuple[str, ...] = HALVES) -> dict[str, float | None]:
-    """dtype -> probe difference of these weights in it to the same in float32; None where they give no finite numbers."""
+    """dtype -> probe difference of these weights in it to the same in float32; None where they overflow it."""
     exact = probes(in_dtype(encoder, torch.float32))
-    found = {name: probe_difference(in_dtype(encoder, getattr(torch, name)), exact) for name in dtypes}
-    return {name: float(f"{value:.3g}") if math.isfinite(value) else None for name, value in found.items()}
+    found: dict[str, float | None] = {}
+    for name in dtypes:
+        try:
+            found[name] = float(f"{probe_difference(in_dtype(encoder, getattr(torch, name)), exact):.3g}")
+        except InputError:  # `encode` gives finite numbers or none
+            found[name] = None
+    return found
 
 
 def check(encoder: "Encoder", source: str) -> "Encoder":
