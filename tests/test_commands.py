@@ -98,7 +98,7 @@ SCRIPT = f"{sys.executable} {REPOSITORY / 'train' / 'search.py'}"
 
 
 @pytest.mark.parametrize(("command", "code", "said"), [
-    (f"{SCRIPT} top=0 run=x <&- >&-", 2, "error: top=0 must be 1 or more\n"),
+    (f"{SCRIPT} querry=0 <&- >&-", 2, "error: querry=0: there is no key 'querry'; did you mean query?\n"),
     (f"mkdir gone && cd gone && rmdir ../gone && {SCRIPT} run=x", 2, "error: the working directory is not there any more; cd to one that is\n"),
     (f"{SCRIPT} --help > /dev/full", 2, "error: the output could not be written: the disk is full; make room, then start it again\n"),
     (f"{SCRIPT} run=x --config-dir=odd --config-name=latin", 2, "not in UTF-8 (invalid continuation byte at byte 7); save it as UTF-8\n"),
