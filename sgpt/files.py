@@ -12,7 +12,6 @@ from filelock import FileLock, Timeout
 
 from sgpt.errors import InputError
 
-
 MOST_FILES = 20_000  # below a folder of one data set: more are a whole disk, or a folder that was meant for something else
 
 
