@@ -21,7 +21,7 @@ WRITING = re.compile(r"PytorchStreamWriter|inline_container.*unexpected pos|iost
 UNFINISHED = re.compile(r"\.(.+)\.(?:lock|tmp|old|building)")  # next to what it is to become
 NETWORK = {"requests", "httpx", "httpcore", "urllib3", "urllib", "aiohttp", "socket"}
 OURS = str(Path(__file__).parents[1])
-PRINTING = (str(Path(__file__).with_name("door.py")), str(Path(find_spec("rich").origin).parent))
+PRINTING = (str(Path(__file__).with_name("door.py")), *(str(Path(find_spec(name).origin).parent) for name in ("rich", "hydra")))
 
 
 def told(error: BaseException, config: Mapping[str, Any]) -> str | None:

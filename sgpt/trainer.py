@@ -154,12 +154,16 @@ def train(
 
             if is_logged:
                 metrics.write(state, mean_loss, outcomes, learning_rate, norm)
-            if every(config.evaluate_every_steps, state.step) and (results := stop.unless_asked(evaluate)) is not None:
+            evaluates = every(config.evaluate_every_steps, state.step)
+            saves = every(config.save_every_steps, state.step) or state.step == steps
+            if (evaluates or saves) and not is_logged:
+                _refuse_not_finite(state.step, float(mean_loss), float(norm), learning_rate)
+            if evaluates and (results := stop.unless_asked(evaluate)) is not None:
                 metrics.write_dev(state, results)
                 encoder.train()
             stopping = stop.agreed()
-            if every(config.save_every_steps, state.step) or state.step == steps or stopping:
-                _refuse_not_finite(state.step, float(mean_loss), float(norm), learning_rate)  # steps that are saved need not be logged
+            if saves or stopping:
+                _refuse_not_finite(state.step, float(mean_loss), float(norm), learning_rate)  # also of a step that only a signal saves
                 checkpoint.save(run.checkpoints, parameters, optimizer, schedule, state, config.keep_checkpoints)
             if stopping:
                 raise Interrupted(f"step {state.step} of {steps} is saved")

@@ -9,6 +9,7 @@ from sgpt.errors import InputError
 from sgpt.overrides import argument
 
 MOST = 2**31 - 1  # of a count: what 32 bits hold, in libraries and in files
+MOST_THREADS = 1024  # each costs memory, and beyond what a system gives a process ends without a word
 LARGEST = 1e30  # of any other number: float32 holds it, and its product with another one of a configuration
 
 
@@ -30,14 +31,15 @@ class Range:
         return replace(self, words=f"{self.words}, or null {meaning}".rstrip())
 
     def told(self, value: float) -> str:
-        too_large = value > self.high and value != math.inf
-        return f"at most {self.high:,.10g}".replace(",", "") if too_large else self.words
+        """Bounds that only machines have are told to those who meet them."""
+        too_large = self.high in (MOST, LARGEST, MOST_THREADS) and self.high < value < math.inf
+        return f"at most {self.high:.10g}" if too_large else self.words
 
 
 COUNT = Range("1 or more", 1, MOST)
 COUNT_OR_NONE = Range("0 or more", 0, MOST)
 SEED = Range("a whole number from 0 to 4294967295", 0, 2**32 - 1)  # numpy's
-THREADS = Range("1 or more", 1, 1024)  # each costs memory, and beyond what a system gives a process ends without a word
+THREADS = Range("1 or more", 1, MOST_THREADS)
 POSITIVE = Range("positive", 0, above=True)
 NOT_NEGATIVE = Range("0 or more", 0)
 FINITE = Range("a number")

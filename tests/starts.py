@@ -68,17 +68,17 @@ for number, job in enumerate(jobs):
 class Start(NamedTuple):
     """arguments of the script. kill: part file and its lines at which the process is killed. port: two processes meet there.
 
-    before: a shell command that runs first. cores: that the processes may use, all if None.
     signal: sent to all processes instead. script: another one than the others'.
+    before: a shell command that runs first. cores: that the processes may use, all if None.
     """
 
     arguments: list[str]
     kill: tuple[str, int] | None = None
     port: int | None = None
-    before: str = ""
-    cores: int | None = None
     signal: int | None = None
     script: str | None = None
+    before: str = ""
+    cores: int | None = None
 
 
 class Ended(NamedTuple):

@@ -55,7 +55,11 @@ def test_a_file_with_a_comma_in_its_name_is_one_where_it_is_there(tmp_path, monk
     assert read("retrieval=[d,c]", "evaluate") == ["d", "c"]
 
 
-@pytest.mark.parametrize("name", [pytest.param("a,b [x] {c} e=3", marks=pytest.mark.slow), """it's "q" $x `y` ${z} ~é; n&m|o\\\\""", pytest.param("'z'", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [
+    pytest.param("a,b [x] {c} e=3", marks=pytest.mark.slow),
+    """it's "q" $x `y` ${z} ~é; n&m|o\\\\""",
+    pytest.param("'z'", marks=pytest.mark.slow),
+])
 def test_the_command_that_a_run_ends_with_finds_when_it_is_typed(tmp_path, start, training, name):
     folder = tmp_path / name
     folder.mkdir()
@@ -85,7 +89,8 @@ def test_the_line_works_in_a_shell_from_another_folder(tmp_path, start, training
 
 @pytest.mark.parametrize(("key", "odd"), [
     ("name", "x" * 300), ("runs", "x/" * 3000), ("data.cache", "x" * 300),
-    *(pytest.param(key, odd, marks=pytest.mark.slow) for key in ("name", "data.path", "model.path", "evaluation.sts") for odd in ("x" * 300, "x/" * 3000, "a\0b")),
+    *(pytest.param(key, odd, marks=pytest.mark.slow) for key in ("name", "data.path", "model.path", "evaluation.sts")
+      for odd in ("x" * 300, "x/" * 3000, "a\0b")),
 ])  # fmt: skip
 def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path, start, training, key, odd):
     refused = start("biencoder", *training(tmp_path), f"{key}=[{odd}]" if key == "evaluation.sts" else f"{key}={odd}")
@@ -98,7 +103,7 @@ SCRIPT = f"{sys.executable} {REPOSITORY / 'train' / 'search.py'}"
 
 
 @pytest.mark.parametrize(("command", "code", "said"), [
-    (f"{SCRIPT} top=0 run=x <&- >&-", 2, "error: top=0 must be 1 or more\n"),
+    (f"{SCRIPT} querry=0 <&- >&-", 2, "error: querry=0: there is no key 'querry'; did you mean query?\n"),
     (f"mkdir gone && cd gone && rmdir ../gone && {SCRIPT} run=x", 2, "error: the working directory is not there any more; cd to one that is\n"),
     (f"{SCRIPT} --help > /dev/full", 2, "error: the output could not be written: the disk is full; make room, then start it again\n"),
     (f"{SCRIPT} run=x --config-dir=odd --config-name=latin", 2, "not in UTF-8 (invalid continuation byte at byte 7); save it as UTF-8\n"),

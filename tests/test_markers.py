@@ -120,7 +120,7 @@ def test_a_vocabulary_without_the_marker_is_refused(unknown):
 def test_limits_that_leave_no_room_are_refused():
     with pytest.raises(InputError, match=r"markers\.document_max_tokens=3 leaves no room"):
         MarkersConfig(document_max_tokens=3)
-    with pytest.raises(InputError, match=r"markers\.query_max_tokens=4 leaves no room beside 4"):
+    with pytest.raises(InputError, match=r"markers\.query_max_tokens=4 leaves no room next to 4"):
         frames(MarkersConfig(query_max_tokens=4), tokenizer(around="[CLS] $A [SEP]"))
     with pytest.raises(InputError, match=r"markers\.name='braces' is unknown; choose one of brackets, none"):
         MarkersConfig("braces")

@@ -3,6 +3,7 @@
 Files are written by csv, json, pyarrow, datasets and by hand, never by the code that reads them.
 """
 
+import gzip
 import json
 import logging
 import random
@@ -16,7 +17,8 @@ import pytest
 from pyarrow import parquet
 
 from sgpt import outcome
-from sgpt.data import beir
+from sgpt.compare import tuning_set
+from sgpt.data import beir, open_text
 from sgpt.data.beir_sets import places, read_place
 from sgpt.data.example import Example
 from sgpt.data.readers import DataConfig, SourceConfig, read_examples
@@ -259,6 +261,32 @@ def test_scored_pairs_may_be_a_table_and_empty_sentences_are_told(tmp_path, capl
     file = written(tmp_path / "sts.csv", 'sentence1,sentence2,score\na,"b, c",4.5\nd,,1\n')
     assert beir.read_pairs(file, "test")[0].scores == [4.5, 1.0]
     assert "sts.csv: 1 sentences are empty; fix or remove their rows" in caplog.text
+
+
+def test_a_weight_is_not_tuned_on_the_scored_split_under_its_other_name(tmp_path):
+    folder = beir_folder(tmp_path / "b", {"d": "text"}, {"q": "query"}, "q\td\t1\n", split="validation")
+    place = places([str(folder)], "validation", tmp_path)[0]
+    dev, reason = tuning_set(place, read_place(place), "dev")
+    assert dev is None
+    assert "is tuned on split 'dev', which is what is scored" in reason
+    written(folder / "qrels" / "test.tsv", "q\td\t0\n")
+    assert "where no judgement is above 0" in tuning_set(place, read_place(place), "test")[1]
+
+
+def test_the_mark_of_utf_8_hides_no_column_of_allnli_and_a_tab_in_a_text_shifts_none(tmp_path):
+    rows = [("train", "a", "b", "entailment"), ("train", "a", "c", "contradiction"), ("Dev", "a", "d", "entailment")]
+    content = "".join("\t".join(row) + "\r\n" for row in (("split", "sentence1", "sentence2", "label"), *rows))
+    file = written(tmp_path / "AllNLI.tsv", "\ufeff" + content)
+    assert {text for example in read(file, name="nli") for text in (example.query, example.positive)} == {"a", "b"}
+    written(file, content.replace("\tc\t", "\tc\tc\t"))
+    with pytest.raises(InputError, match=r"AllNLI\.tsv, line 3: 5 tab-separated fields where the header names 4 columns: .*; take the tabs out"):
+        read(file, name="nli")
+
+
+def test_open_text_without_a_column_is_refused(tmp_path):
+    written(tmp_path / "open_text" / "train-00.jsonl.gz", gzip.compress(b'{"title": null, "text": "t"}\n'))
+    with pytest.raises(InputError, match=r"train-00\.jsonl\.gz, line 1: needs the text column title; it has title, text"):
+        list(open_text.read_documents(tmp_path))
 
 
 # --- runs ---
