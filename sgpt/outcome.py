@@ -106,7 +106,7 @@ def write_export(run: Run, config: TrainConfig, encoder: Encoder) -> None:
     try:
         verified = export(encoder, run.folder / "export", card=card(run, config))
     except InputError as error:
-        again = shlex.join(["python", "train/export.py", f"run={run.folder}"])
+        again = f"python train/export.py {argument('run', str(run.folder))}"
         raise InputError(f"{run.folder} has its adapter, results and report, and no export: {error}. To export it again: {again}") from error
     weights = sum(file.stat().st_size for file in (run.folder / "export").glob("*.safetensors"))
     size = run.read("manifest.json", {})["bytes"]
