@@ -17,8 +17,8 @@ FORMAT = 1
 class Contract:
     """How texts become embeddings with these weights.
 
-    base: path or hub id of the frozen trunk. normalize: embeddings are of length 1. prompts: by role, what stands before every
-    text and is tokenised with it, as some sentence-transformers models were trained. probes: texts and their embeddings by
+    base: path or hub id of the frozen trunk. normalize: embeddings are of length 1. prompts: by role, what stands before
+    every text and is tokenised with it, as some sentence-transformers models were trained. probes: texts and their embeddings by
     role, as the weights gave them when they were saved; whoever loads the model can check that it still does.
     """
 
