@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sgpt.errors import InputError
 
-LENGTHS = (4, 13)
+LENGTHS = (5, 24)
 ROUNDINGS = 16  # times the measured rounding; wrong families are beyond 1,000 times (tests/family_sweep.py)
 
 
