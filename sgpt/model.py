@@ -206,11 +206,13 @@ def load_tokenizer(path: str, **options):
     folder = local_folder(path)
     if (folder / TOKENIZER_CONFIG).is_file():
         refuse_foreign_code(folder / TOKENIZER_CONFIG, read_json(folder / TOKENIZER_CONFIG), known=True)
-    if (folder / CONFIG).is_file():
-        refuse_foreign_code(folder / CONFIG, read_json(folder / CONFIG), known=True)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    refuse_foreign_code(folder / CONFIG, config, known=True)
     with told(path, read=folder / TOKENIZER):
         tokenizer = unwrap(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options))
         _refuse_without_vocabulary(path, folder, tokenizer)
+        if isinstance(rows := config.get("vocab_size"), int):  # of the table, known before it is opened or data are read
+            _check_ids(tokenizer, rows)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(f"{path}: the tokenizer has neither a pad token nor an end token; set one in its tokenizer_config.json")
@@ -234,20 +236,24 @@ def _refuse_without_vocabulary(path: str, folder: Path, tokenizer) -> None:
 
 def check_vocabulary(tokenizer, model: nn.Module) -> None:
     """Refuses a tokenizer that can give ids beyond the embedding table, by the text that gives one."""
-    size = model.get_input_embeddings().weight.shape[0]
+    _check_ids(tokenizer, model.get_input_embeddings().weight.shape[0])
+
+
+def _check_ids(tokenizer, size: int) -> None:
+    """size: rows of the embedding table."""
     beyond = sorted((number, text) for text, number in tokenizer.get_vocab().items() if number >= size)
     if beyond:
         number, text = beyond[0]
         more = f" ({len(beyond) - 1} more are beyond it)" if len(beyond) > 1 else ""
         raise InputError(
             f"{tokenizer.name_or_path}: the text {text!r} has token id {number}, and the embedding table ends after "
-            f"{size} rows{more}; "
-            "the tokenizer is of another model, or tokens were added to it alone: take them out, or resize the table "
-            "and train it"
+            f"{size} rows{more}; the tokenizer is of another model, or tokens were added to it alone: take them out, or "
+            "resize the table and train it"
         )
-    if beyond := [number for number in tokenizer("a")["input_ids"] if not 0 <= number < size]:
+    around = [number for number in tokenizer("a")["input_ids"] if not 0 <= number < size]
+    if around:
         raise InputError(
-            f"{tokenizer.name_or_path}: puts token id {beyond[0]} around a text, and the embedding table ends after "
+            f"{tokenizer.name_or_path}: puts token id {around[0]} around a text, and the embedding table ends after "
             f"{size} rows; fetch it again"
         )
 
