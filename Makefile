@@ -5,10 +5,11 @@ CONSTRAINT ?= -c constraints/cpu.txt
 BIN := $(VENV)/bin
 PROCESSES ?= 1
 THREADS ?= 2
-LAUNCH := $(BIN)/accelerate launch --quiet --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no
+# one process needs no launcher, and accelerate's answers Ctrl-C with a traceback of its own
+LAUNCH := $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(BIN)/accelerate launch --quiet --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all smoke parity lint nano bench bench-full clean
+.PHONY: help install train test test-all test-machines smoke parity lint nano bench bench-full clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -24,6 +25,10 @@ test: $(BIN)/.installed-dev  ## all tests that should pass before a commit
 test-all: $(BIN)/.installed-dev  ## the slow ones too
 	$(BIN)/python -m pytest -q -m "not gpu"
 
+test-machines: $(BIN)/.installed-dev  ## what is promised bit for bit, with other threads and other processors' instructions
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "bitwise and not slow and not gpu"
+	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -q -m "bitwise and not slow and not gpu"
+
 parity: $(BIN)/.installed-dev  ## how equal the gradient is, whatever way it is computed: a table by family
 	OMP_NUM_THREADS=1 $(BIN)/python tests/test_gradient_parity.py
 
@@ -34,7 +39,7 @@ lint: $(BIN)/.installed-dev  ## ruff
 	$(BIN)/ruff check .
 
 nano: install  ## pretrain the small base model again from open text (TEXT=<folder>); hours on a CPU
-	$(LAUNCH) train/pretrain.py $(if $(TEXT),text=$(TEXT))
+	$(LAUNCH) train/pretrain.py text=$(TEXT)
 
 # ratios to sentence-transformers, A B A B in fresh processes; every script has --help, JSON lies in runs/bench
 BENCH = $(BIN)/python benchmarks/$(1).py --threads $(THREADS) --output runs/bench/$(or $(3),$(1)).json $(2)

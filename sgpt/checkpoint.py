@@ -4,27 +4,29 @@
                            optimizer.pt          AdamW's moments, the schedule
                            random-<rank>.pt      each process' random states
                            state.json            steps taken, micro-batches drawn, seconds, processes
-    checkpoints/latest     the name of the newest whole one
 
 A checkpoint is written under a temporary name and renamed, and removed under one too: what is half there never looks whole.
 The frozen weights are not in it: they are the base's.
 """
 
 import json
+import pickle
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sgpt.distributed import barrier, world
+from sgpt.distributed import barrier, on_all, world
 from sgpt.errors import InputError
-from sgpt.files import remove_folder, replace_folder, write_whole
+from sgpt.files import remove_folder, replace_folder
 
 
 @dataclass
@@ -52,41 +54,71 @@ def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer, schedu
     barrier()
     if rank == 0:
         replace_folder(temporary, target)
-        write_whole(folder / "latest", target.name + "\n")
-        for old in sorted(folder.glob("step-*"), key=_step)[:-keep]:
+        for old in whole_checkpoints(folder)[:-keep]:
             remove_folder(old)
     barrier()
 
 
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None."""
-    whole = sorted(folder.glob("step-*"), key=_step)
+    whole = whole_checkpoints(folder)
     return whole[-1] if whole else None
 
 
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """By step, the newest last. Folders that only look like one (a copy called step-4.bak) are none."""
+    return sorted((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()), key=_step)
+
+
 def load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, schedule) -> TrainState:
-    """Restores everything in place. InputError when the checkpoint is of another run: other parameters or processes."""
+    """Restores everything in place. InputError, on all processes, when it is damaged or of another run: other parameters or processes."""
+    return on_all(lambda: _load(checkpoint, parameters, optimizer, schedule))
+
+
+def _load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, schedule) -> TrainState:
     rank, processes = world()
-    state = TrainState(**json.loads((checkpoint / "state.json").read_text()))
+    with _undamaged(checkpoint / "state.json") as file:
+        stored = json.loads(file.read_text())
+        state = TrainState(int(stored["step"]), int(stored["batches"]), float(stored["seconds"]), int(stored["processes"]))
     if state.processes != processes:
         raise InputError(
             f"{checkpoint}: saved by {state.processes} processes, resumed with {processes}; start as many, since batches and random states belong to them"
         )
     load_parameters(checkpoint / "trained.safetensors", parameters)
-    stored = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")  # else every process would take memory on the GPU of the first
-    optimizer.load_state_dict(stored["optimizer"])
-    schedule.load_state_dict(stored["schedule"])
-    restore_random_states(torch.load(checkpoint / f"random-{rank}.pt", weights_only=True))
+    with _undamaged(checkpoint / "optimizer.pt") as file:
+        stored = torch.load(file, weights_only=True, map_location="cpu")  # else every process would take memory on the GPU of the first
+        optimizer.load_state_dict(stored["optimizer"])
+        schedule.load_state_dict(stored["schedule"])
+    with _undamaged(checkpoint / f"random-{rank}.pt") as file:
+        restore_random_states(torch.load(file, weights_only=True))
     return state
+
+
+@contextmanager
+def _undamaged(file: Path) -> Iterator[Path]:
+    """InputError for what reading a file of a checkpoint raises when it is cut, changed or not there."""
+    try:
+        yield file
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({type(error).__name__})"
+        others = [folder for folder in whole_checkpoints(file.parent.parent) if folder != file.parent]
+        instead = f"{others[-1].name} is used instead" if others else "training starts from the base again"
+        raise InputError(f"{file} {problem}; remove the folder {file.parent} and resume: {instead}") from None
 
 
 @torch.no_grad()
 def load_parameters(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    stored = load_file(file)
+    with _undamaged(file):
+        stored = load_file(file)
     if stored.keys() != parameters.keys():
         odd = sorted(stored.keys() ^ parameters.keys())
         raise InputError(f"{file}: holds other parameters than this run trains, {odd[0]} for one; resume with the run's own tuning and model")
     for name, parameter in parameters.items():
+        if stored[name].shape != parameter.shape:
+            raise InputError(f"{file}: {name} has shape {list(stored[name].shape)}, this model's has {list(parameter.shape)}; "
+                             "resume with the run's own tuning and model")
         parameter.copy_(stored[name])
 
 

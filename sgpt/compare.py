@@ -12,6 +12,7 @@ from typing import Any
 
 from sgpt.data.beir import RetrievalSet, read_judged
 from sgpt.data.beir_sets import FORUMS, Place, averages, splits
+from sgpt.data.rows import same_split
 from sgpt.data.trec import write_run
 from sgpt.encoder import Encoder
 from sgpt.evaluate import DEPTH, bm25_index, bm25_run, embedded, retrieve
@@ -83,13 +84,16 @@ def best_weight(qrels: Qrels, first: Run, second: Run, depth: int) -> float:
 def tuning_set(place: Place, chosen: RetrievalSet, split: str) -> tuple[RetrievalSet | None, str]:
     """The queries of another split of the same folder; None and the reason when there is none."""
     left_out = f"{chosen.name}: {SYSTEMS['interpolated']} is left out, for its weight is tuned"
-    if split == place.split:
+    if same_split(split, place.split):
         return None, f"{left_out} on split {split!r}, which is what is scored; set dev_split=<another>"
-    if split not in (there := splits(place.folder)):
+    there = splits(place.folder)
+    if not any(same_split(split, other) for other in there):
         others = [other for other in there if other != place.split]
         remedy = f"set dev_split={' or dev_split='.join(others)}" if others else "no other split is there to tune it on"
         return None, f"{left_out} on split {split!r}, and {place.folder} has: {', '.join(there)}; {remedy}"
     queries, qrels = read_judged(place.folder, split)
+    if not any(score > 0 for judged in qrels.values() for score in judged.values()):
+        return None, f"{left_out} on split {split!r}, where no judgement is above 0; set dev_split=<another>"
     return replace(chosen, queries=queries, qrels=qrels), ""
 
 

@@ -1,10 +1,11 @@
 """What the scripts are given, as typed attributes. Hydra composes YAML; past `typed` there are only dataclasses."""
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from sgpt.data.readers import DataConfig
 from sgpt.errors import InputError
@@ -17,6 +18,7 @@ from sgpt.optim import OptimConfig
 from sgpt.pooling import PoolingConfig
 from sgpt.trainer import TrainerConfig
 from sgpt.tuning import TuningConfig
+from sgpt.values import COUNT, COUNT_OR_NONE, LARGEST, check_choice, check_ranges, check_shapes, check_texts
 
 
 @dataclass
@@ -30,6 +32,10 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         if self.tracker not in (None, "wandb"):
             raise InputError(f"logging.tracker={self.tracker!r} is unknown; choose wandb or null")
+        check_choice("logging.mode", self.mode, ("online", "offline", "disabled"))
+        if not self.project or len(self.project) > 128 or (odd := set(self.project) & {*"/\\#?%:"}):
+            what = f"holds {min(odd)!r}" if self.project and len(self.project) <= 128 else f"has {len(self.project)} letters"
+            raise InputError(f"logging.project={self.project!r} {what}; wandb takes 1 to 128, without / \\ # ? % :")
 
 
 @dataclass
@@ -54,6 +60,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(("/", ".")) or ".." in self.name.split("/"):
             raise InputError(f"name={self.name!r} is no folder name below {self.runs}/")
+        if not self.model.path:
+            raise InputError("model.path is empty; set model.path=<folder or hub id>, or choose a model=<name of configs/model>")
+        for key in ("evaluation", "dev"):
+            check_ranges(getattr(self, key), f"{key}.", limit=COUNT.or_null("for whole sets"))
         longest = max(self.markers.max_tokens(role) for role in ROLES)
         if self.trainer.tokens_per_pack < longest:
             raise InputError(
@@ -76,8 +86,7 @@ class InspectConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.examples < 1 or self.batches < 0:
-            raise InputError(f"examples={self.examples} must be 1 or more, and batches={self.batches} must be 0 or more")
+        check_ranges(self, examples=COUNT, batches=COUNT_OR_NONE)
 
 
 @dataclass
@@ -111,8 +120,7 @@ class EvaluateConfig:
     markers: MarkersConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise InputError(f"depth={self.depth} must be 1 or more: the documents of a query that are scored again")
+        check_ranges(self, depth=COUNT)
         if self.rerank and not self.retrieval:
             raise InputError(f"rerank={self.rerank} has nothing to rank again; set retrieval=[<BEIR folder or name>,…], or leave it out")
 
@@ -143,9 +151,7 @@ class SearchConfig:
     index: IndexConfig = field(default_factory=IndexConfig)
 
     def __post_init__(self) -> None:
-        for key in ("top", "depth"):
-            if getattr(self, key) < 1:
-                raise InputError(f"{key}={getattr(self, key)} must be 1 or more")
+        check_ranges(self, top=COUNT, depth=COUNT)
         if self.query is not None and not self.query.strip():
             raise InputError("query is empty; leave it out to be asked at a prompt")
 
@@ -156,12 +162,35 @@ Config = TypeVar("Config")
 def typed(schema: type[Config], composed: DictConfig) -> Config:
     """The dataclass with the composed values; InputError for an unknown key or a value of the wrong type."""
     try:
-        plain = OmegaConf.create({key: value for key, value in OmegaConf.to_container(composed, resolve=True).items() if key != "hydra"})
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+        tree = {key: value for key, value in OmegaConf.to_container(composed, resolve=True).items() if key != "hydra"}
+        check_shapes(schema, tree)
+        _refuse_endless_numbers(tree)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(literal(tree))))
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
-        raise InputError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from error
+        advice = " (for the characters themselves write \\${ in place of ${)" if isinstance(error, InterpolationResolutionError | GrammarParseError) else ""
+        raise InputError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}{advice}") from error
+    check_texts(config)
+    return config
+
+
+def literal(tree: Any) -> Any:
+    """With texts in which ${ is ${ to OmegaConf: what has been resolved, or was saved, refers to nothing any more."""
+    if isinstance(tree, dict):
+        return {key: literal(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [literal(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
+
+
+def _refuse_endless_numbers(value: Any, key: str = "") -> None:
+    """A whole number of hundreds of digits is read as one, and is no fraction where one is asked for."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_endless_numbers(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise InputError(f"{key}={value} must be at most {LARGEST:g}, as every number of a configuration")
 
 
 def plain(config: Any) -> dict:

@@ -70,6 +70,22 @@ def from_main(make: Callable[[], Made]) -> Made:
     return made[0]
 
 
+def on_all(make: Callable[[], Made]) -> Made:
+    """What each process makes for itself; where one raises an InputError, all do."""
+    made, problem = None, None
+    try:
+        made = make()
+    except InputError as error:
+        problem = str(error)
+    if world()[1] > 1:
+        problems: list[str | None] = [None] * world()[1]
+        dist.all_gather_object(problems, problem)
+        problem = next((other for other in problems if other), None)
+    if problem:
+        raise InputError(problem)
+    return made
+
+
 def barrier() -> None:
     if world()[1] > 1:
         dist.barrier()

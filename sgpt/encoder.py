@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sgpt import contract as contracts
 from sgpt import sentence_transformers_format
-from sgpt.adapter import is_adapter, open_trunk
+from sgpt.adapter import check_tokenizer, is_adapter, open_trunk
 from sgpt.contract import Contract
 from sgpt.data.collate import marked
 from sgpt.data.store import content_ids
@@ -194,7 +194,9 @@ class Encoder(nn.Module):
                 raise InputError(f"{folder} carries its markers and pooling in {contracts.FILE}; do not set them")
             contract = Contract.load(folder)
             if is_adapter(folder):
-                return cls(open_trunk(folder, dtype), load_tokenizer(contract.base), contract)
+                tokenizer = load_tokenizer(contract.base)
+                check_tokenizer(tokenizer, folder)
+                return cls(open_trunk(folder, dtype), tokenizer, contract)
             return check(cls(*_load(folder, dtype), contract), str(folder))
         if (folder / "modules.json").is_file():
             return cls(*_open_foreign(folder, markers, pooling, dtype))

@@ -5,6 +5,7 @@ Exact search in chunks, and embeddings beyond a gigabyte in a file: memory besid
 
 import logging
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,12 +24,23 @@ from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.files import reserve
 from sgpt.metrics import Run, correlations, ranking
+from sgpt.progress import under_way
 
 DEPTH = 100  # results kept for each query; the deepest metric is at 100
 IN_MEMORY = 2**30  # bytes of a corpus' embeddings
 QUERIES_AT_A_TIME = 4096  # whose scores with a chunk of documents exist: 256 MB
 BEIR_ROOT = "data/raw/beir"  # where sets of BEIR are looked for and downloaded to
 Results = dict[str, dict[str, float]]
+LETTERS = (  # of the scripts without blanks: Chinese and Japanese; Thai, Lao; Tibetan, Burmese; Khmer. With their marks, which re's \w leaves out
+    "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e50-\u0e59\u0e81-\u0edf\u0f20-\u0f33\u0f40-\u0fbc\u1000-\u1049\u1050-\u109f\u1780-\u17d3\u17e0-\u17e9"
+)
+HAN = re.compile("[\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+INDIC = "\u0900-\u0963\u0966-\u0df3"  # with blanks, but with marks inside of words as well
+WITHOUT_BLANKS = re.compile(f"[{LETTERS}]+")
+WORD = rf"(?u)[{LETTERS}]+|[{INDIC}][{INDIC}\u200c\u200d]+|\b\w\w+\b"  # the last is bm25s' own
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,7 +68,7 @@ class Sets:
 
 
 def read_sets(config: EvaluationConfig) -> Sets:
-    """Reads every file now: a missing one must stop a run before it trains, not after."""
+    """Reads every file now: what is missing or cannot be scored must stop a run before it trains, not after."""
     retrieval = [read_place(place) for place in places(config.retrieval, config.split, Path(BEIR_ROOT))]
     pairs = [chosen for file in config.sts for chosen in read_pairs(Path(file), config.split or "test")]
     names = [chosen.name for chosen in (*retrieval, *pairs)]
@@ -64,13 +76,26 @@ def read_sets(config: EvaluationConfig) -> Sets:
         raise InputError(f"two evaluation sets are called {twice!r}, and results are kept by name; rename a folder, or evaluate one after the other")
     if config.limit is None:
         return Sets(retrieval, pairs)
-    return Sets([_fewer(chosen, config.limit) for chosen in retrieval], [_fewer_pairs(chosen, config.limit) for chosen in pairs])
+    sets = Sets([_fewer(chosen, config.limit) for chosen in retrieval], [_fewer_pairs(chosen, config.limit) for chosen in pairs])
+    for chosen in sets.retrieval:
+        if not any(score > 0 and document in chosen.corpus for judged in chosen.qrels.values() for document, score in judged.items()):
+            raise InputError(f"evaluation.limit={config.limit}: the first queries of {chosen.name} have no relevant document; raise it")
+    for chosen in sets.sts:
+        if len(set(chosen.scores)) < 2:
+            raise InputError(f"evaluation.limit={config.limit}: the first pairs of {chosen.name} have one score, nothing to correlate; raise it")
+    return sets
 
 
 def evaluate(encoder: Encoder, sets: Sets) -> Results:
     """Set name -> metrics."""
-    results: Results = {chosen.name: ranking(chosen.qrels, retrieve(encoder, chosen)) for chosen in sets.retrieval}
-    return results | {pairs.name: correlations(pairs.scores, cosines(encoder, pairs)) for pairs in sets.sts}
+    results: Results = {}
+    for chosen in sets.retrieval:
+        with under_way(f"evaluating on {chosen.name}, {len(chosen.qrels):,} queries and {len(chosen.corpus):,} documents"):
+            results[chosen.name] = ranking(chosen.qrels, retrieve(encoder, chosen))
+    for pairs in sets.sts:
+        with under_way(f"evaluating on {pairs.name}, {len(pairs.scores):,} pairs"):
+            results[pairs.name] = correlations(pairs.scores, cosines(encoder, pairs))
+    return results
 
 
 @contextmanager
@@ -140,7 +165,11 @@ def cosines(encoder: Encoder, pairs: PairSet) -> list[float]:
 
 def bm25(sets: Sets) -> Results:
     """BM25 (bm25s, Lucene's variant, English stop words) on the retrieval sets."""
-    return {chosen.name: ranking(chosen.qrels, bm25_run(chosen)) for chosen in sets.retrieval}
+    results: Results = {}
+    for chosen in sets.retrieval:
+        with under_way(f"BM25 on {chosen.name}, {len(chosen.corpus):,} documents"):
+            results[chosen.name] = ranking(chosen.qrels, bm25_run(chosen))
+    return results
 
 
 def bm25_run(chosen: RetrievalSet, depth: int = DEPTH, index=None) -> Run:
@@ -148,7 +177,16 @@ def bm25_run(chosen: RetrievalSet, depth: int = DEPTH, index=None) -> Run:
     index, words = index or bm25_index(list(chosen.corpus.values())), bm25_words(list(chosen.queries.values()))
     rows, scores = index.retrieve(words, k=min(depth + chosen.skip_own_id, len(chosen.corpus)), show_progress=False)
     run = _found(chosen, torch.from_numpy(scores), torch.from_numpy(rows), depth)
-    return {query: {document: score for document, score in documents.items() if score > 0} for query, documents in run.items()}
+    run = {query: {document: score for document, score in documents.items() if score > 0} for query, documents in run.items()}
+    tell_unmatched(chosen.name, sum(not documents for documents in run.values()), len(run))
+    return run
+
+
+def tell_unmatched(name: str, without: int, queries: int) -> None:
+    """A warning where BM25 finds nothing for most queries: its score is then low for a reason that nobody sees in it."""
+    if 2 * without > queries:
+        told = "%s: BM25 finds no document for %d of %d queries, as no word of theirs is in the corpus; are both of one language, and texts?"
+        log.warning(told, name, without, queries)
 
 
 def bm25_index(documents: list[str]):
@@ -157,15 +195,30 @@ def bm25_index(documents: list[str]):
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     index = bm25s.BM25(method="lucene")
-    index.index(bm25_words(documents, return_ids=True), show_progress=False)
+    words = bm25_words(documents, return_ids=True)
+    if not any(words.ids):  # bm25s cannot do without a word; this one is in no query
+        words = bm25s.tokenization.Tokenized([[0] for _ in documents], {"\n": 0})
+    index.index(words, show_progress=False)
     return index
 
 
 def bm25_words(texts: list[str], *, return_ids: bool = False):
-    """The words of each text but for English stop words; return_ids: numbered, as an index is made of them."""
+    """The words of each text but for English stop words; return_ids: numbered, as an index is made of them.
+
+    Scripts that are written without blanks have no words to be seen: of them every two neighbouring letters are one, and every
+    Chinese character too, as Lucene's CJKBigramFilter cuts them when it is asked for both.
+    """
     import bm25s
 
-    return bm25s.tokenize(texts, stopwords="en", return_ids=return_ids, show_progress=False)
+    cut = [WITHOUT_BLANKS.sub(_pairs_of_letters, text) for text in texts]
+    return bm25s.tokenize(cut, stopwords="en", token_pattern=WORD, return_ids=return_ids, show_progress=False)
+
+
+def _pairs_of_letters(run: re.Match[str]) -> str:
+    letters = run[0]
+    pairs = [letters[place : place + 2] for place in range(len(letters) - 1)]
+    single = [letter for letter in letters if HAN.match(letter) or not pairs]
+    return f" {' '.join(pairs + single)} "
 
 
 def table(columns: Mapping[str, Results], title: str):

@@ -1,5 +1,8 @@
 """Export: one folder that both `Encoder.from_pretrained` and `SentenceTransformer` open, weights merged, markers included.
 
+All is compared in float32, after any training: config.json says float32, so that every reader computes so, and what half
+precision holds exactly, as the frozen weights of a base that was opened in it, is stored in it and takes half of the disk.
+
 No custom code is needed: a chat template and one pre-tokenizer carry the markers (`template.py`), per-task lengths cut the
 content, pooling is written in the keys that every version and server reads. Only a folder that gives the same token ids and
 embeddings as the encoder, for hostile texts in both roles, gets its name; otherwise nothing is written.
@@ -29,14 +32,18 @@ from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.files import replace_folder
 from sgpt.markers import ROLES, Frame, Role
-from sgpt.probes import probes
+from sgpt.probes import in_dtype, probes, rounding
 from sgpt.sentence_transformers_format import LEGACY_POOLINGS
 from sgpt.template import SEAM, wrap
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}  # of a row's largest entry: summation order; half types see 0.4 % a rounding
-HALF_TOLERANCE = 0.05
+TOLERANCE = 1e-5  # of a row's largest entry, in float32: another order of summation
+ROUNDINGS = 2  # times what these very weights make of a rounding is allowed, where that is more
+HALVES = {torch.bfloat16, torch.float16}
+NOT_READ = {  # by our reader: whoever changes these changes what others read
+    "README.md", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "chat_template.jinja",
+}  # fmt: skip
 MODULE = "sentence_transformers.models"  # the old spelling of the types opens in sentence-transformers 2 to 6
 # Makes transformers read tokenizer.json as it stands. For qwen2, phi3 and others it would else build its own class' pre-tokenizer,
 # whatever tokenizer_class says. (Saving the model anew by sentence-transformers drops this key: then only those families break.)
@@ -68,11 +75,13 @@ def export(encoder: Encoder, folder: Path, *, card: str) -> dict:
 def verify(folder: Path, encoder: Encoder) -> dict:
     """Opens the folder anew with our reader, and with sentence-transformers if it is installed, and compares them with `encoder`.
 
-    Token ids must be equal, embeddings within 1e-5 of the row's largest entry (5e-2 for half types). Raises InputError with
-    the text and both id lists. Returns {"max_difference": float, "texts": int, "readers": [names]}.
+    In float32: token ids must be equal, embeddings within 1e-5 of the row's largest entry, or within what rounding comes to
+    with these weights. Raises InputError with the text and both id lists.
+    Returns {"max_difference": float, "texts": int, "readers": [names]}.
     """
-    texts = hostile_texts(encoder)
-    expected = {role: _with_tokens(texts, encoder, role) for role in ROLES}
+    texts, exact = hostile_texts(encoder), in_dtype(encoder, torch.float32)
+    expected = {role: _with_tokens(texts, exact, role) for role in ROLES}
+    del exact  # and its weights, where they are a copy
     worst, names = 0.0, []
     for reader in _readers(folder, encoder):
         names.append(reader.name)
@@ -109,22 +118,39 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _write(encoder: Encoder, folder: Path, card: str) -> None:
-    contract = encoder.contract
-    _whole(encoder.trunk).save_pretrained(folder)
+    half = {parameter.dtype for parameter in encoder.trunk.parameters()} & HALVES
+    encoder = _whole(encoder)
+    encoder.trunk.save_pretrained(folder, state_dict=_stored(encoder.trunk, *half))
     config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "float32"
     # text-embeddings-inference reads these two, and GPT-2's and GPT-Neo's configurations call them otherwise
     config.setdefault("hidden_size", encoder.trunk.config.hidden_size)
     config.setdefault("num_hidden_layers", encoder.trunk.config.num_hidden_layers)
     _write_json(folder / "config.json", config)
     _write_tokenizer(encoder, folder)
     _write_sentence_transformers(encoder, folder)
-    replace(contract, probes=probes(encoder)).save(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    read = [file.name for file in folder.iterdir() if file.is_file() and file.name not in NOT_READ]
+    replace(encoder.contract, probes=probes(encoder), rounding=rounding(encoder)).save(folder, read)
 
 
-def _whole(trunk: nn.Module) -> nn.Module:
-    """A plain trunk: low-rank adapters merged, in a copy."""
-    return copy.deepcopy(trunk).merge_and_unload() if hasattr(trunk, "merge_and_unload") else trunk
+def _whole(encoder: Encoder) -> Encoder:
+    """In float32 and a plain trunk: low-rank adapters merged. A copy, where anything is to be changed."""
+    exact = in_dtype(encoder, torch.float32)
+    if not hasattr(exact.trunk, "merge_and_unload"):
+        return exact
+    trunk = exact.trunk if exact is not encoder else copy.deepcopy(exact.trunk)
+    return Encoder(trunk.merge_and_unload(), encoder.tokenizer, encoder.contract, tokens_per_pack=encoder.tokens_per_pack)
+
+
+def _stored(trunk: nn.Module, half: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The weights by name, those in `half` which it holds exactly."""
+    weights = trunk.state_dict()
+    if half is not None:
+        for name, weight in weights.items():
+            if weight.is_floating_point() and torch.equal(weight.to(half).to(weight.dtype), weight):
+                weights[name] = weight.to(half)
+    return weights
 
 
 def _write_tokenizer(encoder: Encoder, folder: Path) -> None:
@@ -136,6 +162,8 @@ def _write_tokenizer(encoder: Encoder, folder: Path) -> None:
         tokenizer.chat_template = None  # of an instruct base: sentence-transformers would render texts through it
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
+    for key in ("is_local", "local_files_only"):  # how the tokenizer was opened here
+        config.pop(key, None)
     if (folder / "tokenizer.json").is_file():
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # GPT2Tokenizer would build its own pre-tokenizer and drop ours
     _write_json(
@@ -222,7 +250,7 @@ def _readers(folder: Path, encoder: Encoder) -> Iterator[_Reader]:
 
 
 def _our_reader(folder: Path, encoder: Encoder) -> _Reader:
-    opened = Encoder.from_pretrained(folder, dtype=str(encoder.trunk.dtype).removeprefix("torch.")).to(encoder.device)
+    opened = Encoder.from_pretrained(folder).to(encoder.device)
     if opened.contract.fingerprint() != encoder.contract.fingerprint():
         raise InputError(f"{folder}: its contract {opened.contract} is not the encoder's; export again")
     return _Reader("sgpt", opened.token_ids, opened.encode)
@@ -256,16 +284,41 @@ def _compare_ids(reader: _Reader, role: Role, texts: list[str], expected: Rows, 
 
 def _compare_embeddings(reader: _Reader, role: Role, texts: list[str], expected: np.ndarray, encoder: Encoder) -> float:
     """The largest difference, relative to the row's largest entry."""
-    difference = np.abs(reader.embed(texts, role) - expected).max(1) / np.abs(expected).max(1).clip(min=1e-9)
-    tolerance = TOLERANCE.get(encoder.trunk.dtype, HALF_TOLERANCE)
-    if not difference.max() <= tolerance:  # also refuses NaN
-        row = int(np.nan_to_num(difference, nan=np.inf).argmax())
-        raise InputError(
-            f"the export is wrong: {reader.name} embeds {texts[row]!r:.80} as a {role} otherwise than the encoder, by {difference[row]:.1e} of its largest "
-            f"entry where {tolerance:.0e} is allowed, from equal token ids {_shown(encoder.token_ids([texts[row]], role)[0], [])}. If nobody changed it, "
-            f"{type(encoder.trunk).__name__} cannot be expressed there; use the adapter"
-        )
-    return float(difference.max())
+    difference = _difference(reader.embed(texts, role), expected)
+    row = int(np.nan_to_num(difference, nan=np.inf).argmax())
+    if difference[row] <= TOLERANCE:  # NaN is not
+        return float(difference[row])
+    rounded = _rounding(encoder, role, texts, expected)
+    if difference[row] <= ROUNDINGS * rounded:
+        return float(difference[row])
+    raise InputError(
+        f"the export is wrong: {reader.name} embeds {texts[row]!r:.80} as a {role} otherwise than the encoder, both in float32, by "
+        f"{difference[row]:.1e} of its largest entry, from equal token ids {_shown(encoder.token_ids([texts[row]], role)[0], [])}. It is not "
+        f"rounding, which comes to {rounded:.1e} with these weights. If nobody changed it, {type(encoder.trunk).__name__} cannot be "
+        "expressed there; use the adapter"
+    )
+
+
+@torch.no_grad()
+def _rounding(encoder: Encoder, role: Role, texts: list[str], expected: np.ndarray) -> float:
+    """What rounding in float32 can come to with these weights: the largest difference, of three, after moving each by as much.
+
+    A sum of D products is rounded D times, up or down, so its error grows as the root of D.
+    """
+    last_digit, worst = torch.finfo(torch.float32).eps, 0.0
+    for seed in range(3):
+        moved = copy.deepcopy(in_dtype(encoder, torch.float32))
+        random = torch.Generator(encoder.device).manual_seed(seed)
+        for weight in moved.trunk.parameters():
+            noise = torch.rand(weight.shape, generator=random, device=weight.device)
+            weight.mul_(1 + last_digit * encoder.embedding_size**0.5 * noise)
+        worst = max(worst, float(_difference(moved.encode(texts, role), expected).max()))
+    return worst
+
+
+def _difference(given: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Of each row, relative to its largest entry."""
+    return np.abs(given - expected).max(1) / np.abs(expected).max(1).clip(min=1e-9)
 
 
 def _has_sentence_transformers() -> bool:

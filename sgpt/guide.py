@@ -25,6 +25,7 @@ from sgpt.files import make_once
 from sgpt.index import fingerprint
 from sgpt.loss import LossConfig
 from sgpt.markers import ROLES, Role
+from sgpt.provenance import computing_versions
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def _embedded(source: Source, side: Role, encoder: Encoder, key: str) -> Embeddi
 
 
 def _frozen(path: str, key: str, device: torch.device | str) -> tuple[Encoder, str]:
-    """The model, and what it is known by: its weights and its contract."""
+    """The model, and by what its embeddings are known: its weights, its tokenizer, its contract, the versions that compute."""
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{key}={path}: no such folder; give a run, an export or a sentence-transformers folder, downloaded if it is from the hub")
@@ -93,4 +94,4 @@ def _frozen(path: str, key: str, device: torch.device | str) -> tuple[Encoder, s
         encoder = Encoder.from_pretrained(folder)
     except InputError as error:
         raise InputError(f"{key}={path}: {error}") from error
-    return encoder.to(device), fingerprint(encoder, {})
+    return encoder.to(device), key_of(fingerprint(encoder, {}), computing_versions())

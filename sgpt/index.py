@@ -2,10 +2,12 @@
 
     embeddings.npy     [documents, D], of length 1, float32 or float16, in the order of the corpus
     graph-0-<n>.faiss  with kind=faiss: the embeddings once more, with a graph of neighbours; a file for each gigabyte of them
-    index.json         fingerprint of model, contract and corpus, number of documents, dtype, kind; it is written last
+    index.json         fingerprint of model, contract and corpus, number of documents, dtype, kind, and what it was built with:
+                       versions, threads, block size; it is written last
 
-Embeddings go into the file block by block, in `.<name>.building` beside the index, whose name it takes when it is whole; after a
-kill the next start goes on there. With another fingerprint or dtype an index is stale and built again; a change of kind encodes nothing.
+Embeddings go into the file block by block, in `.<name>.building` next to the index, whose name it takes when it is whole. After a
+kill the next start resumes there, with as many threads and blocks as large, so that every bit is that of a build without a kill.
+With another fingerprint or dtype an index is stale and built again; a change of kind encodes nothing.
 
 Exact search reads all embeddings for a query, 8 MiB at a time: it is the default, and good to about a million documents (0.15 s for
 one query over 1,000,000 x 256 float32, on one core). Beyond, FAISS walks a graph (HNSW; Malkov and Yashunin 2016, arXiv 1603.09320) as
@@ -13,7 +15,6 @@ far as a sample of the documents needs, as queries, to find 99 % of its ten near
 are unlike all documents may have a lower one. Not inverted lists: for that recall they had to read 80 of 110 lists of 12,000 questions.
 """
 
-import hashlib
 import json
 import logging
 import mmap
@@ -34,6 +35,8 @@ from sgpt.errors import InputError
 from sgpt.evaluate import search
 from sgpt.files import make_once, replace_folder, reserve, write_whole
 from sgpt.progress import progress_bar
+from sgpt.provenance import changed_environment, content_hash, environment, threads, tokenizer_hash, weights_hash
+from sgpt.values import COUNT, check_ranges
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +64,7 @@ class IndexConfig:
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 raise InputError(f"index.{key}={getattr(self, key)!r} is unknown; choose {' or '.join(choices)}")
-        if self.documents_per_block < 1:
-            raise InputError(f"index.documents_per_block={self.documents_per_block} must be 1 or more")
+        check_ranges(self, "index.", documents_per_block=COUNT)
 
 
 class Stored:
@@ -122,15 +124,10 @@ def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: I
 
 
 def fingerprint(encoder: Encoder, corpus: dict[str, str]) -> str:
-    """Changes with any weight, any part of the contract, any document."""
-    digest = hashlib.sha256(encoder.contract.fingerprint().encode())
+    """Changes with any weight, any rule of the tokenizer, any part of the contract, any document."""
     with encoder.weights:
-        for name, parameter in encoder.trunk.named_parameters():
-            digest.update(name.encode())
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    for name, text in corpus.items():
-        digest.update(f"{name}\x1f{text}\x1e".encode())
-    return digest.hexdigest()
+        weights = weights_hash(dict(encoder.trunk.named_parameters()))
+    return content_hash([encoder.contract.fingerprint(), weights, tokenizer_hash(encoder.tokenizer)], corpus)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -152,27 +149,46 @@ def _exact(stored: Stored, queries: Tensor, depth: int) -> tuple[Tensor, Tensor]
 
 
 def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, Any], block: int) -> None:
-    """Builds the index with its embeddings, or goes on; `encoded` documents are done."""
+    """Builds the index with its embeddings, or resumes; `encoded` documents are done."""
     building = folder.with_name(f".{folder.name}.building")
     file = building / "embeddings.npy"
-    if not _is(building, wanted):
+    if not _can_resume(building, wanted):
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         np.lib.format.open_memmap(file, mode="w+", dtype=wanted["dtype"], shape=(len(texts), encoder.embedding_size))
         with file.open("r+b") as made:
             reserve(made, file.stat().st_size, str(folder))
-        _describe(building, {**wanted, "kind": "exact", "encoded": 0})
-    done = read_description(building)["encoded"]
-    with progress_bar(f"encoding {len(texts):,} documents", len(texts)) as advance:
+        begun_with = {"environment": environment(), "documents_per_block": block}
+        _describe(building, {**wanted, **begun_with, "kind": "exact", "encoded": 0})
+    begun = read_description(building)
+    done, block = begun["encoded"], begun["documents_per_block"]
+    title = f"encoding {len(texts):,} documents"
+    with threads(begun["environment"]["threads"]), progress_bar(title, len(texts)) as advance:
         advance(done)
         for start in range(done, len(texts), block):
             embeddings = encoder.encode_documents(texts[start : start + block], normalize=True, progress=False)
             stored = np.load(file, mmap_mode="r+")  # anew for each block: an open map keeps what was written in memory
             stored[start : start + len(embeddings)] = embeddings
             stored.flush()
-            _describe(building, {**wanted, "kind": "exact", "encoded": start + len(embeddings)})
+            _describe(building, {**begun, "encoded": start + len(embeddings)})
             advance(len(embeddings))
     replace_folder(building, folder)
+
+
+def _can_resume(building: Path, wanted: dict[str, Any]) -> bool:
+    """Whether a killed build is of this index, and every document would get the bits that it had got there."""
+    if not _is(building, wanted):
+        return False
+    begun = read_description(building)
+    if "environment" not in begun:
+        return False
+    now = {**environment(), "threads": begun["environment"]["threads"]}  # as many are taken again
+    changed = changed_environment(begun["environment"], now)
+    if changed:
+        log.warning("%s: a build that was stopped is begun anew, as since then %s", building, "; ".join(changed))
+    elif begun["environment"]["processor"] != now["processor"]:
+        log.warning("%s: resumed on another processor, so last bits may differ from here on", building)
+    return not changed
 
 
 class Graphs:

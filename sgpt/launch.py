@@ -4,19 +4,19 @@ import logging
 import os
 from datetime import timedelta
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from sgpt.config import TrainConfig, plain
+from sgpt.provenance import set_threads
 
 PATIENCE = timedelta(hours=6)  # the others wait while one process evaluates, harvests or exports
 
 
-def start(config: TrainConfig) -> Accelerator:
-    """The accelerator of a training run."""
+def start(config: TrainConfig, recorded_threads: int | None = None) -> Accelerator:
+    """The accelerator of a training run. recorded_threads: of the run that is resumed, which takes as many again."""
     return accelerate(
-        precision=config.trainer.precision, seed=config.trainer.seed, threads=config.trainer.threads,
+        precision=config.trainer.precision, seed=config.trainer.seed, threads=config.trainer.threads or recorded_threads,
         tracker=config.logging.tracker, folder=f"{config.runs}/{config.name}",
     )
 
@@ -37,7 +37,7 @@ def accelerate(*, precision: str, seed: int, threads: int | None = None, tracker
     )
     if accelerator.device.type == "cpu":
         # `accelerate launch` gives every CPU process one thread unless told otherwise
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
+        set_threads(threads or max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
     set_seed(seed)  # before any weight is made (LoRA's), the same on every process
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("sgpt").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)

@@ -3,14 +3,14 @@
 Letters: Q queries of this process, R documents a query, W processes, C = W·Q·R candidates.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sgpt.errors import InputError
+from sgpt.values import FINITE, POSITIVE, check_ranges
 
 
 @dataclass
@@ -35,12 +35,11 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
             raise InputError(f"loss.name={self.name!r} is unknown; choose one of {', '.join(LOSSES)}")
-        if not self.scale > 0:
-            raise InputError(f"loss.scale={self.scale} must be positive; it is 1 / temperature, 20 in SGPT")
-        if not math.isfinite(self.guide_margin):
-            raise InputError(f"loss.guide_margin={self.guide_margin} must be a number; it is a difference of cosines, 0 in GISTEmbed")
+        check_ranges(self, "loss.", scale=replace(POSITIVE, words="positive; it is 1 / temperature, 20 in SGPT"),
+                     guide_margin=replace(FINITE, words="a number; it is a difference of cosines, 0 in GISTEmbed"),
+                     false_negative_margin=replace(FINITE, words="a number; it is a difference of cosines, or null to leave no candidate out"))
         if self.guide_margin and not self.guide:
-            raise InputError(f"loss.guide_margin={self.guide_margin} is of no use without a guide; set loss.guide=<folder of a model>, or leave it 0")
+            raise InputError(f"loss.guide_margin={self.guide_margin} has no effect without a guide; set loss.guide=<folder of a model>, or leave it 0")
 
 
 def info_nce(queries: Tensor, candidates: Tensor, scale: float, positives: Tensor, ignored: Tensor | None = None) -> Tensor:

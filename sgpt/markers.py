@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sgpt.errors import InputError
+from sgpt.values import COUNT, check_ranges
 
 Role = Literal["query", "document"]
 ROLES: tuple[Role, Role] = ("query", "document")
@@ -33,6 +34,7 @@ class MarkersConfig:
     def __post_init__(self) -> None:
         if self.name not in MARKERS:
             raise InputError(f"markers.name={self.name!r} is unknown; choose one of {', '.join(MARKERS)}")
+        check_ranges(self, "markers.", query_max_tokens=COUNT, document_max_tokens=COUNT)
         for role in ROLES:
             if self.max_tokens(role) < 4:
                 raise InputError(f"markers.{role}_max_tokens={self.max_tokens(role)} leaves no room for text; use 4 or more")
@@ -67,7 +69,7 @@ def frames(config: MarkersConfig, tokenizer) -> dict[Role, Frame]:
         room = config.max_tokens(role) - len(before) - len(after) - (config.original_limit and bool(opening))
         if room < 1:
             raise InputError(
-                f"markers.{role}_max_tokens={config.max_tokens(role)} leaves no room beside {len(before) + len(after)} "
+                f"markers.{role}_max_tokens={config.max_tokens(role)} leaves no room next to {len(before) + len(after)} "
                 "markers and special tokens; raise it"
             )
         made[role] = Frame(before, after, room)

@@ -24,6 +24,8 @@ from sgpt.errors import InputError
 from sgpt.evaluate import Results
 from sgpt.index import fingerprint
 from sgpt.markers import ROLES, MarkersConfig, Role
+from sgpt.overrides import argument
+from sgpt.progress import under_way
 
 SYMMETRIC = {"AskUbuntuDupQuestions", "MindSmallReranking", "SciDocsRR", "StackOverflowDupQuestions"}
 UNKNOWN = (  # what mteb wants to be told, and these models do not know of themselves
@@ -50,7 +52,7 @@ class MtebConfig:
 
     def __post_init__(self) -> None:
         if self.name is not None and "/" not in self.name:
-            raise InputError(f"name={self.name} must be <organisation>/<model>, for example name=sgpt/{self.name}")
+            raise InputError(f"name={self.name} must be <organisation>/<model>, for example {argument('name', f'sgpt/{self.name}')}")
         if self.prompt and (self.markers or self.pooling):
             raise InputError(f"prompt={self.prompt} re-ranks, and a re-ranker has no markers and no pooling; leave out one or the others")
 
@@ -128,7 +130,8 @@ def run(model: MtebEncoder | MtebReranker, tasks: Sequence[Any], output: Path) -
     cache = mteb.ResultCache(output)
     for task in tasks:
         try:
-            (result,) = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False).task_results
+            with under_way(f"evaluating on {task.metadata.name}"):
+                (result,) = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False).task_results
         except (ConnectionError, DatasetNotFoundError) as error:
             raise InputError(
                 f"tasks={task.metadata.name}: its data set {task.metadata.dataset['path']} is not in the cache of Hugging Face's datasets, and the hub "

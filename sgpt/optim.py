@@ -9,6 +9,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from sgpt.errors import InputError
+from sgpt.values import BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, Range, check_ranges
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts")
 
@@ -29,10 +30,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise InputError(f"optim.schedule={self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
-        if not self.learning_rate > 0:
-            raise InputError(f"optim.learning_rate={self.learning_rate} must be positive")
-        if self.warmup_steps < 0:
-            raise InputError(f"optim.warmup_steps={self.warmup_steps} must not be negative")
+        check_ranges(
+            self, "optim.", learning_rate=POSITIVE, weight_decay=NOT_NEGATIVE, warmup_steps=Range("0 or more", 0, MOST),
+            max_grad_norm=NOT_NEGATIVE, beta1=BELOW_ONE, beta2=BELOW_ONE, epsilon=POSITIVE,
+        )  # fmt: skip
         if self.warmup_steps > 1 and self.warmup_steps % 1:
             raise InputError(f"optim.warmup_steps={self.warmup_steps} is neither a number of steps nor a share of them; give 100, or 0.1")
 

@@ -1,37 +1,72 @@
 """What a run leaves to read: results before and after, the analysis for the report, the manifest, the card, the last table."""
 
+import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from sgpt import evaluate
+from sgpt import checkpoint, evaluate
+from sgpt import contract as contracts
+from sgpt.adapter import check_tokenizer, is_adapter, refuse_other_base
 from sgpt.checkpoint import TrainState
 from sgpt.config import TrainConfig
+from sgpt.contract import Contract
 from sgpt.data.sampling import Feed
 from sgpt.encoder import Encoder
+from sgpt.errors import InputError
 from sgpt.evaluate import Sets
-from sgpt.model import located
-from sgpt.probes import probes
-from sgpt.run import Run, environment
-from sgpt.tuning import count, learning
+from sgpt.export import export
+from sgpt.files import held
+from sgpt.model import load_tokenizer, load_trunk, located
+from sgpt.overrides import argument
+from sgpt.probes import HALVES, in_dtype, probes
+from sgpt.provenance import Inputs, content_hash, environment, tokenizer_hash, weights_hash
+from sgpt.run import Run
+from sgpt.tuning import count, learning, tune
 
 SAMPLE = 512  # pairs in the similarity histogram
 
 
-def record_start(run: Run, config: TrainConfig, encoder: Encoder, feed: Feed) -> None:
+def inputs_of(encoder: Encoder, feed: Feed, sets: Sets, dev: Sets) -> Inputs:
+    """Everything that decides a run's weights and results, but for its configuration. Encoder: tuned, not yet trained."""
+    inputs: dict[str, str | int] = {"processes": feed.processes}
+    for source in feed.sources:
+        inputs[f"training data {source.name}"] = source.examples.key
+        for side, embeddings in (source.guide or {}).items():
+            inputs[f"guide's embeddings of each {side} of {source.name}"] = embeddings.key
+        if source.walk is not None:
+            inputs[f"grouping of {source.name}"] = content_hash(source.walk.examples.tolist())
+    for what, read in (("test set", sets), ("dev set", dev)):
+        for retrieval in read.retrieval:
+            inputs[f"{what} {retrieval.name}"] = content_hash(retrieval.corpus, retrieval.queries, retrieval.qrels)
+        for pairs in read.sts:
+            inputs[f"{what} {pairs.name}"] = content_hash(pairs.first, pairs.second, pairs.scores)
+    base = encoder.contract.base
+    inputs[f"base model {base}"] = weights_hash(dict(encoder.trunk.named_parameters()))
+    inputs[f"tokenizer of {base}"] = tokenizer_hash(encoder.tokenizer)
+    return inputs
+
+
+def record_start(run: Run, config: TrainConfig, encoder: Encoder, feed: Feed, inputs: Inputs) -> None:
+    """Once, when the run begins; a resumed run has its inputs checked against these."""
+    if run.read("manifest.json", {}):
+        return
     trained, total = count(encoder.trunk)
     run.update(
-        "manifest.json", name=run.name, seed=config.trainer.seed, environment=environment(),
+        "manifest.json", name=run.name, seed=config.trainer.seed, environment=environment(), inputs=dict(inputs),
         data={
             "examples": sum(len(source.examples) for source in feed.sources),
             "sources": [{"source": source.name, "examples": len(source.examples), "key": source.examples.key} for source in feed.sources],
         },
         parameters={"trained": trained, "total": total}, contract={"fingerprint": encoder.contract.fingerprint(), **asdict(encoder.contract)},
+        precision=_precision(encoder, config),
     )
 
 
@@ -43,23 +78,74 @@ def record_before(run: Run, encoder: Encoder, sets: Sets, *, bm25: bool) -> None
     run.write("results.json", {"before": evaluate.evaluate(encoder, sets), "bm25": evaluate.bm25(sets) if bm25 else {}})
 
 
-def record_after(run: Run, encoder: Encoder, sets: Sets, base: Mapping[str, Tensor], state: TrainState, *, verified: dict) -> None:
-    """The tuned model: what changed, what it scores, what was exported."""
+def record_after(run: Run, encoder: Encoder, sets: Sets, base: Mapping[str, Tensor], state: TrainState) -> None:
+    """The tuned model: what changed and what it scores."""
     learned = learning(encoder.trunk)
     change = {name: float((learned[name].detach() - old).norm() / old.norm().clamp(min=1e-12)) for name, old in base.items()}
     similarity = run.read("analysis.json", {}).get("similarity", {}) | {"after": _similarity(encoder, sets)}
     run.write("analysis.json", {"similarity": similarity, "change": change})
-    run.update("manifest.json", seconds=state.seconds, steps=state.step, processes=state.processes, export=verified, probes=probes(encoder), bytes={
-        name: (run.folder / place).stat().st_size for name, place in (
-            ("adapter", "adapter/adapter_model.safetensors"), ("model", "export/model.safetensors"))
-    })
+    adapter = run.folder / "adapter" / "adapter_model.safetensors"
+    run.update(
+        "manifest.json", seconds=state.seconds, steps=state.step, processes=state.processes, probes=probes(in_dtype(encoder, torch.float32)),
+        bytes={"adapter": adapter.stat().st_size},
+    )
     run.update("results.json", after=evaluate.evaluate(encoder, sets))
 
 
 def finish(run: Run) -> None:
-    """From here on the run is finished, and starting it again shows its table."""
+    """From here on the run is finished: starting it again shows its table, and makes its export if that is missing."""
     run.update("manifest.json", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    run.close()
+
+
+def is_exported(run: Run) -> bool:
+    return "export" in run.read("manifest.json", {}) and (run.folder / "export" / contracts.FILE).is_file()
+
+
+def write_export(run: Run, config: TrainConfig, encoder: Encoder) -> None:
+    """The export of a finished run, which says so in the manifest. InputError names the command that makes it again."""
+    try:
+        verified = export(encoder, run.folder / "export", card=card(run, config))
+    except InputError as error:
+        again = shlex.join(["python", "train/export.py", f"run={run.folder}"])
+        raise InputError(f"{run.folder} has its adapter, results and report, and no export: {error}. To export it again: {again}") from error
+    weights = sum(file.stat().st_size for file in (run.folder / "export").glob("*.safetensors"))
+    size = run.read("manifest.json", {})["bytes"]
+    run.update("manifest.json", export=verified, bytes=size | {"model": weights})
+
+
+def reopen(run: Run, config: TrainConfig) -> tuple[Encoder, Path]:
+    """The encoder as it was when the newest checkpoint was written, and that checkpoint."""
+    newest = checkpoint.latest(run.checkpoints)
+    if newest is None:
+        raise InputError(f"{run.folder} has no checkpoint yet; let it train until the first one")
+    if threads := run.read("manifest.json", {}).get("environment", {}).get("threads"):
+        torch.set_num_threads(threads)  # the last digits of the probes belong to them
+    trunk, tokenizer = load_trunk(config.model), load_tokenizer(config.model.path)
+    if is_adapter(run.folder / "adapter"):
+        refuse_other_base(trunk, run.folder / "adapter")
+        check_tokenizer(tokenizer, run.folder / "adapter")
+    contract = Contract(config.pooling.name, config.markers, base=config.model.path)
+    encoder = Encoder(trunk, tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
+    encoder.trunk = tune(encoder.trunk, config.tuning)
+    encoder.eval()
+    checkpoint.load_parameters(newest / "trained.safetensors", learning(encoder.trunk))
+    return encoder, newest
+
+
+def complete(run: Run, config: TrainConfig, encoder: Encoder | None = None) -> None:
+    """Ends a finished run: its export, where that is missing, and its table, whatever the export says.
+
+    encoder: as it was trained; without, the one of the last checkpoint, after an export that was refused or killed.
+    """
+    if int(os.environ.get("RANK", "0")):
+        return
+    try:
+        if encoder is not None or not is_exported(run):
+            run.lock = run.lock or held(run.folder)
+            write_export(run, config, encoder or reopen(run, config)[0])
+    finally:
+        run.close()
+        show(run)
 
 
 def show(run: Run) -> None:
@@ -67,7 +153,7 @@ def show(run: Run) -> None:
     from rich.console import Console
 
     results, manifest = run.read("results.json", {}), run.read("manifest.json", {})
-    console = Console()
+    console = Console(markup=False)  # a name may hold brackets
     if scored := {name: results[name] for name in ("before", "after", "bm25") if results.get(name)}:
         console.print(evaluate.table(scored, f"{run.name}: results × 100"))
     else:
@@ -75,13 +161,23 @@ def show(run: Run) -> None:
     queries, size = _queries_seen(run), manifest["bytes"]
     console.print(f"{queries / manifest['seconds']:.1f} pairs per second · {queries:,} pairs · {manifest['seconds'] / 60:.1f} minutes of training")
     console.print(f"trained {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters: "
-                  f"{_bytes(size['adapter'])} of changes to a model of {_bytes(size['model'])}")
-    console.print(f"run folder  {run.folder}   (open {run.folder}/report.html)")
+                  f"{_bytes(size['adapter'])} of changes" + (f" to a model of {_bytes(size['model'])}" if "model" in size else ", not exported"))
+    console.print(f"run folder  {run.folder}   (open {run.folder}/report.html)", soft_wrap=True, highlight=False)
     ours = manifest["data"]["sources"][0]["source"].endswith("pydocs")  # what search looks through when no corpus is named
     what = 'query="parse a date from a string"' if ours else "corpus=<JSON lines of _id and text>"
-    here = Path(sys.executable)
-    python = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else "python"  # .venv/bin/python needs no activation
-    console.print(f"search it   {python} train/search.py {shlex.quote(f'run={run.folder}')} {what}", soft_wrap=True, highlight=False)
+    search = shlex.quote(_from_here(Path(__file__).parents[1] / "train" / "search.py"))
+    console.print(f"search it   {_python()} {search} {argument('run', str(run.folder))} {what}", soft_wrap=True, highlight=False)
+
+
+def _python() -> str:
+    """This interpreter, as the shell finds it from here: .venv/bin/python needs no activation."""
+    found = shutil.which("python")
+    return "python" if found and Path(found).absolute() == Path(sys.executable).absolute() else shlex.quote(_from_here(Path(sys.executable)))
+
+
+def _from_here(file: Path) -> str:
+    """Relative where it lies below the working directory."""
+    return os.path.relpath(file) if file.absolute().is_relative_to(Path.cwd()) else str(file.absolute())
 
 
 def card(run: Run, config: TrainConfig) -> str:
@@ -94,6 +190,8 @@ def card(run: Run, config: TrainConfig) -> str:
         tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "sgpt", config.tuning.name],
     )
     manifest = run.read("manifest.json", {})
+    frozen = manifest.get("precision", {}).get("frozen", "float32")  # runs of older versions do not say
+    over = f" over a trunk in {frozen}" if frozen != "float32" else ""
     roles = "encode_query / encode_document" if config.markers.name != "none" else "encode"
     return f"""---
 {data.to_yaml()}
@@ -102,8 +200,8 @@ def card(run: Run, config: TrainConfig) -> str:
 # {run.name}
 
 An SGPT bi-encoder: {config.model.path} with {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters trained
-({config.tuning.name}), pooled by {config.pooling.name}, markers {config.markers.name}, at most {config.markers.query_max_tokens} tokens a query and
-{config.markers.document_max_tokens} a document. Compare by cosine.
+({config.tuning.name}, in float32{over}), pooled by {config.pooling.name}, markers {config.markers.name},
+at most {config.markers.query_max_tokens} tokens a query and {config.markers.document_max_tokens} a document. Compare by cosine.
 
     from sentence_transformers import SentenceTransformer   # 6.0 or newer; older versions would leave out the markers
     model = SentenceTransformer("{run.folder}/export")        # {roles}
@@ -118,13 +216,23 @@ peak learning rate {config.optim.learning_rate:g}, seed {config.trainer.seed}.
 """
 
 
+def _precision(encoder: Encoder, config: TrainConfig) -> dict[str, str]:
+    """What the frozen and the trained weights are held in while the run trains and is scored, and what it computes in."""
+    held_in = {str(parameter.dtype).removeprefix("torch.") for parameter in encoder.trunk.parameters()}
+    half = next((name for name in HALVES if name in held_in), None)
+    return {"frozen": half or "float32", "trained": "float32", "computed": half or config.trainer.precision}
+
+
 def _similarity(encoder: Encoder, sets: Sets) -> dict[str, list[float]]:
     if not sets.retrieval:
         return {"positive": [], "negative": []}
     chosen = sets.retrieval[0]
-    queries = list(chosen.qrels)[:SAMPLE]
-    positives = [max(chosen.qrels[query], key=chosen.qrels[query].get) for query in queries]
-    return evaluate.similarity_sample(encoder, [chosen.queries[query] for query in queries], [chosen.corpus[document] for document in positives])
+    best: dict[str, str] = {}
+    for query, judged in chosen.qrels.items():  # a judged document may be no candidate: BEIR leaves those with an empty text out
+        relevant = [document for document, score in judged.items() if score > 0 and document in chosen.corpus]
+        if relevant and len(best) < SAMPLE:
+            best[query] = max(relevant, key=judged.get)
+    return evaluate.similarity_sample(encoder, [chosen.queries[query] for query in best], [chosen.corpus[document] for document in best.values()])
 
 
 def _queries_seen(run: Run) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from filelock import FileLock
 
@@ -21,9 +21,9 @@ from sgpt.distributed import from_main, world
 from sgpt.errors import InputError
 from sgpt.files import held, let_go, write_whole
 from sgpt.progress import progress_bar
-from sgpt.run import differences
+from sgpt.provenance import Inputs, check_same, differences, environment
 
-FREE = {"resume", "threads"}  # keys that may change on resuming
+MAY_CHANGE = {"resume", "threads"}  # keys; of threads the number that computes counts, and it is compared apart
 
 
 class Resumable(Protocol):
@@ -37,7 +37,7 @@ class Resumable(Protocol):
 def sole_writer(output: Path) -> Iterator[None]:
     """InputError, on all processes of this start, while another start writes `output`."""
     locks: list[FileLock] = []
-    from_main(lambda: locks.append(held(output)))
+    from_main(lambda: locks.append(held(output, "another output=")))
     try:
         yield
     finally:
@@ -122,9 +122,17 @@ def read_manifest(config: Resumable) -> dict:
         return {}  # somebody removed the rows
     if manifest and not config.resume:
         raise InputError(f"{file} belongs to a killed run; go on with resume=true, or choose another output=<file>")
-    if manifest and (changed := differences(*({key: made[key] for key in made.keys() - FREE} for made in (manifest["config"], asdict(config))))):
+    if manifest and (changed := differences(manifest["config"], asdict(config), MAY_CHANGE)):
         raise InputError(f"{output} was begun with another configuration: {'; '.join(changed[:5])}. Resume it unchanged, or choose another output=<file>")
     return manifest
+
+
+def begin(config: Resumable, manifest: dict, inputs: Inputs) -> dict[str, Any]:
+    """The manifest of this job: the one that is there, when its inputs are these and it has as many threads; else a new one."""
+    if manifest:
+        check_same(Path(config.output), manifest, inputs, otherwise="choose another output=<file>")
+        return manifest
+    return {"config": asdict(config), "inputs": dict(inputs), "environment": environment()}
 
 
 def write_manifest(output: Path, manifest: dict) -> None:

@@ -23,9 +23,10 @@ import logging
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,19 +39,24 @@ from sgpt.attention import prepare as prepare_attention
 from sgpt.data import pydocs
 from sgpt.data.jsonl import read_rows
 from sgpt.data.open_text import read_documents, read_weak_pairs
-from sgpt.distributed import average_gradients, gather
+from sgpt.distributed import average_gradients, from_main, gather
 from sgpt.errors import InputError
+from sgpt.files import write_whole
+from sgpt.interrupt import Interrupted, Stop
 from sgpt.loss import similarities
 from sgpt.model import packed_token_embeddings
 from sgpt.packing import packs
 from sgpt.pooling import weighted_mean
 from sgpt.progress import progress_bar
+from sgpt.provenance import check_same, differences, environment, file_hash, recorded_threads, threads
+from sgpt.values import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, check_choice, check_ranges
 
 log = logging.getLogger(__name__)
 
 END = "<|endoftext|>"  # between documents, and padding; id 0
 TOKENS_PER_PACK = 2048
 CHUNK = 512  # positions whose logits exist at a time
+MAY_CHANGE = {"folder", "output", "save_every_steps", "log_every_steps"}  # on resuming
 
 
 @dataclass
@@ -64,6 +70,11 @@ class NanoConfig:
     positions: int = 384
     window: int = 256
 
+    def __post_init__(self) -> None:
+        check_ranges(self, "nano.", **dict.fromkeys((field.name for field in fields(self)), COUNT))
+        if self.hidden_size % self.heads:
+            raise InputError(f"nano.heads={self.heads} does not divide nano.hidden_size={self.hidden_size}")
+
 
 @dataclass
 class PretrainConfig:
@@ -75,7 +86,7 @@ class PretrainConfig:
     head_share: share of document positions that carry the next-token loss in a step of pairs.
     """
 
-    text: str = "../shared/data"
+    text: str = ""
     pydocs: str = "data/raw/pydocs"
     folder: str = "runs/nano"
     output: str = "data/nano"
@@ -107,6 +118,15 @@ class PretrainConfig:
     log_every_steps: int = 5
 
     def __post_init__(self) -> None:
+        rates = ("lexical_learning_rate", "muon_learning_rate", "embedding_learning_rate", "head_learning_rate", "vector_learning_rate", "scale")
+        counts = (
+            "lexical_pairs_per_step", "window_tokens", "windows_per_step", "windows_per_forward", "pairs_per_step", "neighbours",
+            "max_query_tokens", "max_document_tokens", "warmup_steps", "save_every_steps", "log_every_steps",
+        )  # fmt: skip
+        steps = ("lexical_steps", "joint_steps", "language_steps")
+        check_ranges(self, **dict.fromkeys(rates, POSITIVE), **dict.fromkeys(counts, COUNT), **dict.fromkeys(steps, COUNT_OR_NONE), seed=SEED,
+                     head_share=SHARE, contrastive_weight=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE)
+        check_choice("precision", self.precision, ("fp32", "bf16"))
         for name in ("pairs_per_step", "lexical_pairs_per_step"):
             if getattr(self, name) % self.neighbours:
                 raise InputError(f"neighbours={self.neighbours} does not divide {name}={getattr(self, name)}")
@@ -137,6 +157,8 @@ class Corpus:
 
 def prepare(config: PretrainConfig) -> Corpus:
     """Trains the tokenizer and tokenises everything, once; later calls open what is there."""
+    if not config.text:
+        raise InputError("set text=<folder> of the open text sources; sgpt/data/open_text.py says which files lie in it")
     folder = Path(config.folder)
     if not (folder / "stream.npy").is_file():  # written last
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +213,33 @@ def bag_of_tokens(table: Tensor, rows: list[list[int]]) -> Tensor:
 
 
 def pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) -> GPTNeoForCausalLM:
-    """All stages, from the newest checkpoint when there is one."""
+    """All stages, from the newest checkpoint when there is one: of this configuration, text and versions, by as many threads."""
+    manifest = from_main(lambda: begin(config, corpus, accelerator.num_processes))
+    with threads(recorded_threads(manifest)):
+        return _pretrain(config, corpus, accelerator)
+
+
+def begin(config: PretrainConfig, corpus: Corpus, processes: int) -> dict[str, Any]:
+    """`<folder>/manifest.json`: written by the first start, checked by the next ones."""
+    file = Path(config.folder) / "manifest.json"
+    inputs = {part.name: file_hash(Path(config.folder) / f"{part.name}.npy") for part in fields(corpus)}
+    inputs["processes"] = processes
+    if not file.is_file() and not any(Path(config.folder).glob("step-*.pt")):
+        manifest = {"config": asdict(config), "inputs": inputs, "environment": environment()}
+        write_whole(file, json.dumps(manifest, indent=2) + "\n")
+        return manifest
+    manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if changed := differences(manifest.get("config", asdict(config)), asdict(config), MAY_CHANGE):
+        raise InputError(
+            f"{config.folder} was begun with another configuration: {'; '.join(changed[:5])}. "
+            "Resume it unchanged, or choose another folder=<folder>"
+        )
+    with threads(recorded_threads(manifest)):
+        check_same(Path(config.folder), manifest, inputs, otherwise="choose another folder=<folder>")
+    return manifest
+
+
+def _pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) -> GPTNeoForCausalLM:
     folder, rank, processes = Path(config.folder), accelerator.process_index, accelerator.num_processes
     with accelerator.main_process_first():
         if not (folder / "lexical.pt").is_file():
@@ -205,33 +253,37 @@ def pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) -
     step, tokens = _resume(folder, model, optimizers)
     started, first = time.perf_counter(), step
     steps = config.joint_steps + config.language_steps
-    while step < steps:
-        factor = min(1.0, (step + 1) / config.warmup_steps) * (1 - 0.9 * step / steps)
-        for optimizer, rates in zip(optimizers, peaks, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-        windows = min(step, config.joint_steps) // 4 + max(0, step - config.joint_steps)  # steps on windows so far
-        with accelerator.autocast():
-            if step % 4 == 3 or step >= config.joint_steps:
-                line, seen = language_step(model, corpus, config, windows, rank, processes)
-            else:
-                line, seen = pair_step(model, corpus, config, step - windows, rank, processes)
-        average_gradients(model.parameters())
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        step, tokens = step + 1, tokens + seen * processes
-        if step % config.log_every_steps == 0:
-            seconds = time.perf_counter() - started
-            shown = {name: gather(value.float()[None]).mean().item() for name, value in line.items()}
-            if accelerator.is_main_process:
-                with (folder / "metrics.jsonl").open("a", encoding="utf-8") as out:
-                    out.write(json.dumps({"step": step, "tokens": tokens, **shown, "grad_norm": norm.item(), "seconds": seconds}) + "\n")
-            log.info("step %d/%d  %s tokens  %s  %.0f s left", step, steps, f"{tokens:,}",
-                     "  ".join(f"{name} {value:.3f}" for name, value in shown.items()), seconds / (step - first) * (steps - step))
-        if (step % config.save_every_steps == 0 or step == steps) and accelerator.is_main_process:
-            _save(folder, model, optimizers, step, tokens)
+    with Stop() as stop:
+        while step < steps:
+            factor = min(1.0, (step + 1) / config.warmup_steps) * (1 - 0.9 * step / steps)
+            for optimizer, rates in zip(optimizers, peaks, strict=True):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor
+            windows = min(step, config.joint_steps) // 4 + max(0, step - config.joint_steps)  # steps on windows so far
+            with accelerator.autocast():
+                if step % 4 == 3 or step >= config.joint_steps:
+                    line, seen = language_step(model, corpus, config, windows, rank, processes)
+                else:
+                    line, seen = pair_step(model, corpus, config, step - windows, rank, processes)
+            average_gradients(model.parameters())
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            step, tokens = step + 1, tokens + seen * processes
+            if step % config.log_every_steps == 0:
+                seconds = time.perf_counter() - started
+                shown = {name: gather(value.float()[None]).mean().item() for name, value in line.items()}
+                if accelerator.is_main_process:
+                    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as out:
+                        out.write(json.dumps({"step": step, "tokens": tokens, **shown, "grad_norm": norm.item(), "seconds": seconds}) + "\n")
+                log.info("step %d/%d  %s tokens  %s  %.0f s left", step, steps, f"{tokens:,}",
+                         "  ".join(f"{name} {value:.3f}" for name, value in shown.items()), seconds / (step - first) * (steps - step))
+            stopping = stop.agreed()
+            if (step % config.save_every_steps == 0 or step == steps or stopping) and accelerator.is_main_process:
+                _save(folder, model, optimizers, step, tokens)
+            if stopping:
+                raise Interrupted(f"step {step} of {steps} is saved")
     return model
 
 

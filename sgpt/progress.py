@@ -1,32 +1,123 @@
-"""Progress bars: on a terminal, on the main process, and only for work that lasts longer than two seconds."""
+"""What long work says of itself: bars on a terminal, plain lines in a log file, on the main process only.
 
+A bar appears when its work lasts longer than two seconds. Where the output is no terminal, a thread writes a line instead,
+then too, and again whenever nothing was said for 30 seconds, whatever the work is busy with: it need not report often.
+A library that is imported stays quiet: lines come only where the log of `sgpt` is on, as it is in every script.
+"""
+
+import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 PATIENCE_SECONDS = 2.0
+FIRST_LINE_SECONDS = 10.0  # of a script that has said nothing yet: it still imports, opens a model or reads
+LINE_EVERY_SECONDS = 30.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Work:
+    """Something that takes a while. total: of whatever `done` counts, None when nobody can say."""
+
+    title: str
+    total: float | None = None
+    done: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def line(self) -> str:
+        seconds = time.monotonic() - self.started
+        if not self.total or not self.done:
+            return f"{self.title}, {clock(seconds)} so far"
+        left = max(0.0, self.total / self.done - 1) * seconds
+        return f"{self.title}: {min(1.0, self.done / self.total):.0%}, about {clock(left)} left"
+
+
+def start_log() -> None:
+    """Scripts write what `sgpt` says to stderr, the main process alone."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("sgpt").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+_under_way: list[Work] = []  # the outermost first
+_writer: threading.Thread | None = None
+_lock = threading.Lock()
+_last_line = 0.0
+
+
+def said() -> None:
+    """A line was just written: the next one can wait."""
+    global _last_line
+    _last_line = time.monotonic()
+
+
+@contextmanager
+def under_way(title: str, total: float | None = None) -> Iterator[Work]:
+    """Writes lines about this work into the log while it lasts, together with the work that it is part of."""
+    global _writer
+    work = Work(title, total)
+    with _lock:
+        _under_way.append(work)
+        if _writer is None and not sys.stderr.isatty():
+            _writer = threading.Thread(target=_write_lines, name="progress", daemon=True)
+            _writer.start()
+    try:
+        yield work
+    finally:
+        with _lock:
+            _under_way.remove(work)
+
+
+def _write_lines() -> None:
+    """Until nothing is under way. Wakes ten times in each interval, so that no work is kept waiting for this thread."""
+    global _writer
+    told: set[str] = set()
+    while True:
+        time.sleep(min(PATIENCE_SECONDS, LINE_EVERY_SECONDS) / 10)
+        with _lock:
+            if not _under_way:
+                _writer = None
+                return
+            works = list(_under_way)
+        now, newest = time.monotonic(), works[-1]
+        is_new = newest.title not in told and newest.total is not None and now - newest.started > PATIENCE_SECONDS
+        allowed = LINE_EVERY_SECONDS if _last_line > works[0].started else min(FIRST_LINE_SECONDS, LINE_EVERY_SECONDS)
+        if is_new or now - max(_last_line, works[0].started) > allowed:
+            told.add(newest.title)  # the blocks of one job are told of once, and then every 30 seconds
+            said()
+            log.info("%s", "; ".join(work.line() for work in works))
 
 
 @contextmanager
 def progress_bar(title: str, total: float, wanted: bool | None = None) -> Iterator[Callable[[float], None]]:
-    """Gives advance(amount). wanted: True always shows, False never, None when it is worth it."""
+    """Gives advance(amount). wanted: True always shows a bar, False nothing, None a bar or lines when it is worth it."""
+    is_main, is_terminal = os.environ.get("RANK", "0") == "0", sys.stderr.isatty()
+    if wanted or (wanted is None and is_main and is_terminal):
+        with _bar(title, total, at_once=bool(wanted)) as advance:
+            yield advance
+    elif wanted is None and is_main and log.isEnabledFor(logging.INFO):
+        with under_way(title, total) as work:
+            yield lambda amount: setattr(work, "done", work.done + amount)
+    else:
+        yield lambda amount: None
+
+
+@contextmanager
+def _bar(title: str, total: float, *, at_once: bool) -> Iterator[Callable[[float], None]]:
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    visible = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" if wanted is None else wanted
-    if not visible:
-        yield lambda amount: None
-        return
-    from rich.console import Console
-
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn(),
-                   console=Console(stderr=True), transient=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn()
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task, started, shown = bar.add_task(title, total=total), time.monotonic(), False
 
     def advance(amount: float) -> None:
         nonlocal shown
-        if not shown and (wanted or time.monotonic() - started > PATIENCE_SECONDS):
+        if not shown and (at_once or time.monotonic() - started > PATIENCE_SECONDS):
             bar.start()
             shown = True
         bar.update(task, advance=amount)
@@ -36,3 +127,9 @@ def progress_bar(title: str, total: float, wanted: bool | None = None) -> Iterat
     finally:
         if shown:
             bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, and hours where there are any."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

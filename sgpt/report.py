@@ -36,11 +36,11 @@ CURVES = {  # title: keys of a log line
     "Queries per second": ("queries_per_second",),
 }
 REMEDY = {
-    "config.yaml": "copy it from one of the run's checkpoints, or train again",
-    "metrics.jsonl": "a killed run can leave half a line: delete it and write the report again",
-    "results.json": "evaluate the run again",
-    "analysis.json": "analyse the run again, or delete the file to leave its plots out",
-    "manifest.json": "let the run finish, it writes the manifest at its end",
+    "config.yaml": "put back the file that training wrote, or train again under another name=<name>",
+    "metrics.jsonl": "delete the line and write the report again, or, of a run that has not finished, start it again with resume=true",
+    "results.json": "of a run that has not finished, delete the file and start it again with resume=true: it evaluates again, before and after",
+    "analysis.json": "delete the file to leave its plots out",
+    "manifest.json": "delete the file and start the run again with resume=true, which writes it",
 }
 
 

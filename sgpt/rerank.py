@@ -4,20 +4,18 @@ A pair is scored once: pairs are sorted by document, so that a document is compu
 blocks of documents, which are shared out over processes and survive a kill (sgpt/parts.py).
 """
 
-import hashlib
 import json
 import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sgpt.adapter import base_hash
 from sgpt.compare import SHALLOW
 from sgpt.cross_encoder import TOKENS_PER_PACK, CrossEncoder, ScoreConfig
 from sgpt.data.beir import RetrievalSet, read_retrieval
@@ -30,10 +28,11 @@ from sgpt.evaluate import bm25_run, fewer_queries, retrieve
 from sgpt.files import write_whole
 from sgpt.fusion import reordered
 from sgpt.metrics import Run, cut, perfect, ranking
-from sgpt.parts import Parts, beside, read_manifest, remove_parts, sole_writer, write_manifest
+from sgpt.parts import Parts, begin, beside, read_manifest, remove_parts, sole_writer, write_manifest
 from sgpt.progress import progress_bar
 from sgpt.prompts import PromptConfig, build_prompt
-from sgpt.run import environment
+from sgpt.provenance import Inputs, content_hash, recorded_threads, threads, tokenizer_hash, weights_hash
+from sgpt.values import COUNT, THREADS, check_choice, check_ranges
 
 log = logging.getLogger(__name__)
 FIRST = {"bm25": None, "encoder": "encoder", "run": "trec"}  # first stage -> the key that it reads
@@ -81,9 +80,11 @@ class RerankConfig:
             if key and (self.first == first) != bool(getattr(self, key)):
                 problem = f"needs {key}=<path>" if self.first == first else f"does not read {key}={getattr(self, key)}; set first={first}, or leave it out"
                 raise InputError(f"first={self.first} {problem}")
-        for key in ("depth", "limit", "tokens_per_pack", "documents_per_block", "threads"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise InputError(f"{key}={getattr(self, key)} must be 1 or more")
+        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_ranges(
+            self, depth=COUNT, limit=COUNT.or_null("for all queries"), tokens_per_pack=COUNT, documents_per_block=COUNT,
+            threads=THREADS.or_null("to share the cores"),
+        )  # fmt: skip
         if self.posterior and (self.mean or self.answers):
             raise InputError("posterior=true makes probabilities of the query's, which a mean over its tokens and an answer are not; set one of them")
         build_prompt(self.prompt_config)
@@ -109,30 +110,28 @@ def run_rerank(config: RerankConfig, device: torch.device | str = "cpu") -> dict
     if not output.name or output.is_dir():
         raise InputError(f"output={config.output} is a folder; name a new file in it, for example {output / 'run.trec'}")
     with sole_writer(output):
-        return _run_rerank(config, device)
+        manifest = read_manifest(config)
+        with threads(config.threads or recorded_threads(manifest)):
+            return _run_rerank(config, manifest, device)
 
 
-def _run_rerank(config: RerankConfig, device: torch.device | str) -> dict[str, Any]:
-    main, output = world()[0] == 0, Path(config.output)
-    manifest = read_manifest(config)
+def _run_rerank(config: RerankConfig, manifest: dict, device: torch.device | str) -> dict[str, Any]:
+    main, output, resumed = world()[0] == 0, Path(config.output), bool(manifest)
     chosen = fewer_queries(read_set(config), config.limit)
     kept = beside(output, ".first.json")
-    first = from_main(lambda: _kept_first_stage(kept) if manifest and kept.is_file() else cut(first_stage(config, chosen, device), config.depth))
+    first = from_main(lambda: _kept_first_stage(kept) if resumed and kept.is_file() else cut(first_stage(config, chosen, device), config.depth))
     ranker = CrossEncoder.from_pretrained(
         config.model, config.prompt_config, dtype=config.dtype, scoring=ScoreConfig(config.mean, config.prior), tokens_per_pack=config.tokens_per_pack
     )
     ranker.model.to(device)
     refuse_unscorable(ranker, chosen, first)  # before anything is written
     check_ids(output, first)
-    identity = _fingerprint(chosen, first, ranker, config.dtype)
-    if manifest and manifest["fingerprint"] != identity:
-        raise InputError(f"{output} was begun with other texts, judgements, first-stage scores or weights than are there now; choose another output=<file>")
+    manifest = begin(config, manifest, inputs_of(config, chosen, first, ranker))
     barrier()  # everybody has read the manifest
     if "finished" in manifest:
         _remove_work(output)  # of a run that was killed while it removed them
         return manifest["results"] if main else {}
-    if main and not manifest:
-        manifest = {"config": asdict(config), "fingerprint": identity, "environment": environment()}
+    if main and not resumed:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_work(output)  # of a manifest that somebody removed
         if config.first == "encoder":
@@ -141,6 +140,7 @@ def _run_rerank(config: RerankConfig, device: torch.device | str) -> dict[str, A
     barrier()
     parts = Parts(output)
     barrier()  # everybody has read the parts, now they may grow
+    log.info("%s: %s pairs of %s by %s, on %s", output, f"{sum(map(len, first.values())):,}", chosen.name, config.model, device)
     run = rerank(ranker, chosen, first, config.depth, posterior=config.posterior, parts=parts, documents_per_block=config.documents_per_block)
     barrier()  # everybody has read the scores, now the parts may go
     results: dict[str, Any] = {}
@@ -155,7 +155,7 @@ def _run_rerank(config: RerankConfig, device: torch.device | str) -> dict[str, A
 
 
 def _kept_first_stage(file: Path) -> Run:
-    """Of an encoder: a killed run does not encode the corpus again, and other threads, which round otherwise, bring in no other document."""
+    """Of an encoder: a killed run does not encode the corpus again, and another machine, which rounds otherwise, brings in no other document."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -263,10 +263,14 @@ def _posterior(scores: dict[str, float]) -> dict[str, float]:
     return {document: score - total for document, score in scores.items()}
 
 
-def _fingerprint(chosen: RetrievalSet, first: Run, ranker: CrossEncoder, dtype: str) -> str:
-    """Changes with every text, judgement, first-stage score and with the weights; the configuration is compared apart."""
-    digest = hashlib.sha256(base_hash(dict(ranker.model.named_parameters()), dtype).encode())
-    digest.update(json.dumps([chosen.queries, chosen.qrels, first], sort_keys=True).encode())
-    for document in sorted({document for documents in first.values() for document in documents}):
-        digest.update(f"{document}\x1f{chosen.corpus[document]}\x1e".encode())
-    return digest.hexdigest()
+def inputs_of(config: RerankConfig, chosen: RetrievalSet, first: Run, ranker: CrossEncoder) -> Inputs:
+    """Everything that decides the scores, but for the configuration."""
+    ranked = sorted({document for documents in first.values() for document in documents})
+    return {
+        f"queries of {config.data}": content_hash(chosen.queries),
+        f"judgements of {config.data}": content_hash(chosen.qrels),
+        f"documents of {config.data}": content_hash((document, chosen.corpus[document]) for document in ranked),
+        f"first stage {config.encoder or config.trec or config.first}": content_hash(first),
+        f"model {config.model}": weights_hash(dict(ranker.model.named_parameters())),
+        f"tokenizer of {config.model}": tokenizer_hash(ranker.tokenizer),
+    }

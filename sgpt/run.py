@@ -5,10 +5,7 @@
 `manifest.json` gets its "finished" last of all.
 """
 
-import importlib.metadata
 import json
-import platform
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,9 @@ from filelock import FileLock
 
 from sgpt.errors import InputError
 from sgpt.files import held, let_go, write_whole
+from sgpt.provenance import Inputs, check_same, differences, recorded_threads
 
-VERSIONS = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy")
-MAY_CHANGE = {"resume", "logging", "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints"}  # on resuming
+MAY_CHANGE = {"name", "runs", "resume", "logging", "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints"}  # on resuming
 
 
 @dataclass
@@ -52,6 +49,17 @@ class Run:
     def update(self, file: str, **content: Any) -> None:
         self.write(file, self.read(file, {}) | content)
 
+    @property
+    def threads(self) -> int | None:
+        """Of each process when it was begun; None before."""
+        return recorded_threads(self.read("manifest.json", {}))
+
+    def check_same(self, inputs: Inputs) -> None:
+        """InputError when a run that was begun would resume with other data, weights, versions or threads."""
+        manifest = self.read("manifest.json", {})
+        if manifest or any(self.checkpoints.glob("step-*")):
+            check_same(self.folder, manifest, inputs, otherwise="choose another name=<name>")
+
     def close(self) -> None:
         """The run is written."""
         if self.lock is not None:
@@ -69,7 +77,7 @@ def claim(folder: Path, config: dict, *, resume: bool) -> Run:
     if not resume:
         state = "a finished run" if run.finished else "an unfinished run"
         raise InputError(f"{folder} holds {state}; go on with resume=true, or choose another name=<name>")
-    changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), config)
+    changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), config, MAY_CHANGE)
     if changed:
         raise InputError(f"{folder} was started with another configuration: {'; '.join(changed[:5])}. Resume it unchanged, or choose another name=<name>")
     return run
@@ -79,45 +87,7 @@ def begin(run: Run, config: dict) -> None:
     """Makes the folder, once everything that can be checked beforehand has been. InputError while another process writes it."""
     import yaml
 
-    run.lock = held(run.folder)
+    run.lock = held(run.folder, "another runs=")
     run.folder.mkdir(parents=True, exist_ok=True)
     if not (run.folder / "config.yaml").is_file():
         write_whole(run.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-
-
-def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
-    """"key: then -> now" for every key that matters to the result."""
-    found: list[str] = []
-    for key in sorted(before.keys() | now.keys()):
-        name, then, value = prefix + key, before.get(key), now.get(key)
-        if name in MAY_CHANGE:
-            continue
-        if isinstance(then, dict) and isinstance(value, dict):
-            found += differences(then, value, f"{name}.")
-        elif then != value:
-            found.append(f"{name}: {then} -> {value}")
-    return found
-
-
-def environment() -> dict[str, Any]:
-    """Versions, commit and machine, for the manifest."""
-    import torch
-
-    return {
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONS}},
-        "commit": _commit(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _commit() -> str | None:
-    """Commit of this checkout, with a + when files were changed; None outside of one."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if dirty else "")

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 
 from sgpt import contract as contracts
-from sgpt.adapter import Delta
+from sgpt.adapter import DELTA, Delta, check_tokenizer, convert, trained_dtype
 from sgpt.contract import Contract
 from sgpt.cross_encoder import CrossEncoder, load_language_model
 from sgpt.data.beir import read_corpus
-from sgpt.data.jsonl import read_rows
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.index import IndexConfig, open_index
@@ -66,20 +65,20 @@ def open_both(
     if folder is None or not (folder / contracts.FILE).is_file():
         raise InputError(f"{path} holds no adapter/, so there is no base to re-rank with; give the run's folder, or search without rerank")
     contract = Contract.load(folder)
-    model, tokenizer = load_language_model(ModelConfig(contract.base, dtype)).to(device), load_tokenizer(contract.base)
+    if not (folder / DELTA).is_file():
+        raise InputError(f"{folder} holds no {DELTA}, so there is no base to re-rank with; give the run's folder, or search without rerank")
+    model = load_language_model(ModelConfig(contract.base, trained_dtype(folder)))
+    convert(model, dtype)  # not opened so: a base that was trained over in half precision has the values of that
+    model, tokenizer = model.to(device), load_tokenizer(contract.base)
+    check_tokenizer(tokenizer, folder)
     encoder = Encoder(model.base_model, tokenizer, contract, delta=Delta(model.base_model, folder))
     return encoder, CrossEncoder(model, tokenizer, prompt)
 
 
 def read_documents(path: Path) -> dict[str, str]:
-    """id -> text of a BEIR folder or of a file of JSON lines with `_id` and `text`."""
-    if path.is_dir():
-        return read_corpus(path)
-    documents = {}
-    for where, row in read_rows(path):
-        if not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
-            raise InputError(f"{where}: needs text columns _id and text; it has {', '.join(row)}")
-        if row["_id"] in documents:
-            raise InputError(f"{where}: id {row['_id']!r} was used before; ids must be unique")
-        documents[row["_id"]] = f"{row.get('title') or ''} {row['text']}".strip()
+    """id -> text of a BEIR folder or of a file of rows, JSON lines for example, with `_id` and `text`."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; check the path")
+    if not (documents := read_corpus(path)):
+        raise InputError(f"{path}: no documents in it; give a file with at least one")
     return documents

@@ -9,7 +9,7 @@ The scores are computed for some queries at a time as well, so a batch is limite
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from sgpt.data.collate import Batch
 from sgpt.distributed import gather, gather_with_gradient, world
 from sgpt.encoder import Encoder
 from sgpt.loss import LossConfig, duplicate_queries, duplicates, positive_rows, scaled, too_alike, unit
+from sgpt.model import takes_packs
 from sgpt.packing import Pack, distinct
 
 SCORES_AT_A_TIME = 2**23  # 32 MB in float32, a few times that while they are computed
@@ -101,7 +102,7 @@ def _guided(rows: Tensor, candidates: Tensor, positives: Tensor, own: int, margi
 class Outcome:
     """loss: scalar, detached, this process' mean. queries [Q, D], candidates [C, D]: detached, of length 1, for the log.
 
-    kept: share of the tokens whose activations stayed alive, 0 to 1.
+    tokens: computed, of distinct texts; positions: those and their padding; kept_tokens: whose activations stayed alive.
     """
 
     loss: Tensor
@@ -109,7 +110,14 @@ class Outcome:
     candidates: Tensor
     contest: Contest
     config: LossConfig
-    kept: float = 1.0
+    tokens: int = 0
+    positions: int = 0
+    kept_tokens: int = 0
+
+    @property
+    def kept(self) -> float:
+        """Share of the tokens, 0 to 1."""
+        return self.kept_tokens / max(1, self.tokens)
 
 
 def contrastive_step(encoder: Encoder, batch: Batch, config: LossConfig, *, keep_bytes: float = float("inf"), weight: float = 1.0) -> Outcome:
@@ -124,8 +132,10 @@ def contrastive_step(encoder: Encoder, batch: Batch, config: LossConfig, *, keep
     for pack, part in zip(made, parts, strict=True):
         part.backward(encoder, pack, embeddings.grad[pack.rows])
     _restore_random_state(after, encoder.device)
+    tokens = sum(map(len, made))
+    positions = tokens if takes_packs(encoder.trunk) else sum(pack.padded_tokens for pack in made)
     kept = sum(len(pack) for pack, part in zip(made, parts, strict=True) if part.state is None)
-    return Outcome(outcome.loss, outcome.queries, outcome.candidates, outcome.contest, config, kept / sum(map(len, made)))
+    return replace(outcome, tokens=tokens, positions=positions, kept_tokens=kept)
 
 
 def objective(queries: Tensor, documents: Tensor, batch: Batch, config: LossConfig) -> tuple[Tensor, Outcome]:
@@ -177,27 +187,33 @@ def _chunks(rows: int, columns: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def health(outcome: Outcome) -> dict[str, float | None]:
-    """Over all processes: mean cosine of the positives and of each query's hardest negative (None where nothing is a negative),
+def health(*outcomes: Outcome) -> dict[str, float | None]:
+    """Over all queries of these micro-batches on all processes: mean cosine of the positives and of each query's hardest negative
 
-    mean number of negatives a query, and the share of its candidates that were left out as duplicates or false negatives.
+    (None where nothing is a negative), mean number of negatives, and the share of candidates that were left out as duplicates
+    or false negatives.
     """
-    contest, (positives, hardest, left_out) = outcome.contest, ([], [], [])
-    for chosen in _chunks(len(outcome.queries), len(outcome.candidates)):
-        own = contest.positives[chosen]
-        cosines, ignored = _scores(
-            outcome.queries[chosen], outcome.candidates, outcome.config, 1.0, own, contest.documents_per_query,
-            contest.no_negatives(chosen, outcome.config.guide_margin),
-        )
-        positives.append(cosines.gather(1, own[:, None]))
-        hardest.append(cosines.scatter_(1, own[:, None], float("-inf")).amax(1))
-        left_out.append(ignored.sum(1))
-    positive, negative, masked = gather(torch.cat(positives)), gather(torch.cat(hardest)), gather(torch.cat(left_out)).float().mean().item()
+    positives, hardest, negatives, masked = [], [], [], []
+    for outcome in outcomes:
+        contest, others = outcome.contest, len(outcome.candidates) - 1
+        for chosen in _chunks(len(outcome.queries), len(outcome.candidates)):
+            own = contest.positives[chosen]
+            cosines, ignored = _scores(
+                outcome.queries[chosen], outcome.candidates, outcome.config, 1.0, own, contest.documents_per_query,
+                contest.no_negatives(chosen, outcome.config.guide_margin),
+            )
+            left_out = ignored.sum(1).float()
+            positives.append(cosines.gather(1, own[:, None]))
+            hardest.append(cosines.scatter_(1, own[:, None], float("-inf")).amax(1))
+            negatives.append(others - left_out)
+            masked.append(left_out / max(1, others))
+    negative = gather(torch.cat(hardest))
     negative = negative[negative.isfinite()]
-    others = len(outcome.candidates) - 1
     return {
-        "positive_cosine": positive.mean().item(), "hardest_negative_cosine": negative.mean().item() if len(negative) else None,
-        "negatives_per_query": others - masked, "masked_share": masked / max(1, others),
+        "positive_cosine": gather(torch.cat(positives)).mean().item(),
+        "hardest_negative_cosine": negative.mean().item() if len(negative) else None,
+        "negatives_per_query": gather(torch.cat(negatives)).mean().item(),
+        "masked_share": gather(torch.cat(masked)).mean().item(),
     }
 
 

@@ -10,9 +10,10 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import psutil
 import torch
@@ -23,15 +24,18 @@ from sgpt import checkpoint
 from sgpt.checkpoint import TrainState
 from sgpt.data.prefetch import ahead
 from sgpt.data.sampling import Feed
-from sgpt.distributed import average_gradients, gather
+from sgpt.distributed import average_gradients, from_main, gather
 from sgpt.encoder import TOKENS_PER_PACK, Encoder
 from sgpt.errors import InputError
 from sgpt.evaluate import Results
+from sgpt.interrupt import Interrupted, Stop
 from sgpt.loss import LossConfig
 from sgpt.optim import OptimConfig, build_optimizer, build_schedule
+from sgpt.progress import clock, said, under_way
 from sgpt.run import Run
 from sgpt.step import Outcome, contrastive_step, health
 from sgpt.tuning import count, learning
+from sgpt.values import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, THREADS, check_ranges
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +68,12 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):
             raise InputError(f"trainer.precision={self.precision!r} is unknown; choose fp32 or bf16")
-        for name in ("queries_per_process", "epochs", "gradient_accumulation", "log_every_steps", "save_every_steps", "keep_checkpoints", "tokens_per_pack"):
-            if getattr(self, name) < 1:
-                raise InputError(f"trainer.{name}={getattr(self, name)} must be 1 or more")
-        if self.keep_gigabytes is not None and self.keep_gigabytes < 0:
-            raise InputError(f"trainer.keep_gigabytes={self.keep_gigabytes} must be 0 or more, or null for half of the free memory")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise InputError(f"trainer.max_steps={self.max_steps} must be 1 or more, or null for whole epochs")
+        check_ranges(
+            self, "trainer.", queries_per_process=COUNT, epochs=COUNT, gradient_accumulation=COUNT, tokens_per_pack=COUNT,
+            log_every_steps=COUNT, save_every_steps=COUNT, keep_checkpoints=COUNT, evaluate_every_steps=COUNT_OR_NONE, seed=SEED,
+            max_steps=COUNT.or_null("for whole epochs"), keep_gigabytes=NOT_NEGATIVE.or_null("for half of the free memory"),
+            threads=THREADS.or_null("to share the cores"),
+        )  # fmt: skip
 
     def steps(self, batches_per_epoch: float) -> int:
         """Optimizer steps of the whole run: enough for every example of every epoch."""
@@ -105,6 +108,7 @@ def train(
     """Trains what `tuning` left learning, from the newest checkpoint of the run when there is one.
 
     evaluate: results on the dev sets, called every `evaluate_every_steps` on all processes.
+    Raises Interrupted, with the last step saved, after Ctrl-C or SIGTERM.
     """
     check(feed)
     rank, processes, steps = accelerator.process_index, accelerator.num_processes, config.steps(feed.batches_per_epoch)
@@ -119,35 +123,46 @@ def train(
         log.info("resumed from %s", newest)
     keep_bytes = free_memory_bytes(encoder.device) / 2 if config.keep_gigabytes is None else config.keep_gigabytes * 1e9
     metrics = MetricsLog(run, state, steps, accelerator)
-    _announce(encoder, feed, steps, config, optim, accelerator)
+    if state.step and every(config.evaluate_every_steps, state.step) and not metrics.has_dev(state.step):  # interrupted before it was measured
+        metrics.write_dev(state, evaluate())
 
     coming = ahead(lambda number: feed.batch(number, rank), range(state.batches, steps * config.gradient_accumulation))
     encoder.train()
-    while state.step < steps:
-        started, num_tokens = time.perf_counter(), 0
-        for batch in islice(coming, config.gradient_accumulation):
-            with accelerator.autocast():
-                outcome = contrastive_step(encoder, batch, loss, keep_bytes=keep_bytes, weight=1 / config.gradient_accumulation)
-            state.batches += 1
-            num_tokens += batch.num_tokens
-        average_gradients(parameters.values())
-        norm = nn.utils.clip_grad_norm_(parameters.values(), optim.max_grad_norm or math.inf)
-        learning_rate = schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        state.step += 1
-        state.seconds += time.perf_counter() - started
-        metrics.count(config.queries_per_process * config.gradient_accumulation, num_tokens, time.perf_counter() - started)
+    with Stop() as stop, under_way("training", steps) as work:
+        while state.step < steps:
+            started, num_tokens, outcomes = time.perf_counter(), 0, []
+            is_logged = every(config.log_every_steps, state.step + 1) or state.step + 1 == steps
+            mean_loss = torch.zeros((), device=encoder.device)
+            for batch in islice(coming, config.gradient_accumulation):
+                with accelerator.autocast():
+                    outcome = contrastive_step(encoder, batch, loss, keep_bytes=keep_bytes, weight=1 / config.gradient_accumulation)
+                state.batches += 1
+                num_tokens += batch.num_tokens
+                mean_loss += outcome.loss / config.gradient_accumulation
+                if is_logged:  # else the embeddings of all micro-batches would stay in memory
+                    outcomes.append(outcome)
+            average_gradients(parameters.values())
+            norm = nn.utils.clip_grad_norm_(parameters.values(), optim.max_grad_norm or math.inf)
+            learning_rate = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            state.step += 1
+            state.seconds += time.perf_counter() - started
+            work.done = state.step
+            metrics.count(config.queries_per_process * config.gradient_accumulation, num_tokens, time.perf_counter() - started)
 
-        if every(config.log_every_steps, state.step) or state.step == steps:
-            metrics.write(state, outcome, encoder.padding_share([*batch.queries, *batch.documents]), learning_rate, norm)
-        if every(config.evaluate_every_steps, state.step):
-            metrics.write_dev(state, evaluate())
-            encoder.train()
-        if every(config.save_every_steps, state.step) or state.step == steps:
-            _refuse_not_finite(state.step, float(outcome.loss), float(norm), learning_rate)  # steps that are saved need not be logged
-            checkpoint.save(run.checkpoints, parameters, optimizer, schedule, state, config.keep_checkpoints)
+            if is_logged:
+                metrics.write(state, mean_loss, outcomes, learning_rate, norm)
+            if every(config.evaluate_every_steps, state.step) and (results := stop.unless_asked(evaluate)) is not None:
+                metrics.write_dev(state, results)
+                encoder.train()
+            stopping = stop.agreed()
+            if every(config.save_every_steps, state.step) or state.step == steps or stopping:
+                _refuse_not_finite(state.step, float(mean_loss), float(norm), learning_rate)  # steps that are saved need not be logged
+                checkpoint.save(run.checkpoints, parameters, optimizer, schedule, state, config.keep_checkpoints)
+            if stopping:
+                raise Interrupted(f"step {state.step} of {steps} is saved")
     return state
 
 
@@ -163,20 +178,28 @@ class MetricsLog:
         self.queries, self.tokens, self.seconds = 0, 0, 0.0
         if accelerator.is_main_process:
             lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.is_file() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.step]
+            whole = [line for line in lines if line.endswith("\n")]  # a kill tears the last
+            kept = [line for number, line in enumerate(whole, start=1) if _step_of(line, self.file, number) <= state.step]
             self.file.write_text("".join(kept), encoding="utf-8")
+
+    def has_dev(self, step: int) -> bool:
+        """All processes call it."""
+        lines = from_main(lambda: self.file.read_text(encoding="utf-8").splitlines())
+        return any("dev" in line and line["step"] == step for line in map(json.loads, lines))
 
     def count(self, queries: int, tokens: int, seconds: float) -> None:
         self.queries, self.tokens, self.seconds = self.queries + queries, self.tokens + tokens, self.seconds + seconds
 
-    def write(self, state: TrainState, outcome: Outcome, padding_share: float, learning_rate: float, norm: torch.Tensor) -> None:
-        """All processes call it. InputError when the loss is no number any more."""
-        loss = gather(outcome.loss.float()[None]).mean().item()
-        total = gather(torch.tensor([self.queries, self.tokens], device=outcome.loss.device)).view(-1, 2).sum(0).tolist()
+    def write(self, state: TrainState, loss: torch.Tensor, outcomes: Sequence[Outcome], learning_rate: float, norm: torch.Tensor) -> None:
+        """All processes call it, with the mean loss and the outcomes of the step's micro-batches. InputError when the loss is no number any more."""
+        loss = gather(loss.float()[None]).mean().item()
+        texts = [(outcome.tokens, outcome.positions, outcome.kept_tokens) for outcome in outcomes]
+        counts = torch.tensor([self.queries, self.tokens, *map(sum, zip(*texts, strict=True))], device=norm.device)
+        queries, tokens, computed, positions, kept = gather(counts).view(-1, 5).sum(0).tolist()
         line = {
             "step": state.step, "loss": loss, "learning_rate": learning_rate, "grad_norm": float(norm),
-            "queries_per_second": total[0] / self.seconds, "tokens_per_second": total[1] / self.seconds,
-            "padding_share": padding_share, "kept_share": outcome.kept, **health(outcome),
+            "queries_per_second": queries / self.seconds, "tokens_per_second": tokens / self.seconds,
+            "padding_share": 1 - computed / max(1, positions), "kept_share": kept / max(1, computed), **health(*outcomes),
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device), "seconds": state.seconds,
         }
         self.queries, self.tokens, self.seconds = 0, 0, 0.0
@@ -186,12 +209,14 @@ class MetricsLog:
         log.info(
             "step %d/%d  loss %.4f  lr %.2e  grad %.3f  %.1f queries/s  %.0f tokens/s  padding %.0f %%  cos+ %.2f  cos- %.2f  %.1f GB  %s left",
             state.step, self.steps, loss, learning_rate, line["grad_norm"], line["queries_per_second"], line["tokens_per_second"],
-            100 * line["padding_share"], line["positive_cosine"], line["hardest_negative_cosine"] or math.nan, line["peak_memory_bytes"] / 1e9, _clock(left),
+            100 * line["padding_share"], line["positive_cosine"], line["hardest_negative_cosine"] or math.nan, line["peak_memory_bytes"] / 1e9, clock(left),
         )
+        said()
 
     def write_dev(self, state: TrainState, results: Results) -> None:
         self._append({"step": state.step, "dev": results})
         log.info("step %d/%d  dev %s", state.step, self.steps, json.dumps(results))
+        said()
 
     def _append(self, line: dict) -> None:
         if self.accelerator.is_main_process:
@@ -203,12 +228,19 @@ class MetricsLog:
             self.accelerator.log(flat, step=line["step"])
 
 
+def _step_of(line: str, file: Path, number: int) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{file}, line {number}: no line of this log ({line.strip()[:40]!r}); delete the line and resume") from None
+
+
 def _refuse_not_finite(step: int, loss: float, norm: float, learning_rate: float) -> None:
     """On all processes alike: the gradients, and with them the norm, are the same."""
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise InputError(
             f"step {step}: the loss is {loss}, the gradient norm {norm}; lower optim.learning_rate={learning_rate:.2g} "
-            "or use trainer.precision=fp32. The last checkpoint is untouched"
+            "or use trainer.precision=fp32. Nothing of this step is saved, and earlier checkpoints are untouched"
         )
 
 
@@ -227,8 +259,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _announce(encoder: Encoder, feed: Feed, steps: int, config: TrainerConfig, optim: OptimConfig, accelerator: Accelerator) -> None:
+def announce(encoder: Encoder, feed: Feed, config: TrainerConfig, optim: OptimConfig, accelerator: Accelerator) -> None:
     """One block: what is about to happen, and what part of the texts the limits cut."""
+    steps = config.steps(feed.batches_per_epoch)
     learned, total = count(encoder.trunk)
     queries = config.queries_per_process * accelerator.num_processes
     r = 1 + feed.sources[0].num_hard_negatives
@@ -241,7 +274,7 @@ def _announce(encoder: Encoder, feed: Feed, steps: int, config: TrainerConfig, o
     log.info("%s examples, %d queries a batch in total, %d candidates a query, %d steps (%.2f epochs)",
              f"{sum(len(source.examples) for source in feed.sources):,}", queries, queries * r, steps,
              steps * config.gradient_accumulation / feed.batches_per_epoch)
-    log.info("peak learning rate %.2e, %s, %s, %d process(es), %d thread(s) each", optim.learning_rate, config.precision, encoder.device,
+    log.info("peak learning rate %.2e, %s, %s, %d process(es), %d thread(s) each", optim.learning_rate, _precision(encoder, config), encoder.device,
              accelerator.num_processes, torch.get_num_threads())
     log.info("truncated at the limits: %.1f %% of queries, %.1f %% of documents (of %d sampled)", 100 * cut["queries"], 100 * cut["documents"], len(sample))
     rows = [*encoder.token_ids([example.query for example in sample], "query"), *encoder.token_ids([example.positive for example in sample], "document")]
@@ -254,6 +287,15 @@ def _announce(encoder: Encoder, feed: Feed, steps: int, config: TrainerConfig, o
                     config.gradient_accumulation, queries * r)
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+def _precision(encoder: Encoder, config: TrainerConfig) -> str:
+    """What the trunk's weights, what learns and the computation are in, for example "bfloat16 trunk, float32 biases"."""
+    trained = learning(encoder.trunk)
+    half = {parameter.dtype for parameter in encoder.trunk.parameters()} - {torch.float32}
+    trunk = _name(half.pop()) if half else "float32"
+    what = "biases" if all(name.endswith("bias") for name in trained) else "learning parameters"
+    weights = f"{trunk} trunk, {_name(next(iter(trained.values())).dtype)} {what}"
+    return weights + (", computed in bfloat16" if config.precision == "bf16" and trunk != "bfloat16" else "")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

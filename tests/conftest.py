@@ -2,7 +2,8 @@
 
 import argparse
 import inspect
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "bert": ("Bert", WIDTH),
 }
 LIMITS = {"query_max_tokens": 24, "document_max_tokens": 40}
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """A pytest that a script has started in the background ignores Ctrl-C, and so would all that it starts; inside of this it does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -173,7 +173,7 @@ def test_triplets_that_name_a_text_twice_or_a_blank_one_are_left_out_and_counted
     ("name", "rows", "message"),
     [
         ("a.jsonl", [{"gold_label": "maybe", "sentence1": "a", "sentence2": "b"}], r"line 1, label: 'maybe' is unknown; labels are entailment, neutral,"),
-        ("a.jsonl", [{"gold_label": "entailment", "sentence1": "a"}], r"line 1: no column sentence2 or hypothesis; it has gold_label, sentence1\. Mend it"),
+        ("a.jsonl", [{"gold_label": "entailment", "sentence1": "a"}], r"line 1: no column sentence2 or hypothesis; it has gold_label, sentence1\. Fix it"),
         ("a.jsonl", [{"label": 0, "premise": "a", "hypothesis": "b"}], r"line 1, label: expected text, got int 0; give a string"),
         ("a.jsonl", [{"label": "neutral", "premise": None, "hypothesis": "b"}], r"line 1, premise: expected text, got NoneType None; give a string"),
         ("a.jsonl", ["{]"], r"a\.jsonl, line 1: not JSON"),
@@ -392,7 +392,7 @@ def by_hand(folder: Path, changed: dict[str, list]) -> Path:
     ("name", "rows", "message"),
     [
         ("collection.tsv", [*COLLECTION, "2\tagain"], r"collection\.tsv, line 4: id 2 was used before, in line 3; ids must be unique"),
-        ("collection.tsv", ["0\tzero", "one", "2\ttwo"], r"collection\.tsv, line 2: expected an id, a whole number, one tab and a text, got 'one'; mend"),
+        ("collection.tsv", ["0\tzero", "one", "2\ttwo"], r"collection\.tsv, line 2: expected an id, a whole number, one tab and a text, got 'one'; fix"),
         ("collection.tsv", ["0\tzero", "x\tone"], r"collection\.tsv, line 2: expected an id, a whole number, one tab and a text, got 'x\\tone'"),
         ("collection.tsv", ["0\tzero", "1\tone\ttwo"], r"collection\.tsv, line 2: expected an id, .* got '1\\tone\\ttwo'"),
         ("collection.tsv", ["0\tzero", "1\t "], r"collection\.tsv, line 2: expected an id"),
@@ -408,7 +408,7 @@ def by_hand(folder: Path, changed: dict[str, list]) -> Path:
         ("msmarco-hard-negatives.jsonl", [MINED_LINE | {"qid": "5"}], r"line 1: needs qid, a number, .*; it has qid: str, pos: list, neg: dict"),
         ("msmarco-hard-negatives.jsonl", [{"qid": 5, "pos": [0]}], r"line 1: needs qid, .* and neg, lists of them by system; it has qid: int, pos: list"),
         ("msmarco-hard-negatives.jsonl", [MINED_LINE | {"neg": {"bm25": 1}}], r"line 1, neg, bm25: expected a list of passage ids, got int 1"),
-        ("msmarco-hard-negatives.jsonl", [MINED_LINE | {"neg": {"bm25": ["1"]}}], r"line 1, neg, bm25: passage id '1' is no whole number; mend or remove it"),
+        ("msmarco-hard-negatives.jsonl", [MINED_LINE | {"neg": {"bm25": ["1"]}}], r"line 1, neg, bm25: passage id '1' is no whole number; fix or remove it"),
         ("msmarco-hard-negatives.jsonl", [MINED_LINE | {"pos": [0.5]}], r"line 1, pos: passage id 0\.5 is no whole number"),
         ("msmarco-hard-negatives.jsonl", [MINED_LINE | {"pos": [{"pid": 0}]}], r"line 1, pos: expected an object with pid and ce-score, .* got \{'pid': 0\}"),
         ("msmarco-hard-negatives.jsonl", [MINED_LINE | {"pos": [{"pid": 0, "ce-score": 1}, 0]}], r"line 1, pos: expected an object with pid .* got 0"),
@@ -418,7 +418,7 @@ def by_hand(folder: Path, changed: dict[str, list]) -> Path:
         ("msmarco-hard-negatives.jsonl", [MINED_LINE | {"pos": []}], r"negatives\.jsonl: no examples in it, 1 without positives left out; lower the score"),
         ("msmarco-hard-negatives.jsonl", ["{"], r"negatives\.jsonl, line 1: not JSON"),
         ("msmarco-hard-negatives.jsonl", [MINED_LINE | {"neg": {"bm25": [1, 3]}}], r"line 1: the score of passage 3 for query 5 is missing; it must be"),
-        (f"{SCORES_NAME}.jsonl", [SCORES_LINE | {"0": "high"}], r"line 1: the score of passage 0 for query 5 is 'high'; it must be a number, mend it"),
+        (f"{SCORES_NAME}.jsonl", [SCORES_LINE | {"0": "high"}], r"line 1: the score of passage 0 for query 5 is 'high'; it must be a number, fix it"),
         (f"{SCORES_NAME}.jsonl", [SCORES_LINE | {"1": float("nan")}], r"line 1: the score of passage 1 for query 5 is nan; it must be a number"),
         (f"{SCORES_NAME}.jsonl", [SCORES_LINE, SCORES_LINE], r"scores\.jsonl, line 2: id 5 was used before, in line 1"),
         (f"{SCORES_NAME}.jsonl", [{"0": 9, "qid": "5"}], r"scores\.jsonl, line 1: qid '5' is no whole number; write qid and, by passage id, the scores"),
@@ -490,7 +490,7 @@ def test_the_docstrings_conversion_runs_no_code(tmp_path, monkeypatch):
 def test_unreadable_tables_are_refused(name, tmp_path):
     folder = by_hand(tmp_path / "data", {})
     (folder / name).write_bytes(b"0\tna\xefve\n")
-    with pytest.raises(InputError, match=rf"{name}, line 1: not UTF-8 \(.*\), got '0\\tna.ve'; mend or remove the line"):
+    with pytest.raises(InputError, match=rf"{name}, line 1: not UTF-8 \(.*\), got '0\\tna.ve'; fix or remove the line"):
         built(folder, tmp_path / "cache")
     (folder / f"{name}.gz").write_bytes(gzip.compress(b"0\tzero\n" * 1000)[:-9])
     (folder / name).unlink()

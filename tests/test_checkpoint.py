@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -41,6 +42,7 @@ def step(parameters: dict[str, nn.Parameter], optimizer, schedule) -> None:
     optimizer.zero_grad()
 
 
+@pytest.mark.bitwise
 def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
     one = parts()
     for _ in range(3):
@@ -61,8 +63,7 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
 def test_a_checkpoint_holds_its_files_and_the_newest_are_kept(tmp_path):
     for number in (1, 2, 9, 10):
         save(tmp_path, *parts(), TrainState(step=number), keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-10", "step-9"]
-    assert (tmp_path / "latest").read_text() == "step-10\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-9"]
     assert latest(tmp_path).name == "step-10"  # by number, not by letters
     assert {path.name for path in (tmp_path / "step-10").iterdir()} == FILES
 
@@ -129,3 +130,42 @@ def test_other_parameters_are_refused(tmp_path):
     del parameters["bias"]
     with pytest.raises(InputError, match=r"holds other parameters than this run trains, bias for one; resume with the run's own tuning and model"):
         load(tmp_path / "step-1", parameters, optimizer, schedule)
+
+
+DAMAGES = {
+    "optimizer.pt cut": ("optimizer.pt", lambda file: file.write_bytes(file.read_bytes()[:-300])),
+    "optimizer.pt empty": ("optimizer.pt", lambda file: file.write_bytes(b"")),
+    "optimizer.pt of something else": ("optimizer.pt", lambda file: torch.save([1, 2], file)),
+    "optimizer.pt with one byte changed": ("optimizer.pt", lambda file: file.write_bytes(b"x" + file.read_bytes()[1:])),
+    "random-0.pt missing": ("random-0.pt", lambda file: file.unlink()),
+    "random-0.pt cut": ("random-0.pt", lambda file: file.write_bytes(file.read_bytes()[:100])),
+    "trained.safetensors cut": ("trained.safetensors", lambda file: file.write_bytes(file.read_bytes()[:-4])),
+    "trained.safetensors missing": ("trained.safetensors", lambda file: file.unlink()),
+    "state.json cut": ("state.json", lambda file: file.write_text('{"step": ')),
+    "state.json with another key": ("state.json", lambda file: file.write_text('{"steps": 4}')),
+    "state.json a list": ("state.json", lambda file: file.write_text("[]")),
+    "state.json with a text": ("state.json", lambda file: file.write_text('{"step": "four", "batches": 4, "seconds": 1.0, "processes": 1}')),
+}
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_refused_by_its_file_and_the_one_before_takes_its_place(name, damage, tmp_path):
+    for number in (4, 8):
+        save(tmp_path, *parts(), TrainState(step=number), keep=2)
+    damage(tmp_path / "step-8" / name)
+    with pytest.raises(InputError, match=rf"step-8/{name} is (damaged|missing).*; remove the folder .*step-8 and resume: step-4 is used instead"):
+        load(latest(tmp_path), *parts())
+    shutil.rmtree(tmp_path / "step-8")
+    assert load(latest(tmp_path), *parts()).step == 4
+
+
+def test_a_shape_of_another_model_is_refused(tmp_path):
+    save(tmp_path, *parts(5), TrainState(step=1), keep=1)
+    with pytest.raises(InputError, match=r"weight has shape \[5, 3\], this model's has \[6, 3\]"):
+        load(tmp_path / "step-1", *parts(6))
+
+
+def test_a_copy_of_a_checkpoint_is_none(tmp_path):
+    save(tmp_path, *parts(), TrainState(step=4), keep=2)
+    shutil.copytree(tmp_path / "step-4", tmp_path / "step-4.bak")
+    assert latest(tmp_path).name == "step-4"

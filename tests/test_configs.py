@@ -1,10 +1,12 @@
 """Every YAML becomes its dataclass, says what the dataclass says, and what is misspelt is refused with the nearest name."""
 
 import os
+import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -13,10 +15,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from sgpt.config import EvaluateConfig, ExportConfig, InspectConfig, SearchConfig, TrainConfig, plain, typed
-from sgpt.door import quoted
+from sgpt.data.pairs import ROLES
 from sgpt.errors import InputError
 from sgpt.mine import MineConfig
 from sgpt.mteb import MtebConfig
+from sgpt.overrides import Text, as_typed, texts
 from sgpt.pretrain import PretrainConfig
 from sgpt.rerank import RerankConfig
 
@@ -115,7 +118,7 @@ def test_the_saved_configuration_is_read_back_equal():
         ("trainer.evaluate_every_steps=5", r"dev\.retrieval and dev\.sts are empty; name a dev set or set it to 0"),
         ("optim.learning_rate=-1", r"optim\.learning_rate=-1\.0 must be positive"),
         ("optim.schedule=steps", r"optim\.schedule='steps' is unknown; choose one of linear, cosine"),
-        ("optim.warmup_steps=-1", r"optim\.warmup_steps=-1\.0 must not be negative"),
+        ("optim.warmup_steps=-1", r"optim\.warmup_steps=-1\.0 must be 0 or more"),
         ("loss.scale=0", r"loss\.scale=0\.0 must be positive"),
         ("model.dtype=int8", r"model\.dtype='int8' is unknown; choose float32, bfloat16 or float16"),
         ("pooling.name=median", r"pooling\.name='median' is unknown"),
@@ -166,15 +169,67 @@ def test_help_shows_the_keys_and_does_not_import_torch(script, tmp_path):
     ("{document}\\n", "{document}\n"), ("'in quotes, already'", "in quotes, already"),
 ])  # fmt: skip
 def test_a_text_is_read_as_it_was_typed(typed_in, read):
-    value = OverridesParser.create().parse_overrides([quoted(f"query={typed_in}")])[0].value()
+    value = OverridesParser.create().parse_overrides(as_typed([f"query={typed_in}"], "search", ("query", "prompt")))[0].value()
     assert OmegaConf.create({"query": value}).query == (typed_in if read is None else read)
 
 
-def test_null_stays_null():
-    assert quoted("query=null") == "query=null"
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_keys_that_are_taken_for_texts_are_those_of_the_dataclasses(name):
+    """Lists of keys in braces, data.sources, are no texts; null by default or by its type is null."""
+    def keys(schema: type, prefix: str = "") -> dict[str, Text]:
+        found: dict[str, Text] = {}
+        for key, kind in get_type_hints(schema).items():
+            plain, nullable = (get_args(kind)[0], True) if type(None) in get_args(kind) else (kind, False)
+            if depth := {str: 0, list[str]: 1, list[list[str]]: 2}.get(plain, -1) + 1:
+                found[prefix + key] = Text(depth - 1, nullable)
+            elif plain == dict[str, str | None]:
+                found |= {f"{prefix}{key}.{role}": Text(0, True) for role in ROLES}
+            elif is_dataclass(plain) and not nullable:
+                found |= keys(plain, f"{prefix}{key}.")
+        return found
+
+    assert texts(name) == keys(SCHEMAS[name])
 
 
-def test_a_value_that_hydra_cannot_read_is_refused_with_the_quotes_it_needs():
-    ended = subprocess.run([sys.executable, "train/mine.py", "data=a b=c"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert ended.stderr == "error: data=a b=c: what the value holds means something to Hydra; put it into quotes of its own: \"data='a b=c'\"\n"
+@pytest.mark.parametrize(("script", "typed_in", "key", "read"), [
+    ("train", "name=1e5", "name", "1e5"), ("train", "name=null", "name", "null"), ("train", "name=true", "name", "true"),
+    ("train", "name=007", "name", "007"), ("train", "name=1_000", "name", "1_000"), ("train", "name=0x1f", "name", "0x1f"),
+    ("train", "runs=a,b", "runs", "a,b"), ("train", "data.path=/x/it's {a} [b] = c\\n", "data.path", "/x/it's {a} [b] = c\\n"),
+    ("train", "data.path=~/$x/é", "data.path", "~/$x/é"), ("train", "data.path=a${b", "data.path", "a${b"), ("train", "data.path='a b'", "data.path", "a b"),
+    ("train", "data.path=\\${name}", "data.path", "${name}"), ("train", "data.path=end\\", "data.path", "end\\"),
+    ("train", "data.columns.query=the question, asked", "data.columns.query", "the question, asked"),
+    ("train", "data.columns={query: it's, label: null}", "data.columns.query", "it's"),
+    ("train", "name=of-${tuning.name}", "name", "of-bitfit"),  # as ever
+    ("train", "evaluation.split=null", "evaluation.split", None), ("train", "loss.guide=null", "loss.guide", None),
+    ("train", "evaluation.retrieval=[/x/epoch=3, /y z]", "evaluation.retrieval", ["/x/epoch=3", "/y z"]),
+    ("train", "evaluation.sts=['/a,b',it's,/c[1,2],1e5,true]", "evaluation.sts", ["/a,b", "it's", "/c[1,2]", "1e5", "true"]),
+    ("train", "evaluation.sts=[]", "evaluation.sts", []),
+    ("train", "data.sources=[{path: /x y=3, limit: 7}, {path: 1e5}]", "data.sources[0].path", "/x y=3"),
+    ("train", "data.sources=[{path: /x y=3, limit: 7}, {path: 1e5}]", "data.sources[1].path", "1e5"),
+    ("train", "data.sources=[{path: /x y=3, limit: 7}, {path: 1e5}]", "data.sources[0].limit", 7),
+    ("evaluate", "runs=[x]", "runs", "[x]"), ("evaluate", "split=1e5", "split", "1e5"),
+    ("evaluate", "markers={name: none, query_max_tokens: 30}", "markers.query_max_tokens", 30),
+    ("rerank", "shots=[[a document, true],['b, c',d=e]]", "shots", [["a document", "true"], ["b, c", "d=e"]]),
+])  # fmt: skip
+def test_what_is_typed_is_what_the_script_gets(script, typed_in, key, read):
+    given = as_typed([typed_in, *(["prompt={document}", "shot={document}{query}"] if key == "shots" else [])], script, ("prompt", "shot"))
+    tree = composed(script, *given)
+    assert OmegaConf.select(tree, key) == read
+    typed(SCHEMAS[script], tree)
+
+
+def test_a_sweep_keeps_its_commas_and_functions():
+    swept = ["-m", "tuning.name=bitfit,full", "data.path=choice(a,b)"]
+    assert as_typed(swept, "train") == swept
+    assert as_typed(["-m", "data.path='a,b'", "runs=a b"], "train") == ["-m", "data.path='a,b'", "runs='a b'"]
+
+
+def test_the_advice_for_a_value_that_hydra_cannot_read_works_when_typed(tmp_path):
+    """Of Hydra's own keys, which reach it as they are."""
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(REPOSITORY / 'train' / 'biencoder.py'))}"
+    first = subprocess.run(["bash", "-c", f"{command} \"hydra.run.dir=it's {{a}} = b\""], cwd=tmp_path, capture_output=True, text=True)
+    said, _, advice = first.stderr.strip().partition("; put it into quotes: ")
+    assert (first.returncode, said) == (2, "error: hydra.run.dir=it's {a} = b: what the value holds means something to Hydra")
+    again = subprocess.run(["bash", "-c", f"{command} {advice}"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.stderr == "error: data.path is empty; set data.path=<file or folder> for data=file\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["it's {a} = b"]

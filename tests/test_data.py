@@ -86,8 +86,8 @@ def test_texts_are_kept_to_the_last_blank(tmp_path):
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        ("{not json}", {}, r"line 2: not JSON \(.*\): '\{not json\}'; mend or remove the line"),
-        ('{"query": "q", "positive": "p"', {}, r"line 2: not JSON .*; mend or remove the line"),
+        ("{not json}", {}, r"line 2: not JSON \(.*\): '\{not json\}'; fix or remove the line"),
+        ('{"query": "q", "positive": "p"', {}, r"line 2: not JSON .*; fix or remove the line"),
         ('["q", "p"]', {}, r"line 2: expected a JSON object, got list .*; write one object a line"),
         ({"question": "q", "positive": "p"}, {}, r"line 2: no column 'query'; it has question, positive\. Name it by data\.columns\.query=<column>"),
         ({"query": "q"}, {}, r"line 2: no column 'positive'; it has query\. Name it by data\.columns\.positive=<column>"),
@@ -145,18 +145,16 @@ def damaged(content: bytes, how: str) -> bytes:
 def test_a_damaged_gzip_file_is_refused(how, tmp_path):
     file = lines(tmp_path / "train.jsonl.gz", *({"query": f"query {i * i}", "positive": f"positive {i * 77}"} for i in range(500)))
     file.write_bytes(damaged(file.read_bytes(), how))
-    with pytest.raises(InputError, match=r"train\.jsonl\.gz.*(cannot be read \(.*\); it should be UTF-8 JSON lines, gzipped when it ends in \.gz|not JSON)"):
-        list(read_rows(file))
-    with pytest.raises(InputError, match=r"train\.jsonl\.gz, line \d+: cannot be read from here on \(.*\); copy the file again"):
-        read(file)
+    for reader in (lambda: list(read_rows(file)), lambda: read(file)):
+        with pytest.raises(InputError, match=r"train\.jsonl\.gz, line \d+: cannot be read from here on \(.*\); copy the file again"):
+            reader()
 
 
 def test_a_file_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_bytes('{"query": "naïve", "positive": "p"}\n'.encode("latin-1"))
-    with pytest.raises(InputError, match=r"train\.jsonl: cannot be read \(.*utf-8.*\); it should be UTF-8 JSON lines"):
-        list(read_rows(tmp_path / "train.jsonl"))
-    with pytest.raises(InputError, match=r"train\.jsonl, line 1: not UTF-8 at column 14 in .*; save the file as UTF-8, or mend or remove the line"):
-        read(tmp_path / "train.jsonl")
+    for reader in (lambda: list(read_rows(tmp_path / "train.jsonl")), lambda: read(tmp_path / "train.jsonl")):
+        with pytest.raises(InputError, match=r"train\.jsonl, line 1: not UTF-8 at column 14 in .*; save the file as UTF-8, or fix or remove the line"):
+            reader()
 
 
 def test_bad_settings_are_refused():
@@ -274,7 +272,7 @@ def test_triples_that_name_unknown_documents_are_refused(folder):
 
 def test_a_qrels_file_in_another_encoding_is_refused(folder):
     (folder / "qrels" / "test.tsv").write_bytes("h\th\th\nqé\td1\t1\n".encode("latin-1"))
-    with pytest.raises(InputError, match=r"test\.tsv: cannot be read \(.*utf-8"):
+    with pytest.raises(InputError, match=r"test\.tsv, line 2: not UTF-8 at column 2 in .*; save the file as UTF-8"):
         beir.read_retrieval(folder, "test")
 
 

@@ -30,7 +30,7 @@ STEPS = 3
 BAD_TRAINING = {
     "no data": (["data.path=nowhere.jsonl"], r"nowhere\.jsonl: no such file; check the path"),
     "no path": (["data.path="], r"data\.path is empty; set data\.path=<file or folder> for data=file"),
-    "not json": (["data.path=torn.jsonl"], r"torn\.jsonl, line 2: not JSON .*mend or remove the line"),
+    "not json": (["data.path=torn.jsonl"], r"torn\.jsonl, line 2: not JSON .*fix or remove the line"),
     "blank text": (["data.path=blank.jsonl"], r"blank\.jsonl, line 2, query: the text is blank"),
     "too few negatives": (["data.num_hard_negatives=2"], r"train\.jsonl, line 1: 1 hard negatives in column 'negative'"),
     "too few rows": (["trainer.queries_per_process=51"], r"50 training examples do not fill one batch of 51 queries"),
@@ -176,7 +176,7 @@ def test_the_run_folder_holds_everything_that_is_promised(project):
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "metrics.jsonl", "checkpoints", "adapter", "export", "results.json", "analysis.json", "report.html", "manifest.json",
     }  # fmt: skip
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-2", "step-3", "latest"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-2", "step-3"}
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["model"]["path"], config["optim"]["learning_rate"], config["trainer"]["max_steps"]) == ("base", 0.01, STEPS)
     assert (run / "report.html").read_text().lstrip().lower().startswith("<!doctype html>")

@@ -483,6 +483,7 @@ def test_a_lost_mask_or_window_would_be_seen():
     encoder.zero_grad()
 
 
+@pytest.mark.bitwise
 def test_with_dropout_what_is_computed_again_gives_the_same_bits():
     trunk = random_trunk("gpt2", VOCABULARY)
     for module in trunk.modules():

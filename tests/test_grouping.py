@@ -106,6 +106,7 @@ def refused(texts: list[str], **options) -> None:
     raise AssertionError("embedded again")
 
 
+@pytest.mark.bitwise
 def test_a_second_start_draws_the_same_batches_bit_for_bit_and_embeds_nothing(tmp_path, tiny_encoder, monkeypatch, caplog):
     export(tiny_encoder("gpt2", pooling="mean"), tmp_path / "model", card="")
     file, tokenizer = write(tmp_path / "train.jsonl"), tiny_encoder("gpt_neo").tokenizer

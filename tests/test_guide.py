@@ -27,6 +27,7 @@ from sgpt.guide import grouped, guided
 from sgpt.loss import LossConfig
 from sgpt.markers import MarkersConfig
 from sgpt.model import load_tokenizer
+from sgpt.provenance import threads
 from sgpt.step import contrastive_step, health, objective
 from sgpt.tuning import TuningConfig, learning, tune
 
@@ -100,6 +101,19 @@ def test_embeddings_are_made_once_and_a_killed_start_goes_on(guide, tmp_path, ti
     again = guided(feed_of(tmp_path, tokenizer), config).batch(0, 0)
     assert len(made) == 8
     assert torch.equal(first.guide_documents, again.guide_documents)
+
+
+@pytest.mark.bitwise
+def test_a_block_that_is_made_again_has_the_bits_of_the_first_start_whatever_the_threads_are_now(guide, tmp_path, tiny_encoder):
+    feed, config = feed_of(tmp_path, tiny_encoder("gpt2").tokenizer), LossConfig(guide=str(guide))
+    with threads(1):
+        guided(feed, config)
+    first = stored(tmp_path / "cache")
+    for file in (tmp_path / "cache").rglob("*.npy"):
+        file.unlink()
+    with threads(2):
+        guided(feed, config)
+    assert stored(tmp_path / "cache") == first
 
 
 def test_another_model_is_never_served_the_embeddings_of_the_first(guide, tiny_encoder, tmp_path):
@@ -280,13 +294,15 @@ def stored(cache: Path) -> dict[tuple[str, ...], bytes]:
     return {file.relative_to(cache).parts[1:]: file.read_bytes() for file in cache.rglob("*.npy")}
 
 
+@pytest.mark.bitwise
 def test_two_processes_give_the_gradient_of_the_whole_batch(guide, tiny_base, tmp_path, monkeypatch):
     base = str(tiny_base("gpt_neo"))
     (tmp_path / "two").mkdir()
     torch.multiprocessing.spawn(one_of_two, (tmp_path / "two", base, str(guide)), nprocs=2)
     monkeypatch.setattr("sgpt.data.embeddings.TEXTS_AT_A_TIME", 5)
     (tmp_path / "one").mkdir()
-    whole = steps(base, str(guide), tmp_path / "one", 0, 1)
+    with threads(1):  # as each of the two has
+        whole = steps(base, str(guide), tmp_path / "one", 0, 1)
     assert len(stored(tmp_path / "one" / "cache")) == 2 + 5 + 1
     assert stored(tmp_path / "one" / "cache") == stored(tmp_path / "two" / "cache")  # the embeddings and the walk, bit for bit
     for rank in range(2):
@@ -322,7 +338,7 @@ def test_bad_settings_are_refused(tmp_path, tiny_base, tiny_encoder):
         guided(feed, LossConfig(guide="nowhere"))
     with pytest.raises(InputError, match=r"data\.grouping_model=.*: a bare base knows no similarity of texts; give a run, an export or"):
         grouped(feed, DataConfig(batches="hard", grouping_model=str(tiny_base("gpt2"))))
-    with pytest.raises(InputError, match=r"loss\.guide_margin=0\.1 is of no use without a guide; set loss\.guide=<folder of a model>, or leave it 0"):
+    with pytest.raises(InputError, match=r"loss\.guide_margin=0\.1 has no effect without a guide; set loss\.guide=<folder of a model>, or leave it 0"):
         LossConfig(guide_margin=0.1)
     with pytest.raises(InputError, match=r"loss\.guide_margin=nan must be a number"):
         LossConfig(guide="g", guide_margin=float("nan"))

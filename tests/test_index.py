@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
 from sgpt.index import IndexConfig, Stored, fingerprint, open_index, read_description
+from sgpt.provenance import threads
 from sgpt.search import Searcher
 
 WORDS = ["cat", "dog", "house", "tree", "river", "stone", "cloud", "train", "music", "bread"]
@@ -62,7 +63,9 @@ def test_exact_search_by_memory_map_finds_what_one_product_in_memory_finds(encod
     torch.testing.assert_close(product.gather(1, rows), scores, rtol=0, atol=tolerance)
     assert np.load(tmp_path / "index" / "embeddings.npy", mmap_mode="r").dtype == dtype
     expected = {"fingerprint": fingerprint(encoder, CORPUS), "documents": 100, "dtype": dtype, "kind": "exact", "encoded": 100}
-    assert read_description(tmp_path / "index") == expected
+    description = read_description(tmp_path / "index")
+    assert description.pop("environment")["threads"] == torch.get_num_threads()
+    assert description == {**expected, "documents_per_block": 16}
 
 
 def test_search_in_many_chunks_is_search_in_one(encoder, queries, tmp_path, monkeypatch):
@@ -126,8 +129,10 @@ print(json.dumps(ends))
 """
 
 
-def test_a_killed_build_looks_like_no_index_and_goes_on_where_it_was(encoder, encoded, tiny_base, tmp_path):
-    open_index(encoder, CORPUS, tmp_path / "whole", BLOCKS)
+@pytest.mark.bitwise
+def test_a_killed_build_looks_like_no_index_and_resumes_where_it_was_with_as_many_threads(encoder, encoded, tiny_base, tmp_path):
+    with threads(1):  # as the killed process has
+        open_index(encoder, CORPUS, tmp_path / "whole", BLOCKS)
     encoded.clear()
     given = json.dumps([str(tiny_base("gpt_neo")), str(tmp_path / "index"), CORPUS, ["d20", "d70"]])
     ended = subprocess.run([sys.executable, "-c", KILLED], input=given, capture_output=True, text=True, timeout=120)
@@ -136,7 +141,9 @@ def test_a_killed_build_looks_like_no_index_and_goes_on_where_it_was(encoder, en
     half = np.load(tmp_path / ".index.building" / "embeddings.npy", mmap_mode="r+")
     half[64:] = 7  # as a kill inside of a write leaves them
     half.flush()
-    open_index(encoder, CORPUS, tmp_path / "index", BLOCKS)
+    with threads(2):
+        open_index(encoder, CORPUS, tmp_path / "index", IndexConfig(documents_per_block=50))  # other bits, were it to count
+        assert torch.get_num_threads() == 2
     assert encoded == list(CORPUS.values())[64:]
     for name in ("embeddings.npy", "index.json"):
         assert (tmp_path / "index" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -173,6 +180,18 @@ def test_the_half_build_of_another_corpus_is_not_gone_on_with(encoder, encoded, 
     encoded.clear()
     open_index(encoder, {**CORPUS, "d3": "another text"}, tmp_path / "index", BLOCKS)
     assert len(encoded) == 100
+
+
+def test_a_half_build_by_another_version_is_begun_anew_and_said(encoder, encoded, tmp_path, caplog):
+    open_index(encoder, CORPUS, tmp_path / "index", BLOCKS)
+    (tmp_path / "index").rename(building := tmp_path / ".index.building")
+    description = read_description(building)
+    description["environment"]["versions"]["torch"] = "1.0"
+    (building / "index.json").write_text(json.dumps({**description, "encoded": 64}))
+    encoded.clear()
+    open_index(encoder, CORPUS, tmp_path / "index", BLOCKS)
+    assert len(encoded) == 100
+    assert "begun anew, as since then torch 1.0 -> " in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ def test_resuming_on_other_texts_is_refused(toy, tmp_path):
         (tmp_path / "b").symlink_to(folder)
         if number == 0:
             mined(tmp_path / "b", tmp_path / "rows.jsonl")
-    with pytest.raises(InputError, match=r"begun with other texts, judgements, weights or scores than are there now; choose another output="):
+    with pytest.raises(InputError, match=r"rows\.jsonl was begun with something else .*: corpus of .*/b has changed\. Put it back and resume"):
         mined(tmp_path / "b", tmp_path / "rows.jsonl", resume=True)
 
 
@@ -331,6 +331,7 @@ def started(toy, tiny_base, tmp_path_factory) -> tuple[Path, dict[str, Ended]]:
     return folder, start_all("mine", folder, named)
 
 
+@pytest.mark.bitwise
 def test_a_killed_run_of_a_model_goes_on_where_it_was_and_ends_with_the_same_bytes(started):
     folder, ended = started
     assert ended["model"].codes == [0], ended["model"].err
@@ -344,6 +345,7 @@ def test_a_killed_run_of_a_model_goes_on_where_it_was_and_ends_with_the_same_byt
     assert not [name for name in ended["model gone on"].files if "part" in name or "embeddings" in name]
 
 
+@pytest.mark.bitwise
 @needs_scifact
 def test_a_killed_run_of_scifact_goes_on_where_it_was_and_ends_with_the_same_bytes(started):
     folder, ended = started
@@ -365,6 +367,7 @@ def test_an_output_has_one_writer(toy, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.bitwise
 def test_two_processes_write_the_file_of_one(started):
     folder, ended = started
     assert ended["model by two"].codes == [0, 0], ended["model by two"].err
@@ -460,7 +463,7 @@ def test_what_cannot_be_is_refused(options, message, toy):
 
 def test_a_folder_without_columns_or_positives_is_refused(tmp_path):
     folder = beir(tmp_path / "b", {"d": "text"}, {"q": "query"}, {"q": {"d": 0}})
-    with pytest.raises(InputError, match=r"b, split 'train': no query has a positive \(score above 0\)"):
+    with pytest.raises(InputError, match=r"train\.tsv: no judgement is above 0, so no document is relevant to any query"):
         mined(folder, tmp_path / "rows.jsonl")
     (folder / "corpus.jsonl").write_text('{"_id": "d", "body": "text"}\n')
     with pytest.raises(InputError, match=r"corpus\.jsonl, line 1: needs the columns _id and text; it has _id, body"):

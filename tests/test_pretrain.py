@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import logging
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sgpt.data import open_text, pydocs
 from sgpt.data.open_text import weak_pairs
 from sgpt.errors import InputError
+from sgpt.interrupt import Interrupted
 from sgpt.pretrain import (
+    Corpus,
     NanoConfig,
     PretrainConfig,
     bag_of_tokens,
@@ -29,6 +34,7 @@ from sgpt.pretrain import (
     save_model,
     start_from,
 )  # fmt: skip
+from sgpt.provenance import threads
 
 SHAPE = NanoConfig(vocabulary=400, hidden_size=32, layers=2, heads=2, positions=64, window=16)
 WORDS = ["river", "stone", "light", "paper", "garden", "winter", "music", "bread", "window", "letter", "forest", "engine", "market", "bridge", "hill", "sea"]
@@ -108,6 +114,7 @@ def test_pairs_that_share_a_paragraph_are_no_negatives():
     assert not ignored.diagonal().any()
 
 
+@pytest.mark.bitwise
 def test_a_stopped_pretraining_goes_on_bit_for_bit(config, tmp_path):
     whole = replace(config, folder=str(tmp_path / "whole"))
     corpus = prepare(whole)
@@ -118,6 +125,23 @@ def test_a_stopped_pretraining_goes_on_bit_for_bit(config, tmp_path):
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     untrained = build_model(SHAPE, 0).state_dict()
     assert not any(torch.equal(straight[name], untrained[name]) for name in straight if name.endswith("weight") and "ln" not in name)
+
+
+def test_pretraining_is_resumed_as_it_was_begun_or_refused(config, tmp_path):
+    begun = replace(config, folder=str(tmp_path / "begun"), joint_steps=1, language_steps=1, save_every_steps=1)
+    corpus = prepare(begun)
+    with threads(1):
+        pretrain(begun, corpus, Accelerator())
+    assert json.loads((tmp_path / "begun" / "manifest.json").read_text())["environment"]["threads"] == 1
+    with pytest.raises(InputError, match=r"begun was begun with another configuration: seed: 0 -> 1\. Resume it unchanged, or choose another folder="):
+        pretrain(replace(begun, seed=1), corpus, Accelerator())
+    stream = np.load(tmp_path / "begun" / "stream.npy")
+    np.save(tmp_path / "begun" / "stream.npy", stream[::-1])
+    with pytest.raises(InputError, match=r"begun was begun with something else than is there now: stream has changed"):
+        pretrain(begun, Corpus.open(tmp_path / "begun"), Accelerator())
+    (tmp_path / "begun" / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"begun by an older version of this framework"):
+        pretrain(begun, corpus, Accelerator())
 
 
 def test_the_written_model_opens_everywhere_and_has_learned(config):
@@ -139,3 +163,28 @@ def test_the_written_model_opens_everywhere_and_has_learned(config):
 def test_missing_text_is_named(config, tmp_path):
     with pytest.raises(InputError, match=r"open_text/train-00\.jsonl\.gz"):
         prepare(replace(config, text=str(tmp_path), folder=str(tmp_path / "run")))
+
+
+def test_the_folder_of_texts_must_be_given():
+    with pytest.raises(InputError, match=r"set text=<folder> of the open text sources"):
+        prepare(PretrainConfig())
+
+
+def test_an_interrupted_pretraining_is_saved_after_its_step(ctrl_c, config, tmp_path):
+    class Press(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("step 3/"):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    settings = replace(config, folder=str(tmp_path / "run"), output=str(tmp_path / "out"))
+    log, press = logging.getLogger("sgpt.pretrain"), Press()
+    corpus, level = prepare(settings), log.level
+    log.addHandler(press)
+    log.setLevel(logging.INFO)
+    try:
+        with pytest.raises(Interrupted, match="step 3 of 8 is saved"):
+            pretrain(settings, corpus, Accelerator(cpu=True))
+    finally:
+        log.removeHandler(press)
+        log.setLevel(level)
+    assert [file.name for file in (tmp_path / "run").glob("step-*.pt")] == ["step-3.pt"]

@@ -206,3 +206,16 @@ def test_report_is_repeatable_and_leaves_matplotlib_settings_alone(run: Path) ->
     settings = dict(matplotlib.rcParams)
     assert page_of(run) == page_of(run)
     assert dict(matplotlib.rcParams) == settings
+
+
+def test_what_is_advised_for_a_broken_log_line_and_a_broken_analysis_helps(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:6], '{"step": 7, "loss"', *lines[7:]]))
+    (run / "analysis.json").write_text("{")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 7: .*; delete the line and write the report again"):
+        write_report(run)
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:6], *lines[7:]]))
+    with pytest.raises(InputError, match=r"analysis\.json, line 1: .*; delete the file to leave its plots out"):
+        write_report(run)
+    (run / "analysis.json").unlink()
+    assert sections(page_of(run)) == ["Results", "Training", "How it was made"]

@@ -3,11 +3,14 @@
 import json
 import random
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytrec_eval
+from safetensors.torch import load_file, save_file
 
 from sgpt.cross_encoder import CrossEncoder
 from sgpt.data.beir import read_retrieval
@@ -15,6 +18,7 @@ from sgpt.errors import InputError
 from sgpt.evaluate import bm25_run
 from sgpt.metrics import cut, perfect, ranking
 from sgpt.parts import sole_writer
+from sgpt.provenance import threads
 from sgpt.rerank import RerankConfig, rerank, run_rerank
 from tests.starts import Start, beir, blocks, free_port, start_all
 from tests.test_cross_encoder import as_the_original
@@ -67,6 +71,7 @@ def test_the_run_holds_the_loop_s_scores_of_bm25_s_documents(started, toy, langu
         assert run[query][document] == pytest.approx(as_the_original(language_model("gpt_neo"), chosen.queries[query], chosen.corpus[document]), abs=1e-4)
 
 
+@pytest.mark.bitwise
 def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(started):
     folder, ended = started
     first, second = ended["killed"], ended["killed again"]
@@ -81,14 +86,35 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(started)
     assert "was begun with another configuration: prompt: G -> A. Resume it unchanged" in ended["other"].err
 
 
+@pytest.mark.bitwise
 def test_a_killed_run_does_not_encode_the_corpus_again(started, monkeypatch):
     folder, ended = started
     assert (ended["killed with encoder"].codes, ended["whole with encoder"].codes) == ([-9], [0, 0]), ended["whole with encoder"].err
     (folder / "encoder").unlink()
     monkeypatch.chdir(folder)
-    run_rerank(RerankConfig("toy", "train", "base", output="e.trec", first="encoder", encoder="encoder", depth=20, documents_per_block=2, resume=True))
+    with threads(2):  # it was begun with one, which it takes again
+        run_rerank(RerankConfig("toy", "train", "base", output="e.trec", first="encoder", encoder="encoder", depth=20, documents_per_block=2, resume=True))
     assert (folder / "e.trec").read_bytes() == (folder / "f.trec").read_bytes()
     assert sorted(file.name for file in folder.glob("e.trec.*")) == ["e.trec.json", "e.trec.manifest.json"]
+
+
+def test_a_job_is_not_resumed_with_other_threads_weights_or_texts(toy, language_model, tmp_path):
+    for name, source in (("toy", toy), ("base", language_model("gpt2"))):
+        shutil.copytree(source, tmp_path / name)
+    config = RerankConfig(str(tmp_path / "toy"), "train", str(tmp_path / "base"), output=str(tmp_path / "o.trec"), depth=3, threads=1)
+    run_rerank(config)
+    manifest = tmp_path / "o.trec.manifest.json"
+    stated = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({key: value for key, value in stated.items() if key != "finished"}))  # as if it had been killed
+    (tmp_path / "o.trec").unlink()
+    with pytest.raises(InputError, match=r"o\.trec was begun with something else than is there now: threads 1 -> 2\. Put it back"):
+        run_rerank(replace(config, resume=True, threads=2))
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({**weights, "transformer.ln_f.bias": weights["transformer.ln_f.bias"] + 1e-6}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    corpus = tmp_path / "toy" / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace("parser", "Parser"))
+    with pytest.raises(InputError, match=r"documents of .*/toy has changed; model .*/base has changed\."):
+        run_rerank(replace(config, resume=True))
 
 
 def test_an_output_has_one_writer(toy, language_model, tmp_path):
@@ -99,6 +125,7 @@ def test_an_output_has_one_writer(toy, language_model, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.bitwise
 def test_two_processes_write_the_file_of_one(started):
     folder, ended = started
     assert ended["by two"].codes == [0, 0], ended["by two"].err

@@ -1,7 +1,9 @@
 """Stopped and resumed through the trainer: losses and weights bit-equal to the run that was never stopped, dropout on."""
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +12,18 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from sgpt import checkpoint
 from sgpt.checkpoint import TrainState
 from sgpt.data.example import Example
 from sgpt.data.sampling import Feed, Source
 from sgpt.data.store import Examples, Tokens
 from sgpt.encoder import Encoder
 from sgpt.errors import InputError
+from sgpt.interrupt import Interrupted
 from sgpt.loss import LossConfig
 from sgpt.optim import OptimConfig
 from sgpt.run import Run
-from sgpt.trainer import TrainerConfig, train
+from sgpt.trainer import TrainerConfig, announce, train
 from sgpt.tuning import TuningConfig, learning, tune
 
 WORDS = ["parse", "date", "string", "open", "file", "read", "write", "sort", "list", "number",
@@ -80,6 +84,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize(("method", "config"), SETTINGS.values(), ids=SETTINGS)
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(method, config, tiny_encoder, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -87,7 +92,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(method, 
     state = trained(whole, expected, **config)
     with pytest.raises(Stopped):
         trained(stopped, fresh_encoder(tiny_encoder, method), stop_after=5, **config)
-    assert (stopped / "checkpoints" / "latest").read_text() == "step-4\n"
+    assert checkpoint.latest(stopped / "checkpoints").name == "step-4"
     assert [line["step"] for line in lines(stopped) if "loss" in line] == [1, 2, 3, 4, 5]
 
     resumed = fresh_encoder(tiny_encoder, method)
@@ -106,6 +111,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(method, 
     assert one == other
 
 
+@pytest.mark.bitwise
 def test_the_uninterrupted_run_itself_is_the_same_twice_and_dropout_was_on(tiny_encoder, tmp_path):
     for name, seed in (("one", 0), ("two", 0), ("other", 1)):
         trained(tmp_path / name, fresh_encoder(tiny_encoder, "bitfit"), seed=seed)
@@ -145,7 +151,11 @@ def test_a_run_that_diverges_stops_with_one_sentence_and_saves_nothing_of_it(log
     encoder = fresh_encoder(tiny_encoder, "bitfit")
     with torch.no_grad():
         learning(encoder.trunk)["ln_f.bias"].fill_(float("nan"))
-    with pytest.raises(InputError, match=r"step \d: the loss is nan, the gradient norm nan; lower optim\.learning_rate=.* The last checkpoint is untouched"):
+    refusal = (
+        r"step \d: the loss is nan, the gradient norm nan; lower optim\.learning_rate=.* "
+        "Nothing of this step is saved, and earlier checkpoints are untouched"
+    )
+    with pytest.raises(InputError, match=refusal):
         trained(tmp_path / "run", encoder, log_every_steps=log_every_steps)
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
@@ -161,5 +171,109 @@ def test_a_batch_without_any_negative_is_refused(tiny_encoder, tmp_path):
 def test_more_accumulation_than_batches_is_refused_and_accumulation_is_warned_about(tiny_encoder, tmp_path, caplog):
     with pytest.raises(InputError, match=r"trainer\.gradient_accumulation=99 is more than the 13\.5 batches of the run; lower it"):
         trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), gradient_accumulation=99)
-    trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), gradient_accumulation=2, max_steps=1)
+    encoder = fresh_encoder(tiny_encoder, "bitfit")
+    config = TrainerConfig(queries_per_process=8, gradient_accumulation=2, max_steps=1)
+    announce(encoder, feed_of(EXAMPLES, encoder, 8), config, OptimConfig(), Accelerator(cpu=True))
     assert "gradient_accumulation=2 adds no in-batch negatives: each query still sees 16 candidates" in caplog.text
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_log_is_of_all_micro_batches_of_a_step(padded, tiny_encoder, tmp_path):
+    """Written out in float64: each micro-batch's queries against its own documents; padded, each is as wide as its longest text."""
+    examples = [Example(f"{a} {b}", f"how to {a}" + f" every {b}" * (1 + place)) for place, (a, b) in enumerate(zip(WORDS[:12], WORDS[5:17], strict=True))]
+    encoder = tiny_encoder("gpt2")
+    if padded:
+        encoder.trunk.config._attn_implementation = "sdpa"  # which cannot be told where texts end
+    encoder.trunk = tune(encoder.trunk, TuningConfig("bitfit"))
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    feed = feed_of(examples, encoder, 4)
+    cosines, tokens, positions = [], 0, 0
+    for number in range(3):
+        batch = feed.batch(number, 0)
+        with torch.no_grad():
+            queries, documents = encoder(batch.queries).double(), encoder(batch.documents).double()
+        cosines.append(torch.stack([torch.stack([torch.cosine_similarity(query, document, dim=0) for document in documents]) for query in queries]))
+        lengths = [len(row) for row in (*batch.queries, *batch.documents)]
+        tokens, positions = tokens + sum(lengths), positions + 8 * max(lengths)
+    losses = [-(20 * found).log_softmax(1).diagonal().mean().item() for found in cosines]
+    hardest = [found.clone().fill_diagonal_(-2).amax(1).mean().item() for found in cosines]
+
+    run = Run(tmp_path)
+    config = TrainerConfig(queries_per_process=4, gradient_accumulation=3, keep_gigabytes=0)
+    train(encoder, feed, Accelerator(cpu=True), run, config, LossConfig(), OptimConfig(), dict)
+
+    (line,) = lines(tmp_path)
+    assert max(losses) - min(losses) > 0.01  # so that one of them is not the mean
+    assert line["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert line["positive_cosine"] == pytest.approx(np.mean([found.diagonal().mean().item() for found in cosines]), rel=1e-5)
+    assert line["hardest_negative_cosine"] == pytest.approx(np.mean(hardest), rel=1e-5)
+    assert line["negatives_per_query"] == 3
+    assert line["padding_share"] == pytest.approx(1 - tokens / positions if padded else 0, abs=1e-9)
+    assert line["kept_share"] == 0
+
+
+def test_a_loss_that_is_no_number_in_any_micro_batch_is_refused(tiny_encoder, tmp_path):
+    encoder = fresh_encoder(tiny_encoder, "bitfit")
+    feed = feed_of(EXAMPLES, encoder, 4)
+    first = feed.batch(0, 0).queries[0]
+    with torch.no_grad():  # a token that only the first micro-batch has
+        token = next(token for token in first if all(token not in row for row in (*feed.batch(1, 0).queries, *feed.batch(1, 0).documents)))
+        encoder.trunk.wte.weight[token] = float("nan")
+    config = TrainerConfig(queries_per_process=4, gradient_accumulation=2, max_steps=1)
+    with pytest.raises(InputError, match=r"step 1: the loss is nan"):
+        train(encoder, feed, Accelerator(cpu=True), Run(tmp_path), config, LossConfig(), OptimConfig(), dict)
+
+
+PRECISIONS = {
+    ("float32", "bitfit", "fp32"): "float32 trunk, float32 biases,",
+    ("bfloat16", "bitfit", "fp32"): "bfloat16 trunk, float32 biases,",
+    ("float16", "lora", "fp32"): "float16 trunk, float32 learning parameters,",
+    ("float32", "full", "bf16"): "float32 trunk, float32 learning parameters, computed in bfloat16,",
+}
+
+
+@pytest.mark.parametrize(("dtype", "method", "precision"), PRECISIONS)
+def test_the_announcement_says_what_the_weights_are_kept_in(dtype, method, precision, tiny_encoder, caplog):
+    encoder = tiny_encoder("gpt2", dtype=dtype)
+    encoder.trunk = tune(encoder.trunk, TuningConfig(method))
+    with caplog.at_level("INFO", logger="sgpt"):
+        announce(encoder, feed_of(EXAMPLES, encoder, 8), TrainerConfig(queries_per_process=8, precision=precision), OptimConfig(), Accelerator(cpu=True))
+    assert f"peak learning rate 3.20e-04, {PRECISIONS[dtype, method, precision]} cpu, 1 process(es)" in caplog.text
+
+
+def test_a_broken_line_of_the_log_is_refused_by_its_number(tiny_encoder, tmp_path):
+    with pytest.raises(Stopped):
+        trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), stop_after=3)
+    file = tmp_path / "run" / "metrics.jsonl"
+    broken = file.read_text().splitlines(keepends=True)
+    broken[1] = "{torn\n"
+    file.write_text("".join(broken))
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: no line of this log .*; delete the line and resume"):
+        trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"))
+
+
+def test_an_evaluation_is_broken_off_and_done_again_on_resuming(ctrl_c, tiny_encoder, tmp_path):
+    """The step is saved at once, and its line of the dev set is there in the end."""
+    trained(tmp_path / "whole", fresh_encoder(tiny_encoder, "bitfit"))
+    folder, encoder = tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit")
+    folder.mkdir()
+    taken = []
+
+    def evaluate() -> dict:
+        taken.append(1)
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the evaluation went on")
+        return {"toy": {"ndcg@10": 0.5}}
+
+    config = TrainerConfig(queries_per_process=8, epochs=2, max_steps=STEPS, log_every_steps=1, save_every_steps=2, evaluate_every_steps=1)
+    optim = OptimConfig(learning_rate=1e-2)
+    with pytest.raises(Interrupted, match=f"step 3 of {STEPS} is saved"):
+        train(encoder, feed_of(EXAMPLES, encoder, 8), Accelerator(cpu=True), Run(folder), config, LossConfig(), optim, evaluate)
+    assert checkpoint.latest(folder / "checkpoints").name == "step-3"
+    trained(folder, fresh_encoder(tiny_encoder, "bitfit"))
+    assert [line["step"] for line in lines(folder) if "dev" in line] == [line["step"] for line in lines(tmp_path / "whole") if "dev" in line]
+    one, other = (load_file(tmp_path / name / "checkpoints" / f"step-{STEPS}" / "trained.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)

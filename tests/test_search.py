@@ -101,7 +101,7 @@ def test_what_cannot_share_is_refused(language_model, tiny_base, tmp_path):
         Delta(other, tmp_path / "adapter")
     with pytest.raises(InputError, match=r"holds no adapter/, so there is no base to re-rank with"):
         open_both(tiny_base("gpt2"))
-    with pytest.raises(InputError, match=r"holds no sgpt_delta\.json: it is no bias delta"):
+    with pytest.raises(InputError, match=r"is no bias delta, so it cannot share a trunk"):
         Delta(other, tiny_base("gpt2"))
 
 

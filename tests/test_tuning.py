@@ -100,6 +100,7 @@ def test_full_trains_everything():
     assert learned == total == 124_439_808  # GPT-2 small without a head
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize("method", ["bitfit", "bitfit_norm", "full", "lora"])
 def test_a_step_changes_exactly_the_learning_tensors_bit_for_bit(method, tiny_encoder):
     encoder = tiny_encoder("gpt_neo", query_max_tokens=20)

@@ -154,7 +154,7 @@ def test_dev_is_what_useb_calls_valid_and_twitterpara_has_none(data):
     ("scidocs/data.json", '{"corpus": {}}', r"data\.json: has no 'test'; it has corpus"),
     ("twitterpara/test.data", "1\tt\ta\tb\t(4, 5)\n", r"test\.data, line 1: label '\(4, 5\)' is not of the form 4"),
     ("twitterpara/Twitter_URL_Corpus_test.txt", "a\tb\t4\n", r"Twitter_URL_Corpus_test\.txt, line 1: label '4' is not of the form \(4, 6\)"),
-    ("twitterpara/Twitter_URL_Corpus_test.txt", b"\xff\n", r"cannot be read .* UTF-8"),
+    ("twitterpara/Twitter_URL_Corpus_test.txt", b"\xff\n", r"line 1: not UTF-8 at column 1"),
 ])  # fmt: skip
 def test_broken_files_are_refused_with_their_place(file, content, message, data):
     place = data / file
@@ -165,6 +165,38 @@ def test_broken_files_are_refused_with_their_place(file, content, message, data)
             read_useb(data, "test")
     finally:
         place.write_bytes(whole)
+
+
+def nodes(value: object) -> list[tuple[dict | list, object]]:
+    """(container, key) of everything inside."""
+    inside = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    return [(value, key) for key, _ in inside] + [node for _, part in inside for node in nodes(part)]
+
+
+@pytest.mark.parametrize("file", ["cqadupstack/corpus.json", "cqadupstack/retrieval_split.json", "scidocs/data.json"])
+def test_any_value_in_the_wrong_place_is_refused_or_read_and_scored(file, data, tiny_encoder):
+    """What is read is scored, as nothing after the reading may fail."""
+    place, chance, refused, read = data / file, random.Random(0), [], 0
+    whole = place.read_text()
+    try:
+        for number in range(60):
+            content = json.loads(whole)
+            shallow = [node for node in nodes(content) if chance.random() < 0.02 or isinstance(node[0][node[1]], dict)]
+            container, key = chance.choice(shallow)
+            container[key] = chance.choice([None, 7, "text", [], {}, ["a"], {"a": None}, {"a": {}}, float("nan"), 10**20])
+            place.write_text(json.dumps(content))
+            try:
+                tasks = [task for task in read_useb(data, "test") if task.name == file.split("/")[0]]
+            except InputError as error:
+                refused.append(str(error).replace(str(data), ""))
+            else:
+                read += 1
+                if number % 10 == 0:
+                    useb(tiny_encoder(markers="none"), tasks)
+    finally:
+        place.write_text(whole)
+    assert min(len(refused), read) > 0
+    assert all("\n" not in sentence and len(sentence) <= 400 for sentence in refused), refused
 
 
 def test_a_folder_that_is_none_of_useb_and_a_split_it_does_not_have_are_refused(data, tmp_path):

@@ -10,6 +10,7 @@ from sgpt.door import script
 
 @script("train")
 def main(composed: DictConfig) -> None:
+    import logging
     from pathlib import Path
 
     from sgpt import evaluate, launch, outcome
@@ -18,20 +19,21 @@ def main(composed: DictConfig) -> None:
     from sgpt.contract import Contract
     from sgpt.data.readers import build_feed
     from sgpt.encoder import Encoder
-    from sgpt.export import export
+    from sgpt.files import remove_folder
     from sgpt.guide import grouped, guided
     from sgpt.model import load_tokenizer, load_trunk
     from sgpt.report import write_report
     from sgpt.run import begin, claim
-    from sgpt.trainer import check, train
+    from sgpt.trainer import announce, check, train
     from sgpt.tuning import learning, tune
 
+    log = logging.getLogger("sgpt.train")
     config = typed(TrainConfig, composed)
     run = claim(Path(config.runs) / config.name, plain(config), resume=config.resume)
     if run.finished:
-        outcome.show(run)
+        outcome.complete(run, config)
         return
-    accelerator = launch.start(config)
+    accelerator = launch.start(config, run.threads)
 
     # everything that can be wrong is read and checked before anything is written
     tokenizer = load_tokenizer(config.model.path)
@@ -46,10 +48,14 @@ def main(composed: DictConfig) -> None:
     encoder = Encoder(load_trunk(config.model), tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
     encoder.trunk = tune(encoder.trunk, config.tuning)
     encoder.to(accelerator.device)
+    inputs = outcome.inputs_of(encoder, feed, sets, dev)
+    run.check_same(inputs)
+    log.info("%s: %s is trained on %s", run.folder, config.model.path, config.data.path or config.data.name)
+    announce(encoder, feed, config.trainer, config.optim, accelerator)
     base = {name: parameter.detach().clone() for name, parameter in learning(encoder.trunk).items()}
     if accelerator.is_main_process:
         begin(run, plain(config))
-        outcome.record_start(run, config, encoder, feed)
+        outcome.record_start(run, config, encoder, feed, inputs)
         outcome.record_before(run, encoder, sets, bm25=config.evaluation.bm25)
     accelerator.wait_for_everyone()
     launch.start_trackers(accelerator, config)
@@ -57,12 +63,12 @@ def main(composed: DictConfig) -> None:
     state = train(encoder, feed, accelerator, run, config.trainer, config.loss, config.optim, lambda: evaluate.evaluate(encoder, dev))
 
     if accelerator.is_main_process:
+        remove_folder(run.folder / "export")  # of an earlier checkpoint, where somebody looked in between
         save_adapter(encoder, base, run.folder / "adapter")
-        verified = export(encoder, run.folder / "export", card=outcome.card(run, config))
-        outcome.record_after(run, encoder, sets, base, state, verified=verified)
+        outcome.record_after(run, encoder, sets, base, state)
         write_report(run.folder)
         outcome.finish(run)
-        outcome.show(run)
+        outcome.complete(run, config, encoder)
     accelerator.end_training()
 
 

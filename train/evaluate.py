@@ -7,6 +7,7 @@ from sgpt.door import script
 
 @script("evaluate", groups=False, verbatim=("prompt",))
 def main(composed: DictConfig) -> None:
+    import logging
     import sys
     from functools import partial
     from pathlib import Path
@@ -21,16 +22,18 @@ def main(composed: DictConfig) -> None:
     from sgpt.encoder import Encoder
     from sgpt.errors import InputError
     from sgpt.files import check_place
+    from sgpt.interrupt import keeping
+    from sgpt.progress import under_way
     from sgpt.useb import useb
 
-    config, console = typed(EvaluateConfig, composed), Console(width=None if sys.stdout.isatty() else 200)
+    config, console = typed(EvaluateConfig, composed), Console(width=None if sys.stdout.isatty() else 200, markup=False)
     if not config.model or not (config.retrieval or config.sts or config.useb):
         raise InputError("set model=<folder or hub id> and retrieval=[<BEIR folder or name>,…], sts=[<pairs file>,…] or useb=<folder data-eval>")
     for key, file in (("output", config.output), ("systems_output", config.systems_output)):
         if file and Path(file).is_dir():
             raise InputError(f"{key}={file} is a folder; name a file in it, for example {Path(file) / 'scores.json'}")
         if file:
-            check_place(Path(file))
+            check_place(Path(file), f"another {key}=")
     there = places(config.retrieval, config.split, Path(config.beir_root))  # what is missing stops us now and not after hours
     similar = evaluate.read_sets(evaluate.EvaluationConfig(sts=config.sts, split=config.split))
     tasks = read_useb(Path(config.useb), config.split or "test") if config.useb else []
@@ -38,6 +41,8 @@ def main(composed: DictConfig) -> None:
         raise InputError(f"two evaluation sets are called {min(twice)!r}, and results are kept by name; rename a folder, or evaluate one after the other")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling).to(device)
+    names = [place.name for place in there] + [pairs.name for pairs in similar.sts] + ["USEB"] * bool(tasks)
+    logging.getLogger("sgpt.evaluate").info("%s is evaluated on %s, on %s", config.model, ", ".join(names), device)
     rescore = None
     if config.rerank:
         from sgpt.cross_encoder import CrossEncoder
@@ -53,7 +58,9 @@ def main(composed: DictConfig) -> None:
         dev, reason = compare.tuning_set(place, chosen, config.dev_split) if config.bm25 and config.fuse else (None, "")
         if reason:
             console.print(reason)
-        systems = compare.rank(encoder, chosen, dev, bm25=config.bm25, fuse=config.fuse, rescore=rescore, depth=config.depth)
+        with keeping("the results of the sets before are kept" if sets and (config.output or config.systems_output) else "no set was finished"), \
+                under_way(f"evaluating on {place.name}, {len(chosen.qrels):,} queries and {len(chosen.corpus):,} documents"):
+            systems = compare.rank(encoder, chosen, dev, bm25=config.bm25, fuse=config.fuse, rescore=rescore, depth=config.depth)
         if config.runs:
             compare.write_runs(Path(config.runs), chosen, systems)
         sets[place.name] = compare.measured(chosen, systems, config.depth)

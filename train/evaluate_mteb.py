@@ -31,8 +31,8 @@ def main(composed: DictConfig) -> None:
     else:
         model = MtebEncoder(Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling).to(device), name)
     results = run(model, tasks, Path(config.output))
-    Console().print(table({name: results}, "MTEB, main scores × 100"))
-    Console().print(f"results  {config.output}/results", highlight=False, soft_wrap=True)
+    Console(markup=False).print(table({name: results}, "MTEB, main scores × 100"))
+    Console(markup=False).print(f"results  {config.output}/results", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

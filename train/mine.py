@@ -17,7 +17,7 @@ def main(composed: DictConfig) -> None:
     accelerator = launch.accelerate(precision="fp32", seed=config.seed, threads=config.threads)
     statistics = mine(config, accelerator.device)
     if accelerator.is_main_process:
-        console = Console()
+        console = Console(markup=False)  # a name may hold brackets
         console.print(table(config, statistics))
         few, most = statistics["counts"]["few"], config.negatives_per_query
         if few and config.on_few == "keep":

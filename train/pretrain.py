@@ -1,4 +1,4 @@
-"""Pretrain the small base `nano`: `accelerate launch train/pretrain.py`. What it does and why: sgpt/pretrain.py."""
+"""Pretrain the small base `nano`: `accelerate launch train/pretrain.py text=<folder>`. What it does and why: sgpt/pretrain.py."""
 
 from omegaconf import DictConfig
 

@@ -22,7 +22,7 @@ def main(composed: DictConfig) -> None:
         table = Table("system", *metrics, title=f"{config.data}, {config.split}, results × 100")
         for system, values in results.items():
             table.add_row(system, *(f"{100 * values[metric]:.2f}" for metric in metrics))
-        console = Console()
+        console = Console(markup=False)  # a name may hold brackets
         console.print(table)
         console.print(f"run      {config.output}\nmetrics  {config.output}.json", highlight=False, soft_wrap=True)
     accelerator.end_training()

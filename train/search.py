@@ -7,6 +7,7 @@ from sgpt.door import script
 
 @script("search", groups=False, verbatim=("query", "prompt"))
 def main(composed: DictConfig) -> None:
+    import sys
     from pathlib import Path
 
     import torch
@@ -18,6 +19,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.data.readers import default_corpus
     from sgpt.encoder import Encoder
     from sgpt.errors import InputError
+    from sgpt.interrupt import exit_code, keeping
     from sgpt.search import Searcher, open_both, read_documents
 
     config = typed(SearchConfig, composed)
@@ -28,7 +30,9 @@ def main(composed: DictConfig) -> None:
     path = Path(config.corpus) if config.corpus else default_corpus()
     ours = any((Path(config.run) / part / contracts.FILE).is_file() for part in ("", "export", "adapter"))
     place = Path(config.run) if ours else Path("runs/search") / Path(config.run).name  # nothing is written into a base
-    searcher = Searcher(encoder, read_documents(path), place / "index" / path.name, config.index, ranker=ranker, depth=config.depth)
+    documents = read_documents(path)
+    with keeping("the documents that were indexed are kept"):
+        searcher = Searcher(encoder, documents, place / "index" / path.name, config.index, ranker=ranker, depth=config.depth)
     console = Console()
 
     def answer(query: str) -> None:
@@ -45,6 +49,9 @@ def main(composed: DictConfig) -> None:
             answer(query)
     except EOFError:  # ends as well
         pass
+    except KeyboardInterrupt:  # nothing is lost
+        console.print()
+        sys.exit(exit_code())
 
 
 if __name__ == "__main__":

@@ -1,18 +1,26 @@
 """BEIR folders: `corpus.jsonl[.gz]`, `queries.jsonl[.gz]`, `qrels/<split>.tsv`; and files of scored sentence pairs."""
 
+import logging
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
 from sgpt.data.example import Example, checked_example
 from sgpt.data.jsonl import read_rows
-from sgpt.data.rows import attempt, rows
+from sgpt.data.rows import SPLITS, Rows, attempt, json_rows, kind_of, listed, rows, same_split, shown, spells_nothing, text_lines
 from sgpt.errors import InputError
 from sgpt.metrics import Qrels
 
+log = logging.getLogger(__name__)
 Bad = list[tuple[str, InputError]]  # what cannot be used, and where it stands
+MAX_RELEVANCE = 10_000  # trec_eval holds an array as long as the largest judgement, and beyond 64 bits it stops the process
+HEADER = re.compile(r"\W*(query|queries|question|topic|anchor|qid)", re.IGNORECASE)
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,15}")
+NEEDED = "needs sentence1, sentence2 and a numeric score"
 
 
 @dataclass(frozen=True)
@@ -43,54 +51,94 @@ def read_retrieval(folder: Path, split: str, *, name: str | None = None, skip_em
     """The judged queries of a split and the whole corpus. Every id in the qrels must exist.
 
     name: None is the folder's. skip_empty: documents with an empty text are no candidates, whatever their title and judgements.
+    What leaves nothing to score is refused here: no judgement above 0, no candidate, no relevant document among the candidates.
     """
     queries, qrels = read_judged(folder, split)
-    rows = _by_id(_table(folder, "corpus"))
+    table, file = _by_id(rows(_table(folder, "corpus"))), qrels_file(folder, split)
     for document in (document for documents in qrels.values() for document in documents):
-        if document not in rows:
-            file = folder / "qrels" / f"{split}.tsv"
-            raise InputError(f"{file}: document id {document!r} is not in {folder}/corpus.jsonl; the files do not belong together")
-    corpus = {identifier: _document(row) for identifier, row in rows.items() if row["text"] or not skip_empty}
+        if document not in table:
+            raise InputError(f"{file}: document id {shown(document)} is not in {folder}/corpus.jsonl; the files do not belong together")
+    corpus = {identifier: _document(row) for identifier, row in table.items() if row["text"] or not skip_empty}
+    _check_judgements(qrels, corpus, folder, file)
     return RetrievalSet(name or folder.absolute().name, corpus, queries, qrels, skip_own_id)
+
+
+def _check_judgements(qrels: Qrels, corpus: dict[str, str], folder: Path, file: Path) -> None:
+    """There is something to score: refused here, it is before anything is written."""
+    if not any(map(str.strip, corpus.values())):
+        raise InputError(f"{folder}/corpus.jsonl: every document's text is empty; give the documents their texts")
+    relevant = [[document for document, score in judged.items() if score > 0] for judged in qrels.values()]
+    if not any(relevant):
+        raise InputError(f"{file}: no judgement is above 0, so no document is relevant to any query; judge those that are by 1 or more")
+    lost = sum(1 for documents in relevant if documents and not any(document in corpus for document in documents))
+    if lost == sum(map(bool, relevant)):
+        raise InputError(f"{file}: every relevant document has an empty text, and those are no candidates; give them texts in {folder}/corpus.jsonl")
+    if lost:
+        log.warning("%s: of %d queries every relevant document has an empty text and is no candidate, so they score 0", file, lost)
 
 
 def read_judged(folder: Path, split: str) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
     """The queries that a split judges, id -> text, and its qrels."""
-    qrels = read_qrels(folder, split)
-    queries = {identifier: row["text"] for identifier, row in _by_id(_table(folder, "queries")).items()}
+    qrels_file(folder, split)  # what is not there is said before the queries are read
+    queries = read_queries(folder)
+    qrels = read_qrels(folder, split, known=queries)
     for query in qrels:
         if query not in queries:
-            file = folder / "qrels" / f"{split}.tsv"
-            raise InputError(f"{file}: query id {query!r} is not in {folder}/queries.jsonl; the files do not belong together")
+            file = qrels_file(folder, split)
+            raise InputError(f"{file}: query id {shown(query)} is not in {folder}/queries.jsonl; the files do not belong together")
+    if blank := [query for query in qrels if not queries[query].strip()]:
+        log.warning("%s: %d judged queries have an empty text, the first is %s", folder, len(blank), shown(blank[0]))
     return {query: queries[query] for query in qrels}, qrels
 
 
-def read_corpus(folder: Path) -> dict[str, str]:
-    """id -> title and text. Titles are optional; a document may be empty, as some are in the old test collections."""
-    return {identifier: _document(row) for identifier, row in _by_id(_table(folder, "corpus")).items()}
+def read_queries(folder: Path) -> dict[str, str]:
+    """id -> text of all of them."""
+    return {identifier: row["text"] for identifier, row in _by_id(rows(_table(folder, "queries"))).items()}
 
 
-def read_qrels(folder: Path, split: str, bad: Bad | None = None) -> dict[str, dict[str, int]]:
-    """query id -> document id -> relevance. bad: see `_refuse`."""
-    file = folder / "qrels" / f"{split}.tsv"
-    if not file.is_file():
-        there = ", ".join(sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))) or "none"
-        raise InputError(f"{file}: no such file; {folder} has the splits: {there}")
+def read_corpus(path: Path) -> dict[str, str]:
+    """id -> title and text, of a folder, or of a file with the columns _id and text.
+
+    Titles are optional; a document may be empty, as some are in the old test collections.
+    """
+    found = (rows if kind_of(path) else json_rows)(path) if path.is_file() else rows(_table(path, "corpus"))
+    return {identifier: _document(row) for identifier, row in _by_id(found).items()}
+
+
+def split_files(folder: Path) -> list[Path]:
+    """A file of judgements for each split that the folder has."""
+    return sorted((folder / "qrels").glob("*.tsv"))
+
+
+def qrels_file(folder: Path, split: str) -> Path:
+    """The split's file by its name, or the one whose name means the same, as `validation` and `dev` do. InputError without one."""
+    there = split_files(folder)
+    found = [file for file in there if file.stem == split] or [file for file in there if same_split(file.stem, split)]
+    if not found:
+        has = listed(file.stem for file in there) or "none"
+        raise InputError(f"{folder / 'qrels' / split}.tsv: no such file; {folder} has the splits: {has}; set split=<one of them>")
+    if len(found) > 1:
+        raise InputError(f"{folder}/qrels: {listed(file.name for file in found)} are names of one split; set split=<one of them>, as it is written")
+    return found[0]
+
+
+def read_qrels(folder: Path, split: str, bad: Bad | None = None, known: Collection[str] = ()) -> dict[str, dict[str, int]]:
+    """query id -> document id -> relevance. bad: see `_refuse`. known: ids of queries; a line that begins with one is no header."""
+    file = qrels_file(folder, split)
     qrels: dict[str, dict[str, int]] = {}
-    for where, fields in _tsv(file, lambda fields: len(fields) == 3 and not _is_number(fields[2])):
+    for where, fields in _tsv(file, lambda fields: len(fields) == 3 and not _is_number(fields[2]) and fields[0] not in known):
         if len(fields) != 3:
-            _refuse(bad, where, f"{len(fields)} tab-separated fields, 3 are needed (query-id, corpus-id, score): {' '.join(fields)[:80]!r}")
+            found = f"{len(fields)} tab-separated fields, 3 are needed (query-id, corpus-id, score): {shown(' '.join(fields))}"
+            _refuse(bad, where, f"{found}; write these three, with tabs between them")
             continue
         query, document, score = fields
-        try:
-            relevance = int(score)
-        except ValueError:
-            _refuse(bad, where, f"relevance {score!r} is no whole number")
+        if not WHOLE_NUMBER.fullmatch(score.strip()) or abs(relevance := int(score)) > MAX_RELEVANCE:
+            _refuse(bad, where, f"relevance {shown(score)} is no whole number up to {MAX_RELEVANCE:,}; write 0 for not relevant, 1 or more for relevant")
             continue
         if (before := qrels.setdefault(query, {}).setdefault(document, relevance)) != relevance:
-            _refuse(bad, where, f"document {document!r} of query {query!r} was judged {before} before and is {relevance} here; keep one line")
+            _refuse(bad, where, f"document {shown(document)} of query {shown(query)} was judged {before} before and is {relevance} here; keep one line")
     if not qrels:
-        raise InputError(f"{file}: no judgements; the file is empty")
+        raise InputError(f"{file}: no judgements; the file is empty. Write a line of query-id, corpus-id and score for each, with tabs between them")
     return qrels
 
 
@@ -100,15 +148,18 @@ def read_examples(folder: Path, split: str, triples: str | None, num_hard_negati
     qrels with all its positives. Before them None for each row of the corpus and the queries that is in order, and the others' errors.
     """
     bad: Bad = []
-    corpus = {identifier: _document(row) for identifier, row in _by_id(_table(folder, "corpus"), bad).items()}
-    queries = {identifier: row["text"] for identifier, row in _by_id(_table(folder, "queries"), bad).items()}
+    corpus = {identifier: _document(row) for identifier, row in _by_id(rows(_table(folder, "corpus")), bad).items()}
+    queries = {identifier: row["text"] for identifier, row in _by_id(rows(_table(folder, "queries")), bad).items()}
     if triples:
         lines = _tsv(folder / triples, lambda fields: not (fields[0] in queries or {*fields[1:]} & corpus.keys()))
     elif num_hard_negatives:
         raise InputError(f"{folder}: qrels name no hard negatives; set data.num_hard_negatives=0 or data.triples=<file>")
     else:
-        judged = ((query, [document for document, score in documents.items() if score > 0]) for query, documents in read_qrels(folder, split, bad).items())
-        lines = ((f"{folder}/qrels/{split}.tsv, query {query}", [query, *positives]) for query, positives in judged if positives)
+        qrels, file = read_qrels(folder, split, bad, known=queries), qrels_file(folder, split)
+        judged = {query: [document for document, score in documents.items() if score > 0] for query, documents in qrels.items()}
+        lines = ((f"{file}, query {query:.80}", [query, *positives]) for query, positives in judged.items() if positives)
+        if without := sum(not positives for positives in judged.values()):
+            log.info("%s: %d of %d queries have no judgement above 0 and are left out", file, without, len(judged))
     yield from repeat((str(folder), None), len(corpus) + len(queries))
     yield from bad
     for where, ids in lines:
@@ -119,11 +170,11 @@ def _example(folder: Path, queries: dict[str, str], corpus: dict[str, str], ids:
     """Of a line of triples, or of a query and all its positives where num_hard_negatives is None."""
     query, *documents = ids
     if len(documents) < 1 + (num_hard_negatives or 0):
-        raise InputError(f"{where}: {len(ids)} tab-separated fields, {2 + (num_hard_negatives or 0)} are needed: {' '.join(ids)[:80]!r}")
+        raise InputError(f"{where}: {len(ids)} tab-separated fields, {2 + (num_hard_negatives or 0)} are needed: {shown(' '.join(ids))}; fix the line")
     if query not in queries:
-        raise InputError(f"{where}: query id {query!r} is not in {folder}/queries.jsonl")
+        raise InputError(f"{where}: query id {shown(query)} is not in {folder}/queries.jsonl; fix the id, or remove the line")
     if odd := [document for document in documents if document not in corpus]:
-        raise InputError(f"{where}: document id {odd[0]!r} is not in {folder}/corpus.jsonl")
+        raise InputError(f"{where}: document id {shown(odd[0])} is not in {folder}/corpus.jsonl; fix the id, or remove the line")
     positive, *others = (corpus[document] for document in documents)
     if num_hard_negatives is None:
         return checked_example(queries[query], positive, (), where, others)
@@ -131,36 +182,65 @@ def _example(folder: Path, queries: dict[str, str], corpus: dict[str, str], ids:
 
 
 def read_pairs(file: Path, split: str) -> list[PairSet]:
-    """`sentence1`, `sentence2`, `score` a line; lines of another `split` are left out. A `label` may stand for the score.
+    """`sentence1`, `sentence2`, `score` a row; rows of another `split` are left out. A `label` may take the place of the score.
 
     The SemEval files of 2012 to 2016 hold several years and sources: with columns `year` (a number) and `part` (their word for the
     split) the file gives a set a year, STS12, STS13 …, the sources of a year in one list as SentEval's "all" and MTEB have them.
     """
     plain = file.absolute().parent.name if file.name.startswith("pairs.") else file.name.split(".")[0]
     sets: dict[str, PairSet] = {}
-    for where, row in read_rows(file):
-        if row.get("split", row.get("part", split)) != split:
+    others: Counter[str] = Counter()
+    for where, row in rows(file) if file.is_file() and kind_of(file) else read_rows(file):
+        if isinstance(row, InputError):
+            raise row
+        named = row.get("split", row.get("part"))
+        if named is not None and not isinstance(named, str):
+            raise InputError(f"{where}: split is {shown(named)}, which is no text; write train, dev or test, or leave it out")
+        if named is not None and not same_split(named, split):
+            others[named] += 1
             continue
-        score = row.get("score", row.get("duplicate", row.get("label")))
+        given = row.get("score", row.get("duplicate", row.get("label")))
+        score = _score(given)
         first, second = row.get("sentence1", row.get("question1")), row.get("sentence2", row.get("question2"))
-        if not isinstance(score, int | float) or not math.isfinite(score) or not isinstance(first, str) or not isinstance(second, str):
-            raise InputError(f"{where}: needs sentence1, sentence2 and a numeric score; it has {', '.join(row)}")
+        for sentence in (first, second):
+            if sentence is not None and not isinstance(sentence, str):
+                raise InputError(f"{where}: {NEEDED}; {shown(sentence)} is no text, write it in quotes")
+        if first is None or second is None or given is None:
+            raise InputError(f"{where}: {NEEDED}; it has {listed(name for name in row if row[name] is not None) or 'none'}; fix or remove the row")
+        if score is None:
+            raise InputError(f"{where}: {NEEDED}; the score is {shown(given)}; fix or remove the row")
         name = f"STS{row['year'] % 100:02}" if "part" in row and isinstance(row.get("year"), int) else plain
         pairs = sets.setdefault(name, PairSet(name, [], [], []))
         pairs.first.append(first)
         pairs.second.append(second)
-        pairs.scores.append(float(score))
+        pairs.scores.append(score)
+    told = listed(f"{count:,} of {name!r:.40}" for name, count in others.items())
     for pairs in sets.values() or [PairSet(plain, [], [], [])]:
         if len(set(pairs.scores)) < 2:
             raise InputError(
                 f"{file}: {len(pairs.scores)} pairs{f' of {pairs.name}' if pairs.name != plain else ''} in split {split!r} "
-                "with fewer than two different scores; nothing to correlate"
+                f"with fewer than two different scores; nothing to correlate{f'. It has {told}; set the split' if others else ''}"
             )
+    if blank := sum(not text.strip() for pairs in sets.values() for text in (*pairs.first, *pairs.second)):
+        log.warning("%s: %d sentences are empty; fix or remove their rows", file, blank)
+    if others:
+        usual = all(name.strip().lower() in SPLITS for name in others)
+        log.log(logging.INFO if usual else logging.WARNING, "%s: %s left out; %r is the split to read", file, told, split)
     return list(sets.values())
 
 
+def _score(given: object) -> float | None:
+    """None for what is no finite number. Tables of text hold numbers as texts."""
+    try:
+        score = float(given) if isinstance(given, int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return score if math.isfinite(score) else None
+
+
 def _document(row: dict) -> str:
-    return f"{row.get('title') or ''} {row['text']}".strip()
+    title = row.get("title")
+    return row["text"].strip() if _is_none(title) else f"{title} {row['text']}".strip()
 
 
 def _table(folder: Path, name: str) -> Path:
@@ -169,20 +249,48 @@ def _table(folder: Path, name: str) -> Path:
     return next((file for file in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if file.is_file()), folder / f"{name}.jsonl")
 
 
-def _by_id(file: Path, bad: Bad | None = None) -> dict[str, dict]:
+def _by_id(table: Rows, bad: Bad | None = None) -> dict[str, dict]:
+    """Rows with text as id and text, and a title that is text or none, which null and NaN are."""
     found: dict[str, dict] = {}
-    for where, row in rows(file):
+    nothing: list[str] = []
+    for where, row in table:
         if isinstance(row, InputError):
             _refuse(bad, where, row)
-        elif odd := next((key for key in ("_id", "text") if not isinstance(row.get(key, ""), str)), None):
-            _refuse(bad, where, f"{odd} is {row[odd]!r:.80}, which is no text; write it in quotes")
+        elif odd := _no_text(row):
+            _refuse(bad, where, f"{odd} is {shown(row[odd])}, which is no text; {_as_text(odd, row[odd])}")
         elif not row.keys() >= {"_id", "text"}:
-            _refuse(bad, where, f"needs the columns _id and text; it has {', '.join(row)}")
+            _refuse(bad, where, f"needs the columns _id and text; it has {listed(row) or 'none'}; rename its columns, or fix the row")
+        elif not row["_id"].strip():
+            _refuse(bad, where, f"_id is {row['_id']!r:.80}; give the row an id")
         elif row["_id"] in found:
-            _refuse(bad, where, f"id {row['_id']!r} was used before; ids must be unique")
+            _refuse(bad, where, f"id {shown(row['_id'])} was used before; ids must be unique")
         else:
             found[row["_id"]] = row
+            if word := next(filter(spells_nothing, (row["text"], row.get("title"))), None):
+                nothing.append(f"{where}: {shown(word)}")
+    if nothing:
+        log.warning("%s is a word for no value and is read as a text or title, in %d rows; leave it empty if it is none", nothing[0], len(nothing))
     return found
+
+
+def _no_text(row: dict) -> str | None:
+    """The first column whose value should be text and is not."""
+    given = {key: row[key] for key in ("_id", "text", "title") if key in row}
+    if _is_none(given.get("title")):
+        given.pop("title", None)
+    return next((key for key, value in given.items() if not isinstance(value, str)), None)
+
+
+def _as_text(column: str, value: object) -> str:
+    """What to do with it."""
+    if _is_none(value):
+        return "give the row an id" if column == "_id" else 'write "" for an empty one'
+    return "write it as one text" if isinstance(value, list | dict) else "write it in quotes"
+
+
+def _is_none(value: object) -> bool:
+    """As JSON and tables say it."""
+    return value is None or value != value
 
 
 def _refuse(bad: Bad | None, where: str, problem: str | InputError) -> None:
@@ -201,16 +309,17 @@ def _is_number(text: str) -> bool:
 
 
 def _tsv(file: Path, is_header: Callable[[list[str]], bool]) -> Iterator[tuple[str, list[str]]]:
-    """("file, line n", fields); the first line is left out when it is a header."""
+    """("file, line n", fields) of the lines that are not blank; the first of them is left out when it is a header."""
     if not file.is_file():
         raise InputError(f"{file}: no such file; check the path")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); it should be UTF-8 text") from error
-    for number, line in enumerate(lines, 1):
-        fields = line.removesuffix("\r").split("\t")
-        if not line and number == len(lines):
-            continue  # behind the last line's end
-        if number > 1 or not is_header(fields):
-            yield f"{file}, line {number}", fields
+    first = True
+    for number, line in text_lines(file):
+        if isinstance(line, InputError):
+            raise line
+        if line.strip():
+            fields = line.split("\t")
+            if not first or not is_header(fields):
+                yield f"{file}, line {number}", fields
+            elif not HEADER.match(line):
+                log.warning("%s, line %d: %s is taken for a header, as none of it is an id or a judgement", file, number, shown(line))
+            first = False

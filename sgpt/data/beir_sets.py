@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgpt.data.beir import RetrievalSet, read_retrieval
+from sgpt.data.beir import RetrievalSet, qrels_file, read_retrieval, split_files
 from sgpt.data.download import fetch
 from sgpt.errors import InputError
 from sgpt.files import make_once
@@ -87,8 +87,7 @@ def places(given: list[str], split: str | None, root: Path, *, address: str = AD
         parts = {f"{name}/{forum}": folder / forum for forum in FORUMS} if name == "cqadupstack" else {name: folder}
         found += [Place(part, place, chosen, rules) for part, place in parts.items()]
     for place in found:
-        if not (file := place.folder / "qrels" / f"{place.split}.tsv").is_file():
-            raise InputError(f"{file}: no such file; {place.folder} has the splits: {', '.join(splits(place.folder)) or 'none'}; set split=<one of them>")
+        qrels_file(place.folder, place.split)
     names = [place.name for place in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"two evaluation sets are called {twice!r}, and results are kept by name; rename a folder, or evaluate one after the other")
@@ -96,7 +95,7 @@ def places(given: list[str], split: str | None, root: Path, *, address: str = AD
 
 
 def splits(folder: Path) -> list[str]:
-    return sorted(file.stem for file in (folder / "qrels").glob("*.tsv"))
+    return [file.stem for file in split_files(folder)]
 
 
 def read_place(place: Place) -> RetrievalSet:

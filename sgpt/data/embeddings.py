@@ -2,31 +2,40 @@
 
     <cache>/<key>/embeddings-<key>/0.npy, 1.npy, …   float32 [4096, D], by number of the text
 
-The second key is made of the model and of what the texts are to it. All processes take their share of the blocks; a block
-is always made of the same texts, so their number changes nothing, and a killed run loses the blocks that were under way.
+The second key is made of the model, of what the texts are to it, and of the versions that compute. All processes take their
+share of the blocks, and a killed run loses the blocks that were under way. A block is always made of the same texts by as
+many threads (`threads.json`, what the first start had), so the number of processes does not change a bit.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from sgpt.data.store import Column, Examples
 from sgpt.distributed import barrier, from_main, world
+from sgpt.files import write_whole
 from sgpt.markers import Role
 from sgpt.progress import progress_bar
+from sgpt.provenance import threads
 
 TEXTS_AT_A_TIME = 4096
 Embed = Callable[[list[str]], np.ndarray]  # texts -> [texts, D], float32, of length 1
 
 
 class Embeddings:
-    """`embeddings[number of a text]` is its embedding [D]. numbers [n]: of the texts that have one, ascending. blocks: in memory or mapped."""
+    """`embeddings[number of a text]` is its embedding [D]. numbers [n]: of the texts that have one, ascending. blocks: in memory or mapped.
 
-    def __init__(self, numbers: np.ndarray, blocks: Sequence[np.ndarray]) -> None:
-        self.numbers, self.blocks = numbers, blocks
+    key: by what made them they are known.
+    """
+
+    def __init__(self, numbers: np.ndarray, blocks: Sequence[np.ndarray], key: str = "") -> None:
+        self.numbers, self.blocks, self.key = numbers, blocks, key
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -54,21 +63,30 @@ def embeddings(examples: Examples, side: Role, embed: Embed, key: str) -> Embedd
     numbers = text_numbers(examples, side)
     blocks = [numbers[start : start + TEXTS_AT_A_TIME] for start in range(0, len(numbers), TEXTS_AT_A_TIME)]
     if examples.folder is None:
-        return Embeddings(numbers, [embed([examples.texts[int(text)] for text in block]) for block in blocks])
+        return Embeddings(numbers, [embed([examples.texts[int(text)] for text in block]) for block in blocks], key)
     folder = examples.folder / f"embeddings-{key}"
     files = [folder / f"{block}.npy" for block in range(len(blocks))]
-    missing = from_main(lambda: [block for block, file in enumerate(files) if not file.is_file()])  # one look: all share out the same blocks
-    folder.mkdir(exist_ok=True)
+    missing, begun_threads = from_main(lambda: _begin(folder, files))
     rank, processes = world()
     own = missing[rank::processes]
-    with progress_bar(f"embedding {len(numbers):,} texts, {side} side", len(own)) as advance:
+    title = f"embedding {len(numbers):,} texts, {side} side"
+    with threads(begun_threads), progress_bar(title, len(own)) as advance:
         for block in own:
             temporary = folder / f".{block}.{os.getpid()}.tmp.npy"  # another run may make the same
             np.save(temporary, embed([examples.texts[int(text)] for text in blocks[block]]).astype(np.float32))
             temporary.replace(files[block])
             advance(1)
     barrier()
-    return Embeddings(numbers, [np.load(file, mmap_mode="r") for file in files])
+    return Embeddings(numbers, [np.load(file, mmap_mode="r") for file in files], f"{key}, {begun_threads} threads")
+
+
+def _begin(folder: Path, files: Sequence[Path]) -> tuple[list[int], int]:
+    """The blocks that are missing, by one look, so that all processes share out the same ones; and the threads that make them."""
+    folder.mkdir(exist_ok=True)
+    recorded = folder / "threads.json"
+    if not recorded.is_file():
+        write_whole(recorded, json.dumps(torch.get_num_threads()) + "\n")
+    return [block for block, file in enumerate(files) if not file.is_file()], json.loads(recorded.read_text())
 
 
 def text_numbers(examples: Examples, side: Role) -> np.ndarray:

@@ -2,12 +2,11 @@
 
 import gzip
 import json
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-from sgpt.data.rows import sound
+from sgpt.data.rows import json_rows
 from sgpt.errors import InputError
 
 
@@ -15,13 +14,10 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict]]:
     """("file, line n", row) of every line that is not blank; InputError for anything that is not a JSON object."""
     if not file.is_file():
         raise InputError(f"{file}: no such file; check the path")
-    try:
-        with gzip.open(file, "rt", encoding="utf-8-sig") if file.suffix == ".gz" else file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield (where := f"{file}, line {number}"), _parsed(line, where)
-    except (zlib.error, EOFError, UnicodeDecodeError, OSError) as error:  # a BadGzipFile is an OSError
-        raise InputError(f"{file}: cannot be read ({error}); it should be UTF-8 JSON lines, gzipped when it ends in .gz") from error
+    for where, row in json_rows(file):
+        if isinstance(row, InputError):
+            raise row
+        yield where, row
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> int:
@@ -38,13 +34,3 @@ def write_rows(file: Path, rows: Iterable[dict]) -> int:
             count += 1
     temporary.replace(file)
     return count
-
-
-def _parsed(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno}): {line.strip()[:80]!r}; mend or remove the line") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}; write one object a line")
-    return sound(row, where) if "\\u" in line else row  # nothing else can spell what is no text

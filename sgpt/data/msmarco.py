@@ -56,6 +56,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sgpt.data.rows import listed
 from sgpt.data.store import Writer
 from sgpt.errors import InputError
 from sgpt.progress import progress_bar
@@ -151,7 +152,7 @@ class _Line:
         score = self.scores(pid)
         if type(score) not in (int, float) or not math.isfinite(score):
             what = "missing" if score is None else f"{score!r:.80}"
-            raise InputError(f"{self.where}: the score of passage {pid} for query {self.qid} is {what}; it must be a number, mend it or remove the passage")
+            raise InputError(f"{self.where}: the score of passage {pid} for query {self.qid} is {what}; it must be a number, fix it or remove the passage")
         return score
 
 
@@ -220,7 +221,7 @@ class _Mining:
 def _parsed(row: dict, where: str, scores: Callable | None) -> _Line:
     qid, positives, negatives = (row.get(name) for name in ("qid", "pos", "neg"))
     if not _is_id(qid) or not isinstance(positives, list) or not isinstance(negatives, dict):
-        there = ", ".join(f"{name}: {type(value).__name__}" for name, value in row.items()) or "nothing"
+        there = listed(f"{name}: {type(value).__name__}" for name, value in row.items()) or "nothing"
         raise InputError(f"{where}: needs qid, a number, pos, a list of passage ids, and neg, lists of them by system; it has {there}")
     for system, ranked in negatives.items():
         if not isinstance(ranked, list):
@@ -237,11 +238,11 @@ def _pids(items: list, where: str, inline: dict[int, object] | None) -> list[int
     if inline is not None:
         for item in items:
             if not isinstance(item, dict) or not {"pid", "ce-score"} <= item.keys():
-                raise InputError(f"{where}: expected an object with pid and ce-score, as the first query's, got {item!r:.80}; mend or remove it")
+                raise InputError(f"{where}: expected an object with pid and ce-score, as the first query's, got {item!r:.80}; fix or remove it")
         found = [item["pid"] for item in items]
     if not {*map(type, found)} <= {int} or (found and not 0 <= min(found) <= max(found) < TOO_LARGE):  # quicker than one by one
         odd = next(item for item in found if not _is_id(item))
-        raise InputError(f"{where}: passage id {odd!r:.80} is no whole number; mend or remove it")
+        raise InputError(f"{where}: passage id {odd!r:.80} is no whole number; fix or remove it")
     if inline is not None:
         inline |= {item["pid"]: item["ce-score"] for item in items}
     return found
@@ -313,7 +314,7 @@ def _id_and_text(file: Path, title: str) -> Iterator[tuple[int, str]]:
                 raise ValueError
         except ValueError as error:  # a UnicodeDecodeError is one
             why = f"not UTF-8 ({error})" if isinstance(error, UnicodeDecodeError) else "expected an id, a whole number, one tab and a text"
-            raise InputError(f"{file}, line {number}: {why}, got {line[:80].decode(errors='replace').strip()!r}; mend or remove the line") from None
+            raise InputError(f"{file}, line {number}: {why}, got {line[:80].decode(errors='replace').strip()!r}; fix or remove the line") from None
         yield found, text
 
 
@@ -383,8 +384,8 @@ def _qid(line: bytes, where: str) -> int:
 def _json(line: bytes, where: str) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error}): {line[:80].decode(errors='replace').strip()!r}; mend or remove the line") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({str(error)[:200]}): {line[:80].decode(errors='replace').strip()!r}; fix or remove the line") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(row).__name__}; write one object a line")
     return row

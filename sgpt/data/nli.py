@@ -35,7 +35,9 @@ import numpy as np
 
 from sgpt.data.example import Example
 from sgpt.data.jsonl import read_rows
+from sgpt.data.rows import listed, same_split, shown
 from sgpt.errors import InputError
+from sgpt.files import files_below
 
 LABELS = ("entailment", "neutral", "contradiction")
 UNLABELLED = "-"
@@ -69,7 +71,7 @@ def training_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder; give AllNLI.tsv.gz, a training file of SNLI or MultiNLI, or their folder")
     found: dict[Path, list[Path]] = {}
-    for file in sorted(path.rglob("*")):
+    for file in files_below(path):
         if TRAINING_FILE.fullmatch(file.name):
             found.setdefault(file.parent / _without_form(file.name), []).append(file)
     if not found:
@@ -103,7 +105,7 @@ def _numbered(files: Iterable[Path]) -> tuple[list[str], dict[str, array]]:
 def _pairs(file: Path, left_out: Counter[str]) -> Iterator[tuple[str, str, str]]:
     """label, first, second of every labelled pair of the training part."""
     for where, row in read_rows(file) if ".jsonl" in _form(file.name) else _tab_separated(file):
-        if row.get("split", "train") != "train":
+        if not same_split(str(row.get("split", "train")), "train"):
             left_out["of other splits"] += 1
         elif str(row.get("set", "")).endswith("_test"):
             left_out["of test sets"] += 1
@@ -119,7 +121,7 @@ def _value(row: dict, role: str, where: str) -> str:
     theirs, ours = COLUMNS[role]
     name = theirs if theirs in row else ours
     if name not in row:
-        raise InputError(f"{where}: no column {theirs} or {ours}; it has {', '.join(row):.200}. Mend it, or give a file of SNLI, MultiNLI or AllNLI")
+        raise InputError(f"{where}: no column {theirs} or {ours}; it has {listed(row)}. Fix it, or give a file of SNLI, MultiNLI or AllNLI")
     if not isinstance(row[name], str):
         raise InputError(f"{where}, {name}: expected text, got {type(row[name]).__name__} {row[name]!r:.80}; give a string")
     return row[name].strip()
@@ -128,11 +130,15 @@ def _value(row: dict, role: str, where: str) -> str:
 def _tab_separated(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """("file, line n", row) under the first line's names; a quotation mark is a letter, as with csv.QUOTE_NONE."""
     try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        with gzip.open(file, "rt", encoding="utf-8-sig") if file.suffix == ".gz" else file.open(encoding="utf-8-sig") as lines:
             header = next(lines, "").rstrip("\n").split("\t")
             for number, line in enumerate(lines, 2):
+                fields = line.rstrip("\n").split("\t")
+                if len(fields) > len(header):  # fewer are usual: the last columns of SNLI and MultiNLI may be left out of a line
+                    found = f"{len(fields)} tab-separated fields where the header names {len(header)} columns: {shown(line.strip())}"
+                    raise InputError(f"{file}, line {number}: {found}; take the tabs out of the texts")
                 if line != "\n":
-                    yield f"{file}, line {number}", dict(zip(header, line.rstrip("\n").split("\t"), strict=False))
+                    yield f"{file}, line {number}", dict(zip(header, fields, strict=False))
     except (zlib.error, EOFError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{file}: cannot be read ({error}); it should be UTF-8 text with tabs, gzipped when it ends in .gz") from error
 

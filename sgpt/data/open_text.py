@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sgpt.data.beir import read_qrels
 from sgpt.data.jsonl import read_rows
+from sgpt.data.rows import listed
+from sgpt.errors import InputError
 
 MIN_PARAGRAPH_WORDS, MAX_HEADING_WORDS = 20, 14
 
@@ -23,7 +26,7 @@ class WeakPair:
     group: str
 
 
-TEXT_FILES: dict[str, Callable[[dict], list[str]]] = {
+TEXT_FILES: dict[str, Callable[["_Row"], list[str]]] = {
     "open_text/train-00.jsonl.gz": lambda row: [f"{row['title']}\n\n{row['text']}"],
     "open_text/train-01.jsonl.gz": lambda row: [f"{row['title']}\n\n{row['text']}"],
     "open_text_science/train-00.jsonl.gz": lambda row: [f"{row['title']}\n\n{row['text']}"],
@@ -35,17 +38,30 @@ TEXT_FILES: dict[str, Callable[[dict], list[str]]] = {
 PAIR_FILES = ("open_text/train-00.jsonl.gz", "open_text/train-01.jsonl.gz", "open_text_science/train-00.jsonl.gz")
 
 
+class _Row:
+    """A row whose columns must be there, and text."""
+
+    def __init__(self, where: str, row: dict) -> None:
+        self.where, self.row = where, row
+
+    def __getitem__(self, column: str) -> str:
+        if not isinstance(text := self.row.get(column), str):
+            raise InputError(f"{self.where}: needs the text column {column}; it has {listed(self.row)}. Is it the file that its name says?")
+        return text
+
+
 def read_documents(root: Path) -> Iterator[str]:
     """Every training document below `root`, in a fixed order; repeated documents once. InputError names a missing file."""
     seen: set[str] = set()
     for name, texts in TEXT_FILES.items():
-        for _, row in read_rows(root / name):
-            for text in texts(row):
+        for where, row in read_rows(root / name):
+            for text in texts(_Row(where, row)):
                 if text not in seen:
                     seen.add(text)
                     yield text
-    trained_on = {line.split("\t")[1] for line in (root / "squad/qrels/train.tsv").read_text().splitlines()[1:]}
-    for _, row in read_rows(root / "squad/corpus.jsonl.gz"):
+    trained_on = {document for judged in read_qrels(root / "squad", "train").values() for document in judged}
+    for where, row in read_rows(root / "squad/corpus.jsonl.gz"):
+        row = _Row(where, row)
         if row["_id"] in trained_on:  # paragraphs of the test articles stay unseen
             yield f"{row['title']}\n\n{row['text']}"
 
@@ -53,7 +69,8 @@ def read_documents(root: Path) -> Iterator[str]:
 def read_weak_pairs(root: Path) -> Iterator[WeakPair]:
     """title -> first paragraphs, heading -> its section, first sentence -> rest of its paragraph, paragraph -> the next one."""
     for name in PAIR_FILES:
-        for _, row in read_rows(root / name):
+        for where, row in read_rows(root / name):
+            row = _Row(where, row)
             group = row["source"].split("@")[0]
             for query, document in weak_pairs(row["title"], row["text"]):
                 yield WeakPair(query, document, group)

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from sgpt.data.beir import RetrievalSet
 from sgpt.data.example import Example, checked_example, checked_text
-from sgpt.data.rows import Rows, attempt, of_split, rows
+from sgpt.data.rows import Rows, attempt, listed, of_split, rows, shown, spells_nothing
 from sgpt.errors import InputError
 from sgpt.metrics import Qrels
 
@@ -40,6 +41,10 @@ LABELS = {  # True: positive; False: hard negative; None: neither
     "0": False, "0.0": False, "false": False, "contradiction": False, "not_duplicate": False, "not_equivalent": False,
     "neutral": None, "not_entailment": None, "-": None,
 }  # fmt: skip
+LIST = re.compile(r"""\[\s*(?P<quote>['"]).*(?P=quote)\s*,?\s*\]""", re.DOTALL)
+NUMBER = re.compile(r"-?[0-9]+(\.0+)?")
+SETTLED = ("is_duplicate", "duplicate", "is_relevant", "relevance")  # columns of labels where 1 is a positive by their very names
+SENTENCES = ("hypothesis", "sentence2", "text2", "sentence")  # second texts of inference and of paraphrase data, which number labels the other way round
 ROWS_BEFORE_SHARE, HOPELESS = 100, 0.5  # of fewer rows a share says little; with more of them bad the rest need not be read
 
 
@@ -73,7 +78,7 @@ def guess_columns(names: Sequence[str], stated: Mapping[str, str | None], where:
     query, positive = (chosen.get(role) or _first(free, role) for role in ("query", "positive"))
     if not query or not positive:
         missing = [f"data.columns.{role}=<column>" for role, name in (("query", query), ("positive", positive)) if not name]
-        raise InputError(f"{where}: which columns hold the texts is not clear from their names: {_listed(names)}; set {' and '.join(missing)}")
+        raise InputError(f"{where}: which columns hold the texts is not clear from their names: {listed(names)}; set {' and '.join(missing)}")
     label, score = chosen.get("label"), chosen.get("score")
     negatives = _numbered(chosen["negative"], free) if "negative" in chosen else () if label or score else _negatives(free)
     if not (negatives or label or score):
@@ -91,7 +96,7 @@ def _stated(stated: Mapping[str, str | None], names: Sequence[str], where: str) 
         if name and name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f". Did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{where}: data.columns.{role}={name!r} names no column; it has {_listed(names)}{hint}")
+            raise InputError(f"{where}: data.columns.{role}={name!r} names no column; it has {listed(names)}{hint}")
         if name and (other := next(role for role in chosen if chosen[role] == name)) != role:
             raise InputError(f"{where}: data.columns.{other} and data.columns.{role} both name the column {name!r}; give each its own")
     ways = [f"data.columns.{role}" for role in ("negative", "label", "score") if chosen.get(role)]
@@ -117,11 +122,6 @@ def _numbered(stated: str, names: Sequence[str]) -> tuple[str, ...]:
     return (stated, *(f"{stated}_{number}" for number in sorted(numbers))) if stated else ()
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = [f"{name if name.isprintable() else repr(name):.40}" for name in names[:30]]
-    return ", ".join(shown) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
-
-
 def without_late_columns(rows: Rows, names: Sequence[str], columns: Columns, stated: Mapping[str, str | None], num_hard_negatives: int) -> Rows:
     """A column that is in none of the first rows and would have been guessed as label, score or negatives is an error of its row:
 
@@ -144,12 +144,14 @@ def _means(name: str, role: str) -> bool:
     return bool(_negatives([name])) if role == "negative" else name.lower() in NAMES[role]
 
 
-def describe(columns: Columns, num_hard_negatives: int, names: Sequence[str] = ()) -> str:
+def describe(columns: Columns, num_hard_negatives: int, names: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
     """One line for the log."""
     negatives = f"hard negatives from {', '.join(map(repr, columns.negatives))}" if columns.negatives else "no hard negatives"
     if columns.label:
         yes, no = (", ".join(name for name, meaning in LABELS.items() if meaning is value) for value in (True, False))
-        negatives = f"pairs judged by {columns.label!r}: {yes} make a positive; {no} a hard negative of the same query; others are left out"
+        numbers = ", ".join(f"{number} is {name}" for number, name in enumerate(labels))
+        judged = f"pairs judged by {columns.label!r}{f', where {numbers}' if labels else ''}"
+        negatives = f"{judged}: {yes} make a positive; {no} a hard negative of the same query; others are left out"
     if columns.score:
         negatives = (
             f"pairs judged by {columns.score!r}: data.positive_score and more make a positive; less than data.negative_score a hard negative "
@@ -159,7 +161,7 @@ def describe(columns: Columns, num_hard_negatives: int, names: Sequence[str] = (
     hint = "; data.num_hard_negatives=0 uses no hard negatives, 1 one for each query" if idle else ""
     used = {columns.query, columns.positive, *columns.negatives, columns.label, columns.score}
     unused = [name for name in names if name not in used]
-    rest = f"; not used: {_listed(unused)}" if unused else ""
+    rest = f"; not used: {listed(unused)}" if unused else ""
     return f"query from {columns.query!r}, positive from {columns.positive!r}; {negatives}{hint}{rest}"
 
 
@@ -173,20 +175,27 @@ class OfRows:
     example: Example
 
 
-def examples(rows: Rows, columns: Columns, *, num_hard_negatives: int, positive_score: float | None = None, negative_score: float | None = None) -> Candidates:
+def examples(
+    rows: Rows, columns: Columns, *, num_hard_negatives: int,
+    labels: Sequence[str] = (), positive_score: float | None = None, negative_score: float | None = None,
+) -> Candidates:  # fmt: skip
     """(place, example or what is wrong with the row). InputError at once for settings that fit no row.
 
     All positives and hard negatives of a row are kept; of none of the latter when `num_hard_negatives` is 0. Judged pairs
     (`columns.label`, `columns.score`) are grouped by query, in the order in which queries first appear, which holds all their
     texts in memory. There, None stands for a row that is in order and went into a group; the groups come behind the last row.
+    labels: what numbers in the column of labels mean, in their order from 0.
     """
+    rows = _told_of_odd_texts(rows, (columns.query, columns.positive, *(columns.negatives if num_hard_negatives else ())))
     if columns.score:
         judge = _score_judge(columns.score, positive_score, negative_score, num_hard_negatives)
         return _grouped(rows, columns, columns.score, judge, num_hard_negatives)
     if positive_score is not None or negative_score is not None:
         raise InputError("data.positive_score or data.negative_score is set, but no column of scores is used; set data.columns.score=<column>")
     if columns.label:
-        return _grouped(rows, columns, columns.label, _label_judge(columns), num_hard_negatives)
+        return _grouped(rows, columns, columns.label, _label_judge(columns, labels), num_hard_negatives)
+    if labels:
+        raise InputError("data.labels names the numbers of labels, but no column of labels is used; set data.columns.label=<column>, or leave it out")
     if num_hard_negatives and not columns.negatives:
         raise InputError(
             f"data.num_hard_negatives={num_hard_negatives}, but no column of hard negatives is known; "
@@ -195,11 +204,32 @@ def examples(rows: Rows, columns: Columns, *, num_hard_negatives: int, positive_
     return ((where, row if isinstance(row, InputError) else attempt(_example, row, columns, num_hard_negatives, where)) for where, row in rows)
 
 
+def _told_of_odd_texts(rows: Rows, columns: Sequence[str]) -> Rows:
+    """The rows; at the end a warning for texts that are most likely none: nan, None, a list as Python or JSON writes it."""
+    kinds = {"a word for no value": spells_nothing, "a list written as text": _spells_list}
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for where, row in rows:
+        texts = [row.get(column) for column in columns] if isinstance(row, dict) else ()
+        for kind, is_odd in kinds.items():
+            if odd := next(filter(is_odd, texts), None):
+                first.setdefault(kind, f"{where}: {shown(odd)}")
+                counts[kind] += 1
+        yield where, row
+    for kind, place in first.items():
+        log.warning("%s is %s and is read as a text, in %d rows; leave such cells empty, or write them anew", place, kind, counts[kind])
+
+
+def _spells_list(text: object) -> bool:
+    """As a cell of a table that was given a list: ['a', 'b'] or ["a"], also numpy's without commas."""
+    return isinstance(text, str) and LIST.fullmatch(text.strip()) is not None
+
+
 def _example(row: dict, columns: Columns, num_hard_negatives: int, where: str) -> Example:
     query, positives = _cell(row, columns.query, "query", where), _cell(row, columns.positive, "positive", where)
     if positives == []:
         raise InputError(f"{where}, column {columns.positive!r}: the list of positives is empty; remove the row or give it a text")
-    negatives = _row_negatives(row, columns.negatives) if num_hard_negatives else []
+    negatives = _row_negatives(row, columns.negatives, where) if num_hard_negatives else []
     _check_enough(len(negatives), num_hard_negatives, " or ".join(map(repr, columns.negatives)), where)
     positive, *others = positives if isinstance(positives, list) else [positives]
     return checked_example(query, positive, negatives, where, others, columns.query, columns.positive)
@@ -207,14 +237,20 @@ def _example(row: dict, columns: Columns, num_hard_negatives: int, where: str) -
 
 def _cell(row: dict, column: str, role: str, where: str) -> object:
     if column not in row:
-        raise InputError(f"{where}: no column {column!r}; it has {_listed(list(row))}. Name it by data.columns.{role}=<column>")
+        raise InputError(f"{where}: no column {column!r}; it has {listed(list(row))}. Name it by data.columns.{role}=<column>")
     return row[column]
 
 
-def _row_negatives(row: dict, columns: Sequence[str]) -> list[object]:
-    """None is no negative, and so is an empty cell, as CSV cannot say None."""
+def _row_negatives(row: dict, columns: Sequence[str], where: str) -> list[object]:
+    """None is no negative, nor are NaN and an empty cell, as CSV cannot say None."""
     values = [row.get(column) for column in columns]
-    return [text for value in values for text in (value if isinstance(value, list) else [value] if value not in (None, "") else [])]
+    if odd := next((column for column, value in zip(columns, values, strict=True) if _spells_list(value)), None):
+        raise InputError(
+            f"{where}, column {odd!r}: {shown(row[odd])} is a list written as one text; write JSON lines or Parquet, which have lists, "
+            "or a column for each text: negative_1, negative_2"
+        )
+    there = [value for value in values if value not in (None, "") and value == value]  # NaN equals nothing
+    return [text for value in there for text in (value if isinstance(value, list) else [value])]
 
 
 def _check_enough(found: int, num_hard_negatives: int, source: str, where: str) -> None:
@@ -228,18 +264,29 @@ def _check_enough(found: int, num_hard_negatives: int, source: str, where: str) 
 # --- judged pairs ---
 
 
-def _label_judge(columns: Columns) -> Judge:
+def _label_judge(columns: Columns, labels: Sequence[str]) -> Judge:
+    """labels: names of the numbers from 0 on. Without them 1 is a positive, but where sets differ in that."""
+    if odd := next((name for name in labels if name.strip().lower() not in LABELS), None):
+        raise InputError(f"data.labels: {odd!r:.80} is none of {', '.join(LABELS)}; name each number by one of them")
+    unsettled = columns.positive.lower() in SENTENCES and (columns.label or "").lower() not in SETTLED
+
     def judge(value: object, where: str) -> bool | None:
         word = str(value).strip().lower()
+        is_number = NUMBER.fullmatch(word) is not None
+        if is_number and labels:
+            number = int(float(word))
+            if not 0 <= number < len(labels):
+                raise InputError(f"{where}, column {columns.label!r}: data.labels names the numbers 0 to {len(labels) - 1}, and the label is {shown(value)}")
+            return LABELS[labels[number].strip().lower()]
+        if is_number and unsettled:
+            raise InputError(
+                f"{where}, column {columns.label!r}: the label {shown(value)} of two sentences says nothing certain, as paraphrase data call a pair 1 that "
+                "inference data call 0; name the numbers from 0 on: data.labels=[not_duplicate,duplicate] or [entailment,neutral,contradiction]"
+            )
         if word not in LABELS or not isinstance(value, str | int | float):
             raise InputError(
-                f"{where}, column {columns.label!r}: the label {value!r:.80} is none of {', '.join(LABELS)}; map it to one of them, "
+                f"{where}, column {columns.label!r}: the label {shown(value)} is none of {', '.join(LABELS)}; map it to one of them, "
                 "name scores by data.columns.score=<column>, or set data.columns.label='' to take every pair as a positive"
-            )
-        if word[0] in "01" and columns.positive.lower() == "hypothesis":
-            raise InputError(
-                f"{where}, column {columns.label!r}: the label {value!r} of an inference pair says nothing certain, as most sets number "
-                "entailment 0; write entailment, neutral, contradiction instead"
             )
         return LABELS[word]
 
@@ -272,8 +319,8 @@ def _number(value: object, where: str) -> float:
         number = math.nan if isinstance(value, bool) else float(value)  # CSV gives texts
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if math.isnan(number):
-        raise InputError(f"{where}: expected a number, got {type(value).__name__} {value!r:.80}; mend or remove the row")
+    if not math.isfinite(number):
+        raise InputError(f"{where}: expected a number, got {type(value).__name__} {value!r:.80}; fix or remove the row")
     return number
 
 
@@ -305,7 +352,7 @@ def _grouped(rows: Rows, columns: Columns, judged_by: str, judge: Judge, num_har
             yield group.where, OfRows(checked_example(query, positives[0], negatives if num_hard_negatives else (), group.where, positives[1:]))
             short += len(negatives) < num_hard_negatives
         without += not positives
-    few = f"; {short} have fewer than {num_hard_negatives} hard negatives, and positives of other queries stand in" if short else ""
+    few = f"; {short} have fewer than {num_hard_negatives} hard negatives, and positives of other queries are used instead" if short else ""
     log.info(
         f"{pairs} pairs judged by {judged_by!r}: {neither} left out as neither positive nor hard negative; "
         f"{without} of {len(groups)} queries left out for want of a positive{few}"
@@ -331,21 +378,21 @@ def _add(groups: dict[str, _Group], query: str, document: str, meaning: bool | N
     return True
 
 
-def retrieval_set(path: Path, split: str, stated: Mapping[str, str | None], **on_bad_rows: object) -> RetrievalSet:
+def retrieval_set(path: Path, split: str, stated: Mapping[str, str | None], labels: Sequence[str] = (), **on_bad_rows: object) -> RetrievalSet:
     """Pairs as queries to search with: the different positives are the corpus, those of a query are relevant to it; ids are numbers.
 
-    on_bad_rows: as for `accepted`.
+    labels: as for `examples`. on_bad_rows: as for `accepted`.
     """
     names, found = with_names(rows(path, split))
     columns = guess_columns(names, stated, str(path))
-    log.info("%s: %s", path, describe(columns, 0, names))
+    log.info("%s: %s", path, describe(columns, 0, names, labels))
     if columns.score:
         raise InputError(f"{path}: column {columns.score!r} scores the pairs, and which are positives is not said; keep those, and set data.columns.score=''")
     found = without_late_columns(of_split(found, split, str(path)), names, columns, stated, 0)
     queries: dict[str, str] = {}
     documents: dict[str, str] = {}
     qrels: Qrels = {}
-    for example in accepted(examples(found, columns, num_hard_negatives=0), **on_bad_rows):
+    for example in accepted(examples(found, columns, num_hard_negatives=0, labels=labels), **on_bad_rows):
         asked = queries.setdefault(example.query, str(len(queries)))
         for text in (example.positive, *example.other_positives):
             qrels.setdefault(asked, {})[documents.setdefault(text, str(len(documents)))] = 1
@@ -425,7 +472,7 @@ class _Tally:
 
     def check(self, most: float | None = None) -> None:
         if self.bad > (self.max_error_share if most is None else most) * self.seen:
-            raise InputError(f"{self.summary()}. More than data.max_error_share={self.max_error_share} are not skipped; mend the rows or raise it")
+            raise InputError(f"{self.summary()}. More than data.max_error_share={self.max_error_share} are not skipped; fix the rows or raise it")
 
     def check_hopeless(self) -> None:
         if self.seen >= ROWS_BEFORE_SHARE:

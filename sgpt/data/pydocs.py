@@ -73,7 +73,10 @@ def build(folder: Path) -> Path:
 
 def _is(folder: Path, key: str) -> bool:
     manifest = folder / "manifest.json"
-    return manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8"))["key"] == key
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))["key"] == key
+    except (OSError, ValueError, LookupError, TypeError):  # none, or damaged: then the harvest is made anew
+        return False
 
 
 def _build(folder: Path, key: str) -> None:

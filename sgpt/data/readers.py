@@ -4,18 +4,20 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 
 from sgpt.data import beir, msmarco, nli, pairs, pydocs
 from sgpt.data.example import Example
 from sgpt.data.pairs import ROLES
-from sgpt.data.rows import of_split, of_the_hub, rows
+from sgpt.data.rows import kind_of, of_split, of_the_hub, rows, saved_folder
 from sgpt.data.sampling import Feed, Source
 from sgpt.data.store import Examples, Tokens, Writer, key_of, stored
 from sgpt.errors import InputError
+from sgpt.files import files_below
 from sgpt.markers import MarkersConfig, frames
+from sgpt.values import COUNT, COUNT_OR_NONE, FINITE, MOST, POSITIVE, SEED, SHARE, Range, check_ranges
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +29,14 @@ class SourceConfig:
     name: row of READERS. path: file or folder, or hub id. split: of a BEIR folder, a data set, or a file that has a column
     `split`; subset, streaming: of a hub data set.
     triples: of a BEIR folder, a TSV in it of query-id, positive-id, negative-id …. columns: the file's names for query, positive,
-    negative, label or score; null guesses by the usual names and logs the guess. positive_score, negative_score: a scored
+    negative, label or score; null guesses by the usual names and logs the guess. labels: what numbers as labels mean, in their
+    order from 0, as [entailment, neutral, contradiction]. positive_score, negative_score: a scored
     pair from the one on is a positive, below the other a hard negative. num_hard_negatives: H, for every example.
     limit: use only so many examples. on_error: stop at a bad row, or skip it and list it; max_error_share: of skipped rows.
     systems, negatives_per_system, score_margin, use_all_queries: of msmarco, see sgpt/data/msmarco.py. seed: of what nli and
     msmarco draw. weight: share of the batches, of all sources or of none, which then go by size. query_max_tokens,
     document_max_tokens, markers: null takes the run's. symmetric: documents are put in the queries' markers.
+    A key that the reader does not read (`Reader.keys`) is refused.
     """
 
     name: str = "file"
@@ -42,6 +46,7 @@ class SourceConfig:
     streaming: bool = False
     triples: str | None = None
     columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(ROLES))
+    labels: list[str] = field(default_factory=list)
     positive_score: float | None = None
     negative_score: float | None = None
     num_hard_negatives: int = 0
@@ -65,19 +70,29 @@ class SourceConfig:
         self.columns = dict.fromkeys(ROLES) | self.columns
         if odd := self.columns.keys() - {*ROLES}:
             raise InputError(f"data.columns has the unknown key {sorted(odd)[0]!r}; it maps {', '.join(ROLES)}")
-        if self.num_hard_negatives < 0:
-            raise InputError(f"data.num_hard_negatives={self.num_hard_negatives} must be 0 or more")
+        tokens = Range("4 or more", 4, MOST).or_null("for the run's")
+        check_ranges(
+            self, "data.", num_hard_negatives=COUNT_OR_NONE, limit=replace(COUNT, words="1 or more; null takes every example"), seed=SEED,
+            max_error_share=SHARE, positive_score=FINITE, negative_score=FINITE, score_margin=FINITE, negatives_per_system=COUNT,
+            weight=replace(POSITIVE, words="positive; leave a source out to give it nothing"), query_max_tokens=tokens, document_max_tokens=tokens,
+        )  # fmt: skip
         if self.num_hard_negatives > 1 and self.name == "nli":
             raise InputError(f"data.num_hard_negatives={self.num_hard_negatives}: data=nli has one hard negative for each example; set it to 1 or 0")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"data.limit={self.limit} must be 1 or more; null takes every example")
-        if self.weight is not None and not self.weight > 0:
-            raise InputError(f"data.weight={self.weight} must be positive; leave a source out to give it nothing")
         if self.on_error not in ("stop", "skip"):
             raise InputError(f"data.on_error={self.on_error!r} is unknown; choose stop or skip")
-        if self.on_error == "skip" and not READERS[self.name].skips:
-            able = ", ".join(name for name, reader in READERS.items() if reader.skips)
+        if self.on_error == "skip" and "on_error" not in READERS[self.name].keys:
+            able = ", ".join(name for name, reader in READERS.items() if "on_error" in reader.keys)
             raise InputError(f"data.on_error=skip: data={self.name} reads files of a fixed form and skips nothing; {able} do")
+        self._check_keys()
+
+    def _check_keys(self) -> None:
+        """What the reader does not read would change nothing, and the one who set it believes that it does."""
+        known = {*EVERY_READER, *OF_THE_FEED, *READERS[self.name].keys}
+        for key in (chosen.name for chosen in fields(SourceConfig) if chosen.name not in known):
+            if (value := getattr(self, key)) != _default(key):
+                able = " or ".join(f"data={name}" for name, reader in READERS.items() if key in reader.keys)
+                of = f" of {self.path}" if self.path else ""
+                raise InputError(f"data.{key}={value} is read by {able} only, not by data={self.name}{of}; leave it out")
 
 
 @dataclass
@@ -99,9 +114,11 @@ class DataConfig(SourceConfig):
     cache: str = "data/cache"
 
     def __post_init__(self) -> None:
+        if self.sources:
+            self._check_sources()
         super().__post_init__()
-        if not self.temperature > 0:
-            raise InputError(f"data.temperature={self.temperature} must be positive; 1 is by size, larger evens the sources out")
+        evens = Range("positive and 0.1 or more; 1 is by size, larger evens the sources out", 0.1)  # below, a size to the power of 1 / it is no number
+        check_ranges(self, "data.", temperature=evens)
         if self.batches not in ("random", "hard"):
             raise InputError(f"data.batches={self.batches!r} is unknown; choose random or hard")
         if (self.batches == "hard") != bool(self.grouping_model):
@@ -110,13 +127,9 @@ class DataConfig(SourceConfig):
         if self.batches == "hard" and self.mixed:
             raise InputError("data.batches=hard groups the queries of one source, and data.mixed=true puts all sources into each batch; choose one of them")
 
-        if self.sources:
-            self._check_sources()
-
     def _check_sources(self) -> None:
         """What is set beside them would be read by nobody, and weights of some would be compared with sizes of others."""
-        plain = SourceConfig()
-        if beside := [f"data.{chosen.name}" for chosen in fields(SourceConfig) if getattr(self, chosen.name) != getattr(plain, chosen.name)]:
+        if beside := [f"data.{chosen.name}" for chosen in fields(SourceConfig) if getattr(self, chosen.name) != _default(chosen.name)]:
             raise InputError(f"{', '.join(beside)}: set beside data.sources, where nothing reads it; set it in each of the sources (data=file sets none)")
         without = [source.path for source in self.sources if source.weight is None]
         if 0 < len(without) < len(self.sources):
@@ -124,6 +137,12 @@ class DataConfig(SourceConfig):
 
     def each(self) -> list[SourceConfig]:
         return self.sources or [SourceConfig(**{chosen.name: getattr(self, chosen.name) for chosen in fields(SourceConfig)})]
+
+
+def _default(key: str) -> object:
+    """Without making a SourceConfig, which would check itself for this again."""
+    [declared] = (chosen for chosen in fields(SourceConfig) if chosen.name == key)
+    return declared.default if declared.default_factory is MISSING else declared.default_factory()
 
 
 def build_feed(config: DataConfig, tokenizer, markers: MarkersConfig, *, queries_per_process: int, processes: int = 1, seed: int = 0) -> Feed:
@@ -152,7 +171,7 @@ def read_examples(config: SourceConfig, cache: Path) -> Examples:
     if not config.path:  # here and not in the dataclass, whose default must be constructible
         raise InputError(f"data.path is empty; set data.path=<file or folder> for data={config.name}")
     reader = READERS[config.name]
-    how = {chosen.name: getattr(config, chosen.name) for chosen in fields(SourceConfig) if chosen.name not in OF_THE_FEED}
+    how = {key: getattr(config, key) for key in (*EVERY_READER, *reader.keys)}  # what others read, or the feed, makes nothing stale
     key = key_of(how, reader.fingerprint(config))
     rejected = cache / f"{key}.rejected.jsonl"
     examples = stored(cache, key, lambda writer: reader.fill(config, writer, rejected))
@@ -164,15 +183,27 @@ def read_examples(config: SourceConfig, cache: Path) -> Examples:
 
 
 def files_fingerprint(config: SourceConfig) -> str:
-    """Of the bytes of a file, or of every file below a folder, linked folders too."""
+    """Of the bytes of a file, or of those files of a folder that its reader looks at: the folder may hold a whole disk besides."""
     path = Path(config.path)
     digest = hashlib.blake2b(digest_size=16)
-    below = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-    for file in below if path.is_dir() else [path]:
+    for file in _data_files(path, config.name) if path.is_dir() else [path]:
         if file.is_file():
             digest.update(os.fsencode(file.relative_to(path)))
             digest.update(_digest(file))
     return digest.hexdigest()
+
+
+def _data_files(folder: Path, name: str) -> list[Path]:
+    """In a fixed order, those that are not there too."""
+    match name:
+        case "beir":
+            return [*(folder / f"{part}.jsonl{packed}" for part in ("corpus", "queries") for packed in ("", ".gz")), *sorted(folder.glob("qrels/*.tsv"))]
+        case "msmarco":
+            parts = (msmarco.COLLECTION, msmarco.QUERIES, msmarco.MINED, msmarco.SCORES)
+            return [folder / f"{part}{packed}" for part in parts for packed in ("", ".gz")]
+        case "nli":
+            return nli.training_files(folder)
+    return files_below(folder) if saved_folder(folder) else sorted(file for file in folder.iterdir() if kind_of(file))
 
 
 def _digest(file: Path) -> bytes:
@@ -196,12 +227,12 @@ def revision(hub_id: str) -> str:
 class Reader:
     """fill(config, writer, rejected): writes all of a source. fingerprint: of its content, so that a changed one is read again.
 
-    skips: it knows data.on_error=skip.
+    keys: of SourceConfig that it reads, besides EVERY_READER's. Those of other readers are refused.
     """
 
     fill: Callable[[SourceConfig, Writer, Path], None]
+    keys: tuple[str, ...]
     fingerprint: Callable[[SourceConfig], str] = files_fingerprint
-    skips: bool = False
 
 
 def _written(examples: Iterable[Example], config: SourceConfig, writer: Writer) -> None:
@@ -213,11 +244,11 @@ def _fill_rows(config: SourceConfig, writer: Writer, rejected: Path) -> None:
     """Files, folders and data sets of rows."""
     names, found = pairs.with_names(rows(Path(config.path), config.split, subset=config.subset, streaming=config.streaming))
     columns = pairs.guess_columns(names, config.columns, config.path)
-    log.info("%s: %s", config.path, pairs.describe(columns, config.num_hard_negatives, names))
+    log.info("%s: %s", config.path, pairs.describe(columns, config.num_hard_negatives, names, config.labels))
     found = pairs.without_late_columns(of_split(found, config.split, config.path), names, columns, config.columns, config.num_hard_negatives)
     candidates = pairs.examples(
         found, columns, num_hard_negatives=config.num_hard_negatives,
-        positive_score=config.positive_score, negative_score=config.negative_score,
+        labels=config.labels, positive_score=config.positive_score, negative_score=config.negative_score,
     )  # fmt: skip
     _written_accepted(candidates, config, writer, rejected)
 
@@ -259,14 +290,17 @@ def _beir_fingerprint(config: SourceConfig) -> str:
     return files_fingerprint(config) + (_digest(triples).hex() if triples.is_file() else "")
 
 
-OF_THE_FEED = ("weight", "markers", "query_max_tokens", "document_max_tokens", "symmetric")  # say nothing of what is read
+EVERY_READER = ("name", "path", "limit")
+BAD_ROWS = ("on_error", "max_error_share")
+JUDGED = ("labels", "positive_score", "negative_score")
 READERS: dict[str, Reader] = {
-    "file": Reader(_fill_rows, _rows_fingerprint, skips=True),
-    "beir": Reader(_fill_beir, _beir_fingerprint, skips=True),
-    "nli": Reader(_fill_nli),
-    "msmarco": Reader(_fill_msmarco),
-    "pydocs": Reader(_fill_pydocs, _pydocs_fingerprint, skips=True),
+    "file": Reader(_fill_rows, ("split", "subset", "streaming", "columns", *JUDGED, "num_hard_negatives", *BAD_ROWS), _rows_fingerprint),
+    "beir": Reader(_fill_beir, ("split", "triples", "num_hard_negatives", *BAD_ROWS), _beir_fingerprint),
+    "nli": Reader(_fill_nli, ("seed",)),
+    "msmarco": Reader(_fill_msmarco, ("systems", "negatives_per_system", "score_margin", "use_all_queries", "seed")),
+    "pydocs": Reader(_fill_pydocs, ("num_hard_negatives", *BAD_ROWS), _pydocs_fingerprint),
 }
+OF_THE_FEED = ("num_hard_negatives", "weight", "markers", "query_max_tokens", "document_max_tokens", "symmetric")  # of every source
 
 
 def default_corpus() -> Path:

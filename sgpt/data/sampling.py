@@ -42,7 +42,7 @@ class Source:
     def draw(self, number: int, epoch: int, seed: int) -> Drawn:
         """One positive of several, seeded by example and epoch; of more than H hard negatives the next H, epoch by epoch.
 
-        Where a query has fewer than H hard negatives (msmarco with use_all_queries, labelled pairs), positives of others stand in.
+        Where a query has fewer than H hard negatives (msmarco with use_all_queries, labelled pairs), positives of others are used instead.
         """
         positives, negatives = self.examples.positives[number], self.examples.hard_negatives[number]
         missing = self.num_hard_negatives - len(negatives)

@@ -2,17 +2,21 @@
 
 import gzip
 import json
+import logging
 import math
 import zlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TextIO
 
-from sgpt.data.beir import RetrievalSet
-from sgpt.data.jsonl import read_rows
+from sgpt.data.beir import RetrievalSet, read_queries
+from sgpt.data.rows import parsed_json, shown
 from sgpt.errors import InputError
 from sgpt.files import write_whole
 from sgpt.metrics import Run, ranked
+
+log = logging.getLogger(__name__)
 
 
 def write_run(file: Path, run: Run, system: str) -> None:
@@ -42,25 +46,29 @@ def read_run(file: Path, data: Path, chosen: RetrievalSet, key: str) -> dict[str
     """query id -> document id -> score, of the judged queries. Every id must be one of the folder `data`. key: what the user named the file by."""
     if not file.is_file():
         raise InputError(f"{key}={file}: no such file; check the path")
-    table = next(path for path in (data / "queries.jsonl", data / "queries.jsonl.gz") if path.is_file())
-    queries = {row["_id"] for _, row in read_rows(table)}
+    queries, unjudged = read_queries(data), set()
     run: dict[str, dict[str, float]] = {}
     for where, query, document, score in _run_lines(file):
         for kind, identifier, known in (("query", query, queries), ("document", document, chosen.corpus)):
             if identifier not in known:
-                raise InputError(f"{where}: {kind} id {identifier!r} is not in {data}; the run belongs to another folder")
+                raise InputError(f"{where}: {kind} id {shown(identifier)} is not in {data}; the run belongs to another folder")
         if query not in chosen.qrels:
+            unjudged.add(query)
             continue
         if document in run.setdefault(query, {}):
-            raise InputError(f"{where}: document id {document!r} stands twice under query id {query!r}; remove one of them")
+            raise InputError(f"{where}: document id {shown(document)} stands twice under query id {shown(query)}; remove one of them")
         run[query][document] = score
+    if run and all(len(scores) > 1 and len({*scores.values()}) == 1 for scores in run.values()):
+        log.warning("%s: all scores of a query are equal, so the run ranks nothing; write scores that fall with the rank", file)
+    if unjudged:
+        log.info("%s: %d queries of it are not judged in this split and are left out", file, len(unjudged))
     return run
 
 
 def _run_lines(file: Path) -> Iterator[tuple[str, str, str, float]]:
     """("file, line n", query id, document id, score)"""
     try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        with gzip.open(file, "rt", encoding="utf-8-sig") if file.suffix == ".gz" else file.open(encoding="utf-8-sig") as lines:
             is_json = lines.read(100).lstrip().startswith("{")
             lines.seek(0)
             yield from (_json_run if is_json else _trec_run)(file, lines)
@@ -70,35 +78,65 @@ def _run_lines(file: Path) -> Iterator[tuple[str, str, str, float]]:
 
 def _json_run(file: Path, lines: TextIO) -> Iterator[tuple[str, str, str, float]]:
     try:
-        run = json.load(lines)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}); write the run again") from None
+        run = parsed_json(lines.read())
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        where, reason = f"{file}", str(error)[:200] if isinstance(error, ValueError) else "brackets too deep"
+        if isinstance(error, json.JSONDecodeError):
+            where, reason = f"{file}, line {error.lineno}", f"{error.msg} at column {error.colno}"
+        raise InputError(f"{where}: not JSON ({reason}); write the run again") from None
     for query, scores in run.items():
-        where = f"{file}, query id {query!r}"
+        where = f"{file}, query id {shown(query)}"
         if not isinstance(scores, dict):
-            raise InputError(f"{where}: holds {type(scores).__name__}, expected document ids with scores")
+            raise InputError(f"{where}: holds {type(scores).__name__}, expected document ids with scores; write an object of them")
         for document, score in scores.items():
-            if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-                raise InputError(f"{where}: score {score!r} of {document!r} is no finite number; mend it")
-            yield where, query, document, float(score)
+            if (value := _finite(score)) is None:
+                raise InputError(f"{where}: score {shown(score)} of {shown(document)} is no finite number; fix it")
+            yield where, query, document, value
 
 
 def _trec_run(file: Path, lines: TextIO) -> Iterator[tuple[str, str, str, float]]:
-    before = ("", 0, 0.0)
+    """The order is that of the scores, as trec_eval reads it, so the ranks must say the same: what they contradict, or alone know, is refused."""
+    ranked_by: dict[str, list[tuple[int, float, int]]] = {}  # query -> rank, score, line
     for number, line in enumerate(lines, 1):
         where, fields = f"{file}, line {number}", line.split()
         if not fields:
             continue
         if len(fields) != 6:
-            raise InputError(f"{where}: {len(fields)} fields, a TREC run has 6, query-id Q0 document-id rank score tag: {line.strip()[:80]!r}")
+            raise InputError(f"{where}: {len(fields)} fields, a TREC run has 6, query-id Q0 document-id rank score tag: {shown(line.strip())}; fix the line")
         query, _, document, rank, score, _ = fields
         try:
-            now = (query, int(rank), float(score))
+            place, value = int(rank), float(score)
         except ValueError:
-            raise InputError(f"{where}: rank {rank!r} or score {score!r} is no number; the fields are query-id Q0 document-id rank score tag") from None
-        if not math.isfinite(now[2]):
-            raise InputError(f"{where}: score {score!r} is not finite; mend it")
-        if before[0] == query and now[1] > before[1] and now[2] > before[2]:
-            raise InputError(f"{where}: rank {rank} scores {score}, more than rank {before[1]} with {before[2]:g}; higher must be better, so negate distances")
-        before = now
-        yield where, query, document, now[2]
+            problem = f"rank {shown(rank)} or score {shown(score)} is no number"
+            raise InputError(f"{where}: {problem}; the fields are query-id Q0 document-id rank score tag, fix them") from None
+        if not math.isfinite(value):
+            raise InputError(f"{where}: score {shown(score)} is not finite; fix it")
+        ranked_by.setdefault(query, []).append((place, value, number))
+        yield where, query, document, value
+    for rows in ranked_by.values():
+        _check_order(file, sorted(rows))
+    flat = [query for query, rows in ranked_by.items() if len(rows) > 1 and len({score for _, score, _ in rows}) == 1 and len({rank for rank, *_ in rows}) > 1]
+    if not flat:
+        return
+    told = f"all scores of query {shown(flat[0])} are equal while its ranks differ, and the order is that of the scores, as trec_eval reads it"
+    if len(flat) == sum(len(rows) > 1 for rows in ranked_by.values()):
+        raise InputError(f"{file}: {told}; write scores that fall with the rank: awk '{{$5 = -$4; print}}' <run> > <new run>")
+    log.warning("%s: %s; %d of %d queries are like it", file, told, len(flat), len(ranked_by))
+
+
+def _check_order(file: Path, rows: list[tuple[int, float, int]]) -> None:
+    """rows: rank, score and line of one query, by rank."""
+    for (rank, score, _), (below, more, number) in pairwise(rows):
+        if below > rank and more > score:
+            contrary = f"rank {below} scores {more:g}, more than rank {rank} with {score:g}"
+            raise InputError(f"{file}, line {number}: {contrary}; higher must be better, so negate distances")
+
+
+def _finite(score: object) -> float | None:
+    try:
+        value = math.nan if isinstance(score, bool | str) else float(score)  # type: ignore[arg-type]
+    except (TypeError, OverflowError):
+        return None
+    return value if math.isfinite(value) else None

@@ -6,18 +6,19 @@
 All four are read. As there, titles alone are compared in AskUbuntu and SciDocs, and TwitterPara has a test split only.
 """
 
-import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgpt.data.beir import PairSet, RetrievalSet
+from sgpt.data.beir import MAX_RELEVANCE, PairSet, RetrievalSet
+from sgpt.data.rows import listed, parsed_json, same_split, shown, text_lines
 from sgpt.errors import InputError
 from sgpt.metrics import Qrels
 
-SPLITS = {"test": "test", "dev": "valid", "valid": "valid"}  # ours -> USEB's
+SPLITS = {"test": "test", "dev": "valid"}  # ours -> USEB's
 NEITHER = 3  # TwitterPara's label from 0 to 5 of pairs that average precision leaves out: above it paraphrases, below it none
 
 
@@ -41,12 +42,23 @@ class UsebTask:
 
 def read_useb(folder: Path, split: str) -> list[UsebTask]:
     """The tasks that are there. Names in no file, and files that are not as described, are refused."""
-    if split not in SPLITS:
+    theirs = next((name for ours, name in SPLITS.items() if same_split(ours, split)), None)
+    if theirs is None:
         raise InputError(f"split={split}: USEB has test and dev; set one of them, or leave useb={folder} out")
-    there = [name for name in READERS if (folder / name).is_dir() and not (name == "twitterpara" and split != "test")]
+    there = [name for name in READERS if (folder / name).is_dir() and not (name == "twitterpara" and theirs != "test")]
     if not there:
         raise InputError(f"useb={folder}: holds none of {', '.join(READERS)}; give the folder data-eval of USEB's data-eval.zip")
-    return [UsebTask(name, READERS[name](folder / name, SPLITS[split])) for name in there]
+    tasks = [UsebTask(name, READERS[name](folder / name, theirs)) for name in there]
+    for task in tasks:
+        if not task.parts or not all(map(_has_something, task.parts)):
+            raise InputError(f"{folder / task.name}: nothing to score in split {split!r}, or in a part of it; is it whole?")
+    return tasks
+
+
+def _has_something(part: CandidateSet | RetrievalSet | PairSet) -> bool:
+    if isinstance(part, PairSet):
+        return len(set(part.scores)) > 1
+    return any(part.candidates.values()) if isinstance(part, CandidateSet) else any(part.qrels.values()) and bool(part.corpus)
 
 
 def _askubuntu(folder: Path, split: str) -> list[CandidateSet]:
@@ -56,14 +68,14 @@ def _askubuntu(folder: Path, split: str) -> list[CandidateSet]:
     for where, (query, similar, found, scores) in _lines(folder / f"{'dev' if split == 'valid' else 'test'}.txt", 4):
         names, numbers = found.split(), scores.split()
         if len(names) != len(numbers):
-            raise InputError(f"{where}: {len(names)} candidates and {len(numbers)} scores; there must be as many")
+            raise InputError(f"{where}: {len(names)} candidates and {len(numbers)} scores; there must be as many, fix the line")
         order = sorted(range(len(names)), key=lambda place: -_number(numbers[place], where))  # stable, as the original's
         if relevant := set(similar.split()) & set(names):
             candidates[query] = [names[place] for place in order]
             qrels[query] = dict.fromkeys(sorted(relevant), 1)
         for name in (query, *names):
             if name not in titles:
-                raise InputError(f"{where}: question id {name!r} is not in {folder}/text_tokenized.txt; the files do not belong together")
+                raise InputError(f"{where}: question id {shown(name)} is not in {folder}/text_tokenized.txt; the files do not belong together")
     return [CandidateSet("askubuntu", titles, candidates, qrels)]
 
 
@@ -72,9 +84,11 @@ def _cqadupstack(folder: Path, split: str) -> list[RetrievalSet]:
     corpus, judged = _json(folder / "corpus.json"), _json(folder / "retrieval_split.json", split)
     forums = []
     for forum, relevant in judged.items():
-        texts = corpus.get(forum, {})
+        texts = _of_texts(corpus.get(forum, {}), f"{folder}/corpus.json, {shown(forum)}")
+        for query, names in _object(relevant, f"{folder}/retrieval_split.json, {shown(forum)}").items():
+            _list_of_texts(names, f"{folder}/retrieval_split.json, {shown(forum)}, query id {shown(query)}")
         if unknown := next((query for query in relevant if query not in texts), None):
-            raise InputError(f"{folder}/retrieval_split.json: query id {unknown!r} of {forum} is not in corpus.json; the files do not belong together")
+            raise InputError(f"{folder}/retrieval_split.json: query id {shown(unknown)} of {forum} is not in corpus.json; the files do not belong together")
         documents = {name: text for name, text in texts.items() if name not in relevant}
         qrels = {query: dict.fromkeys(names, 1) for query, names in relevant.items()}
         forums.append(RetrievalSet(forum, documents, {query: texts[query] for query in relevant}, qrels))
@@ -85,8 +99,13 @@ def _scidocs(folder: Path, split: str) -> list[CandidateSet]:
     """cite, cocite, coview, coread: some thirty papers a query, five of them related. Papers without a title are no candidates."""
     data = _json(folder / "data.json")
     if missing := [key for key in ("corpus", split) if key not in data]:
-        raise InputError(f"{folder}/data.json: has no {missing[0]!r}; it has {', '.join(data)}")
-    titles = {name: paper.get("title") or "" for name, paper in data["corpus"].items()}
+        raise InputError(f"{folder}/data.json: has no {missing[0]!r}; it has {listed(data)}. Is it USEB's file?")
+    papers, where = _object(data["corpus"], f"{folder}/data.json, corpus"), f"{folder}/data.json"
+    titles = _of_texts({name: _object(paper, f"{where}, paper {shown(name)}").get("title") or "" for name, paper in papers.items()}, f"{where}, titles")
+    for kind, qrels in _object(data[split], f"{where}, {split}").items():
+        for query, judged in _object(qrels, f"{where}, {shown(kind)}").items():
+            if odd := next((score for score in _object(judged, f"{where}, {shown(kind)}, query id {shown(query)}").values() if not _is_judgement(score)), None):
+                raise InputError(f"{where}, {shown(kind)}, query id {shown(query)}: judgement {shown(odd)} is no whole number up to {MAX_RELEVANCE:,}; fix it")
     return [
         CandidateSet(kind, titles, {query: [name for name in judged if titles.get(name)] for query, judged in qrels.items() if titles.get(query)}, qrels)
         for kind, qrels in data[split].items()
@@ -103,7 +122,7 @@ def _twitterpara(folder: Path, split: str) -> list[PairSet]:
             first, second, given = (fields[column] for column in columns)
             found = re.fullmatch(label, given.strip())
             if not found:
-                raise InputError(f"{where}: label {given!r} is not of the form {'(4, 6)' if name == 'twitterurl' else '4'}; mend it")
+                raise InputError(f"{where}: label {shown(given)} is not of the form {'(4, 6)' if name == 'twitterurl' else '4'}; fix it")
             pairs[name].first.append(first)
             pairs[name].second.append(second)
             pairs[name].scores.append(float(found[1]))
@@ -117,15 +136,13 @@ def _lines(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
     """("file, line n", the first `columns` tab-separated fields)"""
     if not file.is_file():
         raise InputError(f"{file}: no such file; the task needs it")
-    try:
-        with file.open(encoding="utf-8", newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                fields = line.rstrip("\r\n").split("\t")
-                if len(fields) < columns:
-                    raise InputError(f"{file}, line {number}: {len(fields)} tab-separated fields, {columns} are needed: {line.strip()[:80]!r}")
-                yield f"{file}, line {number}", fields[:columns]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); it should be UTF-8 text") from error
+    for number, line in text_lines(file):
+        if isinstance(line, InputError):
+            raise line
+        fields = line.split("\t")
+        if len(fields) < columns:
+            raise InputError(f"{file}, line {number}: {len(fields)} tab-separated fields, {columns} are needed: {shown(line.strip())}; fix or remove the line")
+        yield f"{file}, line {number}", fields[:columns]
 
 
 def _json(file: Path, key: str | None = None) -> dict[str, Any]:
@@ -133,16 +150,40 @@ def _json(file: Path, key: str | None = None) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{file}: no such file; the task needs it")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); it should be JSON") from error
+        content = parsed_json(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:  # a JSONDecodeError and a UnicodeDecodeError are ValueErrors
+        raise InputError(f"{file}: cannot be read ({str(error)[:200]}); it should be JSON") from error
     if not isinstance(content, dict) or (key and not isinstance(content.get(key), dict)):
         raise InputError(f"{file}: expected an object{f' with {key!r} in it' if key else ''}; is it USEB's file?")
     return content[key] if key else content
 
 
+def _object(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected an object, got {type(value).__name__} {shown(value)}; is it USEB's file?")
+    return value
+
+
+def _of_texts(value: object, where: str) -> dict[str, str]:
+    if odd := next((name for name, text in _object(value, where).items() if not isinstance(text, str)), None):
+        raise InputError(f"{where}: {shown(odd)} is {shown(value[odd])}, which is no text; write it in quotes")  # type: ignore[index]
+    return value  # type: ignore[return-value]
+
+
+def _is_judgement(value: object) -> bool:
+    return type(value) is int and abs(value) <= MAX_RELEVANCE
+
+
+def _list_of_texts(value: object, where: str) -> None:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise InputError(f"{where}: expected a list of document ids, got {shown(value)}; fix it")
+
+
 def _number(text: str, where: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise InputError(f"{where}: score {text!r} is no number; mend it") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{where}: score {shown(text)} is no number; fix it")
+    return number

@@ -5,17 +5,19 @@ from dataclasses import dataclass, field
 from sgpt.data.pairs import ROLES
 from sgpt.errors import InputError
 from sgpt.markers import MarkersConfig
+from sgpt.values import COUNT, NOT_NEGATIVE, SEED, SHARE, THREADS, Range, check_choice, check_ranges
 
 NEEDS = {"bm25": None, "model": "model", "run": "trec"}  # source -> the key that it reads
-CHOICES = {"source": tuple(NEEDS), "pick": ("top", "random"), "on_few": ("keep", "drop")}
+CHOICES = {"source": tuple(NEEDS), "on_error": ("stop", "skip"), "pick": ("top", "random"), "on_few": ("keep", "drop")}
 
 
 @dataclass
 class MineConfig:
     """data, split: BEIR folder and its qrels; or pairs, in a file or a folder of them, whose positives are then the corpus. columns: of
 
-    pairs, query, positive and label; null guesses by the usual names. on_error, max_error_share: stop at a bad row of them, or skip
-    so many and list them in <output>.rejected.jsonl. output: the training rows, a new file .jsonl or .jsonl.gz. limit: the first queries only.
+    pairs, query, positive and label; null guesses by the usual names. labels: what numbers as labels mean, in their order from 0.
+    on_error, max_error_share: stop at a bad row of pairs, or skip so many and list them in <output>.rejected.jsonl.
+    output: the training rows, a new file .jsonl or .jsonl.gz. limit: the first queries only.
 
     source: bm25; model, with model=<run, export, adapter, base or sentence-transformers folder>, markers and pooling only for a
     base without a contract; or run, with trec=<TREC run, or JSON of query id -> document id -> score>.
@@ -33,6 +35,7 @@ class MineConfig:
     data: str = ""
     split: str = "train"
     columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(ROLES))
+    labels: list[str] = field(default_factory=list)
     on_error: str = "stop"
     max_error_share: float = 0.01
     output: str = ""
@@ -58,20 +61,17 @@ class MineConfig:
 
     def __post_init__(self) -> None:
         for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise InputError(f"{key}={getattr(self, key)!r} is unknown; choose {', '.join(choices[:-1])} or {choices[-1]}")
+            check_choice(key, getattr(self, key), choices)
         for source, key in NEEDS.items():
             if key and (self.source == source) != bool(getattr(self, key)):
                 problem = f"needs {key}=<path>" if self.source == source else f"does not read {key}={getattr(self, key)}; set source={source}, or leave it out"
                 raise InputError(f"source={self.source} {problem}")
-        for key in ("limit", "first_rank", "negatives_per_query", "queries_per_block", "documents_per_block", "threads"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise InputError(f"{key}={getattr(self, key)} must be 1 or more")
+        check_ranges(
+            self, limit=COUNT.or_null("for all queries"), first_rank=COUNT, last_rank=COUNT, negatives_per_query=COUNT, queries_per_block=COUNT,
+            documents_per_block=COUNT, threads=THREADS.or_null("to share the cores"), seed=SEED, max_error_share=SHARE,
+            score_margin=NOT_NEGATIVE.or_null("for any"), score_ratio=Range("above 0 and at most 1, or null", 0, 1, above=True),
+        )  # fmt: skip
         if self.last_rank - self.first_rank + 1 < self.negatives_per_query:
             raise InputError(
                 f"first_rank={self.first_rank} to last_rank={self.last_rank} cannot hold negatives_per_query={self.negatives_per_query}; raise last_rank"
             )
-        if self.score_margin is not None and not self.score_margin >= 0:
-            raise InputError(f"score_margin={self.score_margin} must be 0 or more, or null")
-        if self.score_ratio is not None and not 0 < self.score_ratio <= 1:
-            raise InputError(f"score_ratio={self.score_ratio} must be above 0 and at most 1, or null")

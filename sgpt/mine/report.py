@@ -19,6 +19,7 @@ COUNTS = {  # as shown, in this order
     "unusable": "  left out: no text, or no positive",
     "rows": "rows written",
     "few": "queries with fewer than {negatives_per_query} (on_few={on_few})",
+    "none": "queries without any negative",
     "negatives": "negatives written",
     "spare": "candidates left over",
     "positives": "  left out: a positive, or the query",
@@ -34,7 +35,8 @@ COUNTS = {  # as shown, in this order
 def told(config: MineConfig, statistics: dict[str, Any]) -> list[tuple[str, str]]:
     """What was counted, and how the written scores are spread, in words and numbers."""
     unset = {key for key, value in (("margin", config.score_margin), ("ratio", config.score_ratio)) if value is None}
-    counted = [(label.format(**asdict(config)), f"{statistics['counts'][key]:,}") for key, label in COUNTS.items() if key not in unset]
+    counts = {key: count for key, count in statistics["counts"].items() if key not in unset}
+    counted = [(label.format(**asdict(config)), f"{counts[key]:,}") for key, label in COUNTS.items() if key in counts]
     return counted + [(f"{side} scores, {name}", f"{value:.3f}") for side, values in statistics["scores"].items() for name, value in values.items()]
 
 

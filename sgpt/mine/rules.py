@@ -30,6 +30,7 @@ def mine_block(queries: Sequence[Query], task: Task, source: Source, rescore: Re
     for query, ranked in zip(queries, found, strict=True):
         eligible = within_margins(ranked, config, counts)
         chosen = pick(query, eligible, config)
+        counts["none"] += not chosen
         few = len(chosen) < config.negatives_per_query
         counts["few"] += few
         if few and config.on_few == "drop":

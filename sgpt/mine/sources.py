@@ -1,5 +1,6 @@
 """What ranks the documents for a query: BM25, a model, or a run that someone else made."""
 
+import importlib.metadata
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,9 +16,9 @@ from sgpt.errors import InputError
 from sgpt.evaluate import bm25_index, bm25_words, search
 from sgpt.files import reserve
 from sgpt.index import fingerprint
-from sgpt.mine.identity import file_digest
 from sgpt.mine.task import Query, Task
 from sgpt.parts import Parts, beside
+from sgpt.provenance import file_hash
 
 
 class Candidate(NamedTuple):
@@ -49,10 +50,9 @@ def by_score(rows: Iterable[int], scores: Iterable[float]) -> list[Candidate]:
 class Bm25:
     """As `sgpt.evaluate.bm25_run` scores. A document without any of the query's words is no candidate."""
 
-    digest = ""
-
     def __init__(self, task: Task) -> None:
         self.task = task
+        self.digest = f"bm25s {importlib.metadata.version('bm25s')}"
 
     def prepare(self, parts: Parts) -> None:
         self.index = bm25_index(list(self.task.chosen.corpus.values()))
@@ -116,7 +116,7 @@ class RunFile:
         assert config.trec
         self.task, file = task, Path(config.trec)
         self.ranking = read_run(file, Path(config.data), task.chosen, "trec")
-        self.digest = file_digest(file)
+        self.digest = file_hash(file)
         if not self.ranking:
             raise InputError(f"{file}: ranks none of the queries of split {config.split!r} of {config.data}; give the run of this split")
         if config.rescore or (config.score_margin is None and config.score_ratio is None):

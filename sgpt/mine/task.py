@@ -60,15 +60,18 @@ def read_set(config: MineConfig) -> RetrievalSet:
     """A BEIR folder, or pairs in a file or in a folder of files."""
     path = Path(config.data)
     if not path.exists() or any((path / name).exists() for name in ("corpus.jsonl", "corpus.jsonl.gz", "qrels")):
-        beside = [f"columns.{role}" for role, name in config.columns.items() if name is not None] + ["on_error"] * (config.on_error != "stop")
+        beside = [f"columns.{role}" for role, name in config.columns.items() if name is not None]
+        beside += ["labels"] * bool(config.labels) + ["on_error"] * (config.on_error != "stop")
         if beside:
             raise InputError(f"{', '.join(beside)}: of pairs in a file, and data={config.data} is read as a BEIR folder; leave it out")
         return read_retrieval(path, config.split)
     try:
         rejected = Path(f"{config.output}.rejected.jsonl")
-        return retrieval_set(path, config.split, config.columns, on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share)
+        return retrieval_set(
+            path, config.split, config.columns, config.labels, on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share
+        )  # fmt: skip
     except InputError as error:
-        raise InputError(re.sub(r"\bdata\.(?=columns|on_error|max_error_share)", "", str(error))) from error  # here they are keys by themselves
+        raise InputError(re.sub(r"\bdata\.(?=columns|labels|on_error|max_error_share)", "", str(error))) from error  # here they are keys by themselves
 
 
 def pool_of(corpus: dict[str, str]) -> Pool:

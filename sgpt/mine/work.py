@@ -9,7 +9,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ from sgpt.data.jsonl import write_rows
 from sgpt.distributed import barrier, world
 from sgpt.errors import InputError
 from sgpt.mine.config import MineConfig
-from sgpt.mine.identity import fingerprint
 from sgpt.mine.report import COUNTS, write_page
 from sgpt.mine.rules import cross_encoder, mine_block
-from sgpt.mine.sources import SOURCES
+from sgpt.mine.sources import SOURCES, Source
 from sgpt.mine.task import Task, read_task
-from sgpt.parts import Parts, beside, read_manifest, remove_parts, sole_writer, write_manifest
-from sgpt.run import environment
+from sgpt.parts import Parts, begin, beside, read_manifest, remove_parts, sole_writer, write_manifest
+from sgpt.provenance import Inputs, content_hash, file_hash, recorded_threads, threads
 
 log = logging.getLogger(__name__)
 SAMPLES = 10  # rows on the page
@@ -39,24 +37,22 @@ def mine(config: MineConfig, device: torch.device | str = "cpu") -> dict[str, An
     if not config.output.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"output={config.output} is no name of JSON lines; let it end in .jsonl or .jsonl.gz")
     with sole_writer(Path(config.output)):
-        return _mine(config, device)
+        manifest = read_manifest(config)
+        with threads(config.threads or recorded_threads(manifest)):
+            return _mine(config, manifest, device)
 
 
-def _mine(config: MineConfig, device: torch.device | str) -> dict[str, Any]:
-    main, output = world()[0] == 0, Path(config.output)
+def _mine(config: MineConfig, manifest: dict, device: torch.device | str) -> dict[str, Any]:
+    main, output, resumed = world()[0] == 0, Path(config.output), bool(manifest)
     task = read_task(config, device)
-    manifest = read_manifest(config)
     source = SOURCES[config.source](task)
     rescore = cross_encoder(config.rescore, task.device, [query.text for query in task.queries]) if config.rescore else None
-    identity = fingerprint(task, source.digest)
-    if manifest and manifest["fingerprint"] != identity:
-        raise InputError(f"{output} was begun with other texts, judgements, weights or scores than are there now; choose another output=<file>")
+    manifest = begin(config, manifest, inputs_of(task, source))
     barrier()  # everybody has read the manifest
     if "finished" in manifest:
         _remove_leftovers(output)  # of a run that was killed while it removed them
         return manifest["statistics"] if main else {}
-    if main and not manifest:
-        manifest = {"config": asdict(config), "fingerprint": identity, "environment": environment()}
+    if main and not resumed:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(output)  # of a manifest that somebody removed
         write_manifest(output, manifest)
@@ -72,6 +68,18 @@ def _mine(config: MineConfig, device: torch.device | str) -> dict[str, Any]:
     statistics = finish(task, manifest) if main else {}
     barrier()
     return statistics
+
+
+def inputs_of(task: Task, source: Source) -> Inputs:
+    """Everything that decides the rows, but for the configuration."""
+    chosen, inputs = task.chosen, {}
+    for name, table in (("corpus", chosen.corpus), ("queries", chosen.queries), ("judgements", chosen.qrels)):
+        inputs[f"{name} of {task.config.data}"] = content_hash(table)
+    inputs[f"source {task.config.source}"] = source.digest
+    for file in sorted(Path(task.config.rescore).rglob("*")) if task.config.rescore else ():
+        if file.is_file():
+            inputs[f"rescore {file}"] = file_hash(file)
+    return inputs
 
 
 def finish(task: Task, manifest: dict) -> dict[str, Any]:
@@ -101,6 +109,10 @@ def finish(task: Task, manifest: dict) -> dict[str, Any]:
         "counts": {key: counts[key] for key in COUNTS},
         "scores": {side: dict(zip(("5 %", "median", "95 %"), quantiles, strict=True)) for side, quantiles in spread.items()},
     }
+    if counts["none"]:
+        remedy = "see the counts for the rule that left them out" if 2 * counts["none"] <= len(task.queries) else "are queries and documents of one language?"
+        kept = "their rows are written without" if config.on_few == "keep" else "they are left out"
+        log.warning("%s: no negative was found for %d of %d queries, and %s; %s", output, counts["none"], len(task.queries), kept, remedy)
     write_page(config, statistics, scores, samples)
     write_manifest(output, {**manifest, "statistics": statistics, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     _remove_leftovers(output)
