@@ -166,12 +166,12 @@ def _loaded(
         prefix = _taken_off(own)
         log.warning("%s: its weights were saved from within a wrapper; prefixes such as %r are taken off", path, prefix)
         model, report = model_class.from_pretrained(None, state_dict=_renamed(stored, own), **options)
-    outer = next((prefix for prefix in OUTER if all(name.startswith(prefix) for name in own.values())), None)
-    if outer and any(not UNUSED.search(name) for name in report["missing_keys"]):
-        bare = without_wrappers(stored, also=outer)
+    bare = without_wrappers(stored, also=OUTER)
+    if bare != own and any(not UNUSED.search(name) for name in report["missing_keys"]):
         again, second = model_class.from_pretrained(None, state_dict=_renamed(stored, bare), **options)
         if all(UNUSED.search(name) for name in second["missing_keys"]):
-            log.warning("%s: its weights were saved from within a wrapper; the prefix %r is taken off", path, outer)
+            prefix = _taken_off(bare)
+            log.warning("%s: its weights were saved from within a wrapper; the prefix %r is taken off", path, prefix)
             return again, second
     return model, report
 

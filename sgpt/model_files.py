@@ -204,21 +204,21 @@ def read_tensor(file: Path, name: str) -> Tensor:
         return opened.get_tensor(name)
 
 
-def without_wrappers(names: Collection[str], also: str = "") -> dict[str, str]:
+def without_wrappers(names: Collection[str], also: tuple[str, ...] = ()) -> dict[str, str]:
     """Stored name -> the model's own, where all names stand in what wrapped the model when it was saved.
 
-    also: one more prefix to take off.
+    also: more prefixes to take off.
     """
     own = {name: name for name in names}
     for part in INSIDE:
         own = {name: value.replace(part, "") for name, value in own.items()}
-    while prefix := next(
-        (prefix for prefix in AROUND if own and all(value.startswith(prefix) for value in own.values())), None
-    ):
+    while prefix := _shared(own.values(), AROUND + also):
         own = {name: value.removeprefix(prefix) for name, value in own.items()}
-    if also and all(value.startswith(also) for value in own.values()):
-        own = {name: value.removeprefix(also) for name, value in own.items()}
     return own if len(set(own.values())) == len(own) else {name: name for name in names}
+
+
+def _shared(names: Collection[str], prefixes: tuple[str, ...]) -> str | None:
+    return next((prefix for prefix in prefixes if names and all(name.startswith(prefix) for name in names)), None)
 
 
 def _some(names: Collection[str]) -> str:

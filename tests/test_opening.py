@@ -64,7 +64,7 @@ OPENERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize(
     "prefix",
-    ["_orig_mod.", "module.", "module._orig_mod.", "base_model.model.", "0.auto_model.", "model.", "transformer."],
+    ["_orig_mod.", "module.", "module._orig_mod.", "base_model.model.", "0.auto_model.", "model.", "model.module.", "transformer."],
 )
 def test_prefixes_of_wrappers_are_taken_off_and_said(prefix, base, caplog):
     """Opened at random before: the trunk, without a word, so two openings gave two results."""
