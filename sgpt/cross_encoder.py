@@ -22,7 +22,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sgpt.attention import PACKED_FAMILIES, prepare
 from sgpt.errors import InputError
 from sgpt.likelihood import Text, log_probabilities
-from sgpt.model import BIDIRECTIONAL, ModelConfig, check_family, check_vocabulary, load_tokenizer, open_model, position_limit
+from sgpt.model import (
+    BIDIRECTIONAL,
+    ModelConfig,
+    check_family,
+    check_vocabulary,
+    load_tokenizer,
+    open_model,
+    position_limit,
+)
 from sgpt.model_files import CONFIG, check_config, local_folder, read_json
 from sgpt.progress import progress_bar
 from sgpt.prompts import PromptConfig, build_prompt
@@ -82,12 +90,15 @@ class CrossEncoder:
         """log p(query | prompt with document), float64 [pairs]: what `score` is made of."""
         texts = self.texts(queries, documents)
         with progress_bar(f"scoring {len(texts):,} pairs", len(set(texts)), progress) as advance:
-            sums = log_probabilities(self.model, texts, tokens_per_pack=self.tokens_per_pack, choices=self.answers, advance=advance).numpy()
+            options = {"tokens_per_pack": self.tokens_per_pack, "choices": self.answers, "advance": advance}
+            sums = log_probabilities(self.model, texts, **options).numpy()
         if not np.isfinite(sums).all():
             pair = int(np.flatnonzero(~np.isfinite(sums))[0])
             raise InputError(
-                f"score: pair {pair} (query {queries[pair]!r:.60}, document {documents[pair]!r:.60}) has the score {sums[pair]}; "
-                f"{type(self.model).__name__} gives NaN or infinite numbers in {self.model.dtype}: try float32, or another model"
+                f"score: pair {pair} (query {queries[pair]!r:.60}, document {documents[pair]!r:.60}) has the score "
+                f"{sums[pair]}; "
+                f"{type(self.model).__name__} gives NaN or infinite numbers in {self.model.dtype}: try float32, or "
+                "another model"
             )
         return sums
 
@@ -147,8 +158,11 @@ def load_language_model(config: ModelConfig) -> nn.Module:
     """
     folder = local_folder(config.path)
     check_config(folder, config.path)
-    if (family := read_json(folder / CONFIG)["model_type"]) in BIDIRECTIONAL or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise InputError(f"{config.path}: {family} predicts no next token; re-rank with a decoder such as EleutherAI/gpt-neo-125m")
+    family = read_json(folder / CONFIG)["model_type"]
+    if family in BIDIRECTIONAL or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(
+            f"{config.path}: {family} predicts no next token; re-rank with a decoder such as EleutherAI/gpt-neo-125m"
+        )
     model = open_model(config, AutoModelForCausalLM)
     if family not in PACKED_FAMILIES:
         log.warning("%s: nothing is known of how its attention keeps texts apart, so texts are padded and no beginning is shared", family)

@@ -33,6 +33,7 @@ from sgpt.model import (
     takes_packs,
     token_embeddings,
 )
+from sgpt.model_files import local_folder
 from sgpt.packing import Pack, Rows, packs
 from sgpt.pooling import POOLINGS
 from sgpt.probes import check
@@ -143,17 +144,19 @@ class Encoder(nn.Module):
         return embeddings if as_tensor or out is not None else embeddings.numpy()
 
     def _refuse_not_finite(self, made: Tensor, numbers: Sequence[int], texts: Sequence[str], role: Role) -> None:
-        """By the first text, in the order given, whose embedding holds NaN or infinity: its scores would be no scores."""
+        """Names the first text, in the order given, whose embedding holds NaN or infinity."""
         number = min(number for number, row in zip(numbers, made, strict=True) if not row.isfinite().all())
         raise InputError(
             f"encode: the embedding of {role} {number} ({texts[number]!r:.60}) holds NaN or infinity; "
-            f"{type(self.trunk).__name__} overflows in {self.trunk.dtype} or its weights are damaged: try float32, or another model"
+            f"{type(self.trunk).__name__} overflows in {self.trunk.dtype} or its weights are damaged: try float32, "
+            "or another model"
         )
 
     def truncation_share(self, texts: Sequence[str], role: Role) -> float:
         """Share of texts longer than the limit, 0 to 1."""
         room = self.frames[role].content_tokens
-        return sum(len(ids) > room for ids in content_ids(self._prompted(texts, role), self.tokenizer)) / max(1, len(texts))
+        contents = content_ids(self._prompted(texts, role), self.tokenizer)
+        return sum(len(ids) > room for ids in contents) / max(1, len(texts))
 
     def padding_share(self, rows: Rows) -> float:
         """Share of computed positions that are padding, 0 to 1: none in packs."""
@@ -184,7 +187,7 @@ class Encoder(nn.Module):
         markers, pooling: only for models that do not carry a contract; stating them against one is refused.
         An export that no longer gives the embeddings it was saved with is refused, too.
         """
-        folder = Path(path)
+        folder = local_folder(str(path))
         folder = next((folder / part for part in ("export", "adapter") if (folder / part / contracts.FILE).is_file()), folder)
         if (folder / contracts.FILE).is_file():
             if markers is not None or pooling is not None:

@@ -99,7 +99,7 @@ def evaluate(encoder: Encoder, sets: Sets) -> Results:
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """What is wrong inside is said with the set's name."""
     try:
         yield
@@ -109,7 +109,7 @@ def _naming(name: str) -> Iterator[None]:
 
 def retrieve(encoder: Encoder, chosen: RetrievalSet, depth: int = DEPTH, documents: Tensor | None = None) -> Run:
     """Cosine scores of the best `depth` documents of each query. documents: their embeddings, when they are there already."""
-    with _naming(chosen.name):
+    with naming(chosen.name):
         queries = encoder.encode_queries(list(chosen.queries.values()), normalize=True, as_tensor=True)
     scores, rows = search(queries, embedded(encoder, chosen) if documents is None else documents, depth + chosen.skip_own_id)
     return _found(chosen, scores, rows, depth)
@@ -123,7 +123,7 @@ def embedded(encoder: Encoder, chosen: RetrievalSet) -> Tensor:
         with tempfile.TemporaryFile() as file:
             reserve(file, 4 * math.prod(shape), f"{tempfile.gettempdir()}, the folder of temporary files that TMPDIR can name")
             out = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
-    with _naming(chosen.name):
+    with naming(chosen.name):
         return encoder.encode_documents(list(chosen.corpus.values()), normalize=True, as_tensor=True, out=out)
 
 
@@ -157,8 +157,9 @@ def as_run(query_ids: Sequence[str], document_ids: Sequence[str], scores: Tensor
 
 def cosines(encoder: Encoder, pairs: PairSet) -> list[float]:
     """Both sides are encoded as queries: a similarity of equals has one role."""
-    with _naming(pairs.name):
-        first, second = (encoder.encode_queries(side, normalize=True, as_tensor=True) for side in (pairs.first, pairs.second))
+    with naming(pairs.name):
+        sides = (pairs.first, pairs.second)
+        first, second = (encoder.encode_queries(side, normalize=True, as_tensor=True) for side in sides)
     return (first * second).sum(1).tolist()
 
 

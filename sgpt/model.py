@@ -1,7 +1,7 @@
 """Base models: opening a trunk and its tokenizer, and the few facts that differ by family.
 
 The trunk is `AutoModel`: the decoder (or encoder) without its language-model head. `open_model` is the one way by which
-weights are opened, whoever asks, so no check of theirs can be forgotten. Only safetensors and JSON are read, and no code.
+weights are opened, whoever asks, so that no check can be forgotten. Only safetensors and JSON are read, and no code.
 """
 
 import inspect
@@ -69,10 +69,10 @@ def load_trunk(config: ModelConfig) -> nn.Module:
 
 
 def open_model(config: ModelConfig, auto: type = AutoModel) -> nn.Module:
-    """The model as it lies on disk, or InputError: in evaluation mode, by `auto`'s class, with attention as transformers computes it.
+    """The model as it lies on disk, in evaluation mode, with transformers' own attention; or InputError.
 
-    Weights that are missing, left over, of another shape, NaN or too large for the dtype are refused by name; prefixes of
-    wrappers (torch.compile, DDP, PEFT, sentence-transformers) are taken off, and said to be.
+    auto: by which class. Weights that are missing, left over, of another shape, NaN or too large for the dtype are refused
+    by name; prefixes of wrappers (torch.compile, DDP, PEFT, sentence-transformers) are taken off, and said to be.
     """
     path, folder = config.path, local_folder(config.path)
     check_config(folder, path)
@@ -96,9 +96,9 @@ def open_model(config: ModelConfig, auto: type = AutoModel) -> nn.Module:
 
 
 def check_family(path: str, trunk: nn.Module, *, causal: bool = False) -> None:
-    """Unless its family is proved by tests, that padded rows are computed as each alone. causal: and that no token sees what follows.
+    """Refuses a trunk that does not compute padded rows as each alone, unless its family is proved by tests.
 
-    A family that is right only when it counts positions itself is left to do so.
+    causal: no token may see what follows, either. A family that is right only when it counts positions itself is left to.
     """
     if trunk.config.model_type in PACKED_FAMILIES:
         return
@@ -114,7 +114,8 @@ def check_family(path: str, trunk: nn.Module, *, causal: bool = False) -> None:
 
 def _check_agreement(path: str, trunk: nn.Module, causal: bool) -> None:
     with told(path, running=trunk):
-        check_agreement(path, trunk, partial(token_embeddings, trunk), embedding_size(trunk), position_limit(trunk), causal=causal)
+        embed, width, limit = partial(token_embeddings, trunk), embedding_size(trunk), position_limit(trunk)
+        check_agreement(path, trunk, embed, width, limit, causal=causal)
 
 
 @contextmanager
@@ -131,13 +132,15 @@ def told(path: str, *, read: Path | None = None, running: nn.Module | None = Non
     except InputError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers, which is no Exception
+        panic = type(error).__name__ == "PanicException"  # of tokenizers, which is no Exception
+        if not isinstance(error, Exception) and not panic:
             raise
         if read is not None and read.is_file():
             read_json(read)
         if running is not None:
             raise InputError(
-                f"{path}: {type(running).__name__} ({running.config.model_type}) cannot be run over the tokens of a text ({first_line(error)}); "
+                f"{path}: {type(running).__name__} ({running.config.model_type}) cannot be run over the tokens of a "
+                f"text ({first_line(error)}); "
                 f"a value in {CONFIG} is wrong, or this family cannot be used here"
             ) from error
         raise unloadable(path, first_line(error)) from error
@@ -146,25 +149,29 @@ def told(path: str, *, read: Path | None = None, running: nn.Module | None = Non
             logger.disabled = False
 
 
-def _loaded(path: str, folder: Path, architecture, auto: type, dtype: str, stored: dict[str, Path]) -> tuple[nn.Module, dict]:
+def _loaded(
+    path: str, folder: Path, architecture, auto: type, dtype: str, stored: dict[str, Path]
+) -> tuple[nn.Module, dict]:  # fmt: skip
     """The model and what transformers reports of missing, left-over and misshaped weights."""
     model_class = _get_model_class(architecture, auto._model_mapping)
     options = {
-        "config": architecture, "dtype": getattr(torch, dtype), "output_loading_info": True, "ignore_mismatched_sizes": True,
+        "config": architecture, "dtype": getattr(torch, dtype),
+        "output_loading_info": True, "ignore_mismatched_sizes": True,
         "attn_implementation": "sdpa" if model_class._supports_sdpa else "eager",  # whatever the config says
     }  # fmt: skip
     own = without_wrappers(stored)
     if own == {name: name for name in stored}:
         model, report = model_class.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **options)
     else:
-        log.warning("%s: its weights were saved from within a wrapper; prefixes such as %r are taken off", path, _taken_off(own))
+        prefix = _taken_off(own)
+        log.warning("%s: its weights were saved from within a wrapper; prefixes such as %r are taken off", path, prefix)
         model, report = model_class.from_pretrained(None, state_dict=_renamed(stored, own), **options)
-    outer = next((prefix for prefix in OUTER if all(name.startswith(prefix) for name in own.values())), None)
-    if outer and any(not UNUSED.search(name) for name in report["missing_keys"]):
-        bare = without_wrappers(stored, also=outer)
+    bare = without_wrappers(stored, also=OUTER)
+    if bare != own and any(not UNUSED.search(name) for name in report["missing_keys"]):
         again, second = model_class.from_pretrained(None, state_dict=_renamed(stored, bare), **options)
         if all(UNUSED.search(name) for name in second["missing_keys"]):
-            log.warning("%s: its weights were saved from within a wrapper; the prefix %r is taken off", path, outer)
+            prefix = _taken_off(bare)
+            log.warning("%s: its weights were saved from within a wrapper; the prefix %r is taken off", path, prefix)
             return again, second
     return model, report
 
@@ -188,7 +195,10 @@ def _try(path: str, model: nn.Module) -> None:
         ids = torch.arange(8)[None] % model.get_input_embeddings().weight.shape[0]
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     if not output[0].isfinite().all():
-        raise InputError(f"{path}: {type(model).__name__} gives NaN or infinite numbers in {model.dtype}; a value in config.json or the dtype is wrong")
+        raise InputError(
+            f"{path}: {type(model).__name__} gives NaN or infinite numbers in {model.dtype}; a value in config.json "
+            "or the dtype is wrong"
+        )
 
 
 def load_tokenizer(path: str, **options):
@@ -196,11 +206,13 @@ def load_tokenizer(path: str, **options):
     folder = local_folder(path)
     if (folder / TOKENIZER_CONFIG).is_file():
         refuse_foreign_code(folder / TOKENIZER_CONFIG, read_json(folder / TOKENIZER_CONFIG), known=True)
-    if (folder / CONFIG).is_file():
-        refuse_foreign_code(folder / CONFIG, read_json(folder / CONFIG), known=True)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    refuse_foreign_code(folder / CONFIG, config, known=True)
     with told(path, read=folder / TOKENIZER):
         tokenizer = unwrap(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options))
         _refuse_without_vocabulary(path, folder, tokenizer)
+        if isinstance(rows := config.get("vocab_size"), int):  # of the table, known before it is opened or data are read
+            _check_ids(tokenizer, rows)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(f"{path}: the tokenizer has neither a pad token nor an end token; set one in its tokenizer_config.json")
@@ -224,17 +236,26 @@ def _refuse_without_vocabulary(path: str, folder: Path, tokenizer) -> None:
 
 def check_vocabulary(tokenizer, model: nn.Module) -> None:
     """Refuses a tokenizer that can give ids beyond the embedding table, by the text that gives one."""
-    size = model.get_input_embeddings().weight.shape[0]
+    _check_ids(tokenizer, model.get_input_embeddings().weight.shape[0])
+
+
+def _check_ids(tokenizer, size: int) -> None:
+    """size: rows of the embedding table."""
     beyond = sorted((number, text) for text, number in tokenizer.get_vocab().items() if number >= size)
     if beyond:
         number, text = beyond[0]
         more = f" ({len(beyond) - 1} more are beyond it)" if len(beyond) > 1 else ""
         raise InputError(
-            f"{tokenizer.name_or_path}: the text {text!r} has token id {number}, and the embedding table ends after {size} rows{more}; "
-            "the tokenizer is of another model, or tokens were added to it alone: take them out, or resize the table and train it"
+            f"{tokenizer.name_or_path}: the text {text!r} has token id {number}, and the embedding table ends after "
+            f"{size} rows{more}; the tokenizer is of another model, or tokens were added to it alone: take them out, or "
+            "resize the table and train it"
         )
-    if beyond := [number for number in tokenizer("a")["input_ids"] if not 0 <= number < size]:
-        raise InputError(f"{tokenizer.name_or_path}: puts token id {beyond[0]} around a text, and the embedding table ends after {size} rows; fetch it again")
+    around = [number for number in tokenizer("a")["input_ids"] if not 0 <= number < size]
+    if around:
+        raise InputError(
+            f"{tokenizer.name_or_path}: puts token id {around[0]} around a text, and the embedding table ends after "
+            f"{size} rows; fetch it again"
+        )
 
 
 def located(path: str) -> str:
@@ -286,7 +307,10 @@ def packed_token_embeddings(trunk: nn.Module, pack: Pack) -> Tensor:
 
 
 def takes_position_ids(trunk: nn.Module) -> bool:
-    """Whether positions can be handed in, counted from 0. BLOOM's ALiBi counts the mask itself; RoBERTa's start behind the padding id."""
+    """Whether positions can be handed in, counted from 0.
+
+    BLOOM's ALiBi counts the mask itself; RoBERTa's start behind the padding id.
+    """
     base = trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
     if getattr(base, "counts_positions_itself", False):  # found by `check_family`
         return False
@@ -294,7 +318,7 @@ def takes_position_ids(trunk: nn.Module) -> bool:
 
 
 def position_offset(trunk: nn.Module) -> int:
-    """Rows of the position table that no text uses: of RoBERTa and its kin, whose first position follows the padding id."""
+    """Rows of the position table that no text uses: in RoBERTa and its kin the first position follows the padding id."""
     for name, module in trunk.named_modules():
         padding_id = getattr(module, "padding_idx", None)  # I-BERT's table is no nn.Embedding
         if name.endswith("position_embeddings") and isinstance(padding_id, int):

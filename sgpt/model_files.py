@@ -24,12 +24,25 @@ log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG, ADAPTER = "tokenizer.json", "tokenizer_config.json", "adapter_config.json"
-FETCHED = ["config.json", "model.safetensors", INDEX, "model-*.safetensors", "token*", "vocab*", "merges.txt", "special_tokens_map.json",
-           "added_tokens.json", "*.model", "chat_template*", "prophetnet.tokenizer", "bpe.codes", ADAPTER]  # fmt: skip
+FETCHED = [  # from the hub
+    CONFIG, WEIGHTS, INDEX, "model-*.safetensors", ADAPTER, "token*", "vocab*", "merges.txt", "bpe.codes", "*.model",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", "sgpt.json", "modules.json",
+    "config_sentence_transformers.json", "sentence_*_config.json", "*Pooling/config.json",
+]  # fmt: skip
 LFS_POINTER = b"version https://git-lfs"
-INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # of modules that were wrapped one by one
+INSIDE = (
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+)  # of modules that were wrapped one by one
 AROUND = ("module.", "base_model.model.", "0.auto_model.", "auto_model.")  # DDP, PEFT, sentence-transformers
-OUTER = ("model.", "transformer.", "encoder.", "backbone.", "trunk.")  # tried where names do not fit: some families have them by themselves
+OUTER = (
+    "model.",
+    "transformer.",
+    "encoder.",
+    "backbone.",
+    "trunk.",
+)  # tried where names do not fit: some families have them by themselves
 
 
 def local_folder(path: str) -> Path:
@@ -43,7 +56,7 @@ def local_folder(path: str) -> Path:
     if not may_be_hub_id(path):
         raise InputError(f"{path}: no such folder; check the path")
     try:
-        return Path(snapshot_download(path, allow_patterns=FETCHED, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(path, allow_patterns=FETCHED))
     except Exception as error:  # of httpx, of the hub, of the system
         raise InputError(
             f"{path}: no such local folder, and it could not be had from the model hub ({first_line(error)}). "
@@ -52,7 +65,9 @@ def local_folder(path: str) -> Path:
 
 
 def unloadable(path: str | Path, reason: str) -> InputError:
-    return InputError(f"{path}: the folder cannot be loaded ({reason}); it needs {CONFIG}, {WEIGHTS} and tokenizer files")
+    return InputError(
+        f"{path}: the folder cannot be loaded ({reason}); it needs {CONFIG}, {WEIGHTS} and tokenizer files"
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -63,29 +78,35 @@ def first_line(error: BaseException) -> str:
 
 def read_json(file: Path, kind: type = dict):
     """What the file holds. InputError when it is missing, is no JSON, or holds something else than `kind`."""
-    if file.is_file() and is_pointer(file):
-        raise InputError(f"{file}: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or download it again")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        data = file.read_bytes()
+        if data.startswith(LFS_POINTER):
+            raise InputError(
+                f"{file}: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or download it again"
+            )
+        content = json.loads(data.decode("utf-8"))
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; the model's folder is not whole, fetch it again") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON ({first_line(error)}); fetch it again") from None
     if not isinstance(content, kind):
-        raise InputError(f"{file}: holds {type(content).__name__} where {'an object' if kind is dict else 'a list'} belongs; fetch it again")
+        raise InputError(
+            f"{file}: holds {type(content).__name__} where {'an object' if kind is dict else 'a list'} belongs; "
+            "fetch it again"
+        )
     return content
 
 
-def is_pointer(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(len(LFS_POINTER)) == LFS_POINTER
-
-
 def check_config(folder: Path, path: str) -> None:
-    """Refuses a folder whose config.json asks for what is not read here: foreign code, quantised weights, other files."""
+    """Refuses a folder whose config.json asks for foreign code, quantised weights or other files."""
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-        raise InputError(f"{folder / ADAPTER}: a PEFT adapter of {base!r} and no whole model; merge it into its base, and save that as one folder")
+        raise InputError(
+            f"{folder / ADAPTER}: a PEFT adapter of {base!r} and no whole model; merge it into its base, and save "
+            "that as one folder"
+        )
     if not (folder / CONFIG).is_file():
         raise unloadable(path, f"there is no {CONFIG}")
     stated = read_json(folder / CONFIG)
@@ -98,9 +119,15 @@ def check_config(folder: Path, path: str) -> None:
         )
     if quantised := stated.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise InputError(f"{folder / CONFIG}: quantization_config ({method}) says quantised weights, which are not read here; give the model unquantised")
+        raise InputError(
+            f"{folder / CONFIG}: quantization_config ({method}) says quantised weights, which are not read here; "
+            "give the model unquantised"
+        )
     if (elsewhere := stated.get("transformers_weights")) not in (None, WEIGHTS):
-        raise InputError(f"{folder / CONFIG}: transformers_weights={elsewhere!r} names another file; call the weights {WEIGHTS} and remove the key")
+        raise InputError(
+            f"{folder / CONFIG}: transformers_weights={elsewhere!r} names another file; call the weights {WEIGHTS} "
+            "and remove the key"
+        )
 
 
 def refuse_foreign_code(file: Path, stated: Mapping, *, known: bool) -> None:
@@ -113,7 +140,8 @@ def refuse_foreign_code(file: Path, stated: Mapping, *, known: bool) -> None:
     foreign = [one for one in named if not isinstance(one, str) or not hasattr(transformers, one.rsplit(".", 1)[-1])]
     if foreign or not known:
         raise InputError(
-            f"{file}: auto_map={foreign[0] if foreign else named[0]!r} asks for Python code from the model's folder, which is never run here; "
+            f"{file}: auto_map={foreign[0] if foreign else named[0]!r} asks for Python code from the model's folder, "
+            "which is never run here; "
             "give a model whose class is in transformers"
         )
 
@@ -124,9 +152,18 @@ def stored_tensors(folder: Path, path: str) -> dict[str, Path]:
     if whole.is_file():
         return dict.fromkeys(_names(whole), whole)
     if not index.is_file():
-        pickled = next((file.name for file in sorted(folder.glob("*")) if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")), None)
+        pickled = next(
+            (
+                file.name
+                for file in sorted(folder.glob("*"))
+                if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+            ),
+            None,
+        )
         if pickled:
-            raise unloadable(path, f"only safetensors are read, and its weights are {pickled}: save the model again as safetensors")
+            raise unloadable(
+                path, f"only safetensors are read, and its weights are {pickled}: save the model again as safetensors"
+            )
         raise unloadable(path, f"there is no {WEIGHTS}")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
@@ -144,10 +181,17 @@ def stored_tensors(folder: Path, path: str) -> dict[str, Path]:
 
 
 def _names(file: Path) -> list[str]:
-    if not file.stat().st_size:
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(LFS_POINTER))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    if not start:
         raise InputError(f"{file}: is empty; fetch it again")
-    if is_pointer(file):
-        raise InputError(f"{file}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`, or download the file again")
+    if start == LFS_POINTER:
+        raise InputError(
+            f"{file}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`, or download the file again"
+        )
     try:
         with safe_open(file, "pt") as opened:
             return list(opened.keys())
@@ -160,16 +204,21 @@ def read_tensor(file: Path, name: str) -> Tensor:
         return opened.get_tensor(name)
 
 
-def without_wrappers(names: Collection[str], also: str = "") -> dict[str, str]:
-    """Stored name -> the model's own, where all names stand in what wrapped the model when it was saved. also: one more prefix to take off."""
+def without_wrappers(names: Collection[str], also: tuple[str, ...] = ()) -> dict[str, str]:
+    """Stored name -> the model's own, where all names stand in what wrapped the model when it was saved.
+
+    also: more prefixes to take off.
+    """
     own = {name: name for name in names}
     for part in INSIDE:
         own = {name: value.replace(part, "") for name, value in own.items()}
-    while prefix := next((prefix for prefix in AROUND if own and all(value.startswith(prefix) for value in own.values())), None):
+    while prefix := _shared(own.values(), AROUND + also):
         own = {name: value.removeprefix(prefix) for name, value in own.items()}
-    if also and all(value.startswith(also) for value in own.values()):
-        own = {name: value.removeprefix(also) for name, value in own.items()}
     return own if len(set(own.values())) == len(own) else {name: name for name in names}
+
+
+def _shared(names: Collection[str], prefixes: tuple[str, ...]) -> str | None:
+    return next((prefix for prefix in prefixes if names and all(name.startswith(prefix) for name in names)), None)
 
 
 def _some(names: Collection[str]) -> str:
@@ -186,7 +235,8 @@ def check_names(path: str, model: torch.nn.Module, report: Mapping) -> None:
     missing = sorted(name for name in report["missing_keys"] if not UNUSED.search(name))
     if missing:
         raise InputError(
-            f"{path}: {_some(missing)} is missing, so it is no whole {type(model).__name__}, and would be filled with random numbers; "
+            f"{path}: {_some(missing)} is missing, so it is no whole {type(model).__name__}, and would be filled "
+            "with random numbers; "
             "give the model's whole folder, or the base it was made from"
         )
     if report["mismatched_keys"]:
@@ -200,7 +250,11 @@ def check_names(path: str, model: torch.nn.Module, report: Mapping) -> None:
     base = model.base_model
     parts = {name for name, _ in base.named_children()} | {name for name, _ in base.named_parameters(recurse=False)}
     prefix = f"{model.base_model_prefix}."
-    left = sorted(name for name in report["unexpected_keys"] if name.removeprefix(prefix).split(".")[0] in parts and not CONSTANTS.search(name))
+    left = sorted(
+        name
+        for name in report["unexpected_keys"]
+        if name.removeprefix(prefix).split(".")[0] in parts and not CONSTANTS.search(name)
+    )
     if left:
         raise InputError(
             f"{path}: the weights hold {_some(left)}, for which {CONFIG} leaves no place in {type(base).__name__}; "
@@ -215,10 +269,18 @@ def check_numbers(path: str, model: torch.nn.Module, stored: Mapping[str, Path])
             continue
         dtype = str(value.dtype).removeprefix("torch.")
         for key, file in stored.items():
-            if (key.endswith(name) or name.endswith(key)) and (original := read_tensor(file, key)).shape == value.shape and original.isfinite().all():
+            if (
+                (key.endswith(name) or name.endswith(key))
+                and (original := read_tensor(file, key)).shape == value.shape
+                and original.isfinite().all()
+            ):
                 raise InputError(
-                    f"{path}: {name} holds {original.abs().max():.6g}, and {dtype} ends at {torch.finfo(value.dtype).max:.6g}; "
+                    f"{path}: {name} holds {original.abs().max():.6g}, and {dtype} ends at "
+                    f"{torch.finfo(value.dtype).max:.6g}; "
                     "set dtype to float32 or bfloat16"
                 )
         number = "NaN" if value.isnan().any() else "an infinite number"
-        raise InputError(f"{path}: {name} holds {number}, so every embedding would; the weights are damaged, fetch or train them again")
+        raise InputError(
+            f"{path}: {name} holds {number}, so every embedding would; the weights are damaged, fetch or train them "
+            "again"
+        )

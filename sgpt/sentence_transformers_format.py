@@ -1,8 +1,8 @@
-"""Folders of sentence-transformers made by others: what they say about reading a text, applied as version 6.2 does, or refused.
+"""Folders of sentence-transformers made by others: what they say of reading a text, applied as version 6.2 does, or refused.
 
-A folder lists modules (modules.json): here a Transformer, a Pooling and any number of Normalize. The Transformer's own file
-says how long texts may be, and whether they are lower-cased; config_sentence_transformers.json says what stands before
-queries and documents. A key that is neither applied nor known to change nothing is refused by its name.
+A folder lists modules (modules.json): here a Transformer, a Pooling and any number of Normalize. The Transformer's own
+file says how long texts may be, and whether they are lower-cased; config_sentence_transformers.json says what stands
+before queries and documents. A key that is neither applied nor known to change nothing is refused by its name.
 """
 
 import logging
@@ -25,18 +25,30 @@ log = logging.getLogger(__name__)
 MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
 TRANSFORMER_CONFIGS = [  # the first that is there; the others are of early versions
     "sentence_bert_config.json",
-    *(f"sentence_{family}_config.json" for family in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")),
+    *(
+        f"sentence_{family}_config.json"
+        for family in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    ),
 ]
 POOLING_MODES = {"weightedmean": "weighted_mean", "mean": "mean", "lasttoken": "last_token", "cls": "cls", "max": "max"}
 LEGACY_POOLINGS = {  # sentence-transformers before 6, and every published SGPT model
-    "pooling_mode_weightedmean_tokens": "weighted_mean", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last_token",
+    "pooling_mode_weightedmean_tokens": "weighted_mean", "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last_token",
     "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
 }  # fmt: skip
 SQUARE_ROOT = "pooling_mode_mean_sqrt_len_tokens"
-POOLING_KEYS = {"word_embedding_dimension", "embedding_dimension", "include_prompt", "pooling_mode", SQUARE_ROOT, *LEGACY_POOLINGS}
+POOLING_KEYS = {
+    "word_embedding_dimension",
+    "embedding_dimension",
+    "include_prompt",
+    "pooling_mode",
+    SQUARE_ROOT,
+    *LEGACY_POOLINGS,
+}
 PLAIN_TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
 TRANSFORMER_VALUES = {  # what each key may say where it changes nothing here
-    "transformer_task": ("feature-extraction",), "module_output_name": ("token_embeddings",), "processing_kwargs": (None, {}),
+    "transformer_task": ("feature-extraction",), "module_output_name": ("token_embeddings",),
+    "processing_kwargs": (None, {}),
     "unpad_inputs": (None, True, False), "query_expansion": (None, False), "modality_config": ({"text": PLAIN_TEXT},),
     "model_args": ({},), "model_kwargs": ({},), "config_args": ({},), "config_kwargs": ({},),
 }  # fmt: skip
@@ -67,14 +79,20 @@ def read(folder: Path) -> Stated:
     _check_transformer(file, stated)
     options = next((stated[key] for key in ("processor_kwargs", "tokenizer_args") if stated.get(key)), {})
     if not isinstance(options, dict) or set(options) - {"tokenizer_type"}:
-        raise InputError(f"{file}: processor_kwargs={options!r} is not applied here; open it with sentence-transformers, or save the tokenizer with these settings")
+        raise InputError(
+            f"{file}: processor_kwargs={options!r} is not applied here; open it with sentence-transformers, or save "
+            "the tokenizer with these settings"
+        )
     tokenizer = read_json(transformer / TOKENIZER_CONFIG) if (transformer / TOKENIZER_CONFIG).is_file() else {}
     if (side := tokenizer.get("truncation_side", "right")) != "right":
-        raise InputError(f"{transformer / TOKENIZER_CONFIG}: truncation_side={side!r} is not supported: long texts are cut at their end here; set it to right")
+        raise InputError(
+            f"{transformer / TOKENIZER_CONFIG}: truncation_side={side!r} is not supported: long texts are cut at "
+            "their end here; set it to right"
+        )
     prompts = _prompts(folder)
     return Stated(
-        transformer, _pooling(places["Pooling"] / CONFIG, prompts), "Normalize" in places, bool(stated.get("do_lower_case")),
-        _limits(file, stated, transformer, tokenizer), prompts, options,
+        transformer, _pooling(places["Pooling"] / CONFIG, prompts), "Normalize" in places,
+        bool(stated.get("do_lower_case")), _limits(file, stated, transformer, tokenizer), prompts, options,
     )  # fmt: skip
 
 
@@ -88,7 +106,10 @@ def contract_of(stated: Stated, trunk: nn.Module) -> Contract:
         elif where.startswith(str(stated.transformer / TOKENIZER_CONFIG)) and table:
             limit = min(limit, table)  # as sentence-transformers takes the smaller one
         if table and limit > table:
-            raise InputError(f"{where}={limit} is more than the {table} positions of {type(trunk).__name__}; lower it to {table} or less")
+            raise InputError(
+                f"{where}={limit} is more than the {table} positions of {type(trunk).__name__}; lower it to {table} "
+                "or less"
+            )
         tokens[f"{role}_max_tokens"] = limit
     try:
         markers = MarkersConfig("none", **tokens)
@@ -98,10 +119,13 @@ def contract_of(stated: Stated, trunk: nn.Module) -> Contract:
 
 
 def lower_cased(tokenizer):
-    """Lower case before all else, in place, as sentence-transformers does it; one that does so already is left as it is."""
+    """Lower case before all else, in place, as in sentence-transformers; one that does so already is left as it is."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise InputError(f"{tokenizer.name_or_path}: do_lower_case=true needs a tokenizer.json, which {type(tokenizer).__name__} has not")
+        raise InputError(
+            f"{tokenizer.name_or_path}: do_lower_case=true needs a tokenizer.json, which {type(tokenizer).__name__} "
+            "has not"
+        )
     if not _has_lower_case(backend.normalizer):
         steps = list(backend.normalizer) if isinstance(backend.normalizer, Sequence) else [backend.normalizer]
         backend.normalizer = Sequence([Lowercase(), *(step for step in steps if step is not None)])
@@ -118,34 +142,64 @@ def _modules(folder: Path) -> dict[str, Path]:
     """Kind -> folder of each module, in their order."""
     file, places = folder / MODULES, {}
     for module in read_json(file, list):
-        if not isinstance(module, dict) or not isinstance(module.get("type"), str) or not isinstance(module.get("path"), str):
+        if (
+            not isinstance(module, dict)
+            or not isinstance(module.get("type"), str)
+            or not isinstance(module.get("path"), str)
+        ):
             raise InputError(f"{file}: module {module!r:.80} must state a type and a path; fetch it again")
         kind, path = module["type"].rsplit(".", 1)[-1], Path(module["path"])
         if not module["type"].startswith("sentence_transformers."):
-            raise InputError(f"{file}: type={module['type']!r} is a class of its own, whose code is never run here; Transformer, Pooling and Normalize are supported")
+            raise InputError(
+                f"{file}: type={module['type']!r} is a class of its own, whose code is never run here; Transformer, "
+                "Pooling and Normalize are supported"
+            )
         if kind not in ("Transformer", "Pooling", "Normalize"):
             raise InputError(f"{file}: module {kind} is not supported; Transformer, Pooling and Normalize are")
         if path.is_absolute() or ".." in path.parts:
             raise InputError(f"{file}: path={module['path']!r} leaves the folder; a module must lie in it")
         if module.get("kwargs"):
-            raise InputError(f"{file}: kwargs={module['kwargs']!r} of module {kind} is not applied here; open it with sentence-transformers")
+            raise InputError(
+                f"{file}: kwargs={module['kwargs']!r} of module {kind} is not applied here; open it with "
+                "sentence-transformers"
+            )
         if kind in places and kind != "Normalize":
             raise InputError(f"{file}: lists {kind} twice; one is supported")
         places[kind] = folder / path
     if list(places) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         missing = next((kind for kind in ("Transformer", "Pooling") if kind not in places), None)
-        problem = f"lists no {missing} module, so it makes no embedding of a text" if missing else f"has the order {', '.join(places)}"
-        raise InputError(f"{file}: {problem}; Transformer, Pooling and, if wanted, Normalize must be there in this order")
+        problem = (
+            f"lists no {missing} module, so it makes no embedding of a text"
+            if missing
+            else f"has the order {', '.join(places)}"
+        )
+        raise InputError(
+            f"{file}: {problem}; Transformer, Pooling and, if wanted, Normalize must be there in this order"
+        )
     return places
 
 
 def _check_transformer(file: Path, stated: dict) -> None:
     if isinstance(modalities := stated.get("modality_config"), dict) and "message" in modalities:
-        raise InputError(f"{file.parent}: its texts go through a chat template, which only sentence-transformers reads; open our own export of it")
-    known = {"max_seq_length", "do_lower_case", "query_length", "document_length", "processor_kwargs", "tokenizer_args", *TRANSFORMER_VALUES}
+        raise InputError(
+            f"{file.parent}: its texts go through a chat template, which only sentence-transformers reads; open our "
+            "own export of it"
+        )
+    known = {
+        "max_seq_length",
+        "do_lower_case",
+        "query_length",
+        "document_length",
+        "processor_kwargs",
+        "tokenizer_args",
+        *TRANSFORMER_VALUES,
+    }
     for key, value in stated.items():
         if key not in known:
-            raise InputError(f"{file}: key {key!r} is not known here, so it cannot be applied; remove it if it has no effect, or open it with sentence-transformers")
+            raise InputError(
+                f"{file}: key {key!r} is not known here, so it cannot be applied; remove it if it has no effect, or "
+                "open it with sentence-transformers"
+            )
         if key in TRANSFORMER_VALUES and value not in TRANSFORMER_VALUES[key]:
             raise InputError(f"{file}: {key}={value!r:.80} is not applied here; open it with sentence-transformers")
     if not isinstance(stated.get("do_lower_case", False), bool):
@@ -153,12 +207,19 @@ def _check_transformer(file: Path, stated: dict) -> None:
 
 
 def _limits(file: Path, stated: dict, transformer: Path, tokenizer: dict) -> dict[str, tuple[int | None, str]]:
-    """Of each role the limit, and the file and key that state it. sentence-transformers takes max_seq_length, else the tokenizer's or the table's."""
+    """Of each role the limit, and the file and key that state it.
+
+    sentence-transformers takes max_seq_length, else the smaller one of the tokenizer's and the table's.
+    """
     if stated.get("max_seq_length") is not None:
         general = _count(file, "max_seq_length", stated["max_seq_length"]), f"{file}: max_seq_length"
     else:
         length, where = tokenizer.get("model_max_length"), f"{transformer / TOKENIZER_CONFIG}: model_max_length"
-        length = None if length is None or (isinstance(length, (int, float)) and length > UNLIMITED) else _count(transformer / TOKENIZER_CONFIG, "model_max_length", length)
+        length = (
+            None
+            if length is None or (isinstance(length, (int, float)) and length > UNLIMITED)
+            else _count(transformer / TOKENIZER_CONFIG, "model_max_length", length)
+        )
         general = length, where
     limits = {}
     for role in ("query", "document"):
@@ -168,7 +229,12 @@ def _limits(file: Path, stated: dict, transformer: Path, tokenizer: dict) -> dic
 
 
 def _count(file: Path, key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < float("inf") or value != int(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 1 <= value < float("inf")
+        or value != int(value)
+    ):
         raise InputError(f"{file}: {key}={value!r:.40} must be a number of tokens, 1 or more")
     return int(value)
 
@@ -176,17 +242,25 @@ def _count(file: Path, key: str, value: object) -> int:
 def _pooling(file: Path, prompts: dict[str, str]) -> str:
     stated = read_json(file)
     if unknown := sorted(stated.keys() - POOLING_KEYS):
-        raise InputError(f"{file}: key {unknown[0]!r} is not known here, so it cannot be applied; {', '.join(sorted(POOLING_KEYS))} are")
+        raise InputError(
+            f"{file}: key {unknown[0]!r} is not known here, so it cannot be applied; "
+            f"{', '.join(sorted(POOLING_KEYS))} are"
+        )
     for key in (SQUARE_ROOT, "include_prompt", *LEGACY_POOLINGS):
         if not isinstance(stated.get(key, True), bool):
             raise InputError(f"{file}: {key}={stated[key]!r} must be true or false")
     if not stated.get("include_prompt", True) and any(prompts.values()):
-        raise InputError(f"{file}: include_prompt=false leaves the prompts {prompts} out of the pooling, which is not done here; open it with sentence-transformers")
+        raise InputError(
+            f"{file}: include_prompt=false leaves the prompts {prompts} out of the pooling, which is not done here; "
+            "open it with sentence-transformers"
+        )
     if "pooling_mode" in stated:
         modes = stated["pooling_mode"] if isinstance(stated["pooling_mode"], list) else [stated["pooling_mode"]]
         named = [POOLING_MODES.get(mode, mode) if isinstance(mode, str) else mode for mode in modes]
     else:
-        named = [name for key, name in LEGACY_POOLINGS.items() if stated.get(key)] + (["mean_sqrt_len_tokens"] if stated.get(SQUARE_ROOT) else [])
+        named = [name for key, name in LEGACY_POOLINGS.items() if stated.get(key)] + (
+            ["mean_sqrt_len_tokens"] if stated.get(SQUARE_ROOT) else []
+        )
         named = named or ["mean"]  # as sentence-transformers
     if len(named) != 1 or named[0] not in list(POOLINGS):  # a list: what stands there may not be hashable
         raise InputError(f"{file}: pooling {named} is not supported; one of {', '.join(POOLINGS)} is")
@@ -194,13 +268,18 @@ def _pooling(file: Path, prompts: dict[str, str]) -> str:
 
 
 def _prompts(folder: Path) -> dict[str, str]:
-    """By role. Of other names sentence-transformers uses the default in its plain `encode` alone, which states no role."""
+    """By role. Of other names sentence-transformers uses the default in its plain `encode` alone, which has no role."""
     file = folder / SETTINGS
     stated = read_json(file) if file.is_file() else {}
     if (kind := stated.get("model_type", "SentenceTransformer")) != "SentenceTransformer":
-        raise InputError(f"{file}: model_type={kind!r} is no model that gives one embedding for a text; a SentenceTransformer is")
+        raise InputError(
+            f"{file}: model_type={kind!r} is no model that gives one embedding for a text; a SentenceTransformer is"
+        )
     if stated.get("truncate_dim") is not None:
-        raise InputError(f"{file}: truncate_dim={stated['truncate_dim']!r} is not applied here; open it with sentence-transformers, or remove the key for whole embeddings")
+        raise InputError(
+            f"{file}: truncate_dim={stated['truncate_dim']!r} is not applied here; open it with "
+            "sentence-transformers, or remove the key for whole embeddings"
+        )
     similarity = stated.get("similarity_fn_name") or "cosine"
     if similarity not in SIMILARITIES:
         raise InputError(f"{file}: similarity_fn_name={similarity!r} is unknown; cosine is what is used here")
@@ -214,5 +293,10 @@ def _prompts(folder: Path) -> dict[str, str]:
         raise InputError(f"{file}: default_prompt_name={default!r} is none of its prompts ({', '.join(prompts)})")
     unused = [name for name, text in prompts.items() if text and name not in ("query", "document")]
     if unused:
-        log.warning("%s: prompts %s stand before neither queries nor documents, as in sentence-transformers' encode_query and encode_document", file, unused)
+        log.warning(
+            "%s: prompts %s stand before neither queries nor documents, as in sentence-transformers' encode_query "
+            "and encode_document",
+            file,
+            unused,
+        )
     return {role: prompts[role] for role in ("query", "document") if prompts.get(role)}

@@ -12,7 +12,7 @@ from torch import Tensor
 from sgpt.data.beir import PairSet, RetrievalSet
 from sgpt.data.useb import NEITHER, CandidateSet, UsebTask
 from sgpt.encoder import Encoder
-from sgpt.evaluate import DEPTH, Results, as_run, search
+from sgpt.evaluate import DEPTH, Results, as_run, naming, search
 from sgpt.metrics import Qrels, Run, correlations
 
 MAIN = {"askubuntu": "map", "cqadupstack": "map@100", "twitterpara": "ap", "scidocs": "map"}  # of each task, all average precision
@@ -20,7 +20,10 @@ MAIN = {"askubuntu": "map", "cqadupstack": "map@100", "twitterpara": "ap", "scid
 
 def useb(encoder: Encoder, tasks: Sequence[UsebTask]) -> Results:
     """useb_<task> -> metrics, 0 to 1; and useb, the mean of the four main metrics, when all four are there."""
-    results = {f"useb_{task.name}": SCORERS[task.name](encoder, task.parts) for task in tasks}
+    results = {}
+    for task in tasks:
+        with naming(f"useb_{task.name}"):
+            results[f"useb_{task.name}"] = SCORERS[task.name](encoder, task.parts)
     if len(results) < len(MAIN):
         return results
     return {**results, "useb": {"average_precision": mean(results[f"useb_{name}"][metric] for name, metric in MAIN.items())}}

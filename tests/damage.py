@@ -5,7 +5,16 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-VALUES = st.one_of(st.none(), st.booleans(), st.integers(-3, 300), st.floats(), st.text(max_size=5), st.just([]), st.just({}), st.just("DELETE"))
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300),
+    st.floats(),
+    st.text(max_size=5),
+    st.just([]),
+    st.just({}),
+    st.just("DELETE"),
+)
 
 
 def keys(holder: dict | list) -> list:

@@ -182,7 +182,8 @@ def test_bad_input_is_refused(language_model, tiny_base):
         ranker.score(["a"], ["b", "c"])
     with pytest.raises(InputError, match=r"bert predicts no next token; re-rank with a decoder"):
         CrossEncoder.from_pretrained(tiny_base("bert"))
-    with pytest.raises(InputError, match=r"lm_head.*is missing, so it is no whole GPTNeoXForCausalLM.*; give the model's whole folder, or the base it was made from"):
+    match = r"lm_head.*is missing, so it is no whole GPTNeoXForCausalLM.*; give .* or the base it was made from"
+    with pytest.raises(InputError, match=match):
         CrossEncoder.from_pretrained(tiny_base("gpt_neox"))  # a trunk alone, whose head would be random
     with pytest.raises(InputError, match=r"cannot be told apart by one token"):
         CrossEncoder.from_pretrained(language_model("gpt2"), PromptConfig("{document} {query}", answers=[" Yes", " Yes"]))

@@ -1,4 +1,4 @@
-"""Folders of sentence-transformers that are none of ours: the vectors that it gives itself, or one sentence with file and key."""
+"""Folders of sentence-transformers that are none of ours: its own vectors, or one sentence with file and key."""
 
 import json
 import shutil
@@ -18,7 +18,11 @@ from sgpt.errors import InputError
 
 QUERIES = ["Parse a DATE from a string", "what?", "x" * 5, "how long can a text be that is long " * 6]
 DOCUMENTS = ["Dates are PARSED by strptime.", "Naïve 東京 Text", "a b c d e f g " * 12]
-SETTINGS, TRANSFORMER, POOLING = "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json"
+SETTINGS, TRANSFORMER, POOLING = (
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,10 @@ def change(file: Path, **values) -> None:
 
 def agrees(folder: Path) -> Encoder:
     ours, theirs = Encoder.from_pretrained(folder), SentenceTransformer(str(folder), device="cpu")
-    for made, expected in ((ours.encode_queries(QUERIES), theirs.encode_query(QUERIES)), (ours.encode_documents(DOCUMENTS), theirs.encode_document(DOCUMENTS))):
+    for made, expected in (
+        (ours.encode_queries(QUERIES), theirs.encode_query(QUERIES)),
+        (ours.encode_documents(DOCUMENTS), theirs.encode_document(DOCUMENTS)),
+    ):
         assert np.abs(made - expected).max() <= 1e-6 * max(1, np.abs(expected).max())
     return ours
 
@@ -98,11 +105,19 @@ def test_texts_are_lower_cased_where_the_folder_says_so(family, folder):
     model = folder(family)
     plain = Encoder.from_pretrained(model).encode_queries(QUERIES)
     change(model / TRANSFORMER, do_lower_case=True)
-    assert (np.abs(agrees(model).encode_queries(QUERIES) - plain).max() > 0.01) == (family == "gpt2")  # this BERT does it anyway
+    assert (np.abs(agrees(model).encode_queries(QUERIES) - plain).max() > 0.01) == (
+        family == "gpt2"
+    )  # this BERT does it anyway
 
 
 @pytest.mark.parametrize(
-    "stated", [{"max_seq_length": 16}, {"max_seq_length": 128}, {"query_length": 9, "document_length": 20}, {"max_seq_length": 30, "query_length": 8}]
+    "stated",
+    [
+        {"max_seq_length": 16},
+        {"max_seq_length": 128},
+        {"query_length": 9, "document_length": 20},
+        {"max_seq_length": 30, "query_length": 8},
+    ],
 )
 def test_limits_are_theirs(stated, folder):
     model = folder("bert")
@@ -120,7 +135,14 @@ def test_without_a_stated_length_the_tokenizers_and_the_models_limits_hold(folde
     assert agrees(model).contract.markers.query_max_tokens == 128
 
 
-@pytest.mark.parametrize("pooling", [{"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, {"pooling_mode_max_tokens": True}, {"pooling_mode_mean_tokens": False}])
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
+        {"pooling_mode_max_tokens": True},
+        {"pooling_mode_mean_tokens": False},
+    ],
+)
 def test_old_pooling_keys_are_theirs(pooling, folder):
     """The last one states none at all, which is the mean."""
     model = folder()
@@ -228,7 +250,9 @@ def test_a_list_of_modules_that_cannot_be_right_is_refused(edit, match, folder):
     refused(model, r"modules\.json: .*" + match)
 
 
-@pytest.mark.parametrize("name", ["modules.json", POOLING, TRANSFORMER, SETTINGS, "tokenizer_config.json", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["modules.json", POOLING, TRANSFORMER, SETTINGS, "tokenizer_config.json", "config.json", "tokenizer.json"]
+)
 @pytest.mark.parametrize("text", ["", '{"a": ', "3", "\x00\x01"])
 def test_broken_json_is_one_sentence_with_the_file(name, text, folder):
     model = folder()
@@ -257,7 +281,7 @@ def is_theirs_or_refused(folder: Path, draw: st.DataObject, count: dict[str, int
         ours = Encoder.from_pretrained(copy)
         made = ours.encode_queries(QUERIES), ours.encode_documents(DOCUMENTS)
     except InputError as error:
-        assert len(str(error)) < 700, what
+        assert len(str(error)) < 700, what  # noqa: PT017
         count["refused"] = count.get("refused", 0) + 1
         return
     try:

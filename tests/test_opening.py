@@ -62,7 +62,10 @@ OPENERS: dict[str, Callable[[Path], object]] = {
 # --- weights ---
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "base_model.model.", "0.auto_model.", "model.", "transformer."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module.", "module._orig_mod.", "base_model.model.", "0.auto_model.", "model.", "model.module.", "transformer."],
+)
 def test_prefixes_of_wrappers_are_taken_off_and_said(prefix, base, caplog):
     """Opened at random before: the trunk, without a word, so two openings gave two results."""
     folder = base()
@@ -76,14 +79,19 @@ def test_prefixes_of_wrappers_are_taken_off_and_said(prefix, base, caplog):
 def test_wrappers_of_single_modules_are_taken_off(base):
     folder = base()
     expected = embeddings(folder)
-    change_weights(folder, lambda tensors: {name.replace("attn.", "attn._orig_mod."): value for name, value in tensors.items()})
+    change_weights(
+        folder, lambda tensors: {name.replace("attn.", "attn._orig_mod."): value for name, value in tensors.items()}
+    )
     assert np.array_equal(embeddings(folder), expected)
 
 
 @pytest.mark.parametrize("opener", OPENERS)
 def test_missing_weights_are_refused_by_name(opener, language_model, tmp_path):
     folder = Path(shutil.copytree(language_model("gpt2"), tmp_path / "model"))
-    change_weights(folder, lambda tensors: {name: value for name, value in tensors.items() if not name.endswith("h.1.attn.c_attn.weight")})
+    change_weights(
+        folder,
+        lambda tensors: {name: value for name, value in tensors.items() if not name.endswith("h.1.attn.c_attn.weight")},
+    )
     refused(lambda: OPENERS[opener](folder), r"h\.1\.attn\.c_attn\.weight is missing.*whole")
 
 
@@ -91,21 +99,28 @@ def test_missing_weights_are_refused_by_name(opener, language_model, tmp_path):
 def test_nan_and_infinite_weights_are_refused_by_name(opener, language_model, tmp_path):
     for value, word in ((float("nan"), "NaN"), (float("inf"), "an infinite number")):
         folder = Path(shutil.copytree(language_model("gpt2"), tmp_path / word))
+
         def damage(tensors: dict, value: float = value) -> dict:
             tensors["transformer.h.0.ln_1.weight"][3] = value
             return tensors
+
         change_weights(folder, damage)
         refused(lambda folder=folder: OPENERS[opener](folder), rf"h\.0\.ln_1\.weight holds {word}")
 
 
 def test_a_float32_weight_beyond_float16_is_refused_with_its_value(base):
     folder = base()
+
     def enlarge(tensors: dict) -> dict:
         tensors["ln_f.weight"][0] = 1e6
         return tensors
+
     change_weights(folder, enlarge)
     load_trunk(ModelConfig(str(folder), "bfloat16"))
-    refused(lambda: load_trunk(ModelConfig(str(folder), "float16")), r"ln_f\.weight holds 1e\+06, and float16 ends at 65504; set dtype")
+    refused(
+        lambda: load_trunk(ModelConfig(str(folder), "float16")),
+        r"ln_f\.weight holds 1e\+06, and float16 ends at 65504; set dtype",
+    )
 
 
 def test_a_layer_that_the_config_does_not_count_is_refused(base):
@@ -213,7 +228,10 @@ def test_a_broken_config_is_one_sentence(text, base):
     folder = base()
     (folder / "config.json").write_text(text)
     for opener in OPENERS.values():
-        refused(lambda opener=opener: opener(folder), r"config\.json: (cannot be read as JSON|holds (list|NoneType) where an object belongs)")
+        refused(
+            lambda opener=opener: opener(folder),
+            r"config\.json: (cannot be read as JSON|holds (list|NoneType) where an object belongs)",
+        )
 
 
 def test_a_peft_adapter_is_no_model(base):
@@ -232,7 +250,10 @@ def test_a_tokenizer_without_its_files_is_refused(family, base):
     for file in folder.glob("token*"):
         file.unlink()
     for load in (load_tokenizer, Encoder.from_pretrained):
-        refused(lambda load=load: load(str(folder)), r"the tokenizer has no vocabulary; the folder lacks tokenizer\.json|the folder cannot be loaded")
+        refused(
+            lambda load=load: load(str(folder)),
+            r"the tokenizer has no vocabulary; the folder lacks tokenizer\.json|the folder cannot be loaded",
+        )
 
 
 def test_a_tokenizer_whose_words_are_gone_is_refused(base):
@@ -283,10 +304,16 @@ def test_an_embedding_that_is_not_finite_names_role_text_and_set(tiny_encoder):
     with torch.no_grad():
         encoder.trunk.wte.weight[word] = float("nan")
     encoder.encode(["a", "b"], "document")
-    refused(lambda: encoder.encode(["a", "b", "date"], "document"), r"encode: the embedding of document 2 \('date'\) holds NaN or infinity")
+    refused(
+        lambda: encoder.encode(["a", "b", "date"], "document"),
+        r"encode: the embedding of document 2 \('date'\) holds NaN or infinity",
+    )
     sets = RetrievalSet("fruit", {"1": "a", "2": "b"}, {"q": "date"}, {"q": {"1": 1}})
     refused(lambda: evaluate(encoder, Sets([sets], [])), r"^fruit: encode: the embedding of query 0 \('date'\)")
-    refused(lambda: evaluate(encoder, Sets([], [PairSet("sts", ["a"], ["date"], [1.0])])), r"^sts: encode: the embedding of query 0 \('date'\)")
+    refused(
+        lambda: evaluate(encoder, Sets([], [PairSet("sts", ["a"], ["date"], [1.0])])),
+        r"^sts: encode: the embedding of query 0 \('date'\)",
+    )
 
 
 def test_a_score_that_is_not_finite_names_the_pair(language_model):
@@ -302,8 +329,12 @@ def test_a_classifier_whose_head_is_missing_rescores_nothing(tiny_base, tmp_path
     AutoModelForSequenceClassification.from_config(trunk.config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_base("bert")).save_pretrained(tmp_path)
     assert len(cross_encoder(str(tmp_path), torch.device("cpu"))([("a", "b")])) == 1
-    change_weights(tmp_path, lambda tensors: {name: value for name, value in tensors.items() if "classifier" not in name})
-    refused(lambda: cross_encoder(str(tmp_path), torch.device("cpu")), r"classifier\.bias, classifier\.weight is missing")
+    change_weights(
+        tmp_path, lambda tensors: {name: value for name, value in tensors.items() if "classifier" not in name}
+    )
+    refused(
+        lambda: cross_encoder(str(tmp_path), torch.device("cpu")), r"classifier\.bias, classifier\.weight is missing"
+    )
 
 
 # --- whatever else is done to a folder ---
@@ -319,7 +350,7 @@ def opens_or_is_refused(folder: Path, draw: st.DataObject, count: dict | None = 
     try:
         made = Encoder.from_pretrained(with_damage).encode(TEXTS, "document")
     except InputError as error:
-        assert len(str(error)) < 700, what
+        assert len(str(error)) < 700, what  # noqa: PT017
         outcome = "refused"
     else:
         assert np.isfinite(made).all(), what

@@ -126,7 +126,8 @@ def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()
         # is all of it there? sentence-transformers would fill what is missing at random
         check_vocabulary(load_tokenizer(folder), open_model(ModelConfig(folder), AutoModelForSequenceClassification))
     with told(f"rescore={folder}"):
-        model = CrossEncoder(folder, device=str(device), local_files_only=True, trust_remote_code=False, model_kwargs={"use_safetensors": True})
+        options = {"local_files_only": True, "trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
+        model = CrossEncoder(folder, device=str(device), **options)
     if model.num_labels != 1:
         raise InputError(f"rescore={folder}: gives {model.num_labels} scores for a pair, one is needed; give a cross-encoder for ranking")
 
@@ -135,7 +136,10 @@ def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()
         bad = next((number for number, score in enumerate(scores) if not math.isfinite(score)), None)
         if bad is not None:
             query, document = pairs[bad]
-            raise InputError(f"rescore={folder}: gives {scores[bad]} for query {query!r:.60} and document {document!r:.60}; its weights are damaged")
+            raise InputError(
+                f"rescore={folder}: gives {scores[bad]} for query {query!r:.60} and document {document!r:.60}; its "
+                "weights are damaged"
+            )
         return scores
 
     return rescore
