@@ -231,7 +231,7 @@ def _refuse_without_vocabulary(path: str, folder: Path, tokenizer) -> None:
     if not (whole or byte_level) or not words:
         wanted = " or ".join(dict.fromkeys([TOKENIZER, " and ".join(files.values())] if files else [TOKENIZER]))
         raise InputError(f"{path}: the tokenizer has no vocabulary; the folder lacks {wanted}, fetch it again whole")
-    tokenizer("a b", add_special_tokens=True)  # some settings fail only now
+    tokenizer("a b 東 \U0010fffd")  # some settings fail only now, a missing unknown token only with what no vocabulary has
 
 
 def check_vocabulary(tokenizer, model: nn.Module) -> None:

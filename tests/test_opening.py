@@ -264,6 +264,14 @@ def test_a_tokenizer_whose_words_are_gone_is_refused(base):
     refused(lambda: load_tokenizer(str(folder)), "no vocabulary|the folder cannot be loaded")
 
 
+def test_a_tokenizer_whose_unknown_token_is_gone_is_refused_before_an_unknown_word_comes(base):
+    folder = base("bert")
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    stored["model"]["unk_token"] = ""
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    refused(lambda: load_tokenizer(str(folder)), r"Missing \[UNK\] token")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "match"),
     [
