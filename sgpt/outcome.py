@@ -27,7 +27,7 @@ from sgpt.files import held
 from sgpt.model import load_tokenizer, load_trunk, located
 from sgpt.overrides import argument
 from sgpt.probes import HALVES, in_dtype, probes
-from sgpt.provenance import Inputs, content_hash, environment, tokenizer_hash, weights_hash
+from sgpt.provenance import Inputs, content_hash, environment, set_threads, tokenizer_hash, weights_hash
 from sgpt.run import Run
 from sgpt.tuning import count, learning, tune
 
@@ -35,7 +35,7 @@ SAMPLE = 512  # pairs in the similarity histogram
 
 
 def inputs_of(encoder: Encoder, feed: Feed, sets: Sets, dev: Sets) -> Inputs:
-    """Everything that decides a run's weights and results, but for its configuration. Encoder: tuned, not yet trained."""
+    """Everything that decides a run's weights and results, but for its configuration. Encoder: of the untuned base."""
     inputs: dict[str, str | int] = {"processes": feed.processes}
     for source in feed.sources:
         inputs[f"training data {source.name}"] = source.examples.key
@@ -48,10 +48,16 @@ def inputs_of(encoder: Encoder, feed: Feed, sets: Sets, dev: Sets) -> Inputs:
             inputs[f"{what} {retrieval.name}"] = content_hash(retrieval.corpus, retrieval.queries, retrieval.qrels)
         for pairs in read.sts:
             inputs[f"{what} {pairs.name}"] = content_hash(pairs.first, pairs.second, pairs.scores)
+    return inputs | base_inputs(encoder)
+
+
+def base_inputs(encoder: Encoder) -> Inputs:
+    """Of the trunk before training, and its tokenizer."""
     base = encoder.contract.base
-    inputs[f"base model {base}"] = weights_hash(dict(encoder.trunk.named_parameters()))
-    inputs[f"tokenizer of {base}"] = tokenizer_hash(encoder.tokenizer)
-    return inputs
+    return {
+        f"base model {base}": weights_hash(dict(encoder.trunk.named_parameters())),
+        f"tokenizer of {base}": tokenizer_hash(encoder.tokenizer),
+    }
 
 
 def record_start(run: Run, config: TrainConfig, encoder: Encoder, feed: Feed, inputs: Inputs) -> None:
@@ -118,14 +124,18 @@ def reopen(run: Run, config: TrainConfig) -> tuple[Encoder, Path]:
     newest = checkpoint.latest(run.checkpoints)
     if newest is None:
         raise InputError(f"{run.folder} has no checkpoint yet; let it train until the first one")
-    if threads := run.read("manifest.json", {}).get("environment", {}).get("threads"):
-        torch.set_num_threads(threads)  # the last digits of the probes belong to them
+    if run.threads:
+        set_threads(run.threads)  # the last digits of the probes belong to them
     trunk, tokenizer = load_trunk(config.model), load_tokenizer(config.model.path)
     if is_adapter(run.folder / "adapter"):
         refuse_other_base(trunk, run.folder / "adapter")
         check_tokenizer(tokenizer, run.folder / "adapter")
     contract = Contract(config.pooling.name, config.markers, base=config.model.path)
     encoder = Encoder(trunk, tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
+    recorded = run.read("manifest.json", {}).get("inputs", {})
+    for name, now in base_inputs(encoder).items():
+        if recorded.get(name, now) != now:
+            raise InputError(f"{run.folder}: {name} has changed since the run began; put it back, and export again")
     encoder.trunk = tune(encoder.trunk, config.tuning)
     encoder.eval()
     checkpoint.load_parameters(newest / "trained.safetensors", learning(encoder.trunk))

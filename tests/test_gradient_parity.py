@@ -23,9 +23,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import FAMILIES, POSITIONS, WIDTH, byte_level, random_trunk
+from conftest import FAMILIES, POSITIONS, WIDTH, random_trunk
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedTokenizerFast
 
 import sgpt.step
 from sgpt.attention import PACKED_FAMILIES, prepare
@@ -250,11 +253,9 @@ def _dtype(precision: str) -> torch.dtype:
 
 @functools.cache
 def _tokenizer():
-    """No text is read here: it only has the padding's id."""
-    tokenizer = byte_level()
-    tokenizer.pad_token = tokenizer.eos_token
-    assert tokenizer.pad_token_id == PAD
-    return tokenizer
+    """No text is read here: it only has the padding's id, and no id beyond the trunk's table."""
+    words = {"<pad>": PAD, **{f"w{number}": number for number in range(1, VOCABULARY)}}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>", unk_token="<pad>")
 
 
 @functools.cache

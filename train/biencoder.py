@@ -46,10 +46,10 @@ def main(composed: DictConfig) -> None:
     config.trainer.steps(feed.batches_per_epoch)
     contract = Contract(config.pooling.name, config.markers, base=config.model.path)
     encoder = Encoder(load_trunk(config.model), tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
-    encoder.trunk = tune(encoder.trunk, config.tuning)
-    encoder.to(accelerator.device)
     inputs = outcome.inputs_of(encoder, feed, sets, dev)
     run.check_same(inputs)
+    encoder.trunk = tune(encoder.trunk, config.tuning)
+    encoder.to(accelerator.device)
     log.info("%s: %s is trained on %s", run.folder, config.model.path, config.data.path or config.data.name)
     announce(encoder, feed, config.trainer, config.optim, accelerator)
     base = {name: parameter.detach().clone() for name, parameter in learning(encoder.trunk).items()}
