@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 PROCESSES ?= 1
 THREADS ?= 2
 # one process needs no launcher, and accelerate's answers Ctrl-C with a traceback of its own
-LAUNCH := $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(BIN)/accelerate launch --quiet --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no)
+MANY = $(shell command -v nvidia-smi >/dev/null || echo ACCELERATE_USE_CPU=true) $(BIN)/accelerate launch --quiet --multi_gpu \
+  --num_processes $(PROCESSES) --num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no
+LAUNCH = $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(MANY))
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-all test-machines smoke parity lint nano bench bench-full clean

@@ -29,6 +29,7 @@ from sgpt.overrides import CONFIGS, as_typed, quoted
 
 LONG = re.compile(r"\S{1000,}")  # words of a sentence
 PATIENCE = 5  # seconds
+OPTIONAL = ("experiment", "debug")  # groups that may be null
 
 
 def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = ()) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -47,7 +48,7 @@ def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = (
             if not _working_directory():
                 _refuse("the working directory is not there any more; cd to one that is")
             given = sys.argv[1:]
-            sys.argv[1:] = as_typed(given, config_name, verbatim)
+            sys.argv[1:] = as_typed(_without_empty_groups(given) if groups else given, config_name, verbatim)
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints its own report and exits with 1
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # "Loading weights" of a few milliseconds
@@ -65,6 +66,19 @@ def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = (
         return run
 
     return decorate
+
+
+def _without_empty_groups(arguments: list[str]) -> list[str]:
+    """Without `experiment=null`, which is what it is anyway; a group that must be something is refused when it is null."""
+    kept = []
+    for argument in arguments:
+        group, _, option = argument.partition("=")
+        if option != "null" or not (CONFIGS / group).is_dir():
+            kept.append(argument)
+        elif group not in OPTIONAL:
+            options = ", ".join(sorted(file.stem for file in (CONFIGS / group).glob("*.yaml")))
+            _refuse(f"{argument}: {group} is one of {options}")
+    return kept
 
 
 def _search_path(config_name: str, groups: bool) -> str | None:

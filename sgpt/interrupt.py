@@ -45,7 +45,7 @@ def listening() -> Iterator[None]:
     heard = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) != signal.SIG_IGN]  # of a script in the background
     before = {signum: signal.signal(signum, _hear) for signum in heard}
     _asked.signum = None
-    _asked.command = _typed()  # while the launcher is alive: it ends at a signal too
+    _asked.command = typed()  # while the launcher is alive: it ends at a signal too
     try:
         yield
     finally:
@@ -139,13 +139,13 @@ def keeping(what: str) -> Iterator[None]:
 
 def command_again(*, resume: bool) -> str:
     """What was typed, quoted for the shell. resume: with `resume=true` in it."""
-    command = list(_asked.command or _typed())
+    command = list(_asked.command or typed())
     if resume:
         command = [argument for argument in command if not argument.startswith("resume=")] + ["resume=true"]
     return shlex.join(command)
 
 
-def _typed() -> Sequence[str]:
+def typed() -> Sequence[str]:
     """This process's own command line, or that of the launcher that started it with the same script and arguments."""
     import psutil
 

@@ -1,9 +1,12 @@
 """Ranking metrics by trec_eval's own code, correlations and intervals by scipy. Nothing here is computed by hand."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+log = logging.getLogger(__name__)
 
 Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> relevance
 Run = Mapping[str, Mapping[str, float]]  # query id -> document id -> score
@@ -36,8 +39,12 @@ def ranking_per_query(qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
 
 
 def correlations(scores: list[float], cosines: list[float]) -> dict[str, float]:
-    """Spearman and Pearson correlation of gold scores and cosines."""
+    """Spearman and Pearson correlation of gold scores and cosines. Cosines that are all equal tell nothing: 0, and a warning."""
     from scipy.stats import pearsonr, spearmanr
+
+    if len({*cosines}) < 2:
+        log.warning("all %d cosines are %g, so they correlate with nothing, which counts as 0; has the model collapsed?", len(cosines), cosines[0])
+        return {"spearman_cosine": 0.0, "pearson_cosine": 0.0}
 
     return {
         "spearman_cosine": float(spearmanr(scores, cosines).statistic),

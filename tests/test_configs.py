@@ -16,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from sgpt.config import EvaluateConfig, ExportConfig, InspectConfig, SearchConfig, TrainConfig, plain, typed
 from sgpt.data.pairs import ROLES
+from sgpt.door import _without_empty_groups
 from sgpt.errors import InputError
+from sgpt.launch import _check_processes
 from sgpt.mine import MineConfig
 from sgpt.mteb import MtebConfig
 from sgpt.overrides import Text, as_typed, texts
@@ -233,3 +235,17 @@ def test_the_advice_for_a_value_that_hydra_cannot_read_works_when_typed(tmp_path
     again = subprocess.run(["bash", "-c", f"{command} {advice}"], cwd=tmp_path, capture_output=True, text=True)
     assert again.stderr == "error: data.path is empty; set data.path=<file or folder> for data=file\n"
     assert [path.name for path in tmp_path.iterdir()] == ["it's {a} = b"]
+
+
+def test_a_group_that_may_be_empty_is_left_out_by_null_and_another_is_refused(capsys):
+    assert _without_empty_groups(["experiment=null", "debug=null", "name=null"]) == ["name=null"]
+    with pytest.raises(SystemExit) as end:
+        _without_empty_groups(["pooling=null"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: pooling=null: pooling is one of cls, last_token, max, mean, weighted_mean\n"
+
+
+def test_fewer_processes_than_were_asked_for_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"2 processes were asked for, and 1 runs by itself\. On a CPU start them as ACCELERATE_USE_CPU=true"):
+        _check_processes(1)

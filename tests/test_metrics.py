@@ -157,3 +157,8 @@ def test_equal_systems_differ_by_nothing_and_one_query_has_no_interval():
 def test_what_stands_behind_the_reranked_documents_keeps_its_order():
     run = {"q": {"a": 5.0, "b": 4.0, "c": 3.0, "d": 2.0, "e": 1.0}}
     assert ranked(perfect({"q": {"b": 1, "d": 2}}, run, 2)["q"]) == ["b", "a", "c", "d", "e"]
+
+
+def test_cosines_that_are_all_equal_count_as_no_correlation_and_are_told(caplog):
+    assert correlations([1.0, 2.0, 5.0], [0.5, 0.5, 0.5]) == {"spearman_cosine": 0.0, "pearson_cosine": 0.0}
+    assert "all 3 cosines are 0.5, so they correlate with nothing" in caplog.text
