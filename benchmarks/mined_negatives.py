@@ -4,8 +4,8 @@
         [--ranks 1 20] [--arms bm25 itself] [--teacher <model>] [--hold-out 0]
         [--base data/nano] [--set pooling=mean …] [--folder mined_negatives] [--threads 2]
 
-The arms train on the same queries in the same order, from the same base, for as many steps; only the negatives differ. random: `sgpt.mine`
-of a run that ranks documents by chance. bm25: `sgpt.mine` with BM25, drawn from --ranks. itself: the same with the model that the random arm of
+The arms train on the same queries in the same order, from the same base, for as many steps; only the negatives differ. random: `sgpt.mining`
+of a run that ranks documents by chance. bm25: `sgpt.mining` with BM25, drawn from --ranks. itself: the same with the model that the random arm of
 that seed made (as in ANCE, Xiong et al. 2021, once). teacher: with the model of --teacher, whose cosines also leave out what it finds more
 than RATIO as near as the positive (NV-Retriever, arXiv 2407.15831). Training is `train/biencoder.py` with data=file; finished runs are found finished, so a
 stopped benchmark goes on. scifact-titles trains on SciFact's corpus alone: a title is a query, the text below it the one document that answers it, so what is
@@ -27,12 +27,13 @@ from pathlib import Path
 import torch
 from measure.report import about
 
-from sgpt.data.beir import RetrievalSet, read_retrieval
-from sgpt.data.jsonl import read_rows, write_rows
-from sgpt.encoder import Encoder
-from sgpt.evaluate import retrieve
-from sgpt.metrics import difference, ranking_per_query
-from sgpt.mine import MineConfig, mine
+from sgpt.data.formats.beir import RetrievalSet, read_retrieval
+from sgpt.data.formats.jsonl import read_rows, write_rows
+from sgpt.encoder.encoder import Encoder
+from sgpt.mining.config import MineConfig
+from sgpt.mining.mine import mine
+from sgpt.retrieval.dense import retrieve
+from sgpt.retrieval.metrics import difference, ranking_per_query
 
 WORK = Path("runs/mined_negatives")
 SETS = {
@@ -96,7 +97,7 @@ def common_queries(name: str, options: argparse.Namespace) -> list[str]:
 
 
 def mined(name: str, arm: str, seed: int, options: argparse.Namespace) -> Path:
-    """The rows that `sgpt.mine` writes for an arm; only those of `itself` differ with the seed."""
+    """The rows that `sgpt.mining` writes for an arm; only those of `itself` differ with the seed."""
     first, last = options.ranks if arm != "random" else (1, BY_CHANCE)
     output = WORK / name / (f"{Path(run_name(name, arm, seed, options)).name}.all.jsonl" if arm == "itself" else f"{arm}-{first}-{last}.all.jsonl")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sgpt.memory import keep_freed_memory
+from sgpt.runtime.memory import keep_freed_memory
 
 SYSTEMS, DEPTH, CANDIDATES, BATCH = 13, 50, 200, 64
 DIFFERENT = 50_000
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # what a fresh process does, in --folder
     options = parser.parse_args()
     if options.step:
-        keep_freed_memory()  # as sgpt/door.py does for every script
+        keep_freed_memory()  # as sgpt/cli/command.py does for every script
         print(STEPS[options.step](Path(options.folder), options.base), flush=True)
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -106,8 +106,8 @@ def start(folder: Path, base: str) -> str:
 def built(folder: Path, base: str):
     """The feed, and a watch started before it."""
     from sgpt.data import readers
-    from sgpt.markers import MarkersConfig
-    from sgpt.model import load_tokenizer
+    from sgpt.decoder.trunk import load_tokenizer
+    from sgpt.text.markers import MarkersConfig
 
     tokenizer, spent = load_tokenizer(base), stopwatch()
     return readers.build_feed(data(folder), tokenizer, MarkersConfig("brackets", 300, 300), queries_per_process=BATCH), spent

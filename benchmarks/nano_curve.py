@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from sgpt.pretrain import PretrainConfig, build_model, save_model
+from sgpt.pretraining.model import PretrainConfig, build_model, save_model
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -2,7 +2,7 @@
 
     python benchmarks/one_trunk.py [--shape 125m] [--documents 40] [--rounds 2]
 
-The encoder is a bias delta over the decoder that re-ranks, both opened by `sgpt.search.open_both`. Each way is a fresh process,
+The encoder is a bias delta over the decoder that re-ranks, both opened by `sgpt.retrieval.searcher.open_both`. Each way is a fresh process,
 which encodes the documents and re-ranks them for one query; embeddings and scores must be the same before anything is shown.
 Memory is the peak of the resident size, and what it is when the work is done, over what it was before the models were opened.
 """
@@ -17,14 +17,14 @@ from measure.given import DOCUMENTS, Setting, read_documents, setting
 from measure.processes import MB, fresh, peak_bytes, settle
 from measure.report import Report, parser, race
 
-from sgpt.adapter import save_adapter
-from sgpt.contract import Contract
-from sgpt.cross_encoder import CrossEncoder
-from sgpt.encoder import Encoder
-from sgpt.markers import MarkersConfig
-from sgpt.model import ModelConfig, load_tokenizer, load_trunk
-from sgpt.search import open_both
-from sgpt.tuning import TuningConfig, learning, tune
+from sgpt.cross_encoder.cross_encoder import CrossEncoder
+from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
+from sgpt.encoder.adapter import save_adapter
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.encoder import Encoder
+from sgpt.retrieval.searcher import open_both
+from sgpt.text.markers import MarkersConfig
+from sgpt.training.tuning import TuningConfig, learning, tune
 
 COLUMNS = {"peak_mb": ("peak MB", ".0f"), "resident_mb": ("then MB", ".0f"), "load": ("load", ".1f")}
 QUERY = "When was it founded?"

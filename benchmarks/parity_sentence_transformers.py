@@ -22,21 +22,21 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 from torch.utils.data import BatchSampler
 
-from sgpt.contract import Contract
-from sgpt.data.example import Example
+from sgpt.data.feed.example import Example
+from sgpt.data.feed.sampling import Feed, Source
+from sgpt.data.feed.store import Examples, Tokens
 from sgpt.data.readers import DataConfig, read_examples
-from sgpt.data.sampling import Feed, Source
-from sgpt.data.store import Examples, Tokens
-from sgpt.encoder import Encoder
-from sgpt.evaluate import EvaluationConfig, evaluate, read_sets
-from sgpt.export import export
-from sgpt.loss import LossConfig
-from sgpt.markers import MarkersConfig
-from sgpt.model import ModelConfig, load_tokenizer, load_trunk
-from sgpt.optim import OptimConfig
-from sgpt.run import Run
-from sgpt.trainer import TrainerConfig, train
-from sgpt.tuning import TuningConfig, tune
+from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.export import export
+from sgpt.evaluation.evaluate import EvaluationConfig, evaluate, read_sets
+from sgpt.text.markers import MarkersConfig
+from sgpt.training.loss import LossConfig
+from sgpt.training.optim import OptimConfig
+from sgpt.training.run_folder import Run
+from sgpt.training.trainer import TrainerConfig, train
+from sgpt.training.tuning import TuningConfig, tune
 
 QUERIES, SEED, COMPARED = 64, 0, 50
 

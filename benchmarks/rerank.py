@@ -26,10 +26,10 @@ from measure.given import Setting, setting
 from measure.processes import fresh, peak_bytes, settle, stopwatch
 from measure.report import Report, compare, fastest, parser, race
 
-from sgpt.cross_encoder import CrossEncoder
-from sgpt.data.beir import read_retrieval
-from sgpt.likelihood import log_probabilities
-from sgpt.memory import keep_freed_memory
+from sgpt.cross_encoder.cross_encoder import CrossEncoder
+from sgpt.cross_encoder.likelihood import log_probabilities
+from sgpt.data.formats.beir import read_retrieval
+from sgpt.runtime.memory import keep_freed_memory
 
 PROMPTS = {False: "G", True: "L"}  # of a query's probability, and of Yes against No
 TOLERANCE = {"fp32": 1e-4, "bf16": 5.0}  # nats, of scores around -100; what bfloat16 does to a ranking is another question

@@ -20,17 +20,18 @@ from measure.report import about
 from rich.console import Console
 from scipy.stats import kendalltau
 
-from sgpt import compare
-from sgpt.cross_encoder import CrossEncoder
-from sgpt.data.beir import RetrievalSet, read_judged, read_retrieval
-from sgpt.data.beir_sets import splits
-from sgpt.data.jsonl import read_rows
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.evaluate import fewer_queries
-from sgpt.fusion import reordered
-from sgpt.metrics import Run, ranking
-from sgpt.rerank import rerank
+from sgpt.cross_encoder.cross_encoder import CrossEncoder
+from sgpt.data.formats.beir import RetrievalSet, fewer_queries, read_judged, read_retrieval
+from sgpt.data.formats.jsonl import read_rows
+from sgpt.data.formats.trec import Run
+from sgpt.data.test_sets.beir_sets import splits
+from sgpt.encoder.encoder import Encoder
+from sgpt.evaluation import compare
+from sgpt.evaluation.table import table
+from sgpt.retrieval.fusion import reordered
+from sgpt.retrieval.metrics import ranking
+from sgpt.retrieval.rerank import rerank
+from sgpt.runtime.errors import InputError
 
 SETS = ("scifact", "squad", "cranfield", "cacm", "cisi", "quora")
 PROMPTS = {"quora": "quoraD"}
@@ -66,7 +67,7 @@ def results(name: str, encoder: Encoder, options: argparse.Namespace) -> dict:
     first, *others = options.rankers
     systems = compare.rank(encoder, chosen, tuning_set(name, folder, whole, options.queries), rescore=scorer(first, prompt), depth=options.depth)
     measured = compare.measured(chosen, systems, options.depth)
-    Console(width=200).print(compare.table({name: measured}, f"{name}, {len(chosen.queries)} queries, re-ranked by {first}, prompt {prompt}"))
+    Console(width=200).print(table({name: measured}, f"{name}, {len(chosen.queries)} queries, re-ranked by {first}, prompt {prompt}"))
     found = {"systems": measured, "others": {}}
     bm25 = systems["bm25"].run
     for other in others:

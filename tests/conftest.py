@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from sgpt.contract import Contract
-from sgpt.encoder import Encoder
-from sgpt.markers import MarkersConfig
-from sgpt.model import ModelConfig, load_tokenizer, load_trunk
+from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.encoder import Encoder
+from sgpt.text.markers import MarkersConfig
 
 REAL_GPT2 = Path(__file__).parents[2] / "shared" / "models" / "tokenizer-gpt2"
 END = "<|endoftext|>"

@@ -22,9 +22,9 @@ from conftest import byte_level
 from transformers import CONFIG_MAPPING, AutoModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.markers import MarkersConfig
+from sgpt.encoder.encoder import Encoder
+from sgpt.runtime.errors import InputError
+from sgpt.text.markers import MarkersConfig
 
 TEXTS = [
     "parse a date",

@@ -18,10 +18,10 @@ _STARTER = """
 import json, os, runpy, signal, sys, time
 import accelerate, bm25s, rich.console, torch
 torch.set_num_threads(1)
-import sgpt.config, sgpt.launch, sgpt.mine, sgpt.rerank
+import sgpt.cli.compose, sgpt.cli.launch, sgpt.mining, sgpt.retrieval.rerank
 jobs = json.load(sys.stdin)
 if any(job["command"][0].endswith("biencoder.py") for job in jobs):
-    import matplotlib.pyplot, peft, sentence_transformers, sgpt.export, sgpt.report, sgpt.trainer
+    import matplotlib.pyplot, peft, sentence_transformers, sgpt.encoder.export, sgpt.report.run, sgpt.training.trainer
 def started(number, job, rank):
     child = os.fork()
     if child:
@@ -129,7 +129,7 @@ _FORKER = """
 import json, os, resource, runpy, sys
 import rich.console, sentence_transformers, torch
 torch.set_num_threads(1)
-import sgpt.config, sgpt.launch, sgpt.report, sgpt.search
+import sgpt.cli.compose, sgpt.cli.launch, sgpt.report.run, sgpt.retrieval.searcher
 for line in sys.stdin:
     limit, command = json.loads(line)
     read, write = os.pipe()

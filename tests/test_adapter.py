@@ -10,12 +10,12 @@ from conftest import FAMILIES, random_trunk
 from peft import AutoPeftModelForFeatureExtraction, PeftModel
 from safetensors.torch import load_file
 
-from sgpt.adapter import load_adapter, save_adapter
-from sgpt.contract import Contract
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.model import ModelConfig, load_trunk
-from sgpt.tuning import TuningConfig, learning, tune
+from sgpt.decoder.trunk import ModelConfig, load_trunk
+from sgpt.encoder.adapter import load_adapter, save_adapter
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.encoder import Encoder
+from sgpt.runtime.errors import InputError
+from sgpt.training.tuning import TuningConfig, learning, tune
 
 IDS = torch.arange(1, 19).reshape(2, 9)
 IN_PEFT = [family for family in FAMILIES if family not in ("gpt2", "qwen2", "qwen3")]  # Conv1D; too few biases; none

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sgpt.data import msmarco, nli
-from sgpt.data.example import Example
-from sgpt.data.store import stored
-from sgpt.errors import InputError
+from sgpt.data.feed.example import Example
+from sgpt.data.feed.store import stored
+from sgpt.data.sources import msmarco, nli
+from sgpt.runtime.errors import InputError
 
 REAL_PAIRS = Path(__file__).parents[2] / "shared" / "data" / "nli" / "pairs.jsonl.gz"
 

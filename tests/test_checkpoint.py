@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from sgpt.checkpoint import TrainState, latest, load, save
-from sgpt.errors import InputError
-from sgpt.optim import OptimConfig, build_optimizer, build_schedule
+from sgpt.runtime.errors import InputError
+from sgpt.training.checkpoint import TrainState, latest, load, save
+from sgpt.training.optim import OptimConfig, build_optimizer, build_schedule
 
 # Forks of a server that has never computed: a fork of the tests' own process may wait for ever for OpenMP threads that it does not have.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["sgpt.checkpoint", "sgpt.optim"])
+PROCESSES.set_forkserver_preload(["sgpt.training.checkpoint", "sgpt.training.optim"])
 
 FILES = {"trained.safetensors", "optimizer.pt", "random-0.pt", "state.json"}
 

@@ -11,7 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from sgpt.overrides import argument, as_typed
+from sgpt.runtime.overrides import argument, as_typed
 from tests.starts import REPOSITORY, Forks, forks, small_training
 
 NAMES = ["a,b", "a b", "it's", "[x]", "e=3", "{q}", "a[/b]", 'd$x `y` "z"', "'z'", "x${y}", "null", "1e5", "n;m&o|p", "é~", "-n", "back\\slash"]
@@ -122,7 +122,7 @@ def test_what_happens_around_a_script_is_one_sentence(tmp_path, command, code, s
 
 def test_a_fault_of_ours_keeps_its_traceback_and_says_that_it_is_one(tmp_path):
     """A script of our kind with a mistake in it."""
-    (tmp_path / "faulty.py").write_text('from sgpt.door import script\n\n@script("export", groups=False)\ndef main(composed):\n    {}["x"]\n\nmain()\n')
+    (tmp_path / "faulty.py").write_text('from sgpt.cli.command import script\n\n@script("export", groups=False)\ndef main(composed):\n    {}["x"]\n\nmain()\n')
     ended = subprocess.run([sys.executable, "faulty.py"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert ended.returncode == 1
     assert "Traceback" in ended.stderr

@@ -14,16 +14,21 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from sgpt.config import EvaluateConfig, ExportConfig, InspectConfig, SearchConfig, TrainConfig, plain, typed
-from sgpt.data.pairs import ROLES
-from sgpt.door import _without_empty_groups
-from sgpt.errors import InputError
-from sgpt.launch import _check_processes
-from sgpt.mine import MineConfig
-from sgpt.mteb import MtebConfig
-from sgpt.overrides import Text, as_typed, texts
-from sgpt.pretrain import PretrainConfig
-from sgpt.rerank import RerankConfig
+from sgpt.cli.command import _without_empty_groups
+from sgpt.cli.compose import plain, typed
+from sgpt.cli.launch import _check_processes
+from sgpt.data.sources.columns import ROLES
+from sgpt.encoder.export import ExportConfig
+from sgpt.evaluation.evaluate import EvaluateConfig
+from sgpt.evaluation.mteb import MtebConfig
+from sgpt.inspection.inspect import InspectConfig
+from sgpt.mining.config import MineConfig
+from sgpt.pretraining.model import PretrainConfig
+from sgpt.retrieval.rerank import RerankConfig
+from sgpt.retrieval.searcher import SearchConfig
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.overrides import Text, as_typed, texts
+from sgpt.training.config import TrainConfig
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"

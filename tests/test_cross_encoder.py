@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sgpt.cross_encoder import CrossEncoder, ScoreConfig
-from sgpt.errors import InputError
-from sgpt.prompts import PROMPTS, PromptConfig, build_prompt
+from sgpt.cross_encoder.cross_encoder import CrossEncoder, ScoreConfig
+from sgpt.cross_encoder.prompts import PROMPTS, PromptConfig, build_prompt
+from sgpt.runtime.errors import InputError
 from tests.conftest import FAMILIES, POSITIONS
 
 DECODERS = [family for family in FAMILIES if family != "bert"]

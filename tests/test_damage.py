@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sgpt.adapter import save_adapter
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.export import export
-from sgpt.tuning import TuningConfig, learning, tune
+from sgpt.encoder.adapter import save_adapter
+from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.export import export
+from sgpt.runtime.errors import InputError
+from sgpt.training.tuning import TuningConfig, learning, tune
 
 TEXTS = ["sort a path", "naïve 東京 🙂"]
 VALUES = [None, True, 3, -1, 2.5, float("nan"), 1e400, "", "a", [], {}, [["a"]], {"a": "b"}]

@@ -13,13 +13,14 @@ import datasets
 import huggingface_hub
 import pytest
 
-from sgpt.data import beir
-from sgpt.data.collate import collate
-from sgpt.data.example import Example
-from sgpt.data.jsonl import read_rows, write_rows
+from sgpt.data.feed.collate import collate
+from sgpt.data.feed.example import Example
+from sgpt.data.formats import beir
+from sgpt.data.formats.jsonl import read_rows, write_rows
+from sgpt.data.formats.scored_pairs import read_pairs
 from sgpt.data.readers import DataConfig, SourceConfig, build_feed, read_examples
-from sgpt.errors import InputError
-from sgpt.markers import MarkersConfig
+from sgpt.runtime.errors import InputError
+from sgpt.text.markers import MarkersConfig
 
 GOOD = [{"query": "q1", "positive": "p1", "negative": "n1"}, {"query": "q2", "positive": "p2", "negative": ["n2", "m2"]}]
 
@@ -286,15 +287,15 @@ def test_pairs_of_the_split_are_read_and_a_label_or_the_quora_names_serve_too(tm
         {"sentence1": "e", "sentence2": "f", "label": 1},
         {"question1": "g", "question2": "h", "duplicate": 0},
     ]
-    [pairs] = beir.read_pairs(lines(tmp_path / "stsb.jsonl", *rows), "test")
+    [pairs] = read_pairs(lines(tmp_path / "stsb.jsonl", *rows), "test")
     assert (pairs.name, pairs.first, pairs.second, pairs.scores) == ("stsb", ["a", "e", "g"], ["b", "f", "h"], [0.5, 1.0, 0.0])
 
 
 def test_sets_are_called_after_their_folder_also_when_it_is_the_working_directory(folder, monkeypatch):
     lines(folder / "pairs.jsonl.gz", {"sentence1": "a", "sentence2": "b", "score": 1}, {"sentence1": "c", "sentence2": "d", "score": 2})
-    assert beir.read_pairs(folder / "pairs.jsonl.gz", "test")[0].name == "toy"
+    assert read_pairs(folder / "pairs.jsonl.gz", "test")[0].name == "toy"
     monkeypatch.chdir(folder)
-    assert beir.read_pairs(Path("pairs.jsonl.gz"), "test")[0].name == "toy"
+    assert read_pairs(Path("pairs.jsonl.gz"), "test")[0].name == "toy"
     assert beir.read_retrieval(Path("."), "test").name == "toy"
 
 
@@ -311,7 +312,7 @@ def test_sets_are_called_after_their_folder_also_when_it_is_the_working_director
 )
 def test_bad_pairs_are_refused(rows, message, tmp_path):
     with pytest.raises(InputError, match=r"pairs\.jsonl.*" + message):
-        beir.read_pairs(lines(tmp_path / "pairs.jsonl", *rows), "test")
+        read_pairs(lines(tmp_path / "pairs.jsonl", *rows), "test")
 
 
 # --- folders of the library `datasets` ---

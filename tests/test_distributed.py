@@ -10,17 +10,17 @@ import torch.distributed as dist
 import torch.multiprocessing
 from conftest import random_trunk
 
-from sgpt.attention import prepare
-from sgpt.contract import Contract
-from sgpt.data.collate import collate
-from sgpt.data.example import Example
-from sgpt.distributed import average_gradients, gather, gather_with_gradient
-from sgpt.encoder import Encoder
-from sgpt.loss import LossConfig
-from sgpt.markers import MarkersConfig
-from sgpt.model import load_tokenizer
-from sgpt.step import contrastive_step, health
-from sgpt.tuning import TuningConfig, learning, tune
+from sgpt.data.feed.collate import collate
+from sgpt.data.feed.example import Example
+from sgpt.decoder.attention import prepare
+from sgpt.decoder.trunk import load_tokenizer
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.encoder import Encoder
+from sgpt.runtime.distributed import average_gradients, gather, gather_with_gradient
+from sgpt.text.markers import MarkersConfig
+from sgpt.training.loss import LossConfig, health
+from sgpt.training.step import contrastive_step
+from sgpt.training.tuning import TuningConfig, learning, tune
 
 PROCESSES, QUERIES = 2, 4
 HARD_NEGATIVES, SYMMETRIC, KEEP_BYTES = (0, 2), (False, True), (math.inf, 0)

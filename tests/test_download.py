@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from sgpt.data import beir_sets
-from sgpt.data.beir_sets import places, read_place
-from sgpt.data.download import fetch
-from sgpt.errors import InputError
+from sgpt.data.test_sets import beir_sets
+from sgpt.data.test_sets.beir_sets import places, read_place
+from sgpt.data.test_sets.download import fetch
+from sgpt.runtime.errors import InputError
 
 REMEDY = "set beir_root=<folder that holds toy/>"
 FILES = {

@@ -14,7 +14,7 @@ import yaml
 from sentence_transformers import SentenceTransformer
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from sgpt.encoder import Encoder
+from sgpt.encoder.encoder import Encoder
 
 REPOSITORY = Path(__file__).parents[1]
 VERBS = ["parse", "open", "read", "write", "sort", "join", "count", "split", "find", "match"]
@@ -66,7 +66,7 @@ STARTER = """
 import json, os, runpy, sys
 import accelerate, bm25s, peft, rich.console, scipy.stats, sentence_transformers, torch
 torch.set_num_threads(1)
-import sgpt.config, sgpt.export, sgpt.report, sgpt.search, sgpt.trainer
+import sgpt.cli.compose, sgpt.encoder.export, sgpt.report.run, sgpt.retrieval.searcher, sgpt.training.trainer
 for number, (script, *arguments) in enumerate(json.load(sys.stdin)):
     child = os.fork()
     if child == 0:

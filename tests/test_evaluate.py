@@ -13,15 +13,19 @@ import torch
 import transformers
 from conftest import SIZES, byte_level
 
-import sgpt.evaluate
-from sgpt import compare
-from sgpt.config import EvaluateConfig
-from sgpt.data.beir import read_pairs, read_retrieval
-from sgpt.data.beir_sets import AVERAGES, BEIR_SETS, FORUMS, Place, averages, places, read_place
-from sgpt.errors import InputError
-from sgpt.evaluate import EvaluationConfig, bm25_run, read_sets, retrieve, search
-from sgpt.fusion import interpolated, reciprocal_rank_fusion
-from sgpt.metrics import ranked, ranking, ranking_per_query
+import sgpt.evaluation.evaluate
+from sgpt.data.formats.beir import read_retrieval
+from sgpt.data.formats.scored_pairs import read_pairs
+from sgpt.data.formats.trec import ranked
+from sgpt.data.test_sets.beir_sets import AVERAGES, BEIR_SETS, FORUMS, Place, averages, places, read_place
+from sgpt.evaluation import compare
+from sgpt.evaluation.evaluate import EvaluateConfig, EvaluationConfig, read_sets
+from sgpt.evaluation.table import beir_averages, table, with_cqadupstack
+from sgpt.retrieval.bm25 import bm25_run
+from sgpt.retrieval.dense import retrieve, search
+from sgpt.retrieval.fusion import interpolated, reciprocal_rank_fusion
+from sgpt.retrieval.metrics import ranking, ranking_per_query
+from sgpt.runtime.errors import InputError
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -173,7 +177,7 @@ def test_differences_stand_against_bm25_and_the_first_stage(compared):
 
 def test_the_table_has_a_column_for_each_system_and_a_dash_for_what_is_not_there(compared):
     *_, found = compared
-    made = compare.table({"toy": found, "stsb": {"model": {"metrics": {"spearman_cosine": 0.5}}}}, "title")
+    made = table({"toy": found, "stsb": {"model": {"metrics": {"spearman_cosine": 0.5}}}}, "title")
     assert [column.header for column in made.columns] == ["set", "metric", *compare.SYSTEMS.values()]
     rows = dict(zip(made.columns[1].cells, zip(*(list(column.cells) for column in made.columns[2:]), strict=True), strict=True))
     assert rows["ndcg@10"] == tuple(f"{100 * found[system]['metrics']['ndcg@10']:.2f}" for system in compare.SYSTEMS)
@@ -198,7 +202,7 @@ def test_a_full_disk_is_told_of_before_anything_is_encoded(toy, tiny_encoder, mo
     def full(*arguments) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sgpt.evaluate, "IN_MEMORY", 0)
+    monkeypatch.setattr(sgpt.evaluation.evaluate, "IN_MEMORY", 0)
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(InputError, match=r"TMPDIR can name: no room for 0\.00 GB of embeddings \(No space left on device\)"):
         retrieve(tiny_encoder("gpt_neo"), read_retrieval(toy, "test"))
@@ -207,7 +211,7 @@ def test_a_full_disk_is_told_of_before_anything_is_encoded(toy, tiny_encoder, mo
 def test_many_queries_are_searched_for_some_at_a_time(monkeypatch):
     queries, documents = (torch.randn(number, 16, generator=torch.Generator().manual_seed(number)) for number in (23, 500))
     expected, rows = (queries @ documents.T).topk(20, dim=1)
-    monkeypatch.setattr(sgpt.evaluate, "QUERIES_AT_A_TIME", 5)
+    monkeypatch.setattr(sgpt.evaluation.evaluate, "QUERIES_AT_A_TIME", 5)
     found = search(queries, documents, 20, chunk=64)
     torch.testing.assert_close(found[0], expected)
     assert torch.equal(found[1], rows)
@@ -217,7 +221,7 @@ def test_many_queries_are_searched_for_some_at_a_time(monkeypatch):
 def test_embeddings_in_a_file_give_the_same_results(toy, tiny_encoder, monkeypatch):
     chosen, encoder = read_retrieval(toy, "test"), tiny_encoder("gpt_neo")
     in_memory = retrieve(encoder, chosen)
-    monkeypatch.setattr(sgpt.evaluate, "IN_MEMORY", 0)
+    monkeypatch.setattr(sgpt.evaluation.evaluate, "IN_MEMORY", 0)
     assert retrieve(encoder, chosen) == in_memory
 
 
@@ -266,9 +270,9 @@ def test_cqadupstack_is_the_mean_of_its_twelve_forums(beir_root):
     assert [place.name for place in there] == [f"cqadupstack/{forum}" for forum in FORUMS]
     assert read_place(there[0]).corpus == {"d": "of android"}
     sets = {place.name: {"model": {"metrics": {"ndcg@10": number / 100}, "reranking": {}, "cost": {}}} for number, place in enumerate(there)}
-    assert compare.with_cqadupstack(sets)["cqadupstack"]["model"]["metrics"]["ndcg@10"] == pytest.approx(0.055)
+    assert with_cqadupstack(sets)["cqadupstack"]["model"]["metrics"]["ndcg@10"] == pytest.approx(0.055)
     del sets["cqadupstack/tex"]
-    assert compare.with_cqadupstack(sets) == sets
+    assert with_cqadupstack(sets) == sets
 
 
 def test_the_averages_are_the_papers(beir_root):
@@ -280,13 +284,13 @@ def test_the_averages_are_the_papers(beir_root):
     scores = zip(names, sgpt, bm25, strict=True)
     sets = {name: {"model": {"metrics": {"ndcg@10": ours}}, "bm25": {"metrics": {"ndcg@10": theirs}}} for name, ours, theirs in scores}
     sets["msmarco"] = {"model": {"metrics": {"ndcg@10": 0.399}}}
-    found = compare.beir_averages(sets)
+    found = beir_averages(sets)
     numbers = {kind: {system: round(groups["metrics"]["ndcg@10"], 3) for system, groups in systems.items()} for kind, systems in found.items()}
     assert numbers == {"average": {"bm25": 0.428, "model": 0.490}, "sub_average": {"bm25": 0.477, "model": 0.550}}
     assert {kind: len(names) for kind, names in AVERAGES.items()} == {"average": 18, "sub_average": 11}
     assert len(BEIR_SETS) == 19
     del sets["scidocs"]
-    assert compare.beir_averages(sets).keys() == {"sub_average"}
+    assert beir_averages(sets).keys() == {"sub_average"}
     assert averages({"scifact": {"ndcg@10": 0.5}}) == {}
 
 

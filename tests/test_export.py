@@ -13,14 +13,15 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer
 
-from sgpt.contract import Contract
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.export import export, hostile_texts, verify
-from sgpt.markers import ROLES, MarkersConfig
-from sgpt.model import ModelConfig, load_tokenizer, load_trunk
-from sgpt.probes import probe_difference
-from sgpt.tuning import TuningConfig, learning, tune
+from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.export import export
+from sgpt.encoder.probes import probe_difference
+from sgpt.encoder.verify import hostile_texts, verify
+from sgpt.runtime.errors import InputError
+from sgpt.text.markers import ROLES, MarkersConfig
+from sgpt.training.tuning import TuningConfig, learning, tune
 
 SUFFIX = {"query": ("[", "]"), "document": ("{", "}")}
 TEXTS = ["", "[[1]]", "what?", "{}", "]", " both ", "\n", f"[a]{END}[b]", "naïve 東京 🙂", "word " * 200]

@@ -9,12 +9,13 @@ from conftest import byte_level
 from family_sweep import build, main, sweep
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
-from sgpt import agreement, model
-from sgpt.cross_encoder import load_language_model
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.likelihood import Text, log_probabilities
-from sgpt.model import ModelConfig, load_trunk
+from sgpt.cross_encoder.cross_encoder import load_language_model
+from sgpt.cross_encoder.likelihood import Text, log_probabilities
+from sgpt.decoder import agreement
+from sgpt.decoder import trunk as model
+from sgpt.decoder.trunk import ModelConfig, load_trunk
+from sgpt.encoder.encoder import Encoder
+from sgpt.runtime.errors import InputError
 
 QUICK = [
     "longformer",

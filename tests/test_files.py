@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from sgpt.data.store import Examples
-from sgpt.errors import InputError
-from sgpt.files import held, make_once
-from sgpt.run import Run, begin
+from sgpt.data.feed.store import Examples
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import held, make_once
+from sgpt.training.run_folder import Run, begin
 
 STORING = """
 import sys, time
 from pathlib import Path
-from sgpt.data.example import Example
-from sgpt.data.store import stored
+from sgpt.data.feed.example import Example
+from sgpt.data.feed.store import stored
 folder = Path(sys.argv[1])
 
 def fill(writer):
@@ -33,7 +33,7 @@ print(len(stored(folder / "cache", "key", fill)))
 HOLDING = """
 import sys, time
 from pathlib import Path
-from sgpt.run import Run, begin
+from sgpt.training.run_folder import Run, begin
 run = Run(Path(sys.argv[1]))
 begin(run, {})
 print("begun", flush=True)

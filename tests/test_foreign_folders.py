@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
+from sgpt.encoder.encoder import Encoder
+from sgpt.runtime.errors import InputError
 
 QUERIES = ["Parse a DATE from a string", "what?", "x" * 5, "how long can a text be that is long " * 6]
 DOCUMENTS = ["Dates are PARSED by strptime.", "Naïve 東京 Text", "a b c d e f g " * 12]

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sgpt.fusion import interpolated, min_max, reciprocal_rank_fusion, reordered
+from sgpt.retrieval.fusion import interpolated, min_max, reciprocal_rank_fusion, reordered
 
 LEXICAL = {"q": {"a": 12.0, "b": 8.0, "c": 2.0}}
 DENSE = {"q": {"c": 0.9, "a": 0.5, "d": 0.1}}

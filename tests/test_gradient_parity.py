@@ -1,6 +1,6 @@
 """The loss and the gradient of every learning tensor are one number each, whatever road computes them.
 
-Reference: transformers' own model with its eager attention over padded rows, never touched by `sgpt.attention.prepare`, with
+Reference: transformers' own model with its eager attention over padded rows, never touched by `sgpt.decoder.attention.prepare`, with
 pooling and InfoNCE written out here. Arbiter: that reference in float64. Every road of ours (packs, recomputation, chunks of
 scores, several processes) is held against it, for each family that takes packs.
 
@@ -30,17 +30,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerFast
 
-import sgpt.step
-from sgpt.attention import PACKED_FAMILIES, prepare
-from sgpt.contract import Contract
-from sgpt.data.collate import Batch
-from sgpt.distributed import average_gradients, gather
-from sgpt.encoder import Encoder
-from sgpt.loss import LossConfig
-from sgpt.markers import MarkersConfig
-from sgpt.packing import Rows
-from sgpt.step import contrastive_step
-from sgpt.tuning import TuningConfig, learning, tune
+import sgpt.training.step
+from sgpt.data.feed.collate import Batch
+from sgpt.decoder.attention import prepare
+from sgpt.decoder.families import PACKED_FAMILIES
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.encoder import Encoder
+from sgpt.runtime.distributed import average_gradients, gather
+from sgpt.text.markers import MarkersConfig
+from sgpt.text.tokens import Rows
+from sgpt.training.loss import LossConfig
+from sgpt.training.step import contrastive_step
+from sgpt.training.tuning import TuningConfig, learning, tune
 
 Gradient = dict[str, Tensor]  # of each learning tensor by its name in the trunk; the loss itself is "loss"
 
@@ -297,7 +298,7 @@ def _budgets(road: Road, encoder: Encoder, batch: Batch) -> list[float]:
 def _scores_at_a_time(number: int | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if number is not None:
-            patch.setattr(sgpt.step, "SCORES_AT_A_TIME", number)
+            patch.setattr(sgpt.training.step, "SCORES_AT_A_TIME", number)
         yield
 
 
@@ -307,7 +308,7 @@ def by_processes() -> list[dict[tuple[str, str, str, str], Gradient]]:
 
     Their server is started with all modules imported and has computed nothing, so it can fork: three imports cost 15 seconds.
     """
-    multiprocessing.set_forkserver_preload(["sgpt.step", "transformers.masking_utils"])
+    multiprocessing.set_forkserver_preload(["sgpt.training.step", "transformers.masking_utils"])
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(one_process, (folder,), nprocs=3, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(3)]

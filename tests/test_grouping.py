@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sgpt.data.embeddings import Embeddings
-from sgpt.data.grouping import Walk, nearness, order, walk
+from sgpt.data.feed.embeddings import Embeddings
+from sgpt.data.feed.grouping import Walk, nearness, order, walk
 from sgpt.data.readers import DataConfig, build_feed
-from sgpt.encoder import Encoder
-from sgpt.export import export
-from sgpt.guide import grouped
-from sgpt.markers import MarkersConfig
+from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.export import export
+from sgpt.text.markers import MarkersConfig
+from sgpt.training.guide import grouped
 
 
 def topics(number: int, each: int, spread: float = 0.3, size: int = 16) -> np.ndarray:
@@ -63,8 +63,8 @@ def test_the_memory_is_bounded_whatever_the_number_of_queries(monkeypatch):
     asked = []
     real = Embeddings.at
     monkeypatch.setattr(Embeddings, "at", lambda self, places: asked.append(len(places)) or real(self, places))
-    monkeypatch.setattr("sgpt.data.grouping.ROWS_AT_A_TIME", 1000)
-    monkeypatch.setattr("sgpt.data.grouping.SAMPLE", 500)
+    monkeypatch.setattr("sgpt.data.feed.grouping.ROWS_AT_A_TIME", 1000)
+    monkeypatch.setattr("sgpt.data.feed.grouping.SAMPLE", 500)
     rows = topics(7, 900)
     assert sorted(walk(embeddings_of(rows), np.arange(6300))) == list(range(6300))
     assert max(asked) == 1000

@@ -13,23 +13,23 @@ from conftest import random_trunk
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
 
-from sgpt.attention import prepare
-from sgpt.contract import Contract
-from sgpt.data.collate import Batch, collate
-from sgpt.data.example import Example
+from sgpt.data.feed.collate import Batch, collate
+from sgpt.data.feed.example import Example
+from sgpt.data.feed.sampling import Feed
 from sgpt.data.readers import DataConfig, SourceConfig, build_feed
-from sgpt.data.sampling import Feed
-from sgpt.distributed import average_gradients
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.export import export
-from sgpt.guide import grouped, guided
-from sgpt.loss import LossConfig
-from sgpt.markers import MarkersConfig
-from sgpt.model import load_tokenizer
-from sgpt.provenance import threads
-from sgpt.step import contrastive_step, health, objective
-from sgpt.tuning import TuningConfig, learning, tune
+from sgpt.decoder.attention import prepare
+from sgpt.decoder.trunk import load_tokenizer
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.export import export
+from sgpt.runtime.distributed import average_gradients
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.provenance import threads
+from sgpt.text.markers import MarkersConfig
+from sgpt.training.guide import grouped, guided
+from sgpt.training.loss import LossConfig, health, objective
+from sgpt.training.step import contrastive_step
+from sgpt.training.tuning import TuningConfig, learning, tune
 
 WORDS = ["parse a date", "open a file", "sort words", "sum numbers", "join paths", "read lines", "make a folder", "find text"]
 EXAMPLES = [Example(word, f"how to {word} from a string", (f"never {word}", f"{word} or not")) for word in WORDS]
@@ -78,7 +78,7 @@ def test_a_symmetric_sources_documents_are_queries_to_the_guide(guide, tmp_path,
 
 
 def test_embeddings_are_made_once_and_a_killed_start_goes_on(guide, tmp_path, tiny_encoder, monkeypatch):
-    monkeypatch.setattr("sgpt.data.embeddings.TEXTS_AT_A_TIME", 5)
+    monkeypatch.setattr("sgpt.data.feed.embeddings.TEXTS_AT_A_TIME", 5)
     tokenizer, config = tiny_encoder("gpt2").tokenizer, LossConfig(guide=str(guide))
     made: list[int] = []
     real = Encoder.encode
@@ -236,7 +236,7 @@ def test_recomputed_and_in_chunks_it_is_the_same_step(symmetric, tiny_base, monk
         return found, health(outcome) | {"loss": float(outcome.loss)}
 
     expected, seen = step(float("inf"))
-    monkeypatch.setattr("sgpt.step.SCORES_AT_A_TIME", 3 * 24)  # three queries at a time
+    monkeypatch.setattr("sgpt.training.loss.SCORES_AT_A_TIME", 3 * 24)  # three queries at a time
     for keep_bytes in (float("inf"), 0):
         found, again = step(keep_bytes)
         assert again == pytest.approx(seen, rel=1e-12)
@@ -250,7 +250,7 @@ def test_a_text_that_is_the_positive_to_the_guide_is_treated_alike_in_chunks_of_
     queries = torch.nn.functional.normalize(torch.randn(8, 384, generator=torch.Generator().manual_seed(0)), dim=1)
     batch = with_guide(batch, queries, queries[:1].expand(8, -1).contiguous())  # every document is one and the same to it
     for size in (1, 8, 24, 10**6):
-        monkeypatch.setattr("sgpt.step.SCORES_AT_A_TIME", size)
+        monkeypatch.setattr("sgpt.training.loss.SCORES_AT_A_TIME", size)
         with torch.no_grad():
             outcome = objective(encoder(batch.queries), encoder(batch.documents), batch, LossConfig(guide="g"))[1]
         assert health(outcome)["masked_share"] == 0
@@ -282,9 +282,9 @@ def one_of_two(rank: int, folder: Path, base: str, guide: str) -> None:
     if rank == 0:
         feed_of(folder, load_tokenizer(base))  # one process reads and tokenises first
     dist.barrier()
-    import sgpt.data.embeddings
+    import sgpt.data.feed.embeddings
 
-    sgpt.data.embeddings.TEXTS_AT_A_TIME = 5  # so that both have blocks to make
+    sgpt.data.feed.embeddings.TEXTS_AT_A_TIME = 5  # so that both have blocks to make
     torch.save(steps(base, guide, folder, rank, 2), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -299,7 +299,7 @@ def test_two_processes_give_the_gradient_of_the_whole_batch(guide, tiny_base, tm
     base = str(tiny_base("gpt_neo"))
     (tmp_path / "two").mkdir()
     torch.multiprocessing.spawn(one_of_two, (tmp_path / "two", base, str(guide)), nprocs=2)
-    monkeypatch.setattr("sgpt.data.embeddings.TEXTS_AT_A_TIME", 5)
+    monkeypatch.setattr("sgpt.data.feed.embeddings.TEXTS_AT_A_TIME", 5)
     (tmp_path / "one").mkdir()
     with threads(1):  # as each of the two has
         whole = steps(base, str(guide), tmp_path / "one", 0, 1)

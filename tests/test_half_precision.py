@@ -24,19 +24,21 @@ from test_export import TOLERANCE, weighted_mean_by_hand
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModel
 
-from sgpt import outcome
-from sgpt.adapter import save_adapter
-from sgpt.config import TrainConfig, plain, typed
-from sgpt.contract import Contract
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.export import export, verify
-from sgpt.markers import MarkersConfig
-from sgpt.model import ModelConfig, load_tokenizer, load_trunk
-from sgpt.probes import probe_difference
-from sgpt.run import claim
-from sgpt.search import open_both
-from sgpt.tuning import TuningConfig, learning, tune
+from sgpt.cli.compose import plain, typed
+from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
+from sgpt.encoder.adapter import save_adapter
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.export import export
+from sgpt.encoder.probes import probe_difference
+from sgpt.encoder.verify import verify
+from sgpt.retrieval.searcher import open_both
+from sgpt.runtime.errors import InputError
+from sgpt.text.markers import MarkersConfig
+from sgpt.training import record as outcome
+from sgpt.training.config import TrainConfig
+from sgpt.training.run_folder import claim
+from sgpt.training.tuning import TuningConfig, learning, tune
 
 TEXTS = ["sort a path", "[[1]]", "what?", "naïve 東京 🙂", "word " * 100]
 

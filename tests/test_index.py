@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.index import IndexConfig, Stored, fingerprint, open_index, read_description
-from sgpt.provenance import threads
-from sgpt.search import Searcher
+from sgpt.encoder.encoder import Encoder
+from sgpt.retrieval.index import IndexConfig, fingerprint, open_index
+from sgpt.retrieval.searcher import Searcher
+from sgpt.retrieval.stored import Stored, read_description
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.provenance import threads
 
 WORDS = ["cat", "dog", "house", "tree", "river", "stone", "cloud", "train", "music", "bread"]
 CORPUS = {f"d{n}": f"{WORDS[n % 10]} and {WORDS[n // 10]} {n}" for n in range(100)}
@@ -71,7 +72,7 @@ def test_exact_search_by_memory_map_finds_what_one_product_in_memory_finds(encod
 def test_search_in_many_chunks_is_search_in_one(encoder, queries, tmp_path, monkeypatch):
     find = open_index(encoder, CORPUS, tmp_path / "index")
     whole = find(queries, 20)[0]
-    monkeypatch.setattr("sgpt.index.CHUNK_BYTES", 4 * encoder.embedding_size * 7)  # 7 documents
+    monkeypatch.setattr("sgpt.retrieval.stored.CHUNK_BYTES", 4 * encoder.embedding_size * 7)  # 7 documents
     torch.testing.assert_close(find(queries, 20)[0], whole, rtol=0, atol=1e-6)
 
 
@@ -105,8 +106,8 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from sgpt.encoder import Encoder
-from sgpt.index import IndexConfig, open_index
+from sgpt.encoder.encoder import Encoder
+from sgpt.retrieval.index import IndexConfig, open_index
 base, folder, corpus, kills = json.load(sys.stdin)
 def killed(document):
     encoder = Encoder.from_pretrained(base)
@@ -226,7 +227,7 @@ def test_without_faiss_its_kind_is_refused_before_anything_is_encoded(encoder, e
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-3)])
 def test_graphs_find_99_percent_of_what_exact_search_finds(encoder, tmp_path, monkeypatch, dtype, tolerance):
     pytest.importorskip("faiss", reason="faiss is not installed: pip install 'sgpt-framework[faiss]'")
-    monkeypatch.setattr("sgpt.index.GRAPH_BYTES", 32 * 4 * 900)  # several files
+    monkeypatch.setattr("sgpt.retrieval.graph.GRAPH_BYTES", 32 * 4 * 900)  # several files
     find = open_index(encoder, MANY, tmp_path / "index", IndexConfig("faiss", dtype))
     description, documents = read_description(tmp_path / "index"), in_memory(encoder, MANY)
     assert description["kind"] == "faiss"
@@ -250,7 +251,7 @@ def test_graphs_are_opened_by_memory_map(encoder, tmp_path):
 
 def test_a_killed_linking_keeps_the_graphs_that_are_whole(encoder, tmp_path, monkeypatch):
     faiss = pytest.importorskip("faiss", reason="faiss is not installed: pip install 'sgpt-framework[faiss]'")
-    monkeypatch.setattr("sgpt.index.GRAPH_BYTES", 32 * 4 * 40)
+    monkeypatch.setattr("sgpt.retrieval.graph.GRAPH_BYTES", 32 * 4 * 40)
     folder, write, written = tmp_path / "index", faiss.write_index, []
 
     def full(index: object, file: str) -> None:

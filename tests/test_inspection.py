@@ -11,15 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sgpt import inspection
-from sgpt.data.example import Example
+from sgpt.data.feed.example import Example
+from sgpt.data.feed.sampling import Feed, Source
+from sgpt.data.feed.store import Examples, Tokens, stored
 from sgpt.data.readers import DataConfig, build_feed
-from sgpt.data.sampling import Feed, Source
-from sgpt.data.store import Examples, Tokens, stored
-from sgpt.errors import InputError
-from sgpt.inspection import Counts, Inspection, count, inspect_feed, sample, scripts, see
-from sgpt.markers import MarkersConfig, frames
-from sgpt.model import load_tokenizer
+from sgpt.decoder.trunk import load_tokenizer
+from sgpt.inspection import inspect as inspection
+from sgpt.inspection.census import Counts, count
+from sgpt.inspection.inspect import Inspection, inspect_feed, see
+from sgpt.inspection.page import free_place, write_page
+from sgpt.inspection.sample import sample, scripts
+from sgpt.runtime.errors import InputError
+from sgpt.text.markers import MarkersConfig, frames
 
 REPOSITORY = Path(__file__).parents[1]
 NLI = Path(__file__).parents[2] / "shared" / "data" / "nli" / "triplets.dev.jsonl.gz"
@@ -85,7 +88,7 @@ def test_counts_are_those_that_were_made(source, tokenizer):
 
 def test_counts_do_not_depend_on_where_the_examples_lie(source, tokenizer, tmp_path, monkeypatch):
     """On disk they are counted part by part."""
-    monkeypatch.setattr("sgpt.data.store.ROWS_AT_A_TIME", 3)
+    monkeypatch.setattr("sgpt.data.feed.store.ROWS_AT_A_TIME", 3)
 
     def fill(writer) -> None:
         for example in EXAMPLES:
@@ -162,7 +165,7 @@ def test_a_batch_is_shown_as_the_model_gets_it_cut_in_the_middle(tokenizer):
     number = feed.rows(0, 0)[0][1]
     tokens, text = batch.queries[0].query
     assert (tokens, text) == (length(tokenizer, f"a\nquestion {number} {words}"), f"[a⏎question {number} {words}]")
-    lines = list(inspection._lines(batch, 2, 60))
+    lines = list(inspection.table_lines(batch, 2, 60))
     assert len(lines) == 4  # two queries, a document each
     assert lines[0].startswith(f"query 0      {tokens}  [a⏎question")
     assert lines[0].endswith("word39]")
@@ -237,7 +240,7 @@ def page(tokenizer, tmp_path_factory) -> str:
     examples = [*EXAMPLES, Example("<script>alert(1)</script>", "https://example.org/ is an address", ("bad one",))]
     file = tmp_path_factory.mktemp("page") / "runs" / "x.inspection.html"
     of_them = made(tokenizer, examples, limits=MarkersConfig(), name="<i>hand</i>")
-    inspection.write_page(inspected(tokenizer, of_them, queries=21), file, "a & b", {"note": "<b>&"})
+    write_page(inspected(tokenizer, of_them, queries=21), file, "a & b", {"note": "<b>&"})
     return file.read_text(encoding="utf-8")
 
 
@@ -265,9 +268,9 @@ def test_the_page_is_self_contained_and_escapes_the_texts(page):
 def test_a_page_never_takes_the_place_of_a_run_or_of_its_files(place, tmp_path):
     (tmp_path / "runs" / "x").mkdir(parents=True)
     (tmp_path / "runs" / "x" / "config.yaml").write_text("name: x")
-    assert inspection.free_place(tmp_path / "runs" / "x.inspection.html") == tmp_path / "runs" / "x.inspection.html"
+    assert free_place(tmp_path / "runs" / "x.inspection.html") == tmp_path / "runs" / "x.inspection.html"
     with pytest.raises(InputError, match="which stays as it is; give an HTML file elsewhere"):
-        inspection.free_place(tmp_path / place)
+        free_place(tmp_path / place)
 
 
 # --- real data, and the command line ---

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sgpt.interrupt import SAME_PRESS_SECONDS
+from sgpt.runtime.interrupt import SAME_PRESS_SECONDS
 from tests.starts import REPOSITORY, Ended, Start, beir, free_port, start_all
 from tests.test_resume import EXAMPLES
 
@@ -110,7 +110,7 @@ def test_a_terminated_run_is_saved_too(ended, folder):
 
 def test_a_second_press_ends_at_once_and_the_echo_of_the_first_does_not(ctrl_c):
     """torchrun passes Ctrl-C on to its processes, which the terminal has told already."""
-    program = "import time; from sgpt.interrupt import Stop\nwith Stop():\n    print('ready', flush=True)\n    time.sleep(60)"
+    program = "import time; from sgpt.runtime.interrupt import Stop\nwith Stop():\n    print('ready', flush=True)\n    time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)

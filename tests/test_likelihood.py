@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-from sgpt import likelihood
-from sgpt.attention import prepare
-from sgpt.likelihood import Text, log_probabilities
+from sgpt.cross_encoder import likelihood
+from sgpt.cross_encoder.likelihood import Text, log_probabilities
+from sgpt.decoder.attention import prepare
 from tests.conftest import FAMILIES
 
 DECODERS = [family for family in FAMILIES if family != "bert"]

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from sgpt.errors import InputError
-from sgpt.loss import LossConfig, duplicate_queries, duplicates, info_nce, positive_rows, similarities
+from sgpt.runtime.errors import InputError
+from sgpt.training.loss import LossConfig, info_nce, similarities
+from sgpt.training.negatives import duplicate_queries, duplicates, positive_rows
 
 
 def by_loop(queries: torch.Tensor, candidates: torch.Tensor, scale: float, positives: list[int], ignored: list[set[int]] | None = None) -> float:

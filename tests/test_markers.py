@@ -5,9 +5,9 @@ from conftest import REAL_GPT2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sgpt.data.collate import marked
-from sgpt.errors import InputError
-from sgpt.markers import MarkersConfig, frames
+from sgpt.runtime.errors import InputError
+from sgpt.text.markers import MarkersConfig, frames
+from sgpt.text.tokens import marked
 
 # byte-level BPE (Ġ is the blank): `?]` merges into 9 and ` a` into 10, as GPT-2's vocabulary would merge them
 VOCABULARY = {"</s>": 0, "[": 1, "]": 2, "{": 3, "}": 4, "?": 5, "a": 6, "b": 7, "Ġ": 8, "?]": 9, "Ġa": 10, "[CLS]": 11, "[SEP]": 12}

@@ -7,7 +7,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from sgpt.memory import keep_freed_memory
+from sgpt.runtime.memory import keep_freed_memory
 if sys.argv[1] == "kept" and not keep_freed_memory():
     sys.exit("not this C library")
 for turn in range(40):

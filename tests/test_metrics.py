@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from sgpt.metrics import correlations, cut, difference, main_metric, perfect, ranked, ranking, ranking_per_query
+from sgpt.data.formats.trec import cut, ranked
+from sgpt.retrieval.metrics import correlations, difference, main_metric, perfect, ranking, ranking_per_query
 
 
 def run(*documents: str) -> dict[str, float]:

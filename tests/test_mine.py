@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgpt.data.beir import RetrievalSet, read_retrieval
-from sgpt.data.jsonl import read_rows
+from sgpt.data.formats.beir import RetrievalSet, read_retrieval
+from sgpt.data.formats.jsonl import read_rows
 from sgpt.data.readers import DataConfig, read_examples
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.evaluate import EvaluationConfig, bm25_run, read_sets
-from sgpt.mine import MineConfig, mine
-from sgpt.mine.rules import cross_encoder, mine_block
-from sgpt.mine.sources import SOURCES
-from sgpt.mine.task import read_task
-from sgpt.parts import Parts, sole_writer
+from sgpt.encoder.encoder import Encoder
+from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
+from sgpt.mining.config import MineConfig
+from sgpt.mining.mine import mine
+from sgpt.mining.rankers import SOURCES
+from sgpt.mining.rules import cross_encoder, mine_block
+from sgpt.mining.task import read_task
+from sgpt.retrieval.bm25 import bm25_run
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.jobs import Parts, sole_writer
 from tests.starts import Ended, Start, beir, blocks, free_port, start_all
 from tests.test_cross_encoder import as_the_original
 

@@ -7,9 +7,9 @@ from conftest import FAMILIES, POSITIONS
 from huggingface_hub import constants
 from transformers import AutoModel, PreTrainedTokenizerFast
 
-import sgpt.encoder
-from sgpt.errors import InputError
-from sgpt.model import ModelConfig, load_tokenizer, load_trunk, token_embeddings
+import sgpt.encoder.encoder
+from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk, token_embeddings
+from sgpt.runtime.errors import InputError
 
 # Entries are about 1. Padding changes the shapes of the matrix products, hence the order of float32 sums, over two layers.
 TOLERANCE = {"rtol": 0, "atol": 5e-6}
@@ -153,7 +153,7 @@ def test_any_number_of_texts_at_a_time_gives_the_same_embeddings_also_into_a_mem
     encoder = tiny_encoder("gpt_neo", markers="none")
     texts = [" ".join(["word"] * length) for length in (3, 1, 12, 0, 7, 2, 9)]
     at_once = encoder.encode(texts, "document", normalize=True)
-    monkeypatch.setattr(sgpt.encoder, "TEXTS_AT_A_TIME", 3)
+    monkeypatch.setattr(sgpt.encoder.encoder, "TEXTS_AT_A_TIME", 3)
     file = np.lib.format.open_memmap(tmp_path / "embeddings.npy", "w+", np.float32, at_once.shape)
     file[:] = np.nan
     filled = encoder.encode(texts, "document", normalize=True, out=torch.from_numpy(file))

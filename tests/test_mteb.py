@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sgpt.cross_encoder import CrossEncoder
-from sgpt.data.beir import PairSet, RetrievalSet, read_retrieval
-from sgpt.data.jsonl import read_rows
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.evaluate import Sets, evaluate
-from sgpt.markers import MarkersConfig
-from sgpt.metrics import ranking
-from sgpt.mteb import MtebConfig, MtebEncoder, MtebReranker, name_of, read_tasks, role_of, run
+from sgpt.cross_encoder.cross_encoder import CrossEncoder
+from sgpt.data.formats.beir import RetrievalSet, read_retrieval
+from sgpt.data.formats.jsonl import read_rows
+from sgpt.data.formats.scored_pairs import PairSet
+from sgpt.encoder.encoder import Encoder
+from sgpt.evaluation.evaluate import Sets, evaluate
+from sgpt.evaluation.mteb import MtebConfig, MtebEncoder, MtebReranker, name_of, read_tasks, role_of, run
+from sgpt.retrieval.metrics import ranking
+from sgpt.runtime.errors import InputError
+from sgpt.text.markers import MarkersConfig
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = REPOSITORY.parent / "shared" / "data"

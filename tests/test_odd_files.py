@@ -16,18 +16,21 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from sgpt import outcome
-from sgpt.compare import tuning_set
-from sgpt.data import beir, open_text
-from sgpt.data.beir_sets import places, read_place
-from sgpt.data.example import Example
+from sgpt.data.feed.example import Example
+from sgpt.data.formats import beir
+from sgpt.data.formats.beir import read_documents
+from sgpt.data.formats.scored_pairs import read_pairs
+from sgpt.data.formats.trec import read_run
 from sgpt.data.readers import DataConfig, SourceConfig, read_examples
-from sgpt.data.trec import read_run
-from sgpt.errors import InputError
-from sgpt.evaluate import EvaluationConfig, bm25_run, read_sets
-from sgpt.mine.config import MineConfig
-from sgpt.mine.work import mine
-from sgpt.search import read_documents
+from sgpt.data.test_sets.beir_sets import places, read_place
+from sgpt.evaluation.compare import tuning_set
+from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
+from sgpt.mining.config import MineConfig
+from sgpt.mining.mine import mine
+from sgpt.pretraining import open_text
+from sgpt.retrieval.bm25 import bm25_run
+from sgpt.runtime.errors import InputError
+from sgpt.training import record as outcome
 
 LONGEST = 400  # letters of a refusal, without the folder's name
 
@@ -233,7 +236,7 @@ def test_splits_go_by_their_usual_names(name, asked, tmp_path):
     assert read_place(places([str(folder)], asked, tmp_path)[0]).qrels == {"q": {"d": 1}}
     assert len(read(folder, name="beir", split=asked)) == 1
     rows = [{"sentence1": "a", "sentence2": "b", "score": score, "split": split} for score, split in ((1, name), (2, f" {name} "), (3, "test"))]
-    assert beir.read_pairs(json_lines(tmp_path / "sts.jsonl", *rows), asked)[0].scores == [1, 2]
+    assert read_pairs(json_lines(tmp_path / "sts.jsonl", *rows), asked)[0].scores == [1, 2]
     table = datasets.Dataset.from_list([{"query": "q", "positive": "p"}])
     datasets.DatasetDict({name: table}).save_to_disk(str(tmp_path / "saved"))
     assert read(tmp_path / "saved", split=asked) == [Example("q", "p")]
@@ -249,17 +252,17 @@ def test_two_files_of_one_split_are_refused_unless_one_is_named(tmp_path):
 
 def test_pairs_of_other_splits_are_told(tmp_path, caplog):
     rows = [{"sentence1": "a", "sentence2": "b", "score": score, "split": split} for score, split in ((1, "test"), (2, "TEST"), (3, "tset"), (4, "train"))]
-    assert beir.read_pairs(json_lines(tmp_path / "sts.jsonl", *rows), "test")[0].scores == [1, 2]
+    assert read_pairs(json_lines(tmp_path / "sts.jsonl", *rows), "test")[0].scores == [1, 2]
     assert "sts.jsonl: 1 of 'tset', 1 of 'train' left out; 'test' is the split to read" in caplog.text
     with pytest.raises(InputError, match=r"0 pairs in split 'dev' .*\. It has 1 of 'test', 1 of 'TEST', 1 of 'tset', 1 of 'train'; set the split"):
-        beir.read_pairs(tmp_path / "sts.jsonl", "dev")
+        read_pairs(tmp_path / "sts.jsonl", "dev")
     with pytest.raises(InputError, match=r"line 1: split is 5, which is no text"):
-        beir.read_pairs(json_lines(tmp_path / "sts.jsonl", {**rows[0], "split": 5}), "test")
+        read_pairs(json_lines(tmp_path / "sts.jsonl", {**rows[0], "split": 5}), "test")
 
 
 def test_scored_pairs_may_be_a_table_and_empty_sentences_are_told(tmp_path, caplog):
     file = written(tmp_path / "sts.csv", 'sentence1,sentence2,score\na,"b, c",4.5\nd,,1\n')
-    assert beir.read_pairs(file, "test")[0].scores == [4.5, 1.0]
+    assert read_pairs(file, "test")[0].scores == [4.5, 1.0]
     assert "sts.csv: 1 sentences are empty; fix or remove their rows" in caplog.text
 
 
@@ -471,7 +474,7 @@ def readings(folder: Path) -> dict[str, tuple[Path, Callable[[], int]]]:
         "corpus": (folder / "corpus.jsonl", lambda: len(beir.read_retrieval(folder, "test").corpus)),
         "queries": (folder / "queries.jsonl", lambda: len(beir.read_queries(folder))),
         "trec": (folder / "run.trec", run),
-        "sts": (folder / "sts.jsonl", lambda: len(beir.read_pairs(folder / "sts.jsonl", "test")[0].first)),
+        "sts": (folder / "sts.jsonl", lambda: len(read_pairs(folder / "sts.jsonl", "test")[0].first)),
     }
 
 

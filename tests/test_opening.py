@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from sgpt.cross_encoder import CrossEncoder, load_language_model
-from sgpt.data.beir import PairSet, RetrievalSet
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.evaluate import Sets, evaluate
-from sgpt.mine.rules import cross_encoder
-from sgpt.model import ModelConfig, load_tokenizer, load_trunk
+from sgpt.cross_encoder.cross_encoder import CrossEncoder, load_language_model
+from sgpt.data.formats.beir import RetrievalSet
+from sgpt.data.formats.scored_pairs import PairSet
+from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
+from sgpt.encoder.encoder import Encoder
+from sgpt.evaluation.evaluate import Sets, evaluate
+from sgpt.mining.rules import cross_encoder
+from sgpt.runtime.errors import InputError
 
 TEXTS = ["parse a date from a string", "[x] {y} naïve 東京", "the quick brown fox " * 5]
 

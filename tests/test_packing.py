@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpt.data.prefetch import ahead
-from sgpt.packing import distinct, packs
+from sgpt.data.feed.prefetch import ahead
+from sgpt.decoder.packing import distinct, packs
 
 ROWS = st.lists(st.lists(st.integers(0, 9), max_size=30), max_size=40)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from sentence_transformers.models import Pooling
 
-from sgpt.errors import InputError
-from sgpt.pooling import POOLINGS, PoolingConfig
+from sgpt.encoder.pooling import POOLINGS, PoolingConfig
+from sgpt.runtime.errors import InputError
 
 # three tokens of two numbers; worked by hand below
 TOKENS = [[1.0, 2.0], [3.0, -4.0], [5.0, 9.0]]

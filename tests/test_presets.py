@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from sgpt.encoder import Encoder
-from sgpt.model import load_tokenizer
+from sgpt.decoder.trunk import load_tokenizer
+from sgpt.encoder.encoder import Encoder
 from tests.conftest import random_trunk
 from tests.starts import Ended, Start, start_all
 

@@ -15,26 +15,17 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sgpt.data import open_text, pydocs
-from sgpt.data.open_text import weak_pairs
-from sgpt.errors import InputError
-from sgpt.interrupt import Interrupted
-from sgpt.pretrain import (
-    Corpus,
-    NanoConfig,
-    PretrainConfig,
-    bag_of_tokens,
-    build_model,
-    embed,
-    next_token_loss,
-    overlapping,
-    perplexity,
-    prepare,
-    pretrain,
-    save_model,
-    start_from,
-)  # fmt: skip
-from sgpt.provenance import threads
+from sgpt.data.sources import pydocs
+from sgpt.pretraining import open_text
+from sgpt.pretraining.corpus import Corpus, prepare
+from sgpt.pretraining.lexical import bag_of_tokens, overlapping
+from sgpt.pretraining.model import NanoConfig, PretrainConfig, build_model, save_model, start_from
+from sgpt.pretraining.next_token_loss import next_token_loss, perplexity
+from sgpt.pretraining.open_text import weak_pairs
+from sgpt.pretraining.pretrain import embed, pretrain
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.interrupt import Interrupted
+from sgpt.runtime.provenance import threads
 
 SHAPE = NanoConfig(vocabulary=400, hidden_size=32, layers=2, heads=2, positions=64, window=16)
 WORDS = ["river", "stone", "light", "paper", "garden", "winter", "music", "bread", "window", "letter", "forest", "engine", "market", "bridge", "hill", "sea"]
@@ -177,7 +168,7 @@ def test_an_interrupted_pretraining_is_saved_after_its_step(ctrl_c, config, tmp_
                 os.kill(os.getpid(), signal.SIGINT)
 
     settings = replace(config, folder=str(tmp_path / "run"), output=str(tmp_path / "out"))
-    log, press = logging.getLogger("sgpt.pretrain"), Press()
+    log, press = logging.getLogger("sgpt.pretraining.pretrain"), Press()
     corpus, level = prepare(settings), log.level
     log.addHandler(press)
     log.setLevel(logging.INFO)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from sgpt import progress
+from sgpt.runtime import progress
 
 
 @pytest.fixture

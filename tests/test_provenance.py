@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from sgpt.errors import InputError
-from sgpt.provenance import check_same, computing_versions, content_hash, environment, set_threads, tokenizer_hash, weights_hash
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.provenance import check_same, computing_versions, content_hash, environment, set_threads, tokenizer_hash, weights_hash
 from tests.starts import Ended, Start, beir, free_port, start_all
 
 WORDS = ["parse", "date", "string", "open", "file", "read", "write", "sort", "list", "number", "path", "folder"]

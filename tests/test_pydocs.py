@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sgpt.data import beir, pydocs
-from sgpt.data.pydocs import Documented, documented_objects, split_of
+from sgpt.data.formats import beir
 from sgpt.data.readers import DataConfig, read_examples
+from sgpt.data.sources import pydocs
+from sgpt.data.sources.pydocs import Documented, documented_objects, split_of
 
 BODY = "More words about it follow here, enough of them to be found by."
 SIDE_EFFECT = "import pathlib\npathlib.Path({mark!r}).touch()\nraise SystemExit('imported')\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from sgpt.errors import InputError
-from sgpt.report import write_report
+from sgpt.report.run import write_report
+from sgpt.runtime.errors import InputError
 
 RESULTS = {
     "before": {"pydocs": {"ndcg@10": 0.2134, "map@100": 0.18, "recall@100": 0.6, "mrr@10": 0.2},

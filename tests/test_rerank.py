@@ -12,14 +12,15 @@ import pytest
 import pytrec_eval
 from safetensors.torch import load_file, save_file
 
-from sgpt.cross_encoder import CrossEncoder
-from sgpt.data.beir import read_retrieval
-from sgpt.errors import InputError
-from sgpt.evaluate import bm25_run
-from sgpt.metrics import cut, perfect, ranking
-from sgpt.parts import sole_writer
-from sgpt.provenance import threads
-from sgpt.rerank import RerankConfig, rerank, run_rerank
+from sgpt.cross_encoder.cross_encoder import CrossEncoder
+from sgpt.data.formats.beir import read_retrieval
+from sgpt.data.formats.trec import cut
+from sgpt.retrieval.bm25 import bm25_run
+from sgpt.retrieval.metrics import perfect, ranking
+from sgpt.retrieval.rerank import RerankConfig, rerank, run_rerank
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.jobs import sole_writer
+from sgpt.runtime.provenance import threads
 from tests.starts import Start, beir, blocks, free_port, start_all
 from tests.test_cross_encoder import as_the_original
 

@@ -12,19 +12,19 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from sgpt import checkpoint
-from sgpt.checkpoint import TrainState
-from sgpt.data.example import Example
-from sgpt.data.sampling import Feed, Source
-from sgpt.data.store import Examples, Tokens
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.interrupt import Interrupted
-from sgpt.loss import LossConfig
-from sgpt.optim import OptimConfig
-from sgpt.run import Run
-from sgpt.trainer import TrainerConfig, announce, train
-from sgpt.tuning import TuningConfig, learning, tune
+from sgpt.data.feed.example import Example
+from sgpt.data.feed.sampling import Feed, Source
+from sgpt.data.feed.store import Examples, Tokens
+from sgpt.encoder.encoder import Encoder
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.interrupt import Interrupted
+from sgpt.training import checkpoint
+from sgpt.training.checkpoint import TrainState
+from sgpt.training.loss import LossConfig
+from sgpt.training.optim import OptimConfig
+from sgpt.training.run_folder import Run
+from sgpt.training.trainer import TrainerConfig, announce, train
+from sgpt.training.tuning import TuningConfig, learning, tune
 
 WORDS = ["parse", "date", "string", "open", "file", "read", "write", "sort", "list", "number",
          "path", "folder", "text", "line", "sum", "count", "join", "split", "find", "match"]  # fmt: skip

@@ -21,11 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from sgpt.data import rows as rows_module
-from sgpt.data.example import Example
-from sgpt.data.pairs import Columns, OfRows, accepted, describe, examples, guess_columns, with_names, without_late_columns
-from sgpt.data.rows import rows
-from sgpt.errors import InputError
+from sgpt.data.feed.example import Example
+from sgpt.data.formats import rows as rows_module
+from sgpt.data.formats.rows import rows
+from sgpt.data.sources.bad_rows import accepted
+from sgpt.data.sources.columns import Columns, describe, guess_columns, with_names, without_late_columns
+from sgpt.data.sources.pairs import OfRows, examples
+from sgpt.runtime.errors import InputError
 
 TABLE = [{"query": "q1", "positive": "naïve 東京 🙂"}, {"query": "q2", "positive": 'said "yes", twice'}, {"query": "q3", "positive": "p3"}]
 PAIR = Columns("query", "positive")

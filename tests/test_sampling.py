@@ -5,12 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sgpt.data.example import Example
-from sgpt.data.grouping import Walk
-from sgpt.data.sampling import Feed, Source
-from sgpt.data.store import Examples
-from sgpt.errors import InputError
-from sgpt.markers import Frame
+from sgpt.data.feed.example import Example
+from sgpt.data.feed.grouping import Walk
+from sgpt.data.feed.sampling import Feed, Source
+from sgpt.data.feed.store import Examples
+from sgpt.runtime.errors import InputError
+from sgpt.text.markers import Frame
 
 FRAMES = {"query": Frame((90,), (91,), 5), "document": Frame((92,), (93,), 5)}
 SIZES = [(100, 8, 1), (100, 8, 3), (64, 8, 2), (17, 1, 4), (5, 5, 1)]  # examples, queries a process, processes

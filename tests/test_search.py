@@ -5,16 +5,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sgpt.adapter import Delta, save_adapter
-from sgpt.config import SearchConfig
-from sgpt.contract import Contract
-from sgpt.cross_encoder import CrossEncoder
-from sgpt.encoder import Encoder
-from sgpt.errors import InputError
-from sgpt.markers import MarkersConfig
-from sgpt.model import ModelConfig, load_tokenizer, load_trunk
-from sgpt.search import Searcher, open_both, read_documents
-from sgpt.tuning import TuningConfig, learning, tune
+from sgpt.cross_encoder.cross_encoder import CrossEncoder
+from sgpt.data.formats.beir import read_documents
+from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
+from sgpt.encoder.adapter import save_adapter
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.delta import Delta
+from sgpt.encoder.encoder import Encoder
+from sgpt.retrieval.searcher import SearchConfig, Searcher, open_both
+from sgpt.runtime.errors import InputError
+from sgpt.text.markers import MarkersConfig
+from sgpt.training.tuning import TuningConfig, learning, tune
 from tests.conftest import LIMITS
 
 CORPUS = {f"d{n}": text for n, text in enumerate(["parse a date", "open a file", "sort a list of names", "date arithmetic", "close the file again"])}

@@ -4,17 +4,17 @@ import pytest
 import torch
 from conftest import random_trunk
 
-from sgpt.attention import prepare
-from sgpt.contract import Contract
-from sgpt.data.collate import Batch, collate
-from sgpt.data.example import Example
-from sgpt.encoder import Encoder
-from sgpt.loss import LossConfig
-from sgpt.markers import MarkersConfig
-from sgpt.model import load_tokenizer
-from sgpt.packing import distinct
-from sgpt.step import contrastive_step, health, objective
-from sgpt.tuning import TuningConfig, tune
+from sgpt.data.feed.collate import Batch, collate
+from sgpt.data.feed.example import Example
+from sgpt.decoder.attention import prepare
+from sgpt.decoder.packing import distinct
+from sgpt.decoder.trunk import load_tokenizer
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.encoder import Encoder
+from sgpt.text.markers import MarkersConfig
+from sgpt.training.loss import LossConfig, health, objective
+from sgpt.training.step import contrastive_step
+from sgpt.training.tuning import TuningConfig, tune
 
 TEXTS = ["parse a date", "open a file for reading and writing", "a", "sum of all the numbers in the list", "what?", "how to sort words by length"]
 
@@ -104,7 +104,7 @@ def test_scores_in_chunks_are_the_same_loss_and_gradient(symmetric, rows_at_a_ti
     batch = batch_of(encoder, 1)
     whole = contrastive_step(encoder, batch, loss)
     expected, cosines = gradients(encoder), health(whole)
-    monkeypatch.setattr("sgpt.step.SCORES_AT_A_TIME", 12 * rows_at_a_time)  # 12 candidates
+    monkeypatch.setattr("sgpt.training.loss.SCORES_AT_A_TIME", 12 * rows_at_a_time)  # 12 candidates
     chunked = contrastive_step(encoder, batch, loss)
     assert_equal_gradients(gradients(encoder), expected, 1e-12)
     assert chunked.loss.item() == pytest.approx(whole.loss.item(), rel=1e-12)

@@ -7,10 +7,10 @@ import random
 import pytest
 import pytrec_eval
 
-from sgpt.data.beir import RetrievalSet
-from sgpt.data.trec import read_run, write_run
-from sgpt.errors import InputError
-from sgpt.metrics import ranking_per_query
+from sgpt.data.formats.beir import RetrievalSet
+from sgpt.data.formats.trec import read_run, write_run
+from sgpt.retrieval.metrics import ranking_per_query
+from sgpt.runtime.errors import InputError
 
 CHANCE = random.Random(0)
 DOCUMENTS = {f"d{n:02}": f"text {n}" for n in range(30)}

@@ -15,10 +15,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from sgpt.errors import InputError
-from sgpt.model import ModelConfig, load_trunk
-from sgpt.optim import OptimConfig, build_optimizer
-from sgpt.tuning import TuningConfig, count, learning, tune
+from sgpt.decoder.trunk import ModelConfig, load_trunk
+from sgpt.runtime.errors import InputError
+from sgpt.training.optim import OptimConfig, build_optimizer
+from sgpt.training.tuning import TuningConfig, count, learning, tune
 
 
 def gpt_neo(width: int, layers: int, heads: int) -> GPTNeoConfig:

@@ -9,9 +9,9 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 
-from sgpt.data.useb import read_useb
-from sgpt.errors import InputError
-from sgpt.useb import useb
+from sgpt.data.test_sets.useb import read_useb
+from sgpt.evaluation.useb import useb
+from sgpt.runtime.errors import InputError
 
 CHANCE = random.Random(0)
 WORDS = ["open", "read", "write", "sort", "join", "count", "file", "list", "date", "path", "disk", "user", "boot", "sound"]

@@ -8,13 +8,18 @@ from typing import get_args, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from sgpt.config import EvaluateConfig, ExportConfig, InspectConfig, SearchConfig, TrainConfig, typed
+from sgpt.cli.compose import typed
 from sgpt.data.readers import SourceConfig, read_examples
-from sgpt.errors import InputError
-from sgpt.mine import MineConfig
-from sgpt.mteb import MtebConfig
-from sgpt.pretrain import PretrainConfig
-from sgpt.rerank import RerankConfig
+from sgpt.encoder.export import ExportConfig
+from sgpt.evaluation.evaluate import EvaluateConfig
+from sgpt.evaluation.mteb import MtebConfig
+from sgpt.inspection.inspect import InspectConfig
+from sgpt.mining.config import MineConfig
+from sgpt.pretraining.model import PretrainConfig
+from sgpt.retrieval.rerank import RerankConfig
+from sgpt.retrieval.searcher import SearchConfig
+from sgpt.runtime.errors import InputError
+from sgpt.training.config import TrainConfig
 
 SCRIPTS = (TrainConfig, InspectConfig, EvaluateConfig, ExportConfig, SearchConfig, PretrainConfig, MineConfig, RerankConfig, MtebConfig)
 HOSTILE = (

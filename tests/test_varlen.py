@@ -11,10 +11,11 @@ import torch
 from conftest import FAMILIES, random_trunk
 from torch import Tensor
 
-from sgpt import varlen
-from sgpt.attention import PACKED_FAMILIES, _Borders, _by_blocks, prepare
-from sgpt.model import packed_token_embeddings
-from sgpt.packing import packs
+from sgpt.decoder import varlen
+from sgpt.decoder.attention import _Borders, _by_blocks, prepare
+from sgpt.decoder.families import PACKED_FAMILIES
+from sgpt.decoder.packing import packs
+from sgpt.decoder.trunk import packed_token_embeddings
 
 ROWS = [[1] * length for length in (1, 40, 7, 23, 7, 2, 23, 5)]
 

@@ -1,11 +1,11 @@
 """Train a bi-encoder: `accelerate launch train/biencoder.py experiment=pydocs`.
 
-From texts to a proven export, in order; the loop itself is sgpt/trainer.py. `--help` shows the keys.
+From texts to a proven export, in order; the loop itself is sgpt/training/trainer.py. `--help` shows the keys.
 """
 
 from omegaconf import DictConfig
 
-from sgpt.door import script
+from sgpt.cli.command import script
 
 
 @script("train")
@@ -13,19 +13,23 @@ def main(composed: DictConfig) -> None:
     import logging
     from pathlib import Path
 
-    from sgpt import evaluate, launch, outcome
-    from sgpt.adapter import save_adapter
-    from sgpt.config import TrainConfig, plain, typed
-    from sgpt.contract import Contract
+    from sgpt.cli import launch
+    from sgpt.cli.compose import plain, typed
     from sgpt.data.readers import build_feed
-    from sgpt.encoder import Encoder
-    from sgpt.files import remove_folder
-    from sgpt.guide import grouped, guided
-    from sgpt.model import load_tokenizer, load_trunk
-    from sgpt.report import write_report
-    from sgpt.run import begin, claim
-    from sgpt.trainer import announce, check, train
-    from sgpt.tuning import learning, tune
+    from sgpt.decoder.trunk import load_tokenizer, load_trunk
+    from sgpt.encoder.adapter import save_adapter
+    from sgpt.encoder.contract import Contract
+    from sgpt.encoder.encoder import Encoder
+    from sgpt.evaluation import evaluate
+    from sgpt.report.run import write_report
+    from sgpt.runtime.files import remove_folder
+    from sgpt.training import record as outcome
+    from sgpt.training.config import TrainConfig
+    from sgpt.training.guide import grouped, guided
+    from sgpt.training.run_folder import begin, claim
+    from sgpt.training.trackers import start_trackers
+    from sgpt.training.trainer import announce, check, train
+    from sgpt.training.tuning import learning, tune
 
     log = logging.getLogger("sgpt.train")
     config = typed(TrainConfig, composed)
@@ -58,7 +62,7 @@ def main(composed: DictConfig) -> None:
         outcome.record_start(run, config, encoder, feed, inputs)
         outcome.record_before(run, encoder, sets, bm25=config.evaluation.bm25)
     accelerator.wait_for_everyone()
-    launch.start_trackers(accelerator, config)
+    start_trackers(accelerator, config)
 
     state = train(encoder, feed, accelerator, run, config.trainer, config.loss, config.optim, lambda: evaluate.evaluate(encoder, dev))
 

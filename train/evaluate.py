@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from sgpt.door import script
+from sgpt.cli.command import script
 
 
 @script("evaluate", groups=False, verbatim=("prompt",))
@@ -15,16 +15,18 @@ def main(composed: DictConfig) -> None:
     import torch
     from rich.console import Console
 
-    from sgpt import compare, evaluate
-    from sgpt.config import EvaluateConfig, typed
-    from sgpt.data.beir_sets import places, read_place
-    from sgpt.data.useb import read_useb
-    from sgpt.encoder import Encoder
-    from sgpt.errors import InputError
-    from sgpt.files import check_place
-    from sgpt.interrupt import keeping
-    from sgpt.progress import under_way
-    from sgpt.useb import useb
+    from sgpt.cli.compose import typed
+    from sgpt.data.test_sets.beir_sets import places, read_place
+    from sgpt.data.test_sets.useb import read_useb
+    from sgpt.encoder.encoder import Encoder
+    from sgpt.evaluation import compare, evaluate
+    from sgpt.evaluation.evaluate import EvaluateConfig
+    from sgpt.evaluation.table import beir_averages, table, with_cqadupstack
+    from sgpt.evaluation.useb import useb
+    from sgpt.runtime.errors import InputError
+    from sgpt.runtime.files import check_place
+    from sgpt.runtime.interrupt import keeping
+    from sgpt.runtime.progress import under_way
 
     config, console = typed(EvaluateConfig, composed), Console(width=None if sys.stdout.isatty() else 200, markup=False)
     if not config.model or not (config.retrieval or config.sts or config.useb):
@@ -42,11 +44,11 @@ def main(composed: DictConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling).to(device)
     names = [place.name for place in there] + [pairs.name for pairs in similar.sts] + ["USEB"] * bool(tasks)
-    logging.getLogger("sgpt.evaluate").info("%s is evaluated on %s, on %s", config.model, ", ".join(names), device)
+    logging.getLogger("sgpt.evaluation.evaluate").info("%s is evaluated on %s, on %s", config.model, ", ".join(names), device)
     rescore = None
     if config.rerank:
-        from sgpt.cross_encoder import CrossEncoder
-        from sgpt.rerank import rerank
+        from sgpt.cross_encoder.cross_encoder import CrossEncoder
+        from sgpt.retrieval.rerank import rerank
 
         ranker = CrossEncoder.from_pretrained(config.rerank, prompt=config.prompt)
         ranker.model.to(device)
@@ -65,10 +67,10 @@ def main(composed: DictConfig) -> None:
             compare.write_runs(Path(config.runs), chosen, systems)
         sets[place.name] = compare.measured(chosen, systems, config.depth)
         record(config, sets)  # after every set: a killed evaluation keeps what it has
-    sets = compare.with_cqadupstack(sets)
+    sets = with_cqadupstack(sets)
     sets |= {name: {"model": {"metrics": metrics}} for name, metrics in (evaluate.evaluate(encoder, similar) | useb(encoder, tasks)).items()}
     record(config, sets)
-    console.print(compare.table(sets | compare.beir_averages(sets), f"{config.split or 'test'}, results × 100, differences with 95 % intervals"))
+    console.print(table(sets | beir_averages(sets), f"{config.split or 'test'}, results × 100, differences with 95 % intervals"))
 
 
 def record(config, sets) -> None:
@@ -76,8 +78,8 @@ def record(config, sets) -> None:
     import json
     from pathlib import Path
 
-    from sgpt.compare import beir_averages
-    from sgpt.files import write_whole
+    from sgpt.evaluation.table import beir_averages
+    from sgpt.runtime.files import write_whole
 
     everything = {
         "model": config.model, "rerank": config.rerank, "prompt": config.prompt, "depth": config.depth, "sets": sets, "averages": beir_averages(sets),

@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from sgpt.door import script
+from sgpt.cli.command import script
 
 
 @script("evaluate_mteb", groups=False, verbatim=("prompt",))
@@ -12,12 +12,12 @@ def main(composed: DictConfig) -> None:
     import torch
     from rich.console import Console
 
-    from sgpt.config import typed
-    from sgpt.cross_encoder import CrossEncoder
-    from sgpt.encoder import Encoder
-    from sgpt.errors import InputError
-    from sgpt.evaluate import table
-    from sgpt.mteb import MtebConfig, MtebEncoder, MtebReranker, name_of, read_tasks, run
+    from sgpt.cli.compose import typed
+    from sgpt.cross_encoder.cross_encoder import CrossEncoder
+    from sgpt.encoder.encoder import Encoder
+    from sgpt.evaluation.evaluate import table
+    from sgpt.evaluation.mteb import MtebConfig, MtebEncoder, MtebReranker, name_of, read_tasks, run
+    from sgpt.runtime.errors import InputError
 
     config = typed(MtebConfig, composed)
     if not config.model or not config.tasks:

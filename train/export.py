@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from sgpt.door import script
+from sgpt.cli.command import script
 
 
 @script("export", groups=False)
@@ -12,11 +12,12 @@ def main(composed: DictConfig) -> None:
     import yaml
     from omegaconf import OmegaConf
 
-    from sgpt import outcome
-    from sgpt.config import ExportConfig, TrainConfig, literal, typed
-    from sgpt.errors import InputError
-    from sgpt.export import export
-    from sgpt.run import Run
+    from sgpt.cli.compose import literal, typed
+    from sgpt.encoder.export import ExportConfig, export
+    from sgpt.runtime.errors import InputError
+    from sgpt.training import record as outcome
+    from sgpt.training.config import TrainConfig
+    from sgpt.training.run_folder import Run
 
     config = typed(ExportConfig, composed)
     run = Run(Path(config.run))

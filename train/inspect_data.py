@@ -5,7 +5,7 @@ On several processes a batch is as large as all of theirs: set trainer.queries_p
 
 from omegaconf import DictConfig
 
-from sgpt.door import script
+from sgpt.cli.command import script
 
 
 @script("inspect_data")
@@ -15,16 +15,18 @@ def main(composed: DictConfig) -> None:
 
     from rich.console import Console
 
-    from sgpt import inspection
-    from sgpt.config import InspectConfig, plain, typed
+    from sgpt.cli.compose import plain, typed
     from sgpt.data.readers import build_feed
-    from sgpt.guide import grouped
-    from sgpt.model import load_tokenizer
+    from sgpt.decoder.trunk import load_tokenizer
+    from sgpt.inspection import inspect as inspection
+    from sgpt.inspection.inspect import InspectConfig
+    from sgpt.inspection.page import free_place, write_page
+    from sgpt.training.guide import grouped
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sgpt").setLevel(logging.INFO)
     config = typed(InspectConfig, composed)
-    page = inspection.free_place(Path(config.output or f"{config.runs}/{config.name}.inspection.html"))
+    page = free_place(Path(config.output or f"{config.runs}/{config.name}.inspection.html"))
     tokenizer = load_tokenizer(config.model.path)
     feed = build_feed(config.data, tokenizer, config.markers, queries_per_process=config.trainer.queries_per_process, seed=config.trainer.seed)
     feed = grouped(feed, config.data)
@@ -33,7 +35,7 @@ def main(composed: DictConfig) -> None:
         feed, tokenizer, num_examples=config.examples, num_batches=config.batches, steps=steps, batches_per_step=config.trainer.gradient_accumulation
     )
     inspection.show(found, Console())
-    inspection.write_page(found, page, config.name, plain(config))
+    write_page(found, page, config.name, plain(config))
     print(f"page  {page}")
 
 

@@ -2,16 +2,18 @@
 
 from omegaconf import DictConfig
 
-from sgpt.door import script
+from sgpt.cli.command import script
 
 
 @script("mine", groups=False)
 def main(composed: DictConfig) -> None:
     from rich.console import Console
 
-    from sgpt import launch
-    from sgpt.config import typed
-    from sgpt.mine import MineConfig, mine, page_of, table
+    from sgpt.cli import launch
+    from sgpt.cli.compose import typed
+    from sgpt.mining.config import MineConfig
+    from sgpt.mining.mine import mine
+    from sgpt.mining.report import page_of, table
 
     config = typed(MineConfig, composed)
     accelerator = launch.accelerate(precision="fp32", seed=config.seed, threads=config.threads)

@@ -1,8 +1,8 @@
-"""Pretrain the small base `nano`: `accelerate launch train/pretrain.py text=<folder>`. What it does and why: sgpt/pretrain.py."""
+"""Pretrain the small base `nano`: `accelerate launch train/pretrain.py text=<folder>`. What it does and why: sgpt/pretraining/pretrain.py."""
 
 from omegaconf import DictConfig
 
-from sgpt.door import script
+from sgpt.cli.command import script
 
 
 @script("pretrain", groups=False)
@@ -11,11 +11,14 @@ def main(composed: DictConfig) -> None:
 
     import numpy as np
 
-    from sgpt import launch
-    from sgpt.config import typed
-    from sgpt.data.jsonl import read_rows
-    from sgpt.model import load_tokenizer
-    from sgpt.pretrain import PretrainConfig, build_model, perplexity, prepare, pretrain, save_model
+    from sgpt.cli import launch
+    from sgpt.cli.compose import typed
+    from sgpt.data.formats.jsonl import read_rows
+    from sgpt.decoder.trunk import load_tokenizer
+    from sgpt.pretraining.corpus import prepare
+    from sgpt.pretraining.model import PretrainConfig, build_model, save_model
+    from sgpt.pretraining.next_token_loss import perplexity
+    from sgpt.pretraining.pretrain import pretrain
 
     config = typed(PretrainConfig, composed)
     accelerator = launch.accelerate(precision=config.precision, seed=config.seed)

@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from sgpt.door import script
+from sgpt.cli.command import script
 
 
 @script("rerank", groups=False, verbatim=("prompt", "start", "shot"))
@@ -10,9 +10,9 @@ def main(composed: DictConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sgpt import launch
-    from sgpt.config import typed
-    from sgpt.rerank import RerankConfig, run_rerank
+    from sgpt.cli import launch
+    from sgpt.cli.compose import typed
+    from sgpt.retrieval.rerank import RerankConfig, run_rerank
 
     config = typed(RerankConfig, composed)
     accelerator = launch.accelerate(precision="fp32", seed=0, threads=config.threads)

@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from sgpt.door import script
+from sgpt.cli.command import script
 
 
 @script("search", groups=False, verbatim=("query", "prompt"))
@@ -14,13 +14,14 @@ def main(composed: DictConfig) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from sgpt import contract as contracts
-    from sgpt.config import SearchConfig, typed
+    from sgpt.cli.compose import typed
+    from sgpt.data.formats.beir import read_documents
     from sgpt.data.readers import default_corpus
-    from sgpt.encoder import Encoder
-    from sgpt.errors import InputError
-    from sgpt.interrupt import exit_code, keeping
-    from sgpt.search import Searcher, open_both, read_documents
+    from sgpt.encoder import contract as contracts
+    from sgpt.encoder.encoder import Encoder
+    from sgpt.retrieval.searcher import SearchConfig, Searcher, open_both
+    from sgpt.runtime.errors import InputError
+    from sgpt.runtime.interrupt import exit_code, keeping
 
     config = typed(SearchConfig, composed)
     if not config.run:

@@ -10,16 +10,16 @@ from transformers.pytorch_utils import Conv1D
 
 from measure.given import Setting
 from measure.processes import stopwatch
-from sgpt.contract import Contract
-from sgpt.data.collate import Batch, collate
-from sgpt.data.example import Example
-from sgpt.encoder import TOKENS_PER_PACK, Encoder
-from sgpt.loss import LossConfig
-from sgpt.memory import keep_freed_memory
-from sgpt.model import ModelConfig, load_tokenizer, load_trunk
-from sgpt.packing import distinct
-from sgpt.step import contrastive_step, objective
-from sgpt.tuning import TuningConfig, tune
+from sgpt.data.feed.collate import Batch, collate
+from sgpt.data.feed.example import Example
+from sgpt.decoder.packing import distinct
+from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.encoder import TOKENS_PER_PACK, Encoder
+from sgpt.runtime.memory import keep_freed_memory
+from sgpt.training.loss import LossConfig, objective
+from sgpt.training.step import contrastive_step
+from sgpt.training.tuning import TuningConfig, tune
 
 
 @dataclass(frozen=True)

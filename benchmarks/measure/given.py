@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoConfig, GPTNeoX
 from transformers.utils import logging
 
 import sgpt
-from sgpt.data import beir
-from sgpt.data.example import Example
-from sgpt.data.jsonl import read_rows
-from sgpt.errors import InputError
-from sgpt.markers import MarkersConfig
-from sgpt.model import load_tokenizer
+from sgpt.data.feed.example import Example
+from sgpt.data.formats import beir
+from sgpt.data.formats.jsonl import read_rows
+from sgpt.decoder.trunk import load_tokenizer
+from sgpt.runtime.errors import InputError
+from sgpt.text.markers import MarkersConfig
 
 REPOSITORY = Path(sgpt.__file__).parents[1]  # of what is imported and measured
 

@@ -18,7 +18,7 @@ import torch
 from measure.engines import COMPETITORS, Variant
 from measure.given import REPOSITORY, SHAPES, SOURCES, refuse
 from measure.processes import source_hash
-from sgpt.files import write_whole
+from sgpt.runtime.files import write_whole
 
 
 class Report:

@@ -7,12 +7,12 @@ from torch import nn
 from measure.engines import BESIDE, ENGINES, Variant, count_positions, precision
 from measure.given import Setting
 from measure.processes import MB, peak_bytes, settle, stopwatch
-from sgpt.data.collate import collate
-from sgpt.data.example import Example
-from sgpt.markers import frames
-from sgpt.model import load_tokenizer
-from sgpt.optim import OptimConfig, build_optimizer
-from sgpt.tuning import learning
+from sgpt.data.feed.collate import collate
+from sgpt.data.feed.example import Example
+from sgpt.decoder.trunk import load_tokenizer
+from sgpt.text.markers import frames
+from sgpt.training.optim import OptimConfig, build_optimizer
+from sgpt.training.tuning import learning
 
 UNTIMED = 64  # examples at most of the untimed step; a large batch needs no second one to be warm
 

@@ -16,18 +16,12 @@ so a killed sweep, started again with the same command, goes on: the script find
 Every Hydra start imports this file, also for a run without a sweep, so torch, accelerate and rich stay out of the top.
 """
 
-import fcntl
 import json
 import os
-import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,15 +31,15 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sgpt.errors import InputError
+from sgpt.runtime.errors import InputError
+from sgpt.sweeps.jobs import Job, best_job, main_metric, read_after, read_jobs, split_overrides
+from sgpt.sweeps.process import failure, num_cores, run_logged, stop_signals_raise, wants_cpu
+from sgpt.sweeps.table import make_console, spinner, sweep_table
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-MAIN_METRICS = ("ndcg@10", "spearman_cosine")
-SHOWN_LOG_LINES = 25
-STOP_SECONDS = 45  # torchrun, asked to stop, gives its workers 30 s before it kills them
+
 # What concerns the sweep and not the job; the rest of the hydra overrides (verbose, job_logging, …) a job gets too.
 SWEEP_ONLY = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", "hydra.mode")
 # Arguments that choose how processes are started; accelerate refuses, or ignores, --multi_gpu beside them.
@@ -66,21 +60,6 @@ class AccelerateLauncherConfig:
 ConfigStore.instance().store(
     group="hydra/launcher", name="accelerate", node=AccelerateLauncherConfig, provider="sgpt_launcher"
 )
-
-
-@dataclass
-class Job:
-    """One row of the table and of sweep.json."""
-
-    job: int
-    overrides: list[str]
-    folder: str
-    log: str
-    status: str = "waiting"  # then running, then finished, failed or stopped
-    minutes: float = 0.0  # of the latest start; next to nothing when the script found the job finished
-    main_metric: float | None = None
-    after: dict[str, dict[str, float]] = field(default_factory=dict)
-    error: str | None = None
 
 
 class AccelerateLauncher(Launcher):
@@ -228,179 +207,8 @@ class AccelerateLauncher(Launcher):
         unfinished.replace(self.folder / "sweep.json")
 
 
-def num_cores() -> int:
-    """Those this process may use: under taskset or Slurm fewer than the machine has. macOS cannot say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def wants_cpu(num_processes: int) -> bool:
-    """ACCELERATE_USE_CPU decides where it is set. Else one process is left to Accelerate, which finds the device as in
-    a run without a sweep, and several use the CPU where no GPU driver's tool is on the PATH: those come with the
-    drivers, and importing torch here to ask would cost seconds and hold memory on a GPU that the jobs want.
-    """
-    if "ACCELERATE_USE_CPU" in os.environ:
-        return os.environ["ACCELERATE_USE_CPU"].lower() in ("1", "true", "yes", "on")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    return num_processes > 1 and (hidden or not (shutil.which("nvidia-smi") or shutil.which("rocm-smi")))
-
-
 def quoted(value: str) -> str:
     """`value` as one string of Hydra's override grammar; plain letters, digits and -_./ need no quotes."""
     if all(letter.isascii() and (letter.isalnum() or letter in "-_./") for letter in value):
         return value
     return "'" + value.replace("'", "\\'") + "'"
-
-
-def run_logged(command: list[str], environment: dict[str, str], log_path: Path) -> tuple[int, list[str]]:
-    """Run to the end, output streamed to the end of the log; returns exit code and the last lines of this start.
-
-    Raises RuntimeError when a process of an earlier start still runs: a launcher ended by kill -9 leaves its job behind
-    and two of them training in one folder spoil each other. The job inherits the lock with its stdout.
-    """
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("ab") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"a process of an earlier start still writes to {log_path}; stop it or wait for it"
-            raise RuntimeError(message) from None
-        log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
-        log.flush()
-        start = log.tell()
-        # A session of its own: Ctrl-C reaches only this launcher, which then stops exactly this job.
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            exit_code = process.wait()
-        except BaseException:
-            stop_group(process)
-            raise
-    with log_path.open("rb") as log:
-        log.seek(max(start, log.seek(0, os.SEEK_END) - 16_384))  # the end of a log that may be large
-        lines = log.read().decode("utf-8", errors="replace").splitlines()
-    for i, line in enumerate(lines):  # torchrun closes with a screen about itself, after a line with the exit code
-        if "torch/distributed/elastic" in line and "failed (exitcode" in line:
-            lines = lines[: i + 1]
-            break
-    return exit_code, [line for line in lines if line.strip()][-SHOWN_LOG_LINES:]
-
-
-def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """End the job's process group and return when it is empty. torchrun's workers have groups of their own; torchrun,
-    asked politely, ends them itself, hence SIGTERM and patience first."""
-    with suppress(ProcessLookupError):
-        try:
-            os.killpg(process.pid, signal.SIGTERM)
-            deadline = time.monotonic() + STOP_SECONDS
-            while time.monotonic() < deadline:
-                process.poll()  # reaps the leader, which would count as alive
-                os.killpg(process.pid, 0)  # the group's last process has gone: ProcessLookupError
-                time.sleep(0.1)
-        finally:  # also at a second, impatient Ctrl-C
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-@contextmanager
-def stop_signals_raise() -> Iterator[None]:
-    """`kill`, Slurm and a closed terminal would end this process and leave the job behind, which Ctrl-C does not."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # nohup
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def failure(job: Job, exit_code: int, last_lines: list[str]) -> str:
-    message = f"job {job.job} ({' '.join(job.overrides)}) ended with exit code {exit_code}; log: {job.log}"
-    if not any("Error" in line for line in last_lines):
-        # accelerate says 1 for every failure and, being quiet, not that a signal ended the script
-        message += " (which shows no error: was the job killed, for instance for lack of memory?)"
-    return message
-
-
-def read_jobs(path: Path) -> dict[int, Job]:
-    """The jobs of earlier starts. What they left as running was killed with them, unless its log is still locked."""
-    if not path.is_file():
-        return {}
-    jobs = [Job(**row) for row in json.loads(path.read_text(encoding="utf-8"))["jobs"]]
-    for job in jobs:
-        job.status = "stopped" if job.status == "running" else job.status
-    return {job.job: job for job in jobs}
-
-
-def read_after(path: Path) -> dict[str, dict[str, float]]:
-    """`{set: {metric: value}}` after training. FileNotFoundError or ValueError when the script did not write it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"the job ended well but did not write {path}")
-    after = json.loads(path.read_text(encoding="utf-8")).get("after")
-    if not after:
-        raise ValueError(f'{path} has no "after": {{set: {{metric: value}}}}')
-    return after
-
-
-def main_metric(after: dict[str, dict[str, float]]) -> tuple[str, float]:
-    """Name and value of what jobs are compared by: the first set's nDCG@10 or Spearman correlation."""
-    for set_name, metrics in after.items():
-        for metric in MAIN_METRICS:
-            if metric in metrics:
-                return f"{set_name} {metric}", metrics[metric]
-    raise ValueError(f"none of {', '.join(MAIN_METRICS)} in the results of {', '.join(after)}")
-
-
-def best_job(jobs: list[Job]) -> Job | None:
-    """NaN, from a run that diverged, is not comparable and never the best."""
-    comparable = [job for job in jobs if job.main_metric is not None and not isnan(job.main_metric)]
-    return max(comparable, key=lambda job: job.main_metric or 0.0, default=None)  # `or`: for the type checker
-
-
-def split_overrides(jobs: list[Job]) -> tuple[list[str], dict[int, list[str]]]:
-    """What all jobs share, and of each job the rest. A single job shares with nobody: all its overrides are shown."""
-    several = len(jobs) > 1
-    shared = [item for item in jobs[0].overrides if several and all(item in job.overrides for job in jobs)]
-    return shared, {job.job: [item for item in job.overrides if item not in shared] for job in jobs}
-
-
-def make_console() -> "Console":
-    from rich.console import Console
-
-    # Into a file or pipe rich would assume 80 columns and fold the table; no markup: overrides may hold [1,2].
-    return Console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False, emoji=False)
-
-
-def spinner(console: "Console", text: str) -> AbstractContextManager[object]:
-    """What runs now and where its output is; on a terminal only, and gone when the job's line replaces it."""
-    from rich.text import Text
-
-    return console.status(Text(text)) if console.is_terminal else nullcontext()  # Text: a plain str is read as markup
-
-
-def sweep_table(name: str, jobs: list[Job]) -> "Table":
-    """Every metric of "after", a column each; `*` marks the job with the best main metric."""
-    from rich.table import Table
-
-    shared, differing = split_overrides(jobs)
-    best = best_job(jobs)
-    scores = [(of, metric) for job in jobs for of, metrics in job.after.items() for metric in metrics]
-    columns = list(dict.fromkeys(scores))  # each once, in the order met
-    table = Table(title=" ".join([f"{name}-sweep", *shared]), title_justify="left", caption_justify="left")
-    table.caption = f"* best {main_metric(best.after)[0]}: job {best.job}" if best else None
-    table.add_column("job", justify="right")
-    for heading in ("overrides", "status"):
-        table.add_column(heading, overflow="fold")
-    for of, metric in columns:
-        table.add_column(f"{of}\n{metric}", justify="right", overflow="fold")
-    for job in jobs:
-        values = [job.after.get(of, {}).get(metric) for of, metric in columns]
-        table.add_row(
-            f"*{job.job}" if job is best else str(job.job),
-            " ".join(differing[job.job]),
-            job.status,
-            *("-" if value is None else f"{value:.4f}" for value in values),
-            style="bold" if job is best else None,
-        )
-    return table

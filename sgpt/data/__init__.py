@@ -1,0 +1,1 @@
+"""Training data and test sets: formats on disk, sources by name, the feed of batches."""

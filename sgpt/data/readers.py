@@ -8,16 +8,19 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 
-from sgpt.data import beir, msmarco, nli, pairs, pydocs
-from sgpt.data.example import Example
-from sgpt.data.pairs import ROLES
-from sgpt.data.rows import kind_of, of_split, of_the_hub, rows, saved_folder
-from sgpt.data.sampling import Feed, Source
-from sgpt.data.store import Examples, Tokens, Writer, key_of, stored
-from sgpt.errors import InputError
-from sgpt.files import files_below
-from sgpt.markers import MarkersConfig, frames
-from sgpt.values import COUNT, COUNT_OR_NONE, FINITE, MOST, POSITIVE, SEED, SHARE, Range, check_ranges
+from sgpt.data.feed.example import Example
+from sgpt.data.feed.sampling import Feed, Source
+from sgpt.data.feed.store import Examples, Tokens, Writer, key_of, stored
+from sgpt.data.formats import beir
+from sgpt.data.formats.rows import kind_of, of_split, of_the_hub, rows, saved_folder
+from sgpt.data.sources import columns as columns_of
+from sgpt.data.sources import msmarco, nli, pairs, pydocs
+from sgpt.data.sources.bad_rows import accepted
+from sgpt.data.sources.columns import ROLES
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import files_below
+from sgpt.runtime.values import COUNT, COUNT_OR_NONE, FINITE, MOST, POSITIVE, SEED, SHARE, Range, check_ranges
+from sgpt.text.markers import MarkersConfig, frames
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ class SourceConfig:
     order from 0, as [entailment, neutral, contradiction]. positive_score, negative_score: a scored
     pair from the one on is a positive, below the other a hard negative. num_hard_negatives: H, for every example.
     limit: use only so many examples. on_error: stop at a bad row, or skip it and list it; max_error_share: of skipped rows.
-    systems, negatives_per_system, score_margin, use_all_queries: of msmarco, see sgpt/data/msmarco.py. seed: of what nli and
+    systems, negatives_per_system, score_margin, use_all_queries: of msmarco, see sgpt/data/sources/msmarco.py. seed: of what nli and
     msmarco draw. weight: share of the batches, of all sources or of none, which then go by size. query_max_tokens,
     document_max_tokens, markers: null takes the run's. symmetric: documents are put in the queries' markers.
     A key that the reader does not read (`Reader.keys`) is refused.
@@ -242,10 +245,10 @@ def _written(examples: Iterable[Example], config: SourceConfig, writer: Writer) 
 
 def _fill_rows(config: SourceConfig, writer: Writer, rejected: Path) -> None:
     """Files, folders and data sets of rows."""
-    names, found = pairs.with_names(rows(Path(config.path), config.split, subset=config.subset, streaming=config.streaming))
-    columns = pairs.guess_columns(names, config.columns, config.path)
-    log.info("%s: %s", config.path, pairs.describe(columns, config.num_hard_negatives, names, config.labels))
-    found = pairs.without_late_columns(of_split(found, config.split, config.path), names, columns, config.columns, config.num_hard_negatives)
+    names, found = columns_of.with_names(rows(Path(config.path), config.split, subset=config.subset, streaming=config.streaming))
+    columns = columns_of.guess_columns(names, config.columns, config.path)
+    log.info("%s: %s", config.path, columns_of.describe(columns, config.num_hard_negatives, names, config.labels))
+    found = columns_of.without_late_columns(of_split(found, config.split, config.path), names, columns, config.columns, config.num_hard_negatives)
     candidates = pairs.examples(
         found, columns, num_hard_negatives=config.num_hard_negatives,
         labels=config.labels, positive_score=config.positive_score, negative_score=config.negative_score,
@@ -254,7 +257,7 @@ def _fill_rows(config: SourceConfig, writer: Writer, rejected: Path) -> None:
 
 
 def _written_accepted(candidates: pairs.Candidates, config: SourceConfig, writer: Writer, rejected: Path) -> None:
-    _written(pairs.accepted(candidates, on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share), config, writer)
+    _written(accepted(candidates, on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share), config, writer)
 
 
 def _fill_pydocs(config: SourceConfig, writer: Writer, rejected: Path) -> None:

@@ -1,0 +1,1 @@
+"""The command line: Hydra and OmegaConf are imported here and nowhere else."""

@@ -1,0 +1,52 @@
+"""What the scripts are given, as typed attributes. Hydra composes YAML; past `typed` there are only dataclasses."""
+
+import re
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
+
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.values import LARGEST, check_shapes, check_texts
+
+Config = TypeVar("Config")
+
+
+def typed(schema: type[Config], composed: DictConfig) -> Config:
+    """The dataclass with the composed values; InputError for an unknown key or a value of the wrong type."""
+    try:
+        tree = {key: value for key, value in OmegaConf.to_container(composed, resolve=True).items() if key != "hydra"}
+        check_shapes(schema, tree)
+        _refuse_endless_numbers(tree)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(literal(tree))))
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        advice = " (for the characters themselves write \\${ in place of ${)" if isinstance(error, InterpolationResolutionError | GrammarParseError) else ""
+        raise InputError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}{advice}") from error
+    check_texts(config)
+    return config
+
+
+def literal(tree: Any) -> Any:
+    """With texts in which ${ is ${ to OmegaConf: what has been resolved, or was saved, refers to nothing any more."""
+    if isinstance(tree, dict):
+        return {key: literal(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [literal(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
+
+
+def _refuse_endless_numbers(value: Any, key: str = "") -> None:
+    """A whole number of hundreds of digits is read as one, and is no fraction where one is asked for."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_endless_numbers(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise InputError(f"{key}={value} must be at most {LARGEST:g}, as every number of a configuration")
+
+
+def plain(config: Any) -> dict:
+    """As JSON and YAML take it."""
+    return asdict(config)

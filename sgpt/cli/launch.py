@@ -1,0 +1,52 @@
+"""Starting up: threads, precision, seeds, logging, trackers."""
+
+import logging
+import os
+import re
+from datetime import timedelta
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+
+from sgpt.runtime import interrupt
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.provenance import set_threads
+from sgpt.training.config import TrainConfig
+
+PATIENCE = timedelta(hours=6)  # the others wait while one process evaluates, harvests or exports
+
+
+def start(config: TrainConfig, recorded_threads: int | None = None) -> Accelerator:
+    """The accelerator of a training run. recorded_threads: of the run that is resumed, which takes as many again."""
+    return accelerate(
+        precision=config.trainer.precision, seed=config.trainer.seed, threads=config.trainer.threads or recorded_threads,
+        tracker=config.logging.tracker, folder=f"{config.runs}/{config.name}",
+    )
+
+
+def accelerate(*, precision: str, seed: int, threads: int | None = None, tracker: str | None = None, folder: str | None = None) -> Accelerator:
+    """Everything that is global to a process, set once."""
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no", log_with=tracker, project_dir=folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    _check_processes(accelerator.num_processes)
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` gives every CPU process one thread unless told otherwise
+        set_threads(threads or max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
+    set_seed(seed)  # before any weight is made (LoRA's), the same on every process
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    logging.getLogger("sgpt").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    return accelerator
+
+
+def _check_processes(running: int) -> None:
+    """InputError when fewer run together than were asked for: without a GPU, launchers start one or leave each alone, and say nothing."""
+    command = " ".join(interrupt.typed())
+    stated = re.search(r" --num_processes[= ](\d+)", command)
+    asked = max(int(os.environ.get("WORLD_SIZE", "1")), int(stated[1]) if stated else 1)
+    if running < asked:
+        raise InputError(
+            f"{asked} processes were asked for, and {running} runs by itself. On a CPU start them as "
+            f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} --main_process_port 0 …"
+        )

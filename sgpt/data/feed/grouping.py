@@ -1,0 +1,116 @@
+"""Batches of near queries, so that in-batch negatives are hard: a walk through all queries from neighbour to neighbour, cut into batches.
+
+Topic-aware sampling (Hofstätter et al. 2021, TAS-B, arXiv 2104.06967) draws each batch from one cluster of k-means over the
+queries' embeddings; contextual document embeddings (Morris & Rush 2024, arXiv 2410.02525) do so with clusters as small as a
+batch. Here there are no clusters with borders: wherever a walk is cut, a run of it is near, so one walk serves every batch
+size, every epoch cuts it elsewhere, and every example still comes exactly once an epoch.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from sgpt.data.feed.embeddings import Embeddings
+
+LEAF = 256  # queries that are walked one by one; above, queries are halved, which takes n·log n and not n²
+SAMPLE = 4096  # of the queries of a part, by which its halves are found
+ROWS_AT_A_TIME = 16_384
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """examples [n]: their numbers, each beside its neighbours. Known by identity: orders of it are remembered."""
+
+    examples: np.ndarray
+
+
+def walk(found: Embeddings, queries: np.ndarray) -> np.ndarray:
+    """Numbers of all examples [n]. queries [n]: of each example, the number of its query's text.
+
+    Examples with the same query are no negatives of each other: the second of each comes when the walk has seen every query
+    once, the third after that. Memory: ROWS_AT_A_TIME embeddings and a few numbers an example.
+    """
+    places = found.places(queries)
+    step = np.empty(len(found), dtype=np.int64)
+    step[_neighbours(found)] = np.arange(len(found))
+    together = np.argsort(places, kind="stable")
+    ordered = places[together]
+    time = np.empty(len(queries), dtype=np.int64)  # how many examples before have the same query
+    time[together] = np.arange(len(queries)) - np.searchsorted(ordered, ordered)
+    return np.lexsort((step[places], time))
+
+
+@lru_cache(maxsize=8)
+def order(walked: Walk, batch: int, seed: int, source: int, epoch: int) -> np.ndarray:
+    """The numbers of all examples as this epoch draws them: runs of a batch, shuffled.
+
+    The epoch before ended inside of a batch, which the first run here fills. The walk begins elsewhere each epoch, so that
+    its cuts change and not the same examples meet for ever.
+    """
+    draw, size = np.random.default_rng((seed, source, epoch)), len(walked.examples)
+    turned = np.roll(walked.examples, int(draw.integers(size)))
+    first = min(-(epoch * size) % batch, size)
+    whole = (size - first) // batch
+    runs = turned[first : first + whole * batch].reshape(whole, batch)
+    return np.concatenate([turned[:first], draw.permutation(runs).ravel(), turned[first + whole * batch :]])
+
+
+def nearness(found: Embeddings, queries: np.ndarray, walked: np.ndarray, batch: int) -> tuple[float, float]:
+    """Mean cosine of two different queries of a batch: of runs of the walk, and of random batches; of 64 batches at most."""
+    draw, starts = np.random.default_rng(0), np.arange(0, max(1, len(walked) - batch + 1), batch)
+    runs = [walked[start : start + batch] for start in draw.permutation(starts)[:64]]
+    random = [draw.choice(len(walked), min(batch, len(walked)), replace=False) for _ in runs]
+    means = []
+    for batches in (runs, random):
+        rows = [found.at(found.places(queries[examples])) for examples in batches]
+        means.append(float(np.mean([(np.square(np.linalg.norm(block.sum(0))) - len(block)) / max(1, len(block) * (len(block) - 1)) for block in rows])))
+    return means[0], means[1]
+
+
+def _neighbours(found: Embeddings) -> np.ndarray:
+    """Places [n] in the order of the walk: parts are halved until they are small; the half nearer to where the walk stands goes first."""
+    draw = np.random.default_rng(0)  # the walk is one, whatever the run's seed
+    waiting, walked, last = [np.arange(len(found))], [], None
+    while waiting:
+        places = waiting.pop()
+        if len(places) <= LEAF:
+            block = found.at(places)
+            steps = _one_by_one(block, last)
+            walked.append(places[steps])
+            last = block[steps[-1]]
+            continue
+        halves = _halves(found, places, draw)
+        if last is not None and last @ halves[0][1] > last @ halves[1][1]:
+            halves.reverse()
+        waiting += [part for part, _ in halves]  # the last one is next
+    return np.concatenate(walked)
+
+
+def _halves(found: Embeddings, places: np.ndarray, draw: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Two parts of `places` with their centres, by 2-means of a sample; the smaller one has an eighth at least, so that the work ends."""
+    sample = found.at(np.sort(draw.choice(places, min(SAMPLE, len(places)), replace=False)))
+    one = sample[np.argmin(sample @ sample[0])]
+    centres = np.stack([one, sample[np.argmin(sample @ one)]])
+    for _ in range(8):
+        second = sample @ (centres[1] - centres[0]) > 0  # of length 1: the nearer centre has the larger cosine
+        if second.all() or not second.any():
+            break
+        centres = np.stack([sample[~second].mean(0), sample[second].mean(0)])
+        centres /= np.linalg.norm(centres, axis=1, keepdims=True).clip(min=1e-12)
+    towards = np.concatenate([
+        found.at(places[start : start + ROWS_AT_A_TIME]) @ (centres[1] - centres[0]) for start in range(0, len(places), ROWS_AT_A_TIME)
+    ])  # fmt: skip
+    cut = int(np.clip((towards <= 0).sum(), len(places) // 8, len(places) - len(places) // 8))
+    ordered = places[np.argsort(towards, kind="stable")]
+    return [(np.sort(ordered[:cut]), centres[0]), (np.sort(ordered[cut:]), centres[1])]
+
+
+def _one_by_one(block: np.ndarray, last: np.ndarray | None) -> np.ndarray:
+    """Rows of `block` [n, D] in order: always the nearest that is left, first the one nearest to `last`."""
+    cosines = block @ block.T
+    steps = [0 if last is None else int(np.argmax(block @ last))]
+    for _ in range(len(block) - 1):
+        cosines[:, steps[-1]] = -np.inf
+        steps.append(int(np.argmax(cosines[steps[-1]])))
+    return np.array(steps)

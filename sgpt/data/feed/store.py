@@ -1,0 +1,219 @@
+"""Training data on disk, opened by memory map: a million pairs start in seconds and take no memory.
+
+    <cache>/<key>/texts.arrow          every text once: text, and 64 bits of its hash
+                  examples.arrow       query, positives, hard_negatives: numbers of texts
+                  tokens-<key>.arrow   token ids of every text, without markers, cut at the longest limit
+                  embeddings-<key>/    of the texts, by a guide (embeddings.py); walk-<key>.npy, its order of the queries
+
+The first key is made of the source's bytes (of the hub's revision) and its reader's settings, the others of the tokenizer and the limit, or of the
+guide's weights. Whatever changes gives another key, so nothing stale is ever served. Everything is written under a temporary
+name and renamed.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from sgpt.data.feed.example import Example
+from sgpt.runtime.files import make_once, replace_folder
+from sgpt.runtime.progress import progress_bar
+from sgpt.text.tokens import content_ids
+
+FORMAT = 2  # of these files; a change makes every key another
+ROWS_AT_A_TIME = 20_000
+TEXTS = pa.schema([("text", pa.large_string()), ("hash", pa.int64())])
+EXAMPLES = pa.schema([("query", pa.int64()), ("positives", pa.large_list(pa.int64())), ("hard_negatives", pa.large_list(pa.int64()))])
+TOKENS = pa.schema([("ids", pa.large_list(pa.int32()))])
+
+
+def text_hash(text: str) -> int:
+    """By which equal texts are known everywhere: signed 64 bits."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
+
+
+def key_of(*parts: object) -> str:
+    """Of anything that JSON takes."""
+    return hashlib.blake2b(json.dumps([FORMAT, *parts], sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+class Column:
+    """One column of an Arrow file, opened by memory map: `column[row]` is a string, a number or a list of numbers."""
+
+    def __init__(self, file: Path, name: str) -> None:
+        self.file, self.name = file, name
+        self.chunks = self._mapped()
+        self.starts = np.cumsum([0, *map(len, self.chunks)])
+
+    def _mapped(self) -> list[pa.Array]:
+        return pa.ipc.open_file(pa.memory_map(str(self.file))).read_all().column(self.name).chunks  # reads nothing
+
+    def give_back(self) -> None:
+        """The memory of the pages that were read, which else counts as this process's as long as the file is open."""
+        self.chunks = self._mapped()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, row: int):
+        chunk = int(np.searchsorted(self.starts, row, "right")) - 1
+        value = self.chunks[chunk][row - int(self.starts[chunk])]
+        return value.values.to_numpy().tolist() if isinstance(value, pa.LargeListScalar) else value.as_py()
+
+
+class Examples:
+    """Rows of numbers over a table of texts, on disk or in memory. `examples[i]` is an `Example` of strings.
+
+    texts, hashes: by number of the text. queries, positives, hard_negatives: by number of the example, numbers of texts.
+    key: of the source's bytes and its reader's settings. folder: None in memory.
+    """
+
+    def __init__(self, tables: Mapping[str, Sequence], key: str, folder: Path | None = None) -> None:
+        self.texts, self.hashes = tables["text"], tables["hash"]
+        self.queries, self.positives, self.hard_negatives = tables["query"], tables["positives"], tables["hard_negatives"]
+        self.key, self.folder = key, folder
+
+    @classmethod
+    def open(cls, folder: Path) -> "Examples":
+        files = {"texts.arrow": TEXTS, "examples.arrow": EXAMPLES}
+        return cls({name: Column(folder / file, name) for file, schema in files.items() for name in schema.names}, folder.name, folder)
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> "Examples":
+        """In memory."""
+        texts, rows = _Lists(TEXTS), _Lists(EXAMPLES)
+        writer = Writer(texts, rows)
+        for example in examples:
+            writer.example(example)
+        return cls({**texts.columns, **rows.columns}, key_of(texts.columns["hash"], *rows.columns.values()))
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __getitem__(self, number: int) -> Example:
+        positive, *others = (self.texts[text] for text in self.positives[number])
+        return Example(self.texts[self.queries[number]], positive, tuple(self.texts[text] for text in self.hard_negatives[number]), tuple(others))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[number] for number in range(len(self)))
+
+
+class Writer:
+    """Texts and rows of numbers over them, in any order; each gets its place by being written."""
+
+    def __init__(self, texts: "_Table | _Lists", rows: "_Table | _Lists") -> None:
+        self.texts, self.rows, self.numbers = texts, rows, {}
+
+    def text(self, text: str) -> int:
+        """Its number. The writer does not know it again: for collections that are too large to remember and number themselves."""
+        self.texts.add(text, text_hash(text))
+        return self.texts.count - 1
+
+    def known_text(self, text: str) -> int:
+        """Its number, the same for the same text."""
+        hashed = text_hash(text)
+        if hashed not in self.numbers:
+            self.numbers[hashed] = self.text(text)
+        return self.numbers[hashed]
+
+    def row(self, query: int, positives: Sequence[int], hard_negatives: Sequence[int]) -> None:
+        self.rows.add(query, positives, hard_negatives)
+
+    def example(self, example: Example) -> None:
+        positives = [self.known_text(text) for text in (example.positive, *example.other_positives)]
+        self.row(self.known_text(example.query), positives, [self.known_text(text) for text in example.hard_negatives])
+
+
+def stored(cache: Path, key: str, fill: Callable[[Writer], None]) -> Examples:
+    """What `fill` writes, from the cache when it is there. An error in it leaves nothing that looks whole."""
+    folder = cache / key
+    make_once(folder, folder.is_dir, lambda: _fill(folder, fill))
+    return Examples.open(folder)
+
+
+def _fill(folder: Path, fill: Callable[[Writer], None]) -> None:
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary.mkdir(exist_ok=True)
+    try:
+        with _Table(temporary / "texts.arrow", TEXTS) as texts, _Table(temporary / "examples.arrow", EXAMPLES) as rows:
+            fill(Writer(texts, rows))
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    replace_folder(temporary, folder)
+
+
+class _Table:
+    """An Arrow file, written some rows at a time."""
+
+    def __init__(self, file: Path, schema: pa.Schema) -> None:
+        self.schema, self.rows, self.count = schema, [], 0
+        self.writer = pa.ipc.new_file(str(file), schema)
+
+    def __enter__(self) -> "_Table":
+        return self
+
+    def add(self, *values: object) -> None:
+        self.rows.append(values)
+        self.count += 1
+        if len(self.rows) == ROWS_AT_A_TIME:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.rows:
+            columns = [pa.array(column, field.type) for column, field in zip(zip(*self.rows, strict=True), self.schema, strict=True)]
+            self.writer.write_batch(pa.record_batch(columns, schema=self.schema))
+            self.rows = []
+
+    def __exit__(self, *error) -> None:
+        self._flush()
+        self.writer.close()
+
+
+class _Lists:
+    """The same in memory."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.columns: dict[str, list] = {name: [] for name in schema.names}
+        self.count = 0
+
+    def add(self, *values: object) -> None:
+        for column, value in zip(self.columns.values(), values, strict=True):
+            column.append(value)
+        self.count += 1
+
+
+class Tokens:
+    """Token ids of every text of `examples`, cut at `limit`: made once for a tokenizer and a limit, and kept beside them."""
+
+    def __init__(self, examples: Examples, tokenizer, limit: int) -> None:
+        if examples.folder is None:
+            self.ids: Sequence = [ids for texts in _batches(examples.texts) for ids in content_ids(texts, tokenizer, limit)]
+            return
+        file = examples.folder / f"tokens-{key_of(tokenizer.backend_tokenizer.to_str(), limit)}.arrow"
+        make_once(file, file.is_file, lambda: _tokenise(examples.texts, tokenizer, limit, file))
+        self.ids = Column(file, "ids")
+
+    def __getitem__(self, text: int) -> list[int]:
+        return self.ids[text]
+
+
+def _tokenise(texts: Sequence[str], tokenizer, limit: int, file: Path) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    with _Table(temporary, TOKENS) as table, progress_bar("tokenising", len(texts)) as advance:
+        for part in _batches(texts):
+            for ids in content_ids(part, tokenizer, limit):
+                table.add(ids)
+            advance(len(part))
+    temporary.replace(file)
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    for start in range(0, len(texts), ROWS_AT_A_TIME):
+        yield [texts[row] for row in range(start, min(start + ROWS_AT_A_TIME, len(texts)))]
+        if isinstance(texts, Column):
+            texts.give_back()

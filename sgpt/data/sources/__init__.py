@@ -1,0 +1,1 @@
+"""Training data by name: which columns, labels and rows make an example."""

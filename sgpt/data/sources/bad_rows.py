@@ -1,0 +1,91 @@
+"""What becomes of bad rows: the first one stops the run, or they are listed and counted."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from sgpt.data.feed.example import Example
+from sgpt.data.sources.pairs import Candidates, OfRows
+from sgpt.runtime.errors import InputError
+
+log = logging.getLogger(__name__)
+ROWS_BEFORE_SHARE, HOPELESS = 100, 0.5  # of fewer rows a share says little; with more of them bad the rest need not be read
+
+
+def accepted(candidates: Candidates, *, on_error: str = "stop", rejected: Path | None = None, max_error_share: float = 0.01) -> Iterator[Example]:
+    """The examples. on_error "stop" raises the first error. "skip" writes each to `rejected` as {"where", "reason"} and goes on,
+
+    InputError when at the end more than max_error_share of the rows were errors; and as soon as, of a hundred or more, half are.
+    """
+    if on_error not in ("stop", "skip"):
+        raise InputError(f"data.on_error={on_error!r} is unknown; choose stop or skip")
+    if not 0 <= max_error_share <= 1:
+        raise InputError(f"data.max_error_share={max_error_share} must be between 0 and 1")
+    return _skipping(candidates, rejected, max_error_share) if on_error == "skip" else _stopping(candidates)
+
+
+def _stopping(candidates: Candidates) -> Iterator[Example]:
+    for _, candidate in candidates:
+        if isinstance(candidate, InputError):
+            raise candidate
+        if candidate is not None:
+            yield _example_of(candidate)
+
+
+def _example_of(candidate: Example | OfRows) -> Example:
+    return candidate.example if isinstance(candidate, OfRows) else candidate
+
+
+def _skipping(candidates: Candidates, rejected: Path | None, max_error_share: float) -> Iterator[Example]:
+    tally = _Tally(rejected, max_error_share)
+    with _opened(rejected) as out:
+        try:
+            for where, candidate in candidates:
+                tally.seen += not isinstance(candidate, OfRows)
+                if isinstance(candidate, InputError):
+                    tally.count(candidate)
+                    if out:  # whole after a kill, too
+                        out.write(json.dumps({"where": where, "reason": str(candidate)}, ensure_ascii=False) + "\n")
+                        out.flush()
+                    tally.check_hopeless()
+                elif candidate is not None:
+                    yield _example_of(candidate)
+            tally.check()
+        finally:  # also when the reader needs no more
+            if tally.bad:
+                log.warning(tally.summary())
+
+
+def _opened(rejected: Path | None):
+    """Emptied at the start: what an earlier run rejected is not this run's. Half characters of file names are escaped."""
+    if rejected is None:
+        return nullcontext()
+    rejected.parent.mkdir(parents=True, exist_ok=True)
+    return rejected.open("w", encoding="utf-8", errors="backslashreplace")
+
+
+@dataclass
+class _Tally:
+    rejected: Path | None
+    max_error_share: float
+    seen: int = 0
+    bad: int = 0
+    first: str = ""
+
+    def count(self, error: InputError) -> None:
+        self.bad += 1
+        self.first = self.first or str(error)
+
+    def summary(self) -> str:
+        return f"{self.bad} of {self.seen} rows rejected{f', listed in {self.rejected}' if self.rejected else ''}; the first: {self.first}"
+
+    def check(self, most: float | None = None) -> None:
+        if self.bad > (self.max_error_share if most is None else most) * self.seen:
+            raise InputError(f"{self.summary()}. More than data.max_error_share={self.max_error_share} are not skipped; fix the rows or raise it")
+
+    def check_hopeless(self) -> None:
+        if self.seen >= ROWS_BEFORE_SHARE:
+            self.check(max(self.max_error_share, HOPELESS))

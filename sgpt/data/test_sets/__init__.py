@@ -1,0 +1,1 @@
+"""Test sets by name, downloaded where they are not there."""

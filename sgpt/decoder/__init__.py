@@ -1,0 +1,1 @@
+"""A frozen decoder over packs of texts, without padding: families, attention, opening a model."""

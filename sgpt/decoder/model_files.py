@@ -1,0 +1,285 @@
+"""A model's folder as it lies on disk: its JSON and its safetensors, looked at before transformers reads them.
+
+transformers asks at a terminal for leave to run foreign code, gives random values to weights that it does not find, and
+meets a damaged file with whatever exception comes. What is known to end so is refused here by file, key and value.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import may_be_hub_id
+
+log = logging.getLogger(__name__)
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER, TOKENIZER_CONFIG, ADAPTER = "tokenizer.json", "tokenizer_config.json", "adapter_config.json"
+FETCHED = [  # from the hub
+    CONFIG, WEIGHTS, INDEX, "model-*.safetensors", ADAPTER, "token*", "vocab*", "merges.txt", "bpe.codes", "*.model",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", "sgpt.json", "modules.json",
+    "config_sentence_transformers.json", "sentence_*_config.json", "*Pooling/config.json",
+]  # fmt: skip
+LFS_POINTER = b"version https://git-lfs"
+INSIDE = (
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+)  # of modules that were wrapped one by one
+AROUND = ("module.", "base_model.model.", "0.auto_model.", "auto_model.")  # DDP, PEFT, sentence-transformers
+OUTER = (
+    "model.",
+    "transformer.",
+    "encoder.",
+    "backbone.",
+    "trunk.",
+)  # tried where names do not fit: some families have them by themselves
+
+
+def local_folder(path: str) -> Path:
+    """The folder itself, or where the hub's files were put. InputError when there is neither."""
+    beside_project = Path(__file__).parents[2] / path
+    folder = beside_project if not Path(path).exists() and beside_project.exists() else Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{path}: is a file; give the folder that holds {CONFIG}, {WEIGHTS} and tokenizer files")
+    if not may_be_hub_id(path):
+        raise InputError(f"{path}: no such folder; check the path")
+    try:
+        return Path(snapshot_download(path, allow_patterns=FETCHED))
+    except Exception as error:  # of httpx, of the hub, of the system
+        raise InputError(
+            f"{path}: no such local folder, and it could not be had from the model hub ({first_line(error)}). "
+            "Without a network, download it elsewhere and give the local folder"
+        ) from error
+
+
+def unloadable(path: str | Path, reason: str) -> InputError:
+    return InputError(
+        f"{path}: the folder cannot be loaded ({reason}); it needs {CONFIG}, {WEIGHTS} and tokenizer files"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    said = lines[0].strip()[:200] if lines else ""
+    return said if isinstance(error, (OSError, ValueError)) and said else f"{type(error).__name__}: {said}".rstrip(": ")
+
+
+def read_json(file: Path, kind: type = dict):
+    """What the file holds. InputError when it is missing, is no JSON, or holds something else than `kind`."""
+    try:
+        data = file.read_bytes()
+        if data.startswith(LFS_POINTER):
+            raise InputError(
+                f"{file}: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`, or download it again"
+            )
+        content = json.loads(data.decode("utf-8"))
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; the model's folder is not whole, fetch it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: cannot be read as JSON ({first_line(error)}); fetch it again") from None
+    if not isinstance(content, kind):
+        raise InputError(
+            f"{file}: holds {type(content).__name__} where {'an object' if kind is dict else 'a list'} belongs; "
+            "fetch it again"
+        )
+    return content
+
+
+def check_config(folder: Path, path: str) -> None:
+    """Refuses a folder whose config.json asks for foreign code, quantised weights or other files."""
+    if (folder / ADAPTER).is_file():
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        raise InputError(
+            f"{folder / ADAPTER}: a PEFT adapter of {base!r} and no whole model; merge it into its base, and save "
+            "that as one folder"
+        )
+    if not (folder / CONFIG).is_file():
+        raise unloadable(path, f"there is no {CONFIG}")
+    stated = read_json(folder / CONFIG)
+    family = stated.get("model_type")
+    refuse_foreign_code(folder / CONFIG, stated, known=isinstance(family, str) and family in CONFIG_MAPPING)
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        raise InputError(
+            f"{folder / CONFIG}: model_type={family!r} is no family of transformers {transformers.__version__}; "
+            "give a model of one that it has, or install a version that has this one"
+        )
+    if quantised := stated.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise InputError(
+            f"{folder / CONFIG}: quantization_config ({method}) says quantised weights, which are not read here; "
+            "give the model unquantised"
+        )
+    if (elsewhere := stated.get("transformers_weights")) not in (None, WEIGHTS):
+        raise InputError(
+            f"{folder / CONFIG}: transformers_weights={elsewhere!r} names another file; call the weights {WEIGHTS} "
+            "and remove the key"
+        )
+
+
+def refuse_foreign_code(file: Path, stated: Mapping, *, known: bool) -> None:
+    """By `auto_map`, unless transformers has these very classes itself."""
+    auto_map = stated.get("auto_map")
+    if not auto_map:
+        return
+    named = [one for value in (auto_map.values() if isinstance(auto_map, dict) else [auto_map])
+             for one in (value if isinstance(value, (list, tuple)) else [value]) if one is not None]  # fmt: skip
+    foreign = [one for one in named if not isinstance(one, str) or not hasattr(transformers, one.rsplit(".", 1)[-1])]
+    if foreign or not known:
+        raise InputError(
+            f"{file}: auto_map={foreign[0] if foreign else named[0]!r} asks for Python code from the model's folder, "
+            "which is never run here; "
+            "give a model whose class is in transformers"
+        )
+
+
+def stored_tensors(folder: Path, path: str) -> dict[str, Path]:
+    """Name of each stored tensor -> its file. InputError when weights are missing, cut, damaged or pickled."""
+    whole, index = folder / WEIGHTS, folder / INDEX
+    if whole.is_file():
+        return dict.fromkeys(_names(whole), whole)
+    if not index.is_file():
+        pickled = next(
+            (
+                file.name
+                for file in sorted(folder.glob("*"))
+                if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+            ),
+            None,
+        )
+        if pickled:
+            raise unloadable(
+                path, f"only safetensors are read, and its weights are {pickled}: save the model again as safetensors"
+            )
+        raise unloadable(path, f"there is no {WEIGHTS}")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise InputError(f"{index}: weight_map must give a file to every tensor; fetch it again")
+    held: dict[str, Path] = {}
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or shard in (".", ".."):
+            raise InputError(f"{index}: weight_map names {shard!r}, which is no file of this folder")
+        if not (folder / shard).is_file():
+            raise InputError(f"{index}: its file {shard} is missing; fetch it again")
+        held |= dict.fromkeys(_names(folder / shard), folder / shard)
+    if absent := sorted(shards.keys() - held.keys()):
+        raise InputError(f"{index}: {_some(absent)} should be in {shards[absent[0]]} and is not; fetch the files again")
+    return held
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(LFS_POINTER))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    if not start:
+        raise InputError(f"{file}: is empty; fetch it again")
+    if start == LFS_POINTER:
+        raise InputError(
+            f"{file}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`, or download the file again"
+        )
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except Exception as error:
+        raise InputError(f"{file}: is cut or damaged ({first_line(error)}); fetch it again") from error
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(name)
+
+
+def without_wrappers(names: Collection[str], also: tuple[str, ...] = ()) -> dict[str, str]:
+    """Stored name -> the model's own, where all names stand in what wrapped the model when it was saved.
+
+    also: more prefixes to take off.
+    """
+    own = {name: name for name in names}
+    for part in INSIDE:
+        own = {name: value.replace(part, "") for name, value in own.items()}
+    while prefix := _shared(own.values(), AROUND + also):
+        own = {name: value.removeprefix(prefix) for name, value in own.items()}
+    return own if len(set(own.values())) == len(own) else {name: name for name in names}
+
+
+def _shared(names: Collection[str], prefixes: tuple[str, ...]) -> str | None:
+    return next((prefix for prefix in prefixes if names and all(name.startswith(prefix) for name in names)), None)
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# Of old checkpoints: masks, numbers of positions and frequencies, which every class makes itself.
+CONSTANTS = re.compile(r"(position_ids|inv_freq|masked_bias|\battn\.bias|\battention\.bias|attn\.attention\.bias)$")
+UNUSED = re.compile(r"(^|\.)pooler\.")  # nothing here reads what it computes
+
+
+def check_names(path: str, model: torch.nn.Module, report: Mapping) -> None:
+    """Refuses weights that are missing, of another shape, or left over within the trunk: then it is another model."""
+    missing = sorted(name for name in report["missing_keys"] if not UNUSED.search(name))
+    if missing:
+        raise InputError(
+            f"{path}: {_some(missing)} is missing, so it is no whole {type(model).__name__}, and would be filled "
+            "with random numbers; "
+            "give the model's whole folder, or the base it was made from"
+        )
+    if report["mismatched_keys"]:
+        name, stored, wanted = sorted(report["mismatched_keys"], key=str)[0]
+        raise InputError(
+            f"{path}: {name} is stored as {tuple(stored)} where {CONFIG} makes it {tuple(wanted)}; "
+            "the weights and config.json are of different models, fetch both again"
+        )
+    if failures := [*report.get("error_msgs", ()), *(report.get("conversion_errors") or {}).values()]:
+        raise unloadable(path, first_line(ValueError(str(failures[0]))))
+    base = model.base_model
+    parts = {name for name, _ in base.named_children()} | {name for name, _ in base.named_parameters(recurse=False)}
+    prefix = f"{model.base_model_prefix}."
+    left = sorted(
+        name
+        for name in report["unexpected_keys"]
+        if name.removeprefix(prefix).split(".")[0] in parts and not CONSTANTS.search(name)
+    )
+    if left:
+        raise InputError(
+            f"{path}: the weights hold {_some(left)}, for which {CONFIG} leaves no place in {type(base).__name__}; "
+            "the weights and config.json are of different models, fetch both again"
+        )
+
+
+def check_numbers(path: str, model: torch.nn.Module, stored: Mapping[str, Path]) -> None:
+    """Refuses NaN and infinite weights by name. One sum of each tensor: it is finite only if all numbers are."""
+    for name, value in model.state_dict().items():
+        if not value.is_floating_point() or value.sum().isfinite() or value.isfinite().all():
+            continue
+        dtype = str(value.dtype).removeprefix("torch.")
+        for key, file in stored.items():
+            if (
+                (key.endswith(name) or name.endswith(key))
+                and (original := read_tensor(file, key)).shape == value.shape
+                and original.isfinite().all()
+            ):
+                raise InputError(
+                    f"{path}: {name} holds {original.abs().max():.6g}, and {dtype} ends at "
+                    f"{torch.finfo(value.dtype).max:.6g}; "
+                    "set dtype to float32 or bfloat16"
+                )
+        number = "NaN" if value.isnan().any() else "an infinite number"
+        raise InputError(
+            f"{path}: {name} holds {number}, so every embedding would; the weights are damaged, fetch or train them "
+            "again"
+        )

@@ -1,0 +1,287 @@
+"""Base models: opening a trunk and its tokenizer, and the few facts that differ by family.
+
+The trunk is `AutoModel`: the decoder (or encoder) without its language-model head. `open_model` is the one way by which
+weights are opened, whoever asks, so that no check can be forgotten. Only safetensors and JSON are read, and no code.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.models.auto.auto_factory import _get_model_class
+
+from sgpt.decoder.agreement import check_agreement
+from sgpt.decoder.attention import NAME, packed, prepare
+from sgpt.decoder.families import PACKED_FAMILIES, embedding_size, position_limit, takes_position_ids
+from sgpt.decoder.model_files import (
+    CONFIG,
+    OUTER,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    UNUSED,
+    check_config,
+    check_names,
+    check_numbers,
+    first_line,
+    local_folder,
+    read_json,
+    refuse_foreign_code,
+    stored_tensors,
+    unloadable,
+    without_wrappers,
+)
+from sgpt.decoder.packing import Pack
+from sgpt.runtime.errors import InputError
+from sgpt.text.template import unwrap
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelConfig:
+    """path: local folder, or a hub id such as EleutherAI/gpt-neo-125m. dtype of the frozen weights: float32 or bfloat16."""
+
+    path: str = "data/nano"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise InputError(f"model.dtype={self.dtype!r} is unknown; choose float32, bfloat16 or float16")
+
+
+def load_trunk(config: ModelConfig) -> nn.Module:
+    """The trunk in evaluation mode, its attention prepared. Raises InputError for whatever is wrong with the folder."""
+    trunk = prepare(open_model(config))
+    check_family(config.path, trunk)
+    return trunk
+
+
+def open_model(config: ModelConfig, auto: type = AutoModel) -> nn.Module:
+    """The model as it lies on disk, in evaluation mode, with transformers' own attention; or InputError.
+
+    auto: by which class. Weights that are missing, left over, of another shape, NaN or too large for the dtype are refused
+    by name; prefixes of wrappers (torch.compile, DDP, PEFT, sentence-transformers) are taken off, and said to be.
+    """
+    path, folder = config.path, local_folder(config.path)
+    check_config(folder, path)
+    with told(path):
+        architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if architecture.is_encoder_decoder:
+            raise InputError(f"{path}: {architecture.model_type} is an encoder-decoder; use a decoder or an encoder")
+        architecture.return_dict = True  # a config may say otherwise, and its forward would give a tuple
+    stored = stored_tensors(folder, path)
+    with told(path):
+        model, report = _loaded(path, folder, architecture, auto, config.dtype, stored)
+    check_names(path, model, report)
+    check_numbers(path, model, stored)
+    model.config.use_cache = False
+    with torch.no_grad():
+        for name in report["missing_keys"]:
+            if UNUSED.search(name):  # random otherwise, and so another base each time
+                model.get_parameter(name).zero_()
+    _try(path, model.eval())
+    return model
+
+
+def check_family(path: str, trunk: nn.Module, *, causal: bool = False) -> None:
+    """Refuses a trunk that does not compute padded rows as each alone, unless its family is proved by tests.
+
+    causal: no token may see what follows, either. A family that is right only when it counts positions itself is left to.
+    """
+    if trunk.config.model_type in PACKED_FAMILIES:
+        return
+    if takes_position_ids(trunk):
+        try:
+            _check_agreement(path, trunk, causal)
+        except InputError:
+            trunk.counts_positions_itself = True
+        else:
+            return
+    _check_agreement(path, trunk, causal)
+
+
+def _check_agreement(path: str, trunk: nn.Module, causal: bool) -> None:
+    with told(path, running=trunk):
+        embed, width, limit = partial(token_embeddings, trunk), embedding_size(trunk), position_limit(trunk)
+        check_agreement(path, trunk, embed, width, limit, causal=causal)
+
+
+@contextmanager
+def told(path: str, *, read: Path | None = None, running: nn.Module | None = None) -> Iterator[None]:
+    """Whatever transformers raises inside over a user's files is one sentence that names the folder.
+
+    read: a file that is named if it is no JSON. running: the model, where it is opened already and run.
+    """
+    quieted = [logging.getLogger(name) for name in ("transformers.modeling_utils", "transformers.configuration_utils")]
+    for logger in quieted:  # their table of missing weights: what matters of it is refused here by name
+        logger.disabled = True
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # of tokenizers, which is no Exception
+        if not isinstance(error, Exception) and not panic:
+            raise
+        if read is not None and read.is_file():
+            read_json(read)
+        if running is not None:
+            raise InputError(
+                f"{path}: {type(running).__name__} ({running.config.model_type}) cannot be run over the tokens of a "
+                f"text ({first_line(error)}); "
+                f"a value in {CONFIG} is wrong, or this family cannot be used here"
+            ) from error
+        raise unloadable(path, first_line(error)) from error
+    finally:
+        for logger in quieted:
+            logger.disabled = False
+
+
+def _loaded(
+    path: str, folder: Path, architecture, auto: type, dtype: str, stored: dict[str, Path]
+) -> tuple[nn.Module, dict]:  # fmt: skip
+    """The model and what transformers reports of missing, left-over and misshaped weights."""
+    model_class = _get_model_class(architecture, auto._model_mapping)
+    options = {
+        "config": architecture, "dtype": getattr(torch, dtype),
+        "output_loading_info": True, "ignore_mismatched_sizes": True,
+        "attn_implementation": "sdpa" if model_class._supports_sdpa else "eager",  # whatever the config says
+    }  # fmt: skip
+    own = without_wrappers(stored)
+    if own == {name: name for name in stored}:
+        model, report = model_class.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **options)
+    else:
+        prefix = _taken_off(own)
+        log.warning("%s: its weights were saved from within a wrapper; prefixes such as %r are taken off", path, prefix)
+        model, report = model_class.from_pretrained(None, state_dict=_renamed(stored, own), **options)
+    bare = without_wrappers(stored, also=OUTER)
+    if bare != own and any(not UNUSED.search(name) for name in report["missing_keys"]):
+        again, second = model_class.from_pretrained(None, state_dict=_renamed(stored, bare), **options)
+        if all(UNUSED.search(name) for name in second["missing_keys"]):
+            prefix = _taken_off(bare)
+            log.warning("%s: its weights were saved from within a wrapper; the prefix %r is taken off", path, prefix)
+            return again, second
+    return model, report
+
+
+def _renamed(stored: dict[str, Path], own: dict[str, str]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in dict.fromkeys(stored.values()):
+        tensors |= {own[name]: tensor for name, tensor in load_file(file).items()}
+    return tensors
+
+
+def _taken_off(own: dict[str, str]) -> str:
+    stored, name = next((stored, name) for stored, name in own.items() if stored != name)
+    return stored.removesuffix(name) if stored.endswith(name) else stored
+
+
+@torch.no_grad()
+def _try(path: str, model: nn.Module) -> None:
+    """A few tokens: some values of a config fail, or give NaN, only when the model runs."""
+    with told(path, running=model):
+        ids = torch.arange(8)[None] % model.get_input_embeddings().weight.shape[0]
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    if not output[0].isfinite().all():
+        raise InputError(
+            f"{path}: {type(model).__name__} gives NaN or infinite numbers in {model.dtype}; a value in config.json "
+            "or the dtype is wrong"
+        )
+
+
+def load_tokenizer(path: str, **options):
+    """The fast tokenizer, without the markers of an export; where it has no pad token the end token serves, as in SGPT."""
+    folder = local_folder(path)
+    if (folder / TOKENIZER_CONFIG).is_file():
+        refuse_foreign_code(folder / TOKENIZER_CONFIG, read_json(folder / TOKENIZER_CONFIG), known=True)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    refuse_foreign_code(folder / CONFIG, config, known=True)
+    with told(path, read=folder / TOKENIZER):
+        tokenizer = unwrap(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options))
+        _refuse_without_vocabulary(path, folder, tokenizer)
+        if isinstance(rows := config.get("vocab_size"), int):  # of the table, known before it is opened or data are read
+            _check_ids(tokenizer, rows)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"{path}: the tokenizer has neither a pad token nor an end token; set one in its tokenizer_config.json")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = int(1e30)  # limits are ours (markers.*_max_tokens); no second one that warns
+    return tokenizer
+
+
+def _refuse_without_vocabulary(path: str, folder: Path, tokenizer) -> None:
+    """transformers makes a tokenizer that knows no word where the vocabulary's files are missing."""
+    files = {kind: name for kind, name in tokenizer.vocab_files_names.items() if kind != "tokenizer_file"}
+    whole = (folder / TOKENIZER).is_file() or (files and all((folder / name).is_file() for name in files.values()))
+    byte_level = not tokenizer.vocab_files_names  # ByT5 and CANINE need none
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = len(tokenizer) if backend is None else backend.get_vocab_size(with_added_tokens=False)
+    if not (whole or byte_level) or not words:
+        wanted = " or ".join(dict.fromkeys([TOKENIZER, " and ".join(files.values())] if files else [TOKENIZER]))
+        raise InputError(f"{path}: the tokenizer has no vocabulary; the folder lacks {wanted}, fetch it again whole")
+    tokenizer("a b 東 \U0010fffd")  # some settings fail only now, a missing unknown token only with what no vocabulary has
+
+
+def check_vocabulary(tokenizer, model: nn.Module) -> None:
+    """Refuses a tokenizer that can give ids beyond the embedding table, by the text that gives one."""
+    _check_ids(tokenizer, model.get_input_embeddings().weight.shape[0])
+
+
+def _check_ids(tokenizer, size: int) -> None:
+    """size: rows of the embedding table."""
+    beyond = sorted((number, text) for text, number in tokenizer.get_vocab().items() if number >= size)
+    if beyond:
+        number, text = beyond[0]
+        more = f" ({len(beyond) - 1} more are beyond it)" if len(beyond) > 1 else ""
+        raise InputError(
+            f"{tokenizer.name_or_path}: the text {text!r} has token id {number}, and the embedding table ends after "
+            f"{size} rows{more}; the tokenizer is of another model, or tokens were added to it alone: take them out, or "
+            "resize the table and train it"
+        )
+    around = [number for number in tokenizer("a")["input_ids"] if not 0 <= number < size]
+    if around:
+        raise InputError(
+            f"{tokenizer.name_or_path}: puts token id {around[0]} around a text, and the embedding table ends after "
+            f"{size} rows; fetch it again"
+        )
+
+
+def located(path: str) -> str:
+    """A local path as it is, or below this project when it is not in the working directory; anything else is a hub id."""
+    beside_project = Path(__file__).parents[2] / path
+    return str(beside_project) if not Path(path).exists() and beside_project.exists() else path
+
+
+def token_embeddings(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Last hidden state [rows, T, D].
+
+    attention_mask [rows, T] with padding on either side: positions count real tokens, so both sides give the same result.
+    None says: right-padded rows of a causal trunk, where no real token ever sees padding and no mask need be computed.
+    """
+    inputs = {"input_ids": input_ids}
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+        if takes_position_ids(trunk):
+            inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    return trunk(**inputs).last_hidden_state
+
+
+def takes_packs(trunk: nn.Module) -> bool:
+    """Whether its attention can be told where texts end: of a known family, and prepared (sgpt/decoder/attention.py)."""
+    return trunk.config.model_type in PACKED_FAMILIES and trunk.config._attn_implementation == NAME
+
+
+def packed_token_embeddings(trunk: nn.Module, pack: Pack) -> Tensor:
+    """Last hidden state [N, D] of the pack's tokens, each attending to its own text only. The trunk `takes_packs`."""
+    inputs = {"input_ids": pack.input_ids[None], "attention_mask": torch.ones_like(pack.input_ids)[None]}
+    if takes_position_ids(trunk):
+        inputs["position_ids"] = pack.position_ids[None]
+    with packed(pack):
+        return trunk(**inputs).last_hidden_state[0]

@@ -1,0 +1,255 @@
+"""What a run changed, in kilobytes: the base is named, not copied.
+
+    adapter/  adapter_model.safetensors   the change, in PEFT's own form where it has one
+              adapter_config.json         only then: AutoPeftModelForFeatureExtraction opens the folder
+              trained.safetensors         the trained tensors themselves: base + change is not them bit for bit
+              sgpt_delta.json             which form, and by what the right base and tokenizer are known
+              sgpt.json                   the contract, with the hashes of the others
+
+Form "beft": biases of nn.Linear are a BEFT adapter (an added bias; PEFT 0.20 or newer), normalisations are `modules_to_save`.
+Where the base is stored in a half type and was trained in float32, give PEFT dtype=torch.float32 as well.
+Form "plain": PEFT has no form for the tensors (the Conv1D of GPT-2, for one), so the change is stored by parameter name.
+Form "peft": low-rank adapters are saved and opened by PEFT alone.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sgpt.decoder.trunk import ModelConfig, load_trunk
+from sgpt.encoder import contract as contracts
+from sgpt.encoder.contract import Contract, EncoderLike
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import replace_folder
+
+DTYPES = ("float32", "bfloat16", "float16")
+DELTA, TRAINED, CHANGE, PEFT = "sgpt_delta.json", "trained.safetensors", "adapter_model.safetensors", "adapter_config.json"
+FORMAT = 2  # 1, which has no tokenizer_hash and leaves low-rank adapters out, is still read
+FORMS = ("plain", "beft", "peft")
+SAMPLE = 256  # numbers a tensor that go into the base's hash
+
+
+def save_adapter(encoder: EncoderLike, base: Mapping[str, Tensor], folder: Path) -> Path:
+    """Writes `folder` and returns it. base: values before training of all trained tensors, by parameter name of `encoder.trunk`.
+
+    Replaces an adapter of ours; raises InputError for any other folder that is not empty, or when the contract names no base.
+    """
+    folder, trunk = Path(folder), encoder.trunk
+    if not encoder.contract.base:
+        raise InputError("the contract names no base model, without which an adapter has no effect; set contract.base")
+    if folder.exists() and not is_adapter(folder) and any(folder.iterdir()):
+        raise InputError(f"{folder} exists and is no adapter of this framework; choose another folder or remove it")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if _by_peft(trunk):
+        trunk.save_pretrained(temporary)
+        stated = json.loads((temporary / PEFT).read_text()) | {"base_model_name_or_path": encoder.contract.base}
+        (temporary / PEFT).write_text(json.dumps(stated, indent=2) + "\n")
+        form, note = "peft", f"{CHANGE} is a low-rank adapter of PEFT"
+    else:
+        form, note = _write_delta(trunk, base, temporary, encoder.contract.base)
+    untuned = _frozen(trunk) if form == "peft" else {**_frozen(trunk), **base}
+    dtype = str(trunk.config.dtype).removeprefix("torch.")  # as it was opened: what learns is float32 since
+    (temporary / DELTA).write_text(json.dumps({
+        "format": FORMAT, "form": form, "base": encoder.contract.base, "dtype": dtype, "base_hash": base_hash(untuned, dtype),
+        "tokenizer_hash": _tokenizer_hash(encoder.tokenizer), "note": note,
+    }, indent=2) + "\n")  # fmt: skip
+    files = [file.name for file in temporary.iterdir() if file.name != "README.md"]  # PEFT writes one
+    replace(encoder.contract, probes={}).save(temporary, files)  # probes belong to merged weights
+    replace_folder(temporary, folder)
+    return folder
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / contracts.FILE).is_file() and ((folder / DELTA).is_file() or (folder / PEFT).is_file())
+
+
+def load_adapter(trunk: nn.Module, folder: Path) -> None:
+    """Sets the trained tensors in `trunk`, which must hold the values of the base, in place and bit for bit.
+
+    Raises InputError when it is another base: other parameter names, shapes or values. (Low rank: use `open_trunk`.)
+    """
+    refuse_other_base(trunk, folder)
+    _set(trunk, folder)
+
+
+def open_trunk(folder: Path, dtype: str) -> nn.Module:
+    """The base that the contract names, with the adapter in it: changed in place, or wrapped by PEFT for low rank."""
+    base, known = Contract.load(folder).base, (folder / DELTA).is_file()
+    trunk = load_trunk(ModelConfig(base, trained_dtype(folder) if known else dtype))
+    refuse_other_base(trunk, folder)
+    convert(trunk, dtype)
+    if known and read_delta(folder)["form"] != "peft":
+        _set(trunk, folder)  # after the conversion: float32 biases over a bfloat16 base keep their digits
+        return trunk
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(trunk, folder).eval()
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: PEFT cannot open the adapter ({str(error).splitlines()[0]:.160}); save it again") from error
+
+
+def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
+    """InputError when the trunk, not tuned yet, is not the one that the adapter was trained over. What one without DELTA has, is not known."""
+    if not (folder / DELTA).is_file():
+        return
+    stated, parameters = read_delta(folder), dict(trunk.named_parameters())
+    if base_hash(parameters, stated["dtype"]) == stated["base_hash"]:
+        return
+    trained = {} if stated["form"] == "peft" else load_file(folder / TRAINED)
+    raise InputError(
+        f"{folder}: made from {stated['base']} in {stated['dtype']}, and this {type(trunk).__name__} in {trunk.dtype} is another: "
+        f"{_first_difference(parameters, trained)}; load that base, untuned"
+    )
+
+
+def trained_dtype(folder: Path) -> str:
+    """The dtype that the base had in training: opened in another, its weights would be others."""
+    return read_delta(folder)["dtype"]
+
+
+def convert(model: nn.Module, dtype: str) -> None:
+    """Parameters only: rotary frequencies are buffers, and are float32 in a model that is opened in half precision, too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+
+
+def check_tokenizer(tokenizer, folder: Path) -> None:
+    """InputError when the base's tokenizer is no longer the one that the adapter was trained with."""
+    stated = read_delta(folder) if (folder / DELTA).is_file() else {}
+    if stated.get("tokenizer_hash", "") not in ("", _tokenizer_hash(tokenizer)):
+        raise InputError(f"{folder}: trained with another tokenizer than {stated['base']} has now, so its texts would get other ids; restore that")
+
+
+def _tokenizer_hash(tokenizer) -> str:
+    """Of how a text becomes ids: of the whole tokenizer.json as it is in use, padding and truncation aside. Empty without one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return ""
+    stated = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def base_hash(values: Mapping[str, Tensor], dtype: str) -> str:
+    """Of names, shapes and some numbers of every tensor, read in `dtype`: a float32 copy of bfloat16 weights is the same base."""
+    digest = hashlib.sha256()
+    for name in sorted(values):
+        value = values[name].detach().flatten()
+        sample = value[:: max(1, len(value) // SAMPLE)].to(getattr(torch, dtype)).float().cpu()
+        digest.update(f"{name} {tuple(values[name].shape)} ".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _write_delta(trunk: nn.Module, base: Mapping[str, Tensor], folder: Path, base_path: str) -> tuple[str, str]:
+    """Returns the form and a note on it."""
+    parameters = dict(trunk.named_parameters())
+    assert base.keys() <= parameters.keys(), sorted(base.keys() - parameters.keys())
+    trained = {name: parameters[name].detach().cpu().clone() for name in base}
+    change = {name: (value.double() - base[name].detach().cpu().double()).float() for name, value in trained.items()}
+    peft_form = _beft_form(trunk, trained, change)
+    if peft_form is None:
+        save_file(change, folder / CHANGE)
+        note = f"PEFT has no form for every tensor here; {CHANGE} is the change by parameter name, for load_adapter"
+    else:
+        tensors, targets, saved = peft_form
+        save_file(tensors, folder / CHANGE, metadata={"format": "pt"})
+        _write_beft_config(folder, targets, saved, base_path)
+        note = f"{CHANGE} is a BEFT adapter of PEFT with modules_to_save; {TRAINED} restores the trained tensors bit for bit"
+    save_file(trained, folder / TRAINED)
+    return "plain" if peft_form is None else "beft", note
+
+
+def _frozen(trunk: nn.Module) -> dict[str, Tensor]:
+    """Parameters by their names in the base."""
+    if not _by_peft(trunk):
+        return dict(trunk.named_parameters())
+    wrapped = trunk.get_base_model().named_parameters()
+    return {name.replace(".base_layer.", "."): value for name, value in wrapped if ".lora_" not in name}
+
+
+def _beft_form(trunk: nn.Module, trained: Mapping[str, Tensor], change: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]] | None:
+    """PEFT's tensors, its target modules and its modules to save; None where a tensor is neither bias of a Linear nor of a norm."""
+    modules, tensors, targets, saved = dict(trunk.named_modules()), {}, [], []
+    for name in trained:
+        place, _, leaf = name.rpartition(".")
+        module = modules[place]
+        if isinstance(module, nn.Linear) and leaf == "bias":
+            tensors[f"base_model.model.{place}.beft_bias"] = change[name].unsqueeze(0)
+            targets.append(place)
+        elif "norm" in type(module).__name__.lower():
+            for part, value in module.named_parameters():
+                tensors[f"base_model.model.{place}.{part}"] = value.detach().cpu().clone()
+            saved += [place] if place not in saved else []
+        else:
+            return None
+    return (tensors, targets, saved) if targets else None  # PEFT refuses an adapter without target modules
+
+
+def _write_beft_config(folder: Path, targets: list[str], saved: list[str], base_path: str) -> None:
+    from peft import BeftConfig
+
+    BeftConfig(
+        base_model_name_or_path=base_path, task_type="FEATURE_EXTRACTION", inference_mode=True,
+        target_modules=targets, modules_to_save=saved or None,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def _by_peft(trunk: nn.Module) -> bool:
+    return hasattr(trunk, "peft_config")
+
+
+def read_delta(folder: Path) -> dict:
+    """What DELTA states; InputError when it is not all there."""
+    file = folder / DELTA
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); give an adapter folder of this framework") from error
+    if not isinstance(stated, dict) or type(stated.get("format")) is not int or stated["format"] not in (1, FORMAT):
+        raise InputError(f"{file}: made by another version of this framework; save the adapter again")
+    keys = ("form", "base", "dtype", "base_hash", *(("tokenizer_hash",) if stated["format"] > 1 else ()))
+    if wrong := next((key for key in keys if not isinstance(stated.get(key), str)), None):
+        raise InputError(f"{file}: key {wrong!r} is {stated.get(wrong)!r}, expected a text; save the adapter again")
+    for key, known in (("form", FORMS), ("dtype", DTYPES)):
+        if stated[key] not in known:
+            raise InputError(f"{file}: {key} {stated[key]!r} is unknown; it is one of {', '.join(known)}. Save the adapter again")
+    return stated
+
+
+def read_trained(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained tensors, each for a parameter of its name and shape."""
+    file = folder / TRAINED
+    try:
+        trained = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); copy the adapter again, or make it again from its run") from error
+    for name, value in trained.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise InputError(f"{file}: {_first_difference(parameters, {name: value})}; give the base that it was trained over")
+    return trained
+
+
+def _first_difference(parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> str:
+    for name, value in trained.items():
+        if name not in parameters:
+            return f"it has no {name}"
+        if parameters[name].shape != value.shape:
+            return f"its {name} is {tuple(parameters[name].shape)} and not {tuple(value.shape)}"
+    return "names, shapes or values of its weights differ"
+
+
+@torch.no_grad()
+def _set(trunk: nn.Module, folder: Path) -> None:
+    parameters = dict(trunk.named_parameters())
+    for name, value in read_trained(folder, parameters).items():
+        parameters[name].copy_(value)

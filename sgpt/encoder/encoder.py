@@ -1,0 +1,226 @@
+"""The encoder: tokenizer, markers, trunk and pooling joined. One road for training, encoding and evaluation.
+
+    encoder = Encoder.from_pretrained("runs/pydocs/export")
+    encoder.encode_queries(["parse a date from a string"])  # [1, D]
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sgpt.decoder.families import embedding_size, position_limit
+from sgpt.decoder.model_files import local_folder
+from sgpt.decoder.packing import Pack, packs
+from sgpt.decoder.trunk import ModelConfig, check_vocabulary, load_tokenizer, load_trunk, packed_token_embeddings, takes_packs, token_embeddings
+from sgpt.encoder import contract as contracts
+from sgpt.encoder import sentence_transformers as sentence_transformers_format
+from sgpt.encoder.adapter import check_tokenizer, is_adapter, open_trunk
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.pooling import POOLINGS
+from sgpt.encoder.probes import check
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.progress import progress_bar
+from sgpt.text.markers import Frame, MarkersConfig, Role, frames
+from sgpt.text.tokens import Rows, content_ids, marked
+
+TOKENS_PER_PACK = 4096
+TEXTS_AT_A_TIME = 16_384  # whose token ids exist
+
+
+class Encoder(nn.Module):
+    """trunk: any decoder or BERT-like encoder. contract: markers, limits, pooling. `forward` is what training calls.
+
+    delta: where others use the trunk as well, what makes it this encoder's (sgpt/encoder/adapter.py); `encode` puts it on and off.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, tokenizer, contract: Contract, *, tokens_per_pack: int = TOKENS_PER_PACK, delta: AbstractContextManager | None = None
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.weights = nullcontext() if delta is None else delta
+        self.trunk, self.tokenizer, self.contract = trunk, tokenizer, contract
+        check_vocabulary(tokenizer, trunk)
+        self.tokens_per_pack = tokens_per_pack
+        self.frames: dict[Role, Frame] = frames(contract.markers, tokenizer)
+        _check_limits(contract.markers, trunk)
+        self.train(trunk.training)  # a new module says it is training, and `encode` would leave its trunk so
+
+    def forward(self, rows: Rows) -> Tensor:
+        """Token ids of any lengths -> embeddings [rows, D], with gradient, in the order given.
+
+        A row without any token gives zeros.
+        """
+        made = list(self.packs(rows))
+        return self.in_order(made, [self.embed_pack(pack) for pack in made], len(rows))
+
+    def packs(self, rows: Rows) -> Iterator[Pack]:
+        """The rows in packs of `tokens_per_pack`, longest first, on this encoder's device."""
+        return (pack.to(self.device) for pack in packs(rows, self.tokens_per_pack, padded=not takes_packs(self.trunk)))
+
+    def embed_pack(self, pack: Pack) -> Tensor:
+        """[rows of the pack, D], with gradient. No padding is computed, except for trunks that cannot be told the borders."""
+        assert getattr(self.weights, "inside", True), "the trunk is the base here: call this inside of `with encoder.weights:`"
+        with self._precision():
+            if not takes_packs(self.trunk):
+                return self.embed(*pack.padded(self.tokenizer.pad_token_id))
+            hidden = packed_token_embeddings(self.trunk, pack)  # [N, D]
+            pool = POOLINGS[self.contract.pooling]
+            return torch.cat([pool(block, block.new_ones(block.shape[:2], dtype=torch.long)) for block in pack.split(hidden)])
+
+    def in_order(self, made: Sequence[Pack], embeddings: Sequence[Tensor], num_rows: int) -> Tensor:
+        """The packs' embeddings as [num_rows, D], in the order of the rows."""
+        order = torch.tensor([row for pack in made for row in pack.rows], dtype=torch.long, device=self.device)
+        found = torch.cat([*embeddings, torch.zeros(0, self.embedding_size, device=self.device, dtype=embeddings[0].dtype if embeddings else None)])
+        return found.new_zeros(num_rows, self.embedding_size).index_copy(0, order, found)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[rows, T] with padding on either side -> [rows, D]."""
+        hidden = token_embeddings(self.trunk, input_ids, attention_mask)
+        return POOLINGS[self.contract.pooling](hidden, attention_mask)
+
+    def token_ids(self, texts: Sequence[str], role: Role) -> Rows:
+        """Marked and truncated ids; the content is tokenised alone, so nothing merges with a marker."""
+        return marked(self._prompted(texts, role), self.tokenizer, self.frames[role])
+
+    def _prompted(self, texts: Sequence[str], role: Role) -> Sequence[str]:
+        prompt = self.contract.prompts.get(role)
+        return [prompt + text for text in texts] if prompt else texts
+
+    def encode_queries(self, texts: Sequence[str], **options) -> np.ndarray | Tensor:
+        """As `encode` with role="query"."""
+        return self.encode(texts, "query", **options)
+
+    def encode_documents(self, texts: Sequence[str], **options) -> np.ndarray | Tensor:
+        """As `encode` with role="document"."""
+        return self.encode(texts, "document", **options)
+
+    @torch.inference_mode()
+    def encode(
+        self, texts: Sequence[str], role: Role, *,
+        normalize: bool | None = None, as_tensor: bool = False, out: Tensor | None = None, progress: bool | None = None,
+    ) -> np.ndarray | Tensor:  # fmt: skip
+        """Embeddings [texts, D] in float32, on the CPU, in the order given.
+
+        normalize: length 1; None takes the contract's word. out: a tensor to fill and return, a memory map for what memory cannot
+        hold; beside it the memory taken does not grow with the texts. progress: a bar; None shows one when the work is longer
+        than a few seconds and the output is a terminal. A text without any token (empty, without markers) gives zeros.
+        """
+        if isinstance(texts, str):
+            raise InputError(f"encode takes a list of texts, got one string {texts!r:.60}; put it in a list")
+        for place, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"encode: text {place} is {type(text).__name__} {text!r:.60}; give strings")
+        was_training = self.training
+        self.eval()
+        embeddings = torch.empty(len(texts), self.embedding_size) if out is None else out
+        unit = self.contract.normalize if normalize is None else normalize
+        with self.weights, progress_bar(f"encoding {len(texts):,} {role} texts", len(texts), progress) as advance:
+            for start in range(0, len(texts), TEXTS_AT_A_TIME):
+                part = embeddings[start : start + TEXTS_AT_A_TIME].zero_()
+                for pack in self.packs(self.token_ids(texts[start : start + TEXTS_AT_A_TIME], role)):
+                    made = self.embed_pack(pack).float()
+                    made = (F.normalize(made, dim=1) if unit else made).cpu()
+                    if not made.isfinite().all():
+                        self._refuse_not_finite(made, [start + row for row in pack.rows], texts, role)
+                    part[pack.rows] = made
+                    advance(len(pack.rows))
+        self.train(was_training)
+        return embeddings if as_tensor or out is not None else embeddings.numpy()
+
+    def _refuse_not_finite(self, made: Tensor, numbers: Sequence[int], texts: Sequence[str], role: Role) -> None:
+        """Names the first text, in the order given, whose embedding holds NaN or infinity."""
+        number = min(number for number, row in zip(numbers, made, strict=True) if not row.isfinite().all())
+        raise InputError(
+            f"encode: the embedding of {role} {number} ({texts[number]!r:.60}) holds NaN or infinity; "
+            f"{type(self.trunk).__name__} overflows in {self.trunk.dtype} or its weights are damaged: try float32, "
+            "or another model"
+        )
+
+    def truncation_share(self, texts: Sequence[str], role: Role) -> float:
+        """Share of texts longer than the limit, 0 to 1."""
+        room = self.frames[role].content_tokens
+        contents = content_ids(self._prompted(texts, role), self.tokenizer)
+        return sum(len(ids) > room for ids in contents) / max(1, len(texts))
+
+    def padding_share(self, rows: Rows) -> float:
+        """Share of computed positions that are padding, 0 to 1: none in packs."""
+        if takes_packs(self.trunk):
+            return 0.0
+        made = list(self.packs(rows))
+        return 1 - sum(map(len, made)) / max(1, sum(pack.padded_tokens for pack in made))
+
+    def _precision(self) -> AbstractContextManager:
+        """Autocast where half-precision weights meet float32 biases, which learn; else what the caller has set."""
+        half = {parameter.dtype for parameter in self.trunk.parameters()} - {torch.float32}
+        return torch.autocast(self.device.type, half.pop()) if half and len({p.dtype for p in self.trunk.parameters()}) > 1 else nullcontext()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.trunk.parameters()).device
+
+    @property
+    def embedding_size(self) -> int:
+        return embedding_size(self.trunk)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, markers: MarkersConfig | None = None, pooling: str | None = None, dtype: str = "float32"
+    ) -> "Encoder":
+        """Opens an export, adapter or run of ours, a sentence-transformers folder (Transformer, Pooling, Normalize), or a bare base.
+
+        markers, pooling: only for models that do not carry a contract; stating them against one is refused.
+        An export that no longer gives the embeddings it was saved with is refused, too.
+        """
+        folder = local_folder(str(path))
+        folder = next((folder / part for part in ("export", "adapter") if (folder / part / contracts.FILE).is_file()), folder)
+        if (folder / contracts.FILE).is_file():
+            if markers is not None or pooling is not None:
+                raise InputError(f"{folder} carries its markers and pooling in {contracts.FILE}; do not set them")
+            contract = Contract.load(folder)
+            if is_adapter(folder):
+                tokenizer = load_tokenizer(contract.base)
+                check_tokenizer(tokenizer, folder)
+                return cls(open_trunk(folder, dtype), tokenizer, contract)
+            return check(cls(*_load(folder, dtype), contract), str(folder))
+        if (folder / "modules.json").is_file():
+            return cls(*_open_foreign(folder, markers, pooling, dtype))
+        trunk, tokenizer = _load(path, dtype)
+        return cls(trunk, tokenizer, Contract(pooling or "weighted_mean", markers or _unmarked(position_limit(trunk)), base=str(path)))
+
+
+def _load(path: str | Path, dtype: str) -> tuple[nn.Module, object]:
+    return load_trunk(ModelConfig(str(path), dtype)), load_tokenizer(str(path))
+
+
+def _unmarked(limit: int | None) -> MarkersConfig:
+    tokens = min(limit or 300, 300)
+    return MarkersConfig("none", tokens, tokens)
+
+
+def _open_foreign(
+    folder: Path, markers: MarkersConfig | None, pooling: str | None, dtype: str
+) -> tuple[nn.Module, object, Contract]:  # fmt: skip
+    """Trunk, tokenizer and contract of a sentence-transformers folder that is none of our exports."""
+    stated = sentence_transformers_format.read(folder)
+    trunk = load_trunk(ModelConfig(str(stated.transformer), dtype))
+    tokenizer = load_tokenizer(str(stated.transformer), **stated.tokenizer_options)
+    if stated.lower_case:
+        tokenizer = sentence_transformers_format.lower_cased(tokenizer)
+    contract = sentence_transformers_format.contract_of(stated, trunk)
+    return trunk, tokenizer, replace(contract, markers=markers or contract.markers, pooling=pooling or contract.pooling)
+
+
+def _check_limits(markers: MarkersConfig, trunk: nn.Module) -> None:
+    limit = position_limit(trunk)
+    for role in ("query", "document"):
+        if limit is not None and markers.max_tokens(role) > limit:
+            raise InputError(
+                f"markers.{role}_max_tokens={markers.max_tokens(role)} is more than the {limit} positions of "
+                f"{type(trunk).__name__}; lower it to {limit} or less"
+            )

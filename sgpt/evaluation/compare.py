@@ -1,0 +1,133 @@
+"""Every way to search one set, side by side: BM25, the bi-encoder, both fused, both re-ranked by a cross-encoder.
+
+Beside the metrics each system has its speed, its index's size, the interval of its difference to BM25 and to its first stage,
+and each first stage the score that a perfect re-ranker would reach: what re-ranking could gain, and what it did.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sgpt.data.formats.beir import Qrels, RetrievalSet, read_judged
+from sgpt.data.formats.row import same_split
+from sgpt.data.formats.trec import Run, write_run
+from sgpt.data.test_sets.beir_sets import Place, splits
+from sgpt.encoder.encoder import Encoder
+from sgpt.evaluation.table import FIRST_STAGES, SYSTEMS, Systems
+from sgpt.retrieval.bm25 import bm25_index, bm25_run
+from sgpt.retrieval.dense import DEPTH, embedded, retrieve
+from sgpt.retrieval.fusion import interpolated, reciprocal_rank_fusion, reordered
+from sgpt.retrieval.metrics import SHALLOW, difference, perfect, ranking, ranking_per_query
+
+WEIGHTS = [step / 20 for step in range(21)]
+Rescore = Callable[[RetrievalSet, Run, int], Run]  # scores of the best `depth` documents of each query
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One system's results on one set.
+
+    seconds: for all queries, from their texts on, with the documents indexed before. index_bytes: a document, None if not measured.
+    scores: of the re-ranked documents. weight: of the bi-encoder, where it was tuned.
+    """
+
+    run: Run
+    seconds: float
+    index_bytes: float | None = None
+    scores: Run | None = None
+    weight: float | None = None
+
+
+def rank(
+    encoder: Encoder, chosen: RetrievalSet, dev: RetrievalSet | None = None, *,
+    bm25: bool = True, fuse: bool = True, rescore: Rescore | None = None, depth: int = DEPTH,
+) -> dict[str, Ranked]:  # fmt: skip
+    """System -> results, in the order of SYSTEMS. dev: tunes the fusion by scores, which is left out without it."""
+    kept, made = max(depth, DEPTH), {}
+    if bm25:
+        index = bm25_index(list(chosen.corpus.values()))
+        run, seconds = _timed(lambda: bm25_run(chosen, kept, index))
+        made["bm25"] = Ranked(run, seconds, index_bytes(index) / len(chosen.corpus))
+    documents = embedded(encoder, chosen)  # [documents, D]
+    run, seconds = _timed(lambda: retrieve(encoder, chosen, kept, documents))
+    made["model"] = Ranked(run, seconds, documents.shape[1] * documents.element_size())
+    if bm25 and fuse:
+        before = made["bm25"].seconds + made["model"].seconds
+        both = [made["bm25"].run, made["model"].run]
+        run, seconds = _timed(lambda: reciprocal_rank_fusion(both, kept))
+        made["reciprocal_rank"] = Ranked(run, before + seconds)
+        if dev:
+            weight = best_weight(dev.qrels, bm25_run(dev, kept, index), retrieve(encoder, dev, kept, documents), kept)
+            run, seconds = _timed(lambda: interpolated(*both, weight, kept))
+            made["interpolated"] = Ranked(run, before + seconds, weight=weight)
+    for name, first in FIRST_STAGES.items() if rescore else ():
+        if stage := made.get(first):
+            scores, seconds = _timed(lambda stage=stage: rescore(chosen, stage.run, depth))
+            made[name] = Ranked(reordered(stage.run, scores, depth), stage.seconds + seconds, stage.index_bytes, scores)
+    return {name: made[name] for name in SYSTEMS if name in made}
+
+
+def best_weight(qrels: Qrels, first: Run, second: Run, depth: int) -> float:
+    """Of the second run, 0 to 1 in steps of 0.05: the best nDCG@10; of equals the nearest to one half."""
+    scores = {weight: ranking(qrels, interpolated(first, second, weight, depth))["ndcg@10"] for weight in WEIGHTS}
+    return max(WEIGHTS, key=lambda weight: (round(scores[weight], 9), -abs(weight - 0.5)))
+
+
+def tuning_set(place: Place, chosen: RetrievalSet, split: str) -> tuple[RetrievalSet | None, str]:
+    """The queries of another split of the same folder; None and the reason when there is none."""
+    left_out = f"{chosen.name}: {SYSTEMS['interpolated']} is left out, for its weight is tuned"
+    if same_split(split, place.split):
+        return None, f"{left_out} on split {split!r}, which is what is scored; set dev_split=<another>"
+    there = splits(place.folder)
+    if not any(same_split(split, other) for other in there):
+        others = [other for other in there if other != place.split]
+        remedy = f"set dev_split={' or dev_split='.join(others)}" if others else "no other split is there to tune it on"
+        return None, f"{left_out} on split {split!r}, and {place.folder} has: {', '.join(there)}; {remedy}"
+    queries, qrels = read_judged(place.folder, split)
+    if not any(score > 0 for judged in qrels.values() for score in judged.values()):
+        return None, f"{left_out} on split {split!r}, where no judgement is above 0; set dev_split=<another>"
+    return replace(chosen, queries=queries, qrels=qrels), ""
+
+
+def measured(chosen: RetrievalSet, systems: Mapping[str, Ranked], depth: int = DEPTH) -> Systems:
+    """What there is to say of each system.
+
+    metrics: as `ranking`. reranking: nDCG@10 with fewer documents re-ranked, or with the best ones in perfect order. cost: speed,
+    size of the index, weight of the bi-encoder. differences: other system -> mean, low and high of the difference of nDCG@10, 95 %.
+    """
+    gains = {name: [row["ndcg@10"] for row in ranking_per_query(chosen.qrels, system.run).values()] for name, system in systems.items()}
+    found: Systems = {}
+    top = min(SHALLOW, depth)
+    for name, system in systems.items():
+        first = FIRST_STAGES.get(name)
+        if system.scores:
+            shallow = {f"ndcg@10_reranked_top_{top}": reordered(systems[first].run, system.scores, top)}
+        else:
+            bounds = sorted({depth, top}) if name in FIRST_STAGES.values() else []
+            shallow = {f"ndcg@10_perfect_top_{bound}": perfect(chosen.qrels, system.run, bound) for bound in bounds}
+        cost = {"queries_per_second": len(chosen.queries) / max(system.seconds, 1e-9), "bytes_per_document": system.index_bytes, "weight": system.weight}
+        others = dict.fromkeys(other for other in ("bm25", first) if other in systems and other != name)
+        found[name] = {
+            "metrics": ranking(chosen.qrels, system.run),
+            "reranking": {metric: ranking(chosen.qrels, run)["ndcg@10"] for metric, run in shallow.items()},
+            "cost": {metric: number for metric, number in cost.items() if number is not None},
+            "differences": {other: vars(difference(gains[name], gains[other])) for other in others},
+        }
+    return found
+
+
+def write_runs(folder: Path, chosen: RetrievalSet, systems: Mapping[str, Ranked]) -> None:
+    """`<folder>/<set>.<system>.trec` each, as deep as it was measured."""
+    for name, system in systems.items():
+        write_run(folder / f"{chosen.name.replace('/', '_')}.{name}.trec", system.run, name)
+
+
+def index_bytes(index) -> int:
+    """What bm25s holds in memory for its scores, and the words; the map from word to number counts with the word's own bytes only."""
+    return sum(part.nbytes for part in index.scores.values() if hasattr(part, "nbytes")) + sum(len(word.encode()) for word in index.vocab_dict)
+
+
+def _timed(work: Callable[[], Run]) -> tuple[Run, float]:
+    started = time.perf_counter()
+    return work(), time.perf_counter() - started

@@ -1,0 +1,153 @@
+"""Evaluation of an encoder: retrieval over BEIR folders, similarity of sentence pairs, and BM25 beside it.
+
+Exact search in chunks, and embeddings beyond a gigabyte in a file: memory beside the texts is bounded, whatever the corpus.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch.nn import functional as F
+
+from sgpt.data.formats.beir import RetrievalSet, fewer_documents
+from sgpt.data.formats.scored_pairs import PairSet, fewer_pairs, read_pairs
+from sgpt.data.test_sets.beir_sets import places, read_place
+from sgpt.encoder.encoder import Encoder
+from sgpt.retrieval.bm25 import bm25_run
+from sgpt.retrieval.dense import naming, retrieve
+from sgpt.retrieval.metrics import correlations, ranking
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.progress import under_way
+from sgpt.runtime.values import COUNT, check_ranges
+from sgpt.text.markers import MarkersConfig
+
+BEIR_ROOT = "data/raw/beir"  # where sets of BEIR are looked for and downloaded to
+Results = dict[str, dict[str, float]]
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class EvaluationConfig:
+    """retrieval: BEIR folders, or names of BEIR's sets. sts: files of scored sentence pairs. bm25: score retrieval sets by BM25 too.
+
+    split: of both; None is each set's own, which is test but for BEIR's msmarco.
+
+    limit: so many queries and pairs, with the queries' documents and as many others; for trying things out.
+    """
+
+    retrieval: list[str] = field(default_factory=list)
+    sts: list[str] = field(default_factory=list)
+    split: str | None = "test"
+    bm25: bool = True
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What is evaluated, read and checked."""
+
+    retrieval: list[RetrievalSet]
+    sts: list[PairSet]
+
+
+def read_sets(config: EvaluationConfig) -> Sets:
+    """Reads every file now: what is missing or cannot be scored must stop a run before it trains, not after."""
+    retrieval = [read_place(place) for place in places(config.retrieval, config.split, Path(BEIR_ROOT))]
+    pairs = [chosen for file in config.sts for chosen in read_pairs(Path(file), config.split or "test")]
+    names = [chosen.name for chosen in (*retrieval, *pairs)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two evaluation sets are called {twice!r}, and results are kept by name; rename a folder, or evaluate one after the other")
+    if config.limit is None:
+        return Sets(retrieval, pairs)
+    sets = Sets([fewer_documents(chosen, config.limit) for chosen in retrieval], [fewer_pairs(chosen, config.limit) for chosen in pairs])
+    for chosen in sets.retrieval:
+        if not any(score > 0 and document in chosen.corpus for judged in chosen.qrels.values() for document, score in judged.items()):
+            raise InputError(f"evaluation.limit={config.limit}: the first queries of {chosen.name} have no relevant document; raise it")
+    for chosen in sets.sts:
+        if len(set(chosen.scores)) < 2:
+            raise InputError(f"evaluation.limit={config.limit}: the first pairs of {chosen.name} have one score, nothing to correlate; raise it")
+    return sets
+
+
+def evaluate(encoder: Encoder, sets: Sets) -> Results:
+    """Set name -> metrics."""
+    results: Results = {}
+    for chosen in sets.retrieval:
+        with under_way(f"evaluating on {chosen.name}, {len(chosen.qrels):,} queries and {len(chosen.corpus):,} documents"):
+            results[chosen.name] = ranking(chosen.qrels, retrieve(encoder, chosen))
+    for pairs in sets.sts:
+        with under_way(f"evaluating on {pairs.name}, {len(pairs.scores):,} pairs"):
+            results[pairs.name] = correlations(pairs.scores, cosines(encoder, pairs))
+    return results
+
+
+def cosines(encoder: Encoder, pairs: PairSet) -> list[float]:
+    """Both sides are encoded as queries: a similarity of equals has one role."""
+    with naming(pairs.name):
+        sides = (pairs.first, pairs.second)
+        first, second = (encoder.encode_queries(side, normalize=True, as_tensor=True) for side in sides)
+    return (first * second).sum(1).tolist()
+
+
+def bm25(sets: Sets) -> Results:
+    """BM25 (bm25s, Lucene's variant, English stop words) on the retrieval sets."""
+    results: Results = {}
+    for chosen in sets.retrieval:
+        with under_way(f"BM25 on {chosen.name}, {len(chosen.corpus):,} documents"):
+            results[chosen.name] = ranking(chosen.qrels, bm25_run(chosen))
+    return results
+
+
+def table(columns: Mapping[str, Results], title: str):
+    """A rich table: a row for each set and metric, a column for each system."""
+    from rich.table import Table
+
+    made = Table("set", "metric", *columns, title=title)
+    for name in dict.fromkeys(name for results in columns.values() for name in results):
+        for metric in dict.fromkeys(metric for results in columns.values() for metric in results.get(name, {})):
+            made.add_row(name, metric, *(f"{100 * results[name][metric]:.2f}" if metric in results.get(name, {}) else "–" for results in columns.values()))
+    return made
+
+
+def similarity_sample(encoder: Encoder, queries: Sequence[str], positives: Sequence[str]) -> dict[str, list[float]]:
+    """Cosines of matching pairs and of each query with the next one's document, for the report's histogram."""
+    left = F.normalize(encoder.encode_queries(queries, as_tensor=True), dim=1)
+    right = F.normalize(encoder.encode_documents(positives, as_tensor=True), dim=1)
+    return {"positive": (left * right).sum(1).tolist(), "negative": (left * right.roll(1, 0)).sum(1).tolist()}
+
+
+@dataclass
+class EvaluateConfig:
+    """model: run, export, adapter, base or sentence-transformers folder. markers, pooling: only for bases without a contract.
+
+    retrieval: BEIR folders, or names of BEIR's sets, which are looked for in beir_root and else downloaded there.
+    sts: files of scored sentence pairs. useb: USEB's folder data-eval. split: null is each set's own, test but for msmarco.
+    bm25, fuse: systems beside the model, on the retrieval sets; the weight of one fusion is tuned on dev_split.
+    rerank: a decoder, folder or hub id, that scores the best `depth` documents of a query again by `prompt`.
+    runs: folder of a TREC run for each set and system. output: JSON of the model's metrics keyed by set name;
+    systems_output: JSON of all systems' metrics, intervals and bounds.
+    """
+
+    model: str = ""
+    retrieval: list[str] = field(default_factory=list)
+    sts: list[str] = field(default_factory=list)
+    useb: str | None = None
+    split: str | None = None
+    dev_split: str = "dev"
+    beir_root: str = BEIR_ROOT
+    bm25: bool = True
+    fuse: bool = True
+    rerank: str | None = None
+    prompt: str = "G"
+    depth: int = 100
+    runs: str | None = None
+    output: str | None = None
+    systems_output: str | None = None
+    pooling: str | None = None
+    markers: MarkersConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self, depth=COUNT)
+        if self.rerank and not self.retrieval:
+            raise InputError(f"rerank={self.rerank} has nothing to rank again; set retrieval=[<BEIR folder or name>,…], or leave it out")

@@ -1,0 +1,103 @@
+"""USEB's results: average precision in four tasks, and their mean (Wang, Reimers, Gurevych 2021; SGPT, section 4.1).
+
+Texts of one kind are compared, so both sides are encoded as queries, of length 1, newlines as blanks. Average precision is
+trec_eval's: equal cosines rank by id, where the original's tools leave their order to chance or count them together.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import mean
+
+from torch import Tensor
+
+from sgpt.data.formats.beir import Qrels, RetrievalSet
+from sgpt.data.formats.scored_pairs import PairSet
+from sgpt.data.formats.trec import Run
+from sgpt.data.test_sets.useb import NEITHER, CandidateSet, UsebTask
+from sgpt.encoder.encoder import Encoder
+from sgpt.evaluation.evaluate import Results
+from sgpt.retrieval.dense import DEPTH, as_run, naming, search
+from sgpt.retrieval.metrics import correlations
+
+MAIN = {"askubuntu": "map", "cqadupstack": "map@100", "twitterpara": "ap", "scidocs": "map"}  # of each task, all average precision
+
+
+def useb(encoder: Encoder, tasks: Sequence[UsebTask]) -> Results:
+    """useb_<task> -> metrics, 0 to 1; and useb, the mean of the four main metrics, when all four are there."""
+    results = {}
+    for task in tasks:
+        with naming(f"useb_{task.name}"):
+            results[f"useb_{task.name}"] = SCORERS[task.name](encoder, task.parts)
+    if len(results) < len(MAIN):
+        return results
+    return {**results, "useb": {"average_precision": mean(results[f"useb_{name}"][metric] for name, metric in MAIN.items())}}
+
+
+def _askubuntu(encoder: Encoder, parts: Sequence[CandidateSet]) -> dict[str, float]:
+    """Of equal cosines the better by BM25 is first."""
+    [chosen] = parts
+    ordered: dict[str, dict[str, float]] = {}
+    for query, scores in _scored(encoder, chosen).items():
+        order = sorted(scores, key=scores.__getitem__, reverse=True)  # stable, and `scores` is in BM25's order
+        ordered[query] = {document: float(-place) for place, document in enumerate(order)}
+    found = _trec(chosen.qrels, ordered, "map", "P_1", "P_5", "recip_rank")
+    return {"map": found["map"], "p@1": found["P_1"], "p@5": found["P_5"], "mrr": found["recip_rank"]}
+
+
+def _scidocs(encoder: Encoder, parts: Sequence[CandidateSet]) -> dict[str, float]:
+    found = {chosen.name: _trec(chosen.qrels, _scored(encoder, chosen), "map", "ndcg") for chosen in parts}
+    means = {metric: mean(metrics[metric] for metrics in found.values()) for metric in ("map", "ndcg")}
+    return means | {f"map_{kind}": metrics["map"] for kind, metrics in found.items()}
+
+
+def _cqadupstack(encoder: Encoder, forums: Sequence[RetrievalSet]) -> dict[str, float]:
+    """map@100 divides by the relevant documents among the hundred, as the original does, not by all of them."""
+    found = []
+    for forum in forums:
+        queries, documents = list(forum.queries), list(forum.corpus)
+        rows = search(_embedded(encoder, forum.queries.values()), _embedded(encoder, forum.corpus.values()), DEPTH)
+        run = as_run(queries, documents, *rows)
+        hits = {query: {name: 1 for name in names if name in forum.qrels[query]} for query, names in run.items()}
+        judged = {query: relevant for query, relevant in forum.qrels.items() if relevant}
+        found.append({"map@100": _trec(hits, run, "map")["map"], "ndcg@10": _trec(judged, run, "ndcg_cut_10")["ndcg_cut_10"]})
+    return {metric: mean(metrics[metric] for metrics in found) for metric in ("map@100", "ndcg@10")}
+
+
+def _twitterpara(encoder: Encoder, sources: Sequence[PairSet]) -> dict[str, float]:
+    aps, spearmans = {}, []
+    for pairs in sources:
+        first, second = (_embedded(encoder, side) for side in (pairs.first, pairs.second))
+        cosines = (first * second).sum(1).tolist()
+        spearmans.append(correlations(pairs.scores, cosines)["spearman_cosine"])
+        decided = {f"{place:06}": place for place, score in enumerate(pairs.scores) if score != NEITHER}
+        qrels = {"pairs": {name: int(pairs.scores[place] > NEITHER) for name, place in decided.items()}}
+        aps[f"ap_{pairs.name}"] = _trec(qrels, {"pairs": {name: cosines[place] for name, place in decided.items()}}, "map")["map"]
+    return {"ap": mean(aps.values()), "spearman": mean(spearmans), **aps}
+
+
+SCORERS: dict[str, Callable[[Encoder, Sequence], dict[str, float]]] = {
+    "askubuntu": _askubuntu, "cqadupstack": _cqadupstack, "twitterpara": _twitterpara, "scidocs": _scidocs,
+}  # fmt: skip
+
+
+def _scored(encoder: Encoder, chosen: CandidateSet) -> Run:
+    """Cosines of each query with its candidates. A text that several queries need is encoded once."""
+    names = list(dict.fromkeys(name for query, documents in chosen.candidates.items() for name in (query, *documents)))
+    rows, embeddings = {name: row for row, name in enumerate(names)}, _embedded(encoder, (chosen.texts[name] for name in names))  # [names, D]
+    return {
+        query: dict(zip(documents, (embeddings[[rows[name] for name in documents]] @ embeddings[rows[query]]).tolist(), strict=True))
+        for query, documents in chosen.candidates.items() if documents
+    }  # fmt: skip
+
+
+def _embedded(encoder: Encoder, texts: Iterable[str]) -> Tensor:
+    return encoder.encode_queries([text.strip().replace("\n", " ") for text in texts], normalize=True, as_tensor=True)
+
+
+def _trec(qrels: Qrels, run: Run, *measures: str) -> dict[str, float]:
+    """Means over the queries of the run that are judged; a query without a relevant document counts 0."""
+    import pytrec_eval
+
+    judged = {query: dict(qrels[query]) for query in run if qrels.get(query)}
+    names = {measure.replace("_cut_", "_cut.").replace("P_", "P.") for measure in measures}
+    found = pytrec_eval.RelevanceEvaluator(judged, names).evaluate({query: dict(run[query]) for query in judged}) if judged else {}
+    return {measure: mean(found.get(query, {}).get(measure, 0.0) for query in run if query in qrels) for measure in measures}

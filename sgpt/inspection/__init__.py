@@ -1,0 +1,1 @@
+"""A look at training data before compute is spent on it."""

@@ -1,0 +1,287 @@
+"""Training data, looked at before compute is spent on it: counts, lengths, scripts, and the first batches as the model will see them.
+
+What needs numbers and hashes only is counted over all examples, from the columns of the store and some rows at a time: a
+few arrays of one number an example are all that memory has to hold. What needs the texts themselves (lengths before
+truncation, scripts, vocabulary) is measured on a sample of examples, each drawn as its first epoch would draw it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from sgpt.data.feed.collate import Batch
+from sgpt.data.feed.sampling import Feed, Source
+from sgpt.decoder.packing import distinct
+from sgpt.inspection.census import POSITIVES_TOLD_APART, Counts, count
+from sgpt.inspection.sample import Sample, sample
+from sgpt.runtime.values import COUNT, COUNT_OR_NONE, check_ranges
+from sgpt.text.markers import Role
+from sgpt.training.config import TrainConfig
+from sgpt.training.negatives import Contest
+
+QUERIES_AT_A_TIME = 256  # of a batch, when its duplicates are looked for: [256, C] at a time
+QUERIES_ON_PAGE, QUERIES_ON_TERMINAL = 256, 3  # of each shown batch
+SCRIPTS_TOLD = 4
+MOST_TRUNCATED, MOST_REPEATED, FEWEST_BATCHES = 0.2, 0.1, 10  # past these there is a warning
+PLURAL: dict[Role, str] = {"query": "queries", "document": "documents"}
+
+
+@dataclass(frozen=True)
+class SeenQuery:
+    """Decoded as the model gets them, with their tokens: the query, its positive, its hard negatives. ignored: candidates that are no negatives."""
+
+    query: tuple[int, str]
+    documents: list[tuple[int, str]]
+    ignored: list[int]
+
+
+@dataclass(frozen=True)
+class SeenBatch:
+    """queries: the first of them. left_out: pairs of a query and an in-batch negative that are none, being duplicates.
+
+    tokens: of all texts; computed: of the different ones; padded: when queries and documents are each padded to the longest.
+    """
+
+    number: int
+    num_queries: int
+    num_documents: int
+    queries: list[SeenQuery]
+    left_out: int
+    tokens: int
+    computed: int
+    padded: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """counts, samples: of each source of the feed. steps: of the optimizer, in the whole run."""
+
+    feed: Feed
+    counts: list[Counts]
+    samples: list[Sample]
+    batches: list[SeenBatch]
+    steps: int
+    batches_per_step: int
+    vocabulary: int
+
+
+def inspect_feed(feed: Feed, tokenizer, *, num_examples: int, num_batches: int, steps: int, batches_per_step: int = 1) -> Inspection:
+    """num_examples: of each source's sample. num_batches: shown. The feed's seed is the sample's."""
+    return Inspection(
+        feed, [count(source) for source in feed.sources], [sample(source, tokenizer, num_examples, feed.seed) for source in feed.sources],
+        [see(number, feed.batch(number, 0), tokenizer) for number in range(num_batches)], steps, batches_per_step, len(tokenizer),
+    )  # fmt: skip
+
+
+def see(number: int, batch: Batch, tokenizer) -> SeenBatch:
+    ignored = [row for part in _ignored(batch) for row in part]
+    r = batch.documents_per_query
+    queries = [
+        SeenQuery(_decoded(batch.queries[q], tokenizer), [_decoded(ids, tokenizer) for ids in batch.documents[q * r : (q + 1) * r]], ignored[q])
+        for q in range(min(len(batch.queries), QUERIES_ON_PAGE))
+    ]
+    padded = sum(len(rows) * max(map(len, rows)) for rows in (batch.queries, batch.documents))
+    computed = sum(map(len, distinct([*batch.queries, *batch.documents])[0]))
+    return SeenBatch(number, len(batch.queries), len(batch.documents), queries, sum(map(len, ignored)), batch.num_tokens, computed, padded)
+
+
+def _ignored(batch: Batch) -> Iterator[list[list[int]]]:
+    """The loss' own judgement of each query: numbers of the candidates that are left out."""
+    contest = Contest.of(batch, torch.device("cpu"))
+    for start in range(0, len(batch.queries), QUERIES_AT_A_TIME):
+        yield [row.nonzero()[:, 0].tolist() for row in contest.duplicates(slice(start, start + QUERIES_AT_A_TIME))]
+
+
+def _decoded(ids: list[int], tokenizer) -> tuple[int, str]:
+    """(tokens, text on one line)."""
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return len(ids), "".join(character if character.isprintable() else "⏎" if character == "\n" else "·" for character in text)
+
+
+def table_lines(seen: SeenBatch, most: int, columns: int) -> Iterator[str]:
+    """Of the first `most` queries, none wider than `columns`: tokens, role, text, and which candidates are no negatives of the query."""
+    for place, query in enumerate(seen.queries[:most]):
+        yield _line(f"query {place}", *query.query, columns)
+        for number, document in enumerate(query.documents):
+            yield _line(f"  d{place * len(query.documents) + number} {'−' if number else '+'}", *document, columns)
+        if query.ignored:
+            yield _cut(f"  no negatives of query {place}: {', '.join(f'd{candidate}' for candidate in query.ignored)}", columns)
+
+
+def _line(name: str, tokens: int, text: str, columns: int) -> str:
+    return f"{name:<10} {tokens:>4}  {_cut(text, columns - 17)}"
+
+
+def _cut(text: str, columns: int) -> str:
+    """In the middle, so that both markers are seen."""
+    if len(text) <= columns:
+        return text
+    tail = max(1, columns // 4)
+    return f"{text[: max(1, columns - tail - 3)]} … {text[-tail:]}"
+
+
+def warnings(found: Inspection) -> list[str]:
+    """What looks wrong, what it does to training, and what to do."""
+    told = [warning for of_source in zip(found.feed.sources, found.counts, found.samples, strict=True) for warning in _warnings(found.feed, *of_source)]
+    if found.feed.queries_in_total == 1 and not all(source.num_hard_negatives for source in found.feed.sources):
+        told.append("a batch has one query and no hard negative, so there is nothing to learn from: raise trainer.queries_per_process")
+    return told
+
+
+def _warnings(feed: Feed, source: Source, counts: Counts, sampled: Sample) -> Iterator[str]:
+    batches = counts.examples / feed.queries_in_total
+    if batches < FEWEST_BATCHES:
+        yield (
+            f"{source.name} has {counts.examples:,} examples, which fill {batches:.1f} batches, so every query soon has met all others; "
+            "give more data, or lower trainer.queries_per_process"
+        )
+    if counts.repeated_queries > MOST_REPEATED * counts.examples:
+        yield (
+            f"{source.name}: {_share(counts.repeated_queries, counts.examples)} of the queries repeat an earlier one, and such a query counts as often "
+            "as it stands there; put its positives into one row, or remove copies"
+        )
+    for role, lengths in sampled.lengths.items():
+        if lengths.truncated > MOST_TRUNCATED:
+            yield (
+                f"{source.name}: {lengths.truncated:.1%} of the {PLURAL[role]} are longer than {lengths.limit} tokens, and the model never sees their ends; "
+                f"raise markers.{role}_max_tokens, or split the texts"
+            )
+    if counts.short_texts:
+        yield f"{source.name}: texts of one character: {counts.short_texts:,}, for example {counts.short_text!r}; remove them if they are accidents"
+    if counts.short_of_negatives:
+        yield (
+            f"{source.name}: {_share(counts.short_of_negatives, counts.examples)} of the examples have fewer than {source.num_hard_negatives} hard negatives, "
+            "and positives of other queries stand in; mine more, or lower num_hard_negatives"
+        )
+    if counts.contrary_negatives:
+        yield (
+            f"{source.name}: hard negatives that are a positive of the same query in another row: {counts.contrary_negatives:,}; hard negatives always "
+            "count, so the model is taught both; remove them"
+        )
+
+
+def told_sources(found: Inspection) -> dict[str, list[str]]:
+    """Label -> a value for each source."""
+    feed = found.feed
+    rows = [_told_counts(counts) | _told_sample(sampled, found.vocabulary) for counts, sampled in zip(found.counts, found.samples, strict=True)]
+    if len(feed.sources) > 1:
+        shares = (f"{feed.share(source):.1%}" for source in feed.sources)
+        rows = [{f"share of the {'queries' if feed.mixed else 'batches'}": share} | row for share, row in zip(shares, rows, strict=True)]
+    return {label: [row[label] for row in rows] for label in rows[0]}
+
+
+def _told_counts(counts: Counts) -> dict[str, str]:
+    fewest, median, most = counts.hard_negatives
+    each = [f"{number + 1}{'+' if number + 1 == POSITIVES_TOLD_APART else ''}: {share}" for number, share in enumerate(_shares(counts.queries_by_positives))]
+    return {
+        "examples": f"{counts.examples:,}",
+        "different texts": f"{counts.texts:,}",
+        "queries that repeat an earlier one": _of(counts.repeated_queries, counts.examples),
+        "positives that repeat an earlier one": _of(counts.repeated_positives, counts.positives),
+        "positives that are another example's query": _of(counts.positives_asked, counts.positives),
+        "queries by number of positives": ", ".join(each),
+        "hard negatives a query: fewest / median / most": f"{fewest} / {median:g} / {most}",
+        "hard negatives that are a positive of their query": f"{counts.contrary_negatives:,}",
+        "texts of one character": f"{counts.short_texts:,}",
+        "tokens an example, cut at the limits": f"{counts.tokens / counts.examples:.1f}",
+    }
+
+
+def _told_sample(sampled: Sample, vocabulary: int) -> dict[str, str]:
+    told = {"measured on a sample of": f"{sampled.examples:,} examples"}
+    for role, lengths in sampled.lengths.items():
+        told[f"{role} tokens: mean / median / 95 % / most"] = str(lengths)
+        told[f"{PLURAL[role]} over their limit"] = f"{lengths.truncated:.1%} over {lengths.limit}"
+    most = [f"{script} {share:.1%}" for script, share in islice(sampled.scripts.items(), SCRIPTS_TOLD) if share >= 0.0005]
+    told["letters by script"] = ", ".join(most) or "no letters"
+    told["vocabulary that occurs"] = _of(sampled.vocabulary, vocabulary)
+    return told
+
+
+def told_run(found: Inspection) -> dict[str, str]:
+    feed, queries = found.feed, found.feed.queries_in_total
+    candidates = sorted({queries * (1 + source.num_hard_negatives) for source in feed.sources})
+    told = {
+        "queries a batch": f"{queries:,}",
+        "candidates a query": " or ".join(f"{number:,}" for number in candidates),
+        "batches an epoch": f"{feed.batches_per_epoch:,.1f}",
+        "optimizer steps an epoch": f"{feed.batches_per_epoch / found.batches_per_step:,.1f}",
+        "optimizer steps of the run": f"{found.steps:,}",
+        "tokens an epoch, about": f"{_tokens_per_epoch(found):,.0f}",
+    }
+    if found.batches:
+        tokens, computed, padded, left_out = (sum(getattr(batch, name) for batch in found.batches) for name in ("tokens", "computed", "padded", "left_out"))
+        told |= {
+            "tokens of the shown batches": f"{tokens:,}; {computed:,} without repeated texts",
+            "the same, padded to the longest row": f"{padded:,}, of which packing saves {1 - computed / padded:.1%}",
+            "duplicates left out, a query": f"{left_out / sum(batch.num_queries for batch in found.batches):.2f} candidates",
+        }
+    return told
+
+
+def _tokens_per_epoch(found: Inspection) -> float:
+    """An epoch has as many batches as the examples fill, and the sources share them by weight."""
+    feed = found.feed
+    mean = sum(feed.share(source) * counts.tokens / counts.examples for source, counts in zip(feed.sources, found.counts, strict=True))
+    return mean * sum(counts.examples for counts in found.counts)
+
+
+def _of(part: int, whole: int) -> str:
+    return f"{part:,} ({_share(part, whole)})"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}"
+
+
+def _shares(numbers: Sequence[int]) -> list[str]:
+    return [_share(number, sum(numbers)) for number in numbers]
+
+
+def title_of(seen: SeenBatch) -> str:
+    return (
+        f"Batch {seen.number}: {seen.num_queries:,} queries, {seen.num_documents:,} documents, {seen.tokens:,} tokens "
+        f"(padded {seen.padded:,}), {seen.left_out:,} duplicates left out"
+    )
+
+
+def show(found: Inspection, console) -> None:
+    """Tables, the beginnings of the batches, and at the end what looks wrong."""
+    from rich.table import Table
+    from rich.text import Text
+
+    sources = Table("", title="training data")
+    for source in found.feed.sources:
+        sources.add_column(Text(source.name), justify="right")
+    for label, values in told_sources(found).items():
+        sources.add_row(label, *map(Text, values))
+    run = Table("", title="what a run makes of it, on one process", show_header=False)
+    run.add_column(justify="right")
+    for label, value in told_run(found).items():
+        run.add_row(label, value)
+    console.print(sources, run, sep="\n")
+    for seen in found.batches:
+        console.print(Text(f"\n{title_of(seen)}; the first queries:", style="bold"))
+        for line in table_lines(seen, QUERIES_ON_TERMINAL, console.width):
+            console.print(Text(line), no_wrap=True, overflow="ellipsis")
+    console.print()
+    for warning in warnings(found):
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+
+
+@dataclass
+class InspectConfig(TrainConfig):
+    """Whatever training takes, so that the same overrides can stand here. output: the page; null is <runs>/<name>.inspection.html.
+
+    examples: drawn at random from each source for what needs the texts themselves. batches: shown as the model will see them.
+    """
+
+    output: str | None = None
+    examples: int = 20_000
+    batches: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, examples=COUNT, batches=COUNT_OR_NONE)

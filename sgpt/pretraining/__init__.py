@@ -1,0 +1,1 @@
+"""How the small base `nano` was made."""

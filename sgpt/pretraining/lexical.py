@@ -1,0 +1,59 @@
+"""The lexical stage: token embeddings alone, pooled as bags of tokens, trained on weak pairs."""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sgpt.pretraining.corpus import Corpus, pair_numbers
+from sgpt.pretraining.model import PretrainConfig
+from sgpt.training.loss import similarities
+
+log = logging.getLogger(__name__)
+
+
+def lexical_stage(config: PretrainConfig, corpus: Corpus) -> tuple[Tensor, Tensor]:
+    """Token embeddings [V, D], of standard deviation 1, and the last norm's bias [D]; one process does it for all."""
+    torch.manual_seed(config.seed)
+    width = config.nano.hidden_size
+    table, bias = nn.Parameter(0.02 * torch.randn(config.nano.vocabulary, width)), nn.Parameter(torch.zeros(width))
+    optimizer = torch.optim.AdamW([table, bias], lr=config.lexical_learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    pairs = len(corpus.query_starts) - 1
+    for step in range(config.lexical_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lexical_learning_rate * min(1.0, (step + 1) / 10) * (1 - 0.9 * step / config.lexical_steps)
+        numbers = pair_numbers(pairs, config.lexical_pairs_per_step, config, step)
+        queries, documents = map(list, zip(*(corpus.pair(number, config) for number in numbers), strict=True))
+        normed = F.layer_norm(table, (width,), bias=bias)  # of each token once, not of each occurrence
+        loss, _ = pair_loss(bag_of_tokens(normed, queries), bag_of_tokens(normed, documents), torch.arange(len(numbers)), config)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            log.info("lexical step %d/%d  contrastive %.3f", step, config.lexical_steps, loss.item())
+    return (table / table.std()).detach(), bias.detach()  # the last norm does not see the scale, the blocks do
+
+
+def bag_of_tokens(table: Tensor, rows: list[list[int]]) -> Tensor:
+    """[rows, D]: position-weighted mean of the rows of `table`; what a trunk without blocks computes."""
+    lengths = torch.tensor([len(row) for row in rows])
+    starts = lengths.cumsum(0) - lengths
+    positions = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths) + 1
+    weights = positions / (lengths * (lengths + 1) / 2).repeat_interleave(lengths)
+    return F.embedding_bag(torch.tensor([token for row in rows for token in row]), table, starts, mode="sum", per_sample_weights=weights)
+
+
+def pair_loss(queries: Tensor, documents: Tensor, places: Tensor, config: PretrainConfig) -> tuple[Tensor, Tensor]:
+    """InfoNCE, both directions, and the share of queries that rank their document first. places: of the pairs in the batch."""
+    labels = torch.arange(len(queries), device=queries.device)
+    ignored = overlapping(places, config)
+    scores = similarities(queries, documents, config.scale, ignored)
+    loss = (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
+    return loss, (scores.argmax(1) == labels).float().mean()
+
+
+def overlapping(places: Tensor, config: PretrainConfig) -> Tensor:
+    """[pairs, pairs]: pairs up to two apart in one run share a sentence or a paragraph, so neither is the other's negative."""
+    run, apart = places // config.neighbours, (places[:, None] - places[None]).abs()
+    return (run[:, None] == run[None]) & (apart > 0) & (apart <= 2)

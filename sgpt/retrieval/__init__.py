@@ -1,0 +1,1 @@
+"""Search: BM25, embeddings, indexes, fusion, re-ranking, and the metrics of rankings."""

@@ -1,0 +1,94 @@
+"""Ranking metrics by trec_eval's own code, correlations and intervals by scipy. Nothing here is computed by hand."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sgpt.data.formats.beir import Qrels
+from sgpt.data.formats.trec import Run, cut, ranked
+
+SHALLOW = 10  # a second, shallower depth of re-ranking, from the same scores: a weak scorer does less harm there
+log = logging.getLogger(__name__)
+RANKING_METRICS = {"ndcg@10": "ndcg_cut_10", "map@100": "map_cut_100", "recall@100": "recall_100", "mrr@10": "recip_rank"}
+MAIN_METRICS = ("ndcg@10", "spearman_cosine")
+
+
+def ranking(qrels: Qrels, run: Run) -> dict[str, float]:
+    """nDCG@10, MAP@100, Recall@100, MRR@10, each the mean over all queries of `qrels`; a query without results counts 0."""
+    per_query = ranking_per_query(qrels, run)
+    return {name: sum(row[name] for row in per_query.values()) / max(1, len(per_query)) for name in RANKING_METRICS}
+
+
+def ranking_per_query(qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
+    """As `ranking`, a row for each query of `qrels`. Ties rank by document id, descending, as trec_eval does."""
+    import pytrec_eval
+
+    judged = {query: dict(documents) for query, documents in qrels.items() if any(score > 0 for score in documents.values())}
+    scores = {query: dict(run.get(query, {})) for query in judged}
+    whole = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "map_cut.100", "recall.100"}).evaluate(scores)
+    # recip_rank knows no cut-off: give it ten documents
+    top = cut(scores, 10)
+    reciprocal = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(top)
+    rows = {}
+    for query in judged:
+        values = {**whole.get(query, {}), **reciprocal.get(query, {})}
+        rows[query] = {name: values.get(key, 0.0) for name, key in RANKING_METRICS.items()}
+    return rows
+
+
+def correlations(scores: list[float], cosines: list[float]) -> dict[str, float]:
+    """Spearman and Pearson correlation of gold scores and cosines. Cosines that are all equal tell nothing: 0, and a warning."""
+    from scipy.stats import pearsonr, spearmanr
+
+    if len({*cosines}) < 2:
+        log.warning("all %d cosines are %g, so they correlate with nothing, which counts as 0; has the model collapsed?", len(cosines), cosines[0])
+        return {"spearman_cosine": 0.0, "pearson_cosine": 0.0}
+
+    return {
+        "spearman_cosine": float(spearmanr(scores, cosines).statistic),
+        "pearson_cosine": float(pearsonr(scores, cosines).statistic),
+    }
+
+
+def main_metric(metrics: Mapping[str, float]) -> tuple[str, float]:
+    return next((name, metrics[name]) for name in MAIN_METRICS if name in metrics)
+
+
+def perfect(qrels: Qrels, run: Run, depth: int) -> Run:
+    """What a perfect re-ranker makes of a run: its best `depth` documents by their relevance, then the others in their order.
+
+    No re-ranker of this run at this depth does better.
+    """
+    made: Run = {}
+    for query, scores in run.items():
+        order = ranked(scores)
+        made[query] = {document: float(qrels.get(query, {}).get(document, 0)) for document in order[:depth]}
+        made[query] |= {document: -1.0 - place for place, document in enumerate(order[depth:])}
+    return made
+
+
+@dataclass(frozen=True)
+class Difference:
+    """mean: of the differences a query. low, high: its 95 % interval; None with fewer than two queries."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float], *, resamples: int = 10_000, seed: int = 0) -> Difference:
+    """Paired bootstrap over queries: both systems are resampled together, so that hard queries are hard for both.
+
+    ours, theirs: one number for each query, in the same order. The interval holds the 2.5 % to 97.5 % percentiles of the mean.
+    Source: Sakai 2006, Evaluating evaluation metrics based on the bootstrap.
+    """
+    from scipy.stats import bootstrap
+
+    differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)  # [queries]
+    if len(differences) < 2:
+        return Difference(float(differences.mean()) if len(differences) else 0.0, None, None)
+    batch = max(1, 4_000_000 // len(differences))  # resamples × queries held at once: 32 MB of indices
+    found = bootstrap((differences,), np.mean, n_resamples=resamples, batch=batch, method="percentile", rng=np.random.default_rng(seed))
+    return Difference(float(differences.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high))

@@ -1,0 +1,158 @@
+"""Ctrl-C and SIGTERM: a training loop ends its step and saves it, anything else ends where it is, and a second press at once.
+
+All files are written whole or not at all, so that work may end anywhere; a loop that keeps its state in memory asks
+`Stop.agreed` after each step. Exit codes are the shell's: 130 after Ctrl-C, 143 after SIGTERM.
+"""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+SAME_PRESS_SECONDS = 1.5  # torchrun passes Ctrl-C on to processes that the terminal has told already
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")  # as a script, or as `python -m`
+Made = TypeVar("Made")
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ended as asked, in good order. Its text says what was saved."""
+
+
+class _Asked:
+    """signum: of the first signal, None before it. at: when it came. waits: a step is to be finished first. command: typed."""
+
+    signum: int | None = None
+    at = 0.0
+    waits = False
+    command: Sequence[str] = ()
+
+
+_asked = _Asked()
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Signals are heard as above while this lasts. Only a main thread can listen; elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread() or _hear in map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)):
+        yield
+        return
+    heard = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) != signal.SIG_IGN]  # of a script in the background
+    before = {signum: signal.signal(signum, _hear) for signum in heard}
+    _asked.signum = None
+    _asked.command = typed()  # while the launcher is alive: it ends at a signal too
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _hear(signum: int, frame: object) -> None:
+    if _asked.signum is None:
+        _asked.signum, _asked.at = signum, time.monotonic()
+        if not _asked.waits:
+            raise KeyboardInterrupt
+        _tell("interrupted: the step under way is being finished and will be saved; Ctrl-C again ends at once")
+    elif time.monotonic() - _asked.at > SAME_PRESS_SECONDS:
+        _tell("interrupted again: ended at once; what was saved before is kept")
+        os._exit(exit_code())
+
+
+def _tell(sentence: str) -> None:
+    """Not by print: the signal may have come in the middle of one."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{sentence}\n".encode())
+
+
+def was_asked() -> bool:
+    return _asked.signum is not None
+
+
+def exit_code() -> int:
+    return 128 + (_asked.signum or signal.SIGINT)
+
+
+class Stop:
+    """Whether a training loop is to end after its step. Of several processes all end when one was asked.
+
+    They ask each other once a step, of a number in CPU memory: a few tens of microseconds between processes of one machine,
+    and no GPU waits for it.
+    """
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        from sgpt.runtime.distributed import world
+
+        self.group = None
+        if world()[1] > 1:
+            self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+    def __enter__(self) -> "Stop":
+        self._listening = listening()
+        self._listening.__enter__()
+        _asked.waits = True
+        return self
+
+    def __exit__(self, *error) -> None:
+        _asked.waits = False
+        self._listening.__exit__(*error)
+
+    def agreed(self) -> bool:
+        """All processes call it at the same place, and get the same answer."""
+        if self.group is None:
+            return was_asked()
+        import torch
+        import torch.distributed as dist
+
+        asked = torch.tensor(int(was_asked()))
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(asked)
+
+    def unless_asked(self, work: Callable[[], Made]) -> Made | None:
+        """What `work` gives, which is not waited for when the loop is to end: it can be done again. None then."""
+        try:
+            _asked.waits = False
+            return None if was_asked() else work()
+        except KeyboardInterrupt:
+            if not was_asked():
+                raise  # of somebody else's handler
+            return None
+        finally:
+            _asked.waits = True
+
+
+@contextmanager
+def keeping(what: str) -> Iterator[None]:
+    """Says what is kept when the work inside is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise interrupt if isinstance(interrupt, Interrupted) else Interrupted(what) from None
+
+
+def command_again(*, resume: bool) -> str:
+    """What was typed, quoted for the shell. resume: with `resume=true` in it."""
+    command = list(_asked.command or typed())
+    if resume:
+        command = [argument for argument in command if not argument.startswith("resume=")] + ["resume=true"]
+    return shlex.join(command)
+
+
+def typed() -> Sequence[str]:
+    """This process's own command line, or that of the launcher that started it with the same script and arguments."""
+    import psutil
+
+    own = sys.orig_argv
+    launcher = psutil.Process().parent()
+    line = launcher.cmdline() if launcher else []
+    if line[-len(sys.argv) :] != own[-len(sys.argv) :] or not any(Path(part).name.startswith(LAUNCHERS) for part in line[:4]):
+        return own
+    is_script = len(line) > 1 and os.path.isfile(line[1]) and os.access(line[1], os.X_OK)
+    return line[1:] if is_script else line  # accelerate and torchrun are scripts with an interpreter before them

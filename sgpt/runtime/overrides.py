@@ -1,0 +1,144 @@
+"""The command line as it was typed: texts and paths reach Hydra in quotes of its grammar, so that nobody needs to know it.
+
+    retrieval=[/x/epoch=3]   name=1e5   data.path=a,b   run=it's   data.sources=[{path: a b=c}]
+
+are what they look like. Kept as Hydra reads them: null where a key may be null, what stands in quotes already, ${other.key},
+and with -m the commas and functions of a sweep. Imports nothing heavy.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NO_TEXT = {  # null by default, and else a number or keys
+    "limit", "data.limit", "evaluation.limit", "dev.limit", "data.positive_score", "data.negative_score", "data.weight", "data.query_max_tokens",
+    "data.document_max_tokens", "loss.false_negative_margin", "trainer.max_steps", "trainer.keep_gigabytes", "trainer.threads", "threads",
+    "score_margin", "score_ratio", "markers",
+}  # fmt: skip
+OR_NULL = {"evaluation.split", "dev.split"}  # texts by default
+SOURCES = "data.sources"  # keys of data in braces
+DEPTHS = {"shots": 2}
+QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+PLAIN = re.compile(r"[\w./-][\w./:@%+?*| -]*", re.ASCII)  # what Hydra reads without quotes
+SWEEP = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag|extend_list)\(")
+NO_INTERPOLATION = re.compile(r"(?<!\\)\$\{(?![\w.:/@-]+(,[^{}]*)?\})")
+
+
+class Text(NamedTuple):
+    """depth: 0 of a text, 1 of a list of texts, 2 of a list of such lists. nullable: null is null and no text."""
+
+    depth: int
+    nullable: bool
+
+
+def as_typed(arguments: Sequence[str], config_name: str, verbatim: Sequence[str] = ()) -> list[str]:
+    """The arguments of a script for Hydra. verbatim: keys in whose texts \\n is a line's end, and ${ begins nothing."""
+    known, sweeping = texts(config_name), bool({"-m", "--multirun"} & {*arguments})
+    return [_as_typed(argument, known, verbatim, sweeping) for argument in arguments]
+
+
+def argument(key: str, value: str | Sequence[str]) -> str:
+    """key=value as one word of the shell, which gives a script this very text, or list of texts."""
+    if not isinstance(value, str):
+        return shlex.quote(f"{key}=[{','.join(text if PLAIN.fullmatch(text) else quoted(text) for text in value)}]")
+    misread = value == "null" or QUOTED.fullmatch(value) or "${" in value
+    return shlex.quote(f"{key}={quoted(value) if misread else value}")
+
+
+def quoted(value: str, *, verbatim: bool = True) -> str:
+    """In quotes of Hydra's grammar, where a backslash counts only before a quote and at the end. Without verbatim ${key} is the key's value."""
+    value = value.replace("${", "\\${") if verbatim else NO_INTERPOLATION.sub(r"\\${", value)
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value) + "'"
+
+
+def _as_typed(argument: str, known: Mapping[str, Text], verbatim: Sequence[str], sweeping: bool) -> str:
+    key, equals, value = argument.partition("=")
+    name = key.lstrip("+")
+    if not equals or key.startswith(("-", "~", "hydra")) or (sweeping and (SWEEP.match(value) or len(_split(value)) > 1)):
+        return argument
+    if name in verbatim:
+        return argument if _stands(value, known[name]) else f"{key}=" + quoted(value.replace("\\n", "\n"))
+    return f"{key}={_value(name, value, known, known.get(name))}"
+
+
+def _value(key: str, value: str, known: Mapping[str, Text], kind: Text | None) -> str:
+    """kind: None where only the keys in its braces say what is a text, or nothing does."""
+    inner = value.strip()
+    if _stands(inner, kind):
+        return value
+    if kind and kind.depth == 0:
+        return quoted(value, verbatim=False)
+    if inner[:1] == "[" and inner[-1:] == "]":
+        member, key = kind and Text(kind.depth - 1, False), "data" if key == SOURCES else key
+        parts = _split(inner[1:-1])
+        return "[" + ",".join(_value(key, part.strip(), known, member) for part in (_paths(parts) if member == (0, False) else parts)) + "]"
+    if inner[:1] == "{" and inner[-1:] == "}":
+        pairs = [(name.strip(), of.strip()) for name, _, of in (part.partition(":") for part in _split(inner[1:-1]))]
+        return "{" + ",".join(f"{name}:{_value(f'{key}.{name}', of, known, known.get(f'{key}.{name}'))}" for name, of in pairs) + "}"
+    return value if PLAIN.fullmatch(inner) or "${" in value or not inner else quoted(value)
+
+
+def _paths(parts: list[str]) -> list[str]:
+    """A name with a comma in it is one where there is such a file, and none that ends at the comma."""
+    found, rest = [], parts
+    while rest:
+        whole = (size for size in range(len(rest), 1, -1) if not Path(rest[0].strip()).exists() and Path(",".join(rest[:size]).strip()).exists())
+        size = next(whole, 1)
+        found.append(",".join(rest[:size]))
+        rest = rest[size:]
+    return found
+
+
+def _stands(value: str, kind: Text | None) -> bool:
+    return (value == "null" and (kind is None or kind.nullable)) or QUOTED.fullmatch(value) is not None
+
+
+def _split(text: str) -> list[str]:
+    """At the commas that are in no brackets and no quotes. Quotes are quotes at the start of a value; elsewhere they are letters."""
+    parts, depth, place = [""], 0, 0
+    while place < len(text):
+        starts = parts[-1].rstrip()[-1:] in ("", ":", "[", "{", ",")
+        if starts and (found := QUOTED.match(text, place)):
+            parts[-1] += found[0]
+            place = found.end()
+            continue
+        letter = text[place]
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+        place += 1
+    return parts if text.strip() else []
+
+
+@cache
+def texts(config_name: str) -> dict[str, Text]:
+    """The keys of a script that are texts or lists of them, as its YAML tells."""
+    found: dict[str, Text] = {}
+    for key, value in _leaves(_composed(config_name)):
+        if key not in NO_TEXT and (value is None or isinstance(value, str | list)):
+            found[key] = Text(DEPTHS.get(key, int(isinstance(value, list))), value is None or key in OR_NULL)
+    return {key: kind for key, kind in found.items() if key != SOURCES}
+
+
+def _composed(config_name: str) -> dict[str, Any]:
+    """The YAML with those that its defaults name, without Hydra."""
+    tree = yaml.safe_load((CONFIGS / f"{config_name}.yaml").read_text(encoding="utf-8"))
+    for default in tree.pop("defaults", []):
+        if isinstance(default, str) and default != "_self_":
+            tree = _composed(default) | tree
+        elif isinstance(default, dict):
+            tree |= {group: _composed(f"{group}/{option}") for group, option in default.items() if option and not group.startswith("override")}
+    return {key: value for key, value in tree.items() if key != "hydra"}
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    nested = [_leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)] for key, value in tree.items()]
+    return [leaf for leaves in nested for leaf in leaves]

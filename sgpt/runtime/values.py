@@ -1,0 +1,108 @@
+"""What the numbers and texts of a configuration may be. What may not is refused by key, with the value and what is allowed."""
+
+import math
+from dataclasses import dataclass, fields, is_dataclass, replace
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.overrides import argument
+
+MOST = 2**31 - 1  # of a count: what 32 bits hold, in libraries and in files
+MOST_THREADS = 1024  # each costs memory, and beyond what a system gives a process ends without a word
+LARGEST = 1e30  # of any other number: float32 holds it, and its product with another one of a configuration
+
+
+@dataclass(frozen=True)
+class Range:
+    """low to high; without `low` itself where `above`, without `high` itself where `below`. words: how it is told, after "must be"."""
+
+    words: str
+    low: float = -LARGEST
+    high: float = LARGEST
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        """Not a number, nan, is in none."""
+        return self.low <= value <= self.high and not (self.above and value == self.low) and not (self.below and value == self.high)
+
+    def or_null(self, meaning: str) -> "Range":
+        return replace(self, words=f"{self.words}, or null {meaning}".rstrip())
+
+    def told(self, value: float) -> str:
+        """Bounds that only machines have are told to those who meet them."""
+        too_large = self.high in (MOST, LARGEST, MOST_THREADS) and self.high < value < math.inf
+        return f"at most {self.high:.10g}" if too_large else self.words
+
+
+COUNT = Range("1 or more", 1, MOST)
+COUNT_OR_NONE = Range("0 or more", 0, MOST)
+SEED = Range("a whole number from 0 to 4294967295", 0, 2**32 - 1)  # numpy's
+THREADS = Range("1 or more", 1, MOST_THREADS)
+POSITIVE = Range("positive", 0, above=True)
+NOT_NEGATIVE = Range("0 or more", 0)
+FINITE = Range("a number")
+SHARE = Range("from 0 to 1", 0, 1)
+BELOW_ONE = Range("0 or more and below 1", 0, 1, below=True)
+
+
+def check_ranges(config: Any, prefix: str = "", **ranges: Range) -> None:
+    """InputError for the first field that is out of its range; None is in every one. prefix: of the key, with its dot."""
+    for name, allowed in ranges.items():
+        value = getattr(config, name)
+        if value is not None and value not in allowed:
+            raise InputError(f"{prefix}{name}={value} must be {allowed.told(value)}")
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{key}={value!r} is unknown; choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def check_shapes(schema: type, tree: Any, key: str = "") -> None:
+    """InputError for the first place where keys, a list or a single value is meant and another of them is found."""
+    if is_dataclass(schema) or (get_origin(schema) or schema) is dict:
+        if not isinstance(tree, dict):
+            example = f"{key}.{fields(schema)[0].name}=…" if is_dataclass(schema) else f"{key}.<name>=…"
+            raise InputError(f"{key}={tree!r}: {key} has keys of its own; set them one by one, for example {example}")
+        kinds = get_type_hints(schema) if is_dataclass(schema) else dict.fromkeys(tree, str)
+        for name in tree.keys() & kinds.keys():
+            kind = next(option for option in (get_args(kinds[name]) if isinstance(kinds[name], UnionType) else [kinds[name]]) if option is not type(None))
+            if tree[name] is not None or kind is kinds[name]:
+                check_shapes(kind, tree[name], f"{key}.{name}" if key else str(name))
+    elif get_origin(schema) is list:
+        if not isinstance(tree, list):
+            raise InputError(f"{key}={tree!r} is not a list; write {argument(key, [str(tree)])}")
+        for number, inner in enumerate(tree):
+            check_shapes(get_args(schema)[0], inner, f"{key}[{number}]")
+    elif isinstance(tree, dict | list):
+        raise InputError(f"{key}={tree!r} is one value; write it without brackets and braces, or in quotes of its own")
+
+
+def check_texts(config: Any, prefix: str = "") -> None:
+    """InputError for the first text, at any depth, that no file, no log and no tokenizer could take; or is empty where null would be meant."""
+    kinds = get_type_hints(type(config))
+    for field in fields(config):
+        key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if value == "" and type(None) in getattr(kinds[field.name], "__args__", ()):
+            raise InputError(f"{key} is empty; set it, or leave it null")
+        _check_text(key, value)
+
+
+def _check_text(key: str, value: Any) -> None:
+    if is_dataclass(value):
+        check_texts(value, f"{key}.")
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            _check_text(f"{key}.{name}", inner)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            _check_text(f"{key}[{number}]", inner)
+    elif isinstance(value, str):
+        if "\0" in value:
+            raise InputError(f"{key}={value!r} holds a zero byte, which no path and no text can; leave it out")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{key}={value!r} is not in UTF-8, so it cannot be written into the files of a run; rename it") from None

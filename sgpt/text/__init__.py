@@ -1,0 +1,1 @@
+"""Strings to token ids: markers, tokens, and the chat template that carries the markers to other loaders."""

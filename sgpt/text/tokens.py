@@ -1,0 +1,20 @@
+"""Strings to token ids: the tokenizer, the content of a text, and the text in its markers."""
+
+from collections.abc import Iterator, Sequence
+
+from sgpt.text.markers import Frame
+
+WHOLE_TEXTS = 256  # tokenised before they are cut
+Rows = list[list[int]]  # token ids of one text each, ragged
+
+
+def marked(texts: Sequence[str], tokenizer, frame: Frame) -> Rows:
+    """Token ids in their frame. The content is tokenised alone: nothing can merge with a marker."""
+    return [frame.put_around(ids) for ids in content_ids(texts, tokenizer, frame.content_tokens)]
+
+
+def content_ids(texts: Sequence[str], tokenizer, limit: int | None = None) -> Iterator[list[int]]:
+    """Token ids of each text, unmarked and cut to `limit`. Whole, they are there for a few texts at a time, however long texts are."""
+    for start in range(0, len(texts), WHOLE_TEXTS):
+        part = list(texts[start : start + WHOLE_TEXTS])
+        yield from (ids[:limit] for ids in tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])

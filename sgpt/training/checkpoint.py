@@ -1,0 +1,150 @@
+"""Checkpoints: everything needed to go on bit for bit, in kilobytes when only biases learn.
+
+    checkpoints/step-<n>/  trained.safetensors   the learning parameters
+                           optimizer.pt          AdamW's moments, the schedule
+                           random-<rank>.pt      each process' random states
+                           state.json            steps taken, micro-batches drawn, seconds, processes
+
+A checkpoint is written under a temporary name and renamed, and removed under one too: what is half there never looks whole.
+The frozen weights are not in it: they are the base's.
+"""
+
+import json
+import pickle
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sgpt.runtime.distributed import barrier, on_all, world
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import remove_folder, replace_folder
+
+
+@dataclass
+class TrainState:
+    """step: optimizer steps taken. batches: micro-batches drawn by each process. seconds: spent training. processes: W."""
+
+    step: int = 0
+    batches: int = 0
+    seconds: float = 0.0
+    processes: int = 1
+
+
+def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer, schedule, state: TrainState, keep: int) -> None:
+    """All processes call it. Keeps the newest `keep` checkpoints."""
+    rank = world()[0]
+    target, temporary = folder / f"step-{state.step}", folder / f".step-{state.step}.tmp"
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "trained.safetensors")
+        torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, temporary / "optimizer.pt")
+        (temporary / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+    barrier()
+    torch.save(random_states(), temporary / f"random-{rank}.pt")
+    barrier()
+    if rank == 0:
+        replace_folder(temporary, target)
+        for old in whole_checkpoints(folder)[:-keep]:
+            remove_folder(old)
+    barrier()
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    whole = whole_checkpoints(folder)
+    return whole[-1] if whole else None
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """By step, the newest last. Folders that only look like one (a copy called step-4.bak) are none."""
+    return sorted((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()), key=_step)
+
+
+def load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, schedule) -> TrainState:
+    """Restores everything in place. InputError, on all processes, when it is damaged or of another run: other parameters or processes."""
+    return on_all(lambda: _load(checkpoint, parameters, optimizer, schedule))
+
+
+def _load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, schedule) -> TrainState:
+    rank, processes = world()
+    with _undamaged(checkpoint / "state.json") as file:
+        stored = json.loads(file.read_text())
+        state = TrainState(int(stored["step"]), int(stored["batches"]), float(stored["seconds"]), int(stored["processes"]))
+    if state.processes != processes:
+        raise InputError(
+            f"{checkpoint}: saved by {state.processes} processes, resumed with {processes}; start as many, since batches and random states belong to them"
+        )
+    load_parameters(checkpoint / "trained.safetensors", parameters)
+    with _undamaged(checkpoint / "optimizer.pt") as file:
+        stored = torch.load(file, weights_only=True, map_location="cpu")  # else every process would take memory on the GPU of the first
+        optimizer.load_state_dict(stored["optimizer"])
+        schedule.load_state_dict(stored["schedule"])
+    with _undamaged(checkpoint / f"random-{rank}.pt") as file:
+        restore_random_states(torch.load(file, weights_only=True))
+    return state
+
+
+@contextmanager
+def _undamaged(file: Path) -> Iterator[Path]:
+    """InputError for what reading a file of a checkpoint raises when it is cut, changed or not there."""
+    try:
+        yield file
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({type(error).__name__})"
+        others = [folder for folder in whole_checkpoints(file.parent.parent) if folder != file.parent]
+        instead = f"{others[-1].name} is used instead" if others else "training starts from the base again"
+        raise InputError(f"{file} {problem}; remove the folder {file.parent} and resume: {instead}") from None
+
+
+@torch.no_grad()
+def load_parameters(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    with _undamaged(file):
+        stored = load_file(file)
+    if stored.keys() != parameters.keys():
+        odd = sorted(stored.keys() ^ parameters.keys())
+        raise InputError(f"{file}: holds other parameters than this run trains, {odd[0]} for one; resume with the run's own tuning and model")
+    for name, parameter in parameters.items():
+        if stored[name].shape != parameter.shape:
+            raise InputError(f"{file}: {name} has shape {list(stored[name].shape)}, this model's has {list(parameter.shape)}; "
+                             "resume with the run's own tuning and model")
+        parameter.copy_(stored[name])
+
+
+def random_states() -> dict[str, object]:
+    """Python, numpy and torch; lists and tensors only, so that it loads with weights_only=True."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    states: dict[str, object] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_states(states: dict) -> None:
+    torch.set_rng_state(states["torch"])
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))

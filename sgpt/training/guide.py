@@ -1,0 +1,97 @@
+"""Frozen models that say something about the training texts: which in-batch candidates are false negatives, which queries are near.
+
+`loss.guide` and `data.grouping_model`. Both embed every different text of the sources once, before training, into the data
+cache (sgpt/data/feed/embeddings.py); a second start reads it, and a step costs nothing but the guide's scores.
+"""
+
+import logging
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sgpt.data.feed.embeddings import Embeddings, embeddings, query_numbers
+from sgpt.data.feed.grouping import Walk, nearness, walk
+from sgpt.data.feed.sampling import Feed, Source
+from sgpt.data.feed.store import key_of
+from sgpt.data.readers import DataConfig
+from sgpt.encoder import contract as contracts
+from sgpt.encoder.encoder import Encoder
+from sgpt.retrieval.index import fingerprint
+from sgpt.runtime.distributed import barrier, world
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import make_once
+from sgpt.runtime.provenance import computing_versions
+from sgpt.text.markers import ROLES, Role
+from sgpt.training.loss import LossConfig
+
+log = logging.getLogger(__name__)
+
+
+def guided(feed: Feed, config: LossConfig, device: torch.device | str = "cpu") -> Feed:
+    """With `loss.guide`, batches bring the guide's embeddings of their queries and documents. All processes call it, and wait for all."""
+    if not config.guide:
+        return feed
+    encoder, key = _frozen(config.guide, "loss.guide", device)
+    sources = [replace(source, guide={side: _embedded(source, side, encoder, key) for side in ROLES}) for source in feed.sources]
+    texts = sum(len(found) for source in sources for found in source.guide.values())
+    log.info("loss.guide=%s knows %s texts; an in-batch candidate that it scores above the positive less %g is no negative",
+             config.guide, f"{texts:,}", config.guide_margin)  # fmt: skip
+    return replace(feed, sources=sources)
+
+
+def grouped(feed: Feed, config: DataConfig, device: torch.device | str = "cpu") -> Feed:
+    """With `data.batches=hard`, batches are runs of near queries. All processes call it, and wait for all."""
+    if not config.grouping_model:
+        return feed
+    encoder, key = _frozen(config.grouping_model, "data.grouping_model", device)
+    sources = []
+    for source in feed.sources:
+        found, queries = _embedded(source, "query", encoder, key), query_numbers(source.examples)
+        walked = _walk(source, found, queries, key)
+        near, random = nearness(found, queries, walked, feed.queries_in_total)
+        log.info("%s: two queries of a batch have a cosine of %.3f, drawn at random %.3f", source.name, near, random)
+        sources.append(replace(source, walk=Walk(walked)))
+    log.info("data.batches=hard makes more in-batch candidates false negatives: set loss.false_negative_margin or loss.guide=<folder of a model> with it")
+    return replace(feed, sources=sources)
+
+
+def _walk(source: Source, found: Embeddings, queries: np.ndarray, key: str) -> np.ndarray:
+    """From the cache, where one process puts it: the others must not differ in the last bit of a cosine."""
+    if source.examples.folder is None:
+        return walk(found, queries)
+    file = source.examples.folder / f"walk-{key_of(key)}.npy"
+    if world()[0] == 0:
+        make_once(file, file.is_file, lambda: _save(file, walk(found, queries)))
+    barrier()
+    return np.load(file)
+
+
+def _save(file: Path, walked: np.ndarray) -> None:
+    temporary = file.with_name(f".{file.name}.tmp.npy")
+    np.save(temporary, walked)
+    temporary.replace(file)
+
+
+def _embedded(source: Source, side: Role, encoder: Encoder, key: str) -> Embeddings:
+    """A symmetric source's documents are queries to the model, too."""
+    role: Role = "query" if source.symmetric else side
+    embed = partial(encoder.encode, role=role, normalize=True, progress=False)
+    return embeddings(source.examples, side, embed, key_of(key, side, role))
+
+
+def _frozen(path: str, key: str, device: torch.device | str) -> tuple[Encoder, str]:
+    """The model, and by what its embeddings are known: its weights, its tokenizer, its contract, the versions that compute."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{key}={path}: no such folder; give a run, an export or a sentence-transformers folder, downloaded if it is from the hub")
+    places = (folder, folder / "export", folder / "adapter")
+    if not any((place / file).is_file() for place in places for file in (contracts.FILE, "modules.json")):
+        raise InputError(f"{key}={path}: a bare base knows no similarity of texts; give a run, an export or a sentence-transformers folder")
+    try:
+        encoder = Encoder.from_pretrained(folder)
+    except InputError as error:
+        raise InputError(f"{key}={path}: {error}") from error
+    return encoder.to(device), key_of(fingerprint(encoder, {}), computing_versions())

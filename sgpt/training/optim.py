@@ -1,0 +1,53 @@
+"""AdamW with linear warm-up, as SGPT trained: no weight decay on biases and norms, betas .9/.999, clip 1.0."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.values import BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, Range, check_ranges
+
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts")
+
+
+@dataclass
+class OptimConfig:
+    """learning_rate: peak. warmup_steps: optimizer steps; a number below 1 is a share of all steps. max_grad_norm: 0 clips nothing."""
+
+    learning_rate: float = 3.2e-4
+    weight_decay: float = 0.01
+    warmup_steps: float = 0.1
+    schedule: str = "linear"
+    max_grad_norm: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"optim.schedule={self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+        check_ranges(
+            self, "optim.", learning_rate=POSITIVE, weight_decay=NOT_NEGATIVE, warmup_steps=Range("0 or more", 0, MOST),
+            max_grad_norm=NOT_NEGATIVE, beta1=BELOW_ONE, beta2=BELOW_ONE, epsilon=POSITIVE,
+        )  # fmt: skip
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            raise InputError(f"optim.warmup_steps={self.warmup_steps} is neither a number of steps nor a share of them; give 100, or 0.1")
+
+
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """Decays matrices only: biases and norm gains are vectors."""
+    matrices = [p for p in parameters.values() if p.ndim > 1]
+    vectors = [p for p in parameters.values() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
+                             betas=(config.beta1, config.beta2), eps=config.epsilon)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int):
+    """Stepped once an optimizer step; a share of warm-up is rounded up, as the original does."""
+    warmup = math.ceil(config.warmup_steps * steps) if config.warmup_steps < 1 else int(config.warmup_steps)
+    return get_scheduler(config.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)

@@ -1,0 +1,222 @@
+"""What a run leaves to read: results before and after, the analysis for the report, the manifest, the card, the last table."""
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sgpt.data.feed.sampling import Feed
+from sgpt.decoder.trunk import load_tokenizer, load_trunk
+from sgpt.encoder import contract as contracts
+from sgpt.encoder.adapter import check_tokenizer, is_adapter, refuse_other_base
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.export import export
+from sgpt.encoder.probes import HALVES, in_dtype, probes
+from sgpt.evaluation import evaluate
+from sgpt.evaluation.evaluate import Sets
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import held
+from sgpt.runtime.overrides import argument
+from sgpt.runtime.provenance import Inputs, content_hash, environment, set_threads, tokenizer_hash, weights_hash
+from sgpt.training import checkpoint
+from sgpt.training.card import card
+from sgpt.training.checkpoint import TrainState
+from sgpt.training.config import TrainConfig
+from sgpt.training.run_folder import Run
+from sgpt.training.tuning import count, learning, tune
+
+SAMPLE = 512  # pairs in the similarity histogram
+
+
+def inputs_of(encoder: Encoder, feed: Feed, sets: Sets, dev: Sets) -> Inputs:
+    """Everything that decides a run's weights and results, but for its configuration. Encoder: of the untuned base."""
+    inputs: dict[str, str | int] = {"processes": feed.processes}
+    for source in feed.sources:
+        inputs[f"training data {source.name}"] = source.examples.key
+        for side, embeddings in (source.guide or {}).items():
+            inputs[f"guide's embeddings of each {side} of {source.name}"] = embeddings.key
+        if source.walk is not None:
+            inputs[f"grouping of {source.name}"] = content_hash(source.walk.examples.tolist())
+    for what, read in (("test set", sets), ("dev set", dev)):
+        for retrieval in read.retrieval:
+            inputs[f"{what} {retrieval.name}"] = content_hash(retrieval.corpus, retrieval.queries, retrieval.qrels)
+        for pairs in read.sts:
+            inputs[f"{what} {pairs.name}"] = content_hash(pairs.first, pairs.second, pairs.scores)
+    return inputs | base_inputs(encoder)
+
+
+def base_inputs(encoder: Encoder) -> Inputs:
+    """Of the trunk before training, and its tokenizer."""
+    base = encoder.contract.base
+    return {
+        f"base model {base}": weights_hash(dict(encoder.trunk.named_parameters())),
+        f"tokenizer of {base}": tokenizer_hash(encoder.tokenizer),
+    }
+
+
+def record_start(run: Run, config: TrainConfig, encoder: Encoder, feed: Feed, inputs: Inputs) -> None:
+    """Once, when the run begins; a resumed run has its inputs checked against these."""
+    if run.read("manifest.json", {}):
+        return
+    trained, total = count(encoder.trunk)
+    run.update(
+        "manifest.json", name=run.name, seed=config.trainer.seed, environment=environment(), inputs=dict(inputs),
+        data={
+            "examples": sum(len(source.examples) for source in feed.sources),
+            "sources": [{"source": source.name, "examples": len(source.examples), "key": source.examples.key} for source in feed.sources],
+        },
+        parameters={"trained": trained, "total": total}, contract={"fingerprint": encoder.contract.fingerprint(), **asdict(encoder.contract)},
+        precision=_precision(encoder, config),
+    )
+
+
+def record_before(run: Run, encoder: Encoder, sets: Sets, *, bm25: bool) -> None:
+    """The untuned base, once; a resumed run finds it there."""
+    if "before" in run.read("results.json", {}):
+        return
+    run.write("analysis.json", {"similarity": {"before": _similarity(encoder, sets)}})
+    run.write("results.json", {"before": evaluate.evaluate(encoder, sets), "bm25": evaluate.bm25(sets) if bm25 else {}})
+
+
+def record_after(run: Run, encoder: Encoder, sets: Sets, base: Mapping[str, Tensor], state: TrainState) -> None:
+    """The tuned model: what changed and what it scores."""
+    learned = learning(encoder.trunk)
+    change = {name: float((learned[name].detach() - old).norm() / old.norm().clamp(min=1e-12)) for name, old in base.items()}
+    similarity = run.read("analysis.json", {}).get("similarity", {}) | {"after": _similarity(encoder, sets)}
+    run.write("analysis.json", {"similarity": similarity, "change": change})
+    adapter = run.folder / "adapter" / "adapter_model.safetensors"
+    run.update(
+        "manifest.json", seconds=state.seconds, steps=state.step, processes=state.processes, probes=probes(in_dtype(encoder, torch.float32)),
+        bytes={"adapter": adapter.stat().st_size},
+    )
+    run.update("results.json", after=evaluate.evaluate(encoder, sets))
+
+
+def finish(run: Run) -> None:
+    """From here on the run is finished: starting it again shows its table, and makes its export if that is missing."""
+    run.update("manifest.json", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+
+
+def is_exported(run: Run) -> bool:
+    return "export" in run.read("manifest.json", {}) and (run.folder / "export" / contracts.FILE).is_file()
+
+
+def write_export(run: Run, config: TrainConfig, encoder: Encoder) -> None:
+    """The export of a finished run, which says so in the manifest. InputError names the command that makes it again."""
+    try:
+        verified = export(encoder, run.folder / "export", card=card(run, config))
+    except InputError as error:
+        again = f"python train/export.py {argument('run', str(run.folder))}"
+        raise InputError(f"{run.folder} has its adapter, results and report, and no export: {error}. To export it again: {again}") from error
+    weights = sum(file.stat().st_size for file in (run.folder / "export").glob("*.safetensors"))
+    size = run.read("manifest.json", {})["bytes"]
+    run.update("manifest.json", export=verified, bytes=size | {"model": weights})
+
+
+def reopen(run: Run, config: TrainConfig) -> tuple[Encoder, Path]:
+    """The encoder as it was when the newest checkpoint was written, and that checkpoint."""
+    newest = checkpoint.latest(run.checkpoints)
+    if newest is None:
+        raise InputError(f"{run.folder} has no checkpoint yet; let it train until the first one")
+    if run.threads:
+        set_threads(run.threads)  # the last digits of the probes belong to them
+    trunk, tokenizer = load_trunk(config.model), load_tokenizer(config.model.path)
+    if is_adapter(run.folder / "adapter"):
+        refuse_other_base(trunk, run.folder / "adapter")
+        check_tokenizer(tokenizer, run.folder / "adapter")
+    contract = Contract(config.pooling.name, config.markers, base=config.model.path)
+    encoder = Encoder(trunk, tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
+    recorded = run.read("manifest.json", {}).get("inputs", {})
+    for name, now in base_inputs(encoder).items():
+        if recorded.get(name, now) != now:
+            raise InputError(f"{run.folder}: {name} has changed since the run began; put it back, and export again")
+    encoder.trunk = tune(encoder.trunk, config.tuning)
+    encoder.eval()
+    checkpoint.load_parameters(newest / "trained.safetensors", learning(encoder.trunk))
+    return encoder, newest
+
+
+def complete(run: Run, config: TrainConfig, encoder: Encoder | None = None) -> None:
+    """Ends a finished run: its export, where that is missing, and its table, whatever the export says.
+
+    encoder: as it was trained; without, the one of the last checkpoint, after an export that was refused or killed.
+    """
+    if int(os.environ.get("RANK", "0")):
+        return
+    try:
+        if encoder is not None or not is_exported(run):
+            run.lock = run.lock or held(run.folder)
+            write_export(run, config, encoder or reopen(run, config)[0])
+    finally:
+        run.close()
+        show(run)
+
+
+def show(run: Run) -> None:
+    """The table that a run ends with."""
+    from rich.console import Console
+
+    results, manifest = run.read("results.json", {}), run.read("manifest.json", {})
+    console = Console(markup=False)  # a name may hold brackets
+    if scored := {name: results[name] for name in ("before", "after", "bm25") if results.get(name)}:
+        console.print(evaluate.table(scored, f"{run.name}: results × 100"))
+    else:
+        console.print("no test set was named: evaluation.retrieval=[<BEIR folder>] or evaluation.sts=[<pairs file>] scores the next run", soft_wrap=True)
+    queries, size = _queries_seen(run), manifest["bytes"]
+    console.print(f"{queries / manifest['seconds']:.1f} pairs per second · {queries:,} pairs · {manifest['seconds'] / 60:.1f} minutes of training")
+    console.print(f"trained {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters: "
+                  f"{_bytes(size['adapter'])} of changes" + (f" to a model of {_bytes(size['model'])}" if "model" in size else ", not exported"))
+    console.print(f"run folder  {run.folder}   (open {run.folder}/report.html)", soft_wrap=True, highlight=False)
+    ours = manifest["data"]["sources"][0]["source"].endswith("pydocs")  # what search looks through when no corpus is named
+    what = 'query="parse a date from a string"' if ours else "corpus=<JSON lines of _id and text>"
+    search = shlex.quote(_from_here(Path(__file__).parents[2] / "train" / "search.py"))
+    console.print(f"search it   {_python()} {search} {argument('run', str(run.folder))} {what}", soft_wrap=True, highlight=False)
+
+
+def _python() -> str:
+    """This interpreter, as the shell finds it from here: .venv/bin/python needs no activation."""
+    found = shutil.which("python")
+    return "python" if found and Path(found).absolute() == Path(sys.executable).absolute() else shlex.quote(_from_here(Path(sys.executable)))
+
+
+def _from_here(file: Path) -> str:
+    """Relative where it lies below the working directory."""
+    return os.path.relpath(file) if file.absolute().is_relative_to(Path.cwd()) else str(file.absolute())
+
+
+def _precision(encoder: Encoder, config: TrainConfig) -> dict[str, str]:
+    """What the frozen and the trained weights are held in while the run trains and is scored, and what it computes in."""
+    held_in = {str(parameter.dtype).removeprefix("torch.") for parameter in encoder.trunk.parameters()}
+    half = next((name for name in HALVES if name in held_in), None)
+    return {"frozen": half or "float32", "trained": "float32", "computed": half or config.trainer.precision}
+
+
+def _similarity(encoder: Encoder, sets: Sets) -> dict[str, list[float]]:
+    if not sets.retrieval:
+        return {"positive": [], "negative": []}
+    chosen = sets.retrieval[0]
+    best: dict[str, str] = {}
+    for query, judged in chosen.qrels.items():  # a judged document may be no candidate: BEIR leaves those with an empty text out
+        relevant = [document for document, score in judged.items() if score > 0 and document in chosen.corpus]
+        if relevant and len(best) < SAMPLE:
+            best[query] = max(relevant, key=judged.get)
+    return evaluate.similarity_sample(encoder, [chosen.queries[query] for query in best], [chosen.corpus[document] for document in best.values()])
+
+
+def _queries_seen(run: Run) -> int:
+    import yaml
+
+    config, manifest = yaml.safe_load((run.folder / "config.yaml").read_text()), run.read("manifest.json", {})
+    return manifest["steps"] * config["trainer"]["queries_per_process"] * config["trainer"]["gradient_accumulation"] * manifest["processes"]
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.0f} kB"

@@ -1,0 +1,93 @@
+"""The run folder `runs/<name>/`: claiming it, its files, and the manifest.
+
+    config.yaml   metrics.jsonl   checkpoints/   adapter/   export/   results.json   analysis.json   report.html   manifest.json
+
+`manifest.json` gets its "finished" last of all.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import held, let_go, write_whole
+from sgpt.runtime.provenance import Inputs, check_same, differences, recorded_threads
+
+MAY_CHANGE = {"name", "runs", "resume", "logging", "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints"}  # on resuming
+
+
+@dataclass
+class Run:
+    """lock: held by the process that writes the run, from `begin` to its end."""
+
+    folder: Path
+    lock: FileLock | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        return "finished" in self.read("manifest.json", {})
+
+    def read(self, file: str, otherwise: Any) -> Any:
+        path = self.folder / file
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else otherwise
+
+    def write(self, file: str, content: Any) -> None:
+        """JSON, whole or not at all."""
+        write_whole(self.folder / file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def update(self, file: str, **content: Any) -> None:
+        self.write(file, self.read(file, {}) | content)
+
+    @property
+    def threads(self) -> int | None:
+        """Of each process when it was begun; None before."""
+        return recorded_threads(self.read("manifest.json", {}))
+
+    def check_same(self, inputs: Inputs) -> None:
+        """InputError when a run that was begun would resume with other data, weights, versions or threads."""
+        manifest = self.read("manifest.json", {})
+        if manifest or any(self.checkpoints.glob("step-*")):
+            check_same(self.folder, manifest, inputs, otherwise="choose another name=<name>")
+
+    def close(self) -> None:
+        """The run is written."""
+        if self.lock is not None:
+            let_go(self.lock)
+            self.lock = None
+
+
+def claim(folder: Path, config: dict, *, resume: bool) -> Run:
+    """The run of this folder, not yet begun. Refuses an existing one unless told to resume it with the same configuration."""
+    import yaml
+
+    run, file = Run(folder), folder / "config.yaml"
+    if not file.is_file():
+        return run
+    if not resume:
+        state = "a finished run" if run.finished else "an unfinished run"
+        raise InputError(f"{folder} holds {state}; go on with resume=true, or choose another name=<name>")
+    changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), config, MAY_CHANGE)
+    if changed:
+        raise InputError(f"{folder} was started with another configuration: {'; '.join(changed[:5])}. Resume it unchanged, or choose another name=<name>")
+    return run
+
+
+def begin(run: Run, config: dict) -> None:
+    """Makes the folder, once everything that can be checked beforehand has been. InputError while another process writes it."""
+    import yaml
+
+    run.lock = held(run.folder, "another runs=")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if not (run.folder / "config.yaml").is_file():
+        write_whole(run.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,113 @@
+"""One contrastive step: from a batch of token ids to gradients, in as much memory as it is given.
+
+The texts of a batch are embedded in packs (sgpt/decoder/packing.py). A pack's activations stay alive for its backward pass while
+they fit the keep budget; of the others only the embeddings are made, and after the loss has said what it wants of each
+embedding they are computed again, with the random state that they had. With a budget of nothing that is GradCache (Gao et
+al. 2021, arXiv 2101.06983). The gradient is the same number for number, dropout included; only time and memory differ.
+
+The scores are computed for some queries at a time as well, so a batch is limited by nothing but time.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from sgpt.data.feed.collate import Batch
+from sgpt.decoder.packing import Pack, distinct
+from sgpt.decoder.trunk import takes_packs
+from sgpt.encoder.encoder import Encoder
+from sgpt.training.loss import LossConfig, Outcome, objective
+
+
+def contrastive_step(encoder: Encoder, batch: Batch, config: LossConfig, *, keep_bytes: float = float("inf"), weight: float = 1.0) -> Outcome:
+    """Adds weight · the loss' gradients to the learning parameters'. keep_bytes: of activations that may stay alive."""
+    rows, places = distinct([*batch.queries, *batch.documents])
+    made = list(encoder.packs(rows))
+    parts = _embed(encoder, made, keep_bytes)
+    embeddings = encoder.in_order(made, [part.embeddings.detach() for part in parts], len(rows)).requires_grad_()  # [distinct, D]
+    loss, outcome = objective(*embeddings[places].split([len(batch.queries), len(batch.documents)]), batch, config)
+    (loss * weight).backward()
+    after = _random_state(encoder.device)
+    for pack, part in zip(made, parts, strict=True):
+        part.backward(encoder, pack, embeddings.grad[pack.rows])
+    _restore_random_state(after, encoder.device)
+    tokens = sum(map(len, made))
+    positions = tokens if takes_packs(encoder.trunk) else sum(pack.padded_tokens for pack in made)
+    kept = sum(len(pack) for pack, part in zip(made, parts, strict=True) if part.state is None)
+    return replace(outcome, tokens=tokens, positions=positions, kept_tokens=kept)
+
+
+@dataclass
+class _Part:
+    """One pack's embeddings, with their graph, or without and the random state to make them again."""
+
+    embeddings: Tensor
+    state: tuple[Tensor, Tensor | None] | None
+
+    def backward(self, encoder: Encoder, pack: Pack, gradient: Tensor) -> None:
+        if self.state is not None:
+            _restore_random_state(self.state, encoder.device)
+            self.embeddings = encoder.embed_pack(pack)
+        if self.embeddings.requires_grad:
+            self.embeddings.backward(gradient)
+        self.embeddings = None  # the graph goes with it
+
+
+def _embed(encoder: Encoder, made: list[Pack], keep_bytes: float) -> list[_Part]:
+    """Keeps what fits, by what the packs before took for each of their tokens; the first is tried when it may fit at all."""
+    parts: list[_Part] = []
+    kept_bytes, kept_tokens = 0, 0
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*encoder.trunk.parameters(), *encoder.trunk.buffers())}
+    for pack in made:
+        state = _random_state(encoder.device)
+        expected = kept_bytes / kept_tokens * len(pack) if kept_tokens else 0
+        if keep_bytes > 0 and kept_bytes + expected <= keep_bytes:
+            with _SavedBytes(weights) as saved:
+                embeddings = encoder.embed_pack(pack)
+            if kept_bytes + saved.bytes <= keep_bytes:
+                kept_bytes, kept_tokens = kept_bytes + saved.bytes, kept_tokens + len(pack)
+                parts.append(_Part(embeddings, None))
+                continue
+            keep_bytes = 0  # what is known now: nothing more fits
+            parts.append(_Part(embeddings.detach(), state))
+            continue
+        with torch.no_grad():
+            parts.append(_Part(encoder.embed_pack(pack), state))
+    return parts
+
+
+class _SavedBytes:
+    """Counts what autograd keeps for the backward pass: each storage once, and the weights, of which it keeps views, not at all."""
+
+    def __init__(self, weights: set[int]) -> None:
+        self.weights, self.storages = weights, {}
+
+    def __enter__(self) -> "_SavedBytes":
+        self.hooks = saved_tensors_hooks(self._count, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.hooks.__exit__(*error)
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.weights:
+            self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.storages.values())
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _restore_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
