@@ -13,7 +13,7 @@ import torch
 import transformers
 from conftest import SIZES, byte_level
 
-import sgpt.evaluation.evaluate
+import sgpt.retrieval.dense
 from sgpt.data.formats.beir import read_retrieval
 from sgpt.data.formats.scored_pairs import read_pairs
 from sgpt.data.formats.trec import ranked
@@ -202,7 +202,7 @@ def test_a_full_disk_is_told_of_before_anything_is_encoded(toy, tiny_encoder, mo
     def full(*arguments) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sgpt.evaluation.evaluate, "IN_MEMORY", 0)
+    monkeypatch.setattr(sgpt.retrieval.dense, "IN_MEMORY", 0)
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(InputError, match=r"TMPDIR can name: no room for 0\.00 GB of embeddings \(No space left on device\)"):
         retrieve(tiny_encoder("gpt_neo"), read_retrieval(toy, "test"))
@@ -211,7 +211,7 @@ def test_a_full_disk_is_told_of_before_anything_is_encoded(toy, tiny_encoder, mo
 def test_many_queries_are_searched_for_some_at_a_time(monkeypatch):
     queries, documents = (torch.randn(number, 16, generator=torch.Generator().manual_seed(number)) for number in (23, 500))
     expected, rows = (queries @ documents.T).topk(20, dim=1)
-    monkeypatch.setattr(sgpt.evaluation.evaluate, "QUERIES_AT_A_TIME", 5)
+    monkeypatch.setattr(sgpt.retrieval.dense, "QUERIES_AT_A_TIME", 5)
     found = search(queries, documents, 20, chunk=64)
     torch.testing.assert_close(found[0], expected)
     assert torch.equal(found[1], rows)
@@ -221,7 +221,7 @@ def test_many_queries_are_searched_for_some_at_a_time(monkeypatch):
 def test_embeddings_in_a_file_give_the_same_results(toy, tiny_encoder, monkeypatch):
     chosen, encoder = read_retrieval(toy, "test"), tiny_encoder("gpt_neo")
     in_memory = retrieve(encoder, chosen)
-    monkeypatch.setattr(sgpt.evaluation.evaluate, "IN_MEMORY", 0)
+    monkeypatch.setattr(sgpt.retrieval.dense, "IN_MEMORY", 0)
     assert retrieve(encoder, chosen) == in_memory
 
 

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 from sgpt.cross_encoder.cross_encoder import load_language_model
 from sgpt.cross_encoder.likelihood import Text, log_probabilities
 from sgpt.decoder import agreement
-from sgpt.decoder import trunk as model
 from sgpt.decoder.trunk import ModelConfig, load_trunk
 from sgpt.encoder.encoder import Encoder
 from sgpt.runtime.errors import InputError
@@ -65,7 +64,7 @@ def test_positions_handed_in_where_they_count_otherwise_are_noticed(tmp_path):
 
 def test_a_family_that_is_right_only_when_it_counts_itself_is_left_to_do_so(tmp_path, monkeypatch):
     """Without what is known of such tables: the check at opening finds out."""
-    monkeypatch.setattr(model, "position_offset", lambda trunk: 0)
+    monkeypatch.setattr("sgpt.decoder.families.position_offset", lambda trunk: 0)
     assert sweep("longformer", tmp_path).outcome == "right"
     assert load_trunk(ModelConfig(str(tmp_path))).counts_positions_itself
 
