@@ -1,4 +1,4 @@
-"""Mine hard negatives: `python train/mine.py data=<BEIR folder> output=rows.jsonl`, or `accelerate launch train/mine.py …`. Rules: sgpt/mine/."""
+"""Mine hard negatives: `python train/mine.py data=<BEIR folder> output=rows.jsonl`, or `accelerate launch train/mine.py …`. Rules: sgpt/mining/rules.py."""
 
 from omegaconf import DictConfig
 

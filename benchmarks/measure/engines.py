@@ -110,9 +110,10 @@ def count_positions(model: nn.Module) -> list[int]:
 
 
 def matrix_products(encoder: Encoder, batches: Sequence[Batch]) -> float:
-    """CPU seconds of the products that no implementation gets round: outputs and input gradients of every linear layer, over the
+    """CPU seconds of the products that no implementation gets round.
 
-    same tokens in the same packs. Attention's own products, which are few, are left out.
+    They are outputs and input gradients of every linear layer, over the same tokens in the same packs. Attention's own
+    products, which are few, are left out.
     """
     weights = [module.weight.detach() for module in encoder.modules() if isinstance(module, nn.Linear)]
     weights += [module.weight.detach().T for module in encoder.modules() if isinstance(module, Conv1D)]  # [out, in]
