@@ -22,11 +22,9 @@ ONE_MEANING = {  # of constants and types that each module has for itself: sizes
 }  # fmt: skip
 TWO_MEANINGS = {  # to be renamed; none may be added
     "COLOURS", "FORMS", "HALVES", "Job", "LABELS", "READERS", "ROLES", "NOT_READ", "SOURCES", "SPLITS", "TEXTS",
-    "Ranked",
-    "Rescore", "Results", "Rows", "Run", "Source", "Text", "begin", "check", "content_hash", "count", "finish",
-    "first_line", "inputs_of", "prepare", "read_documents", "read_examples", "read_json", "read_set", "rounding",
-    "show",
-    "table", "told", "typed", "write_page",
+    "Ranked", "Rescore", "Results", "Rows", "Run", "Source", "Text", "begin", "check", "content_hash", "count",
+    "finish", "first_line", "inputs_of", "prepare", "read_documents", "read_examples", "read_json", "read_set",
+    "rounding", "show", "table", "told", "typed", "write_page",
 }  # fmt: skip
 WITHOUT_SENTENCES = {  # so far they have a paragraph on the class
     "DataConfig", "EvaluateConfig", "EvaluationConfig", "ExportConfig", "IndexConfig", "InspectConfig",
