@@ -11,7 +11,7 @@ MANY = $(shell command -v nvidia-smi >/dev/null || echo ACCELERATE_USE_CPU=true)
 LAUNCH = $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(MANY))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-machines smoke parity lint nano bench bench-full clean
+.PHONY: help install train test test-all test-machines smoke parity lint architecture nano bench bench-full clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -40,13 +40,16 @@ smoke: install  ## the embedded default shrunk to seconds
 lint: $(BIN)/.installed-dev  ## ruff
 	$(BIN)/ruff check .
 
+architecture: install  ## the picture of docs/architecture.md, drawn again from the imports
+	$(BIN)/python docs/draw_architecture.py
+
 nano: install  ## pretrain the small base model again from open text (TEXT=<folder>); hours on a CPU
 	$(LAUNCH) train/pretrain.py text=$(TEXT)
 
 # ratios to sentence-transformers, A B A B in fresh processes; every script has --help, JSON lies in runs/bench
 BENCH = $(BIN)/python benchmarks/$(1).py --threads $(THREADS) --output runs/bench/$(or $(3),$(1)).json $(2)
 
-bench: $(BIN)/.installed-dev  ## speed and memory beside sentence-transformers, small model, a few minutes
+bench: $(BIN)/.installed-dev  ## speed and memory next to sentence-transformers, small model, a few minutes
 	$(call BENCH,train_step,--shape small --rounds 3 --steps 3 --competitors mnrl cached-32)
 	$(call BENCH,encode,--shape small --rounds 2 --documents 200 --batch-sizes 16 32)
 	$(call BENCH,memory,--shape small --rounds 1 --batch 64 --packs 1024 --competitors mnrl cached-32)

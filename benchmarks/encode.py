@@ -1,9 +1,11 @@
-"""How fast are documents encoded? `Encoder.encode_documents` and `SentenceTransformer.encode`, from strings to equal embeddings.
+"""How fast are documents encoded? `Encoder.encode_documents` and `SentenceTransformer.encode`, from strings to equal
+embeddings.
 
-    python benchmarks/encode.py [--shape 125m] [--data squad] [--documents 500] [--rounds 3] [--batch-sizes 8 16 32 64 128]
+    python benchmarks/encode.py [--shape 125m] [--data squad] [--documents 500] [--rounds 3] [--batch-sizes 8 16 32 64
+        128]
 
-Every batch size of the competitor is tried on a fifth of them; the fastest runs against ours, A B A B, each time in a fresh process.
-No time is shown before the embeddings are equal: 1e-5 at most between any two numbers in float32.
+Every batch size of the competitor is tried on a fifth of them; the fastest runs against ours, A B A B, each time in a
+fresh process. No time is shown before the embeddings are equal: 1e-5 at most between any two numbers in float32.
 """
 
 from argparse import Namespace
@@ -19,17 +21,27 @@ from measure.report import Report, compare, fastest, parser, race
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}  # of numbers around 1, of which bfloat16 keeps 8 bits
 COLUMNS = {
-    "cpu_seconds": ("CPU s", ".2f"), "wall_seconds": ("wall s", ".2f"), "documents_per_second": ("docs/s", ".1f"), "load": ("load", ".1f"),
+    "cpu_seconds": ("CPU s", ".2f"), "wall_seconds": ("wall s", ".2f"), "documents_per_second": ("docs/s", ".1f"),
+    "load": ("load", ".1f"),
 }  # fmt: skip
 
 
 def main() -> None:
-    made = parser(__doc__, shape="125m", rounds=3)
-    made.add_argument("--data", choices=DOCUMENTS, default="squad", help="real texts below --shared (default: %(default)s)")
-    made.add_argument("--documents", type=int, default=500, help="squad has 1563, medquad 15809 (default: %(default)s)")
-    made.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="of ST, to choose from (default: %(default)s)")
-    options = made.parse_args()
-    with setting(options, options.data, lambda folder: read_documents(options.data, options.documents, folder)) as given:
+    arguments = parser(__doc__, shape="125m", rounds=3)
+    arguments.add_argument(
+        "--data", choices=DOCUMENTS, default="squad", help="real texts below --shared (default: %(default)s)"
+    )
+    arguments.add_argument(
+        "--documents", type=int, default=500, help="squad has 1563, medquad 15809 (default: %(default)s)"
+    )
+    arguments.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128],
+        help="of ST, to choose from (default: %(default)s)"
+    )
+    options = arguments.parse_args()
+    with setting(
+        options, options.data, lambda folder: read_documents(options.data, options.documents, folder)
+    ) as given:
         report = Report(options, COLUMNS, same_embeddings(options))
 
         def measure(variant: Variant, number: int = options.documents) -> dict:
@@ -64,7 +76,9 @@ def theirs(setting: Setting, *, batch_size: int) -> Callable[[list[str]], np.nda
     model = open_theirs(setting)
     if setting.precision == "bf16":
         model.to(torch.bfloat16)
-    return lambda texts: model.encode(texts, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True).float().numpy()
+    return lambda texts: model.encode(
+        texts, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True
+    ).float().numpy()
 
 
 ENGINES = {"ours": ours, "st": theirs}
@@ -78,7 +92,10 @@ def same_embeddings(options: Namespace) -> Callable[[dict, dict], str | None]:
         left, right = (np.load(one["embeddings"]) for one in (reference, row))
         both = min(len(left), len(right))  # fewer are encoded while choosing
         row["differs"] = float(np.abs(left[:both] - right[:both]).max())
-        return None if row["differs"] <= tolerance else f"embeddings differ by {row['differs']:.1e}, allowed {tolerance:.0e}"
+        return (
+            None if row["differs"] <= tolerance
+            else f"embeddings differ by {row['differs']:.1e}, allowed {tolerance:.0e}"
+        )
 
     return agree
 

@@ -2,11 +2,12 @@
 
     python benchmarks/msmarco_start.py [--passages 1000000]
 
-Makes a collection of its form: passages of 30 to 80 English words, a query for every 20 of them, and for each query a positive and the 50
-best of 13 mining systems out of 200 candidates, all of them scored (as published: 8.8 million passages, half a million queries).
-One fresh process fills the store; another tokenises it; a third one starts from the warm cache as every later run does: it knows the
-files by their bytes, opens store and tokens, and makes the first batch. By the functions that train/biencoder.py calls. Seconds are
-of the work alone, without imports, by the clock and of the processor; memory is the peak of the resident size of the process, with them.
+Makes a collection of its form: passages of 30 to 80 English words, a query for every 20 of them, and for each query a
+positive and the 50 best of 13 mining systems out of 200 candidates, all of them scored (as published: 8.8 million
+passages, half a million queries). One fresh process fills the store; another tokenises it; a third one starts from the
+warm cache as every later run does: it knows the files by their bytes, opens store and tokens, and makes the first
+batch. By the functions that train/biencoder.py calls. Seconds are of the work alone, without imports, by the clock and
+of the processor; memory is the peak of the resident size of the process, with them.
 """
 
 import argparse
@@ -31,8 +32,13 @@ WORDS = re.findall("[A-Za-z]+", " ".join(pydoc_data.topics.topics.values()))  # 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passages", type=int, default=1_000_000, help="size of the collection, 8841823 in MS MARCO (default: %(default)s)")
-    parser.add_argument("--folder", help="below which a temporary folder is made: 2 GB for a million passages (default: the system's)")
+    parser.add_argument(
+        "--passages", type=int, default=1_000_000,
+        help="size of the collection, 8841823 in MS MARCO (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--folder", help="below which a temporary folder is made: 2 GB for a million passages (default: the system's)"
+    )
     parser.add_argument("--base", default="data/nano", help="whose tokenizer (default: %(default)s)")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # what a fresh process does, in --folder
     options = parser.parse_args()
@@ -47,15 +53,24 @@ def main() -> None:
         make_collection(folder, options.passages)
         make_queries(folder, options.passages)
         size = sum(file.stat().st_size for file in folder.iterdir())
-        print(f"made: {options.passages} passages, {options.passages // 20} queries, {size / 1e9:.2f} GB, in {time.perf_counter() - started:.1f} s", flush=True)
+        print(
+            f"made: {options.passages} passages, {options.passages // 20} queries, {size / 1e9:.2f} GB, in "
+            f"{time.perf_counter() - started:.1f} s",
+            flush=True
+        )
         for step in STEPS:
-            subprocess.run([sys.executable, __file__, "--step", step, "--folder", name, "--base", options.base], check=True)
+            subprocess.run(
+                [sys.executable, __file__, "--step", step, "--folder", name, "--base", options.base], check=True
+            )
 
 
 def make_collection(folder: Path, passages: int) -> None:
     """DIFFERENT texts, made different again by a number at the end."""
     draw = np.random.default_rng(0)
-    texts = [" ".join(WORDS[word] for word in draw.integers(0, len(WORDS), length)) for length in draw.integers(30, 81, DIFFERENT)]
+    texts = [
+        " ".join(WORDS[word] for word in draw.integers(0, len(WORDS), length))
+        for length in draw.integers(30, 81, DIFFERENT)
+    ]
     with (folder / "collection.tsv").open("w", encoding="utf-8") as out:
         out.writelines(f"{number}\t{texts[number % DIFFERENT]} {number}\n" for number in range(passages))
     print(f"made: {folder / 'collection.tsv'}", flush=True)
@@ -73,9 +88,15 @@ def make_queries(folder: Path, passages: int) -> None:
             candidates = draw.integers(0, passages, CANDIDATES)
             by_system = draw.permuted(np.tile(candidates, (SYSTEMS, 1)), axis=1)[:, :DEPTH].tolist()
             positive, *others = candidates.tolist()
-            scored = dict(zip(map(str, others), draw.normal(-3, 5, CANDIDATES - 1).round(4).tolist(), strict=True)) | {str(positive): 8.0}
-            queries.write(f"{qid}\twhat is {' '.join(WORDS[word] for word in draw.integers(0, len(WORDS), 4))} of {qid}\n")
-            mined.write(json.dumps({"qid": qid, "pos": [positive], "neg": dict(zip(names, by_system, strict=True))}) + "\n")
+            scored = dict(
+                zip(map(str, others), draw.normal(-3, 5, CANDIDATES - 1).round(4).tolist(), strict=True)
+            ) | {str(positive): 8.0}
+            queries.write(
+                f"{qid}\twhat is {' '.join(WORDS[word] for word in draw.integers(0, len(WORDS), 4))} of {qid}\n"
+            )
+            mined.write(
+                json.dumps({"qid": qid, "pos": [positive], "neg": dict(zip(names, by_system, strict=True))}) + "\n"
+            )
             scores.write(json.dumps({"qid": qid} | scored) + "\n")
     print(f"made: {folder / 'msmarco-hard-negatives.jsonl'}", flush=True)
 
@@ -87,7 +108,10 @@ def fill(folder: Path, base: str) -> str:
     examples = readers.read_examples(data(folder).each()[0], folder / "cache")
     taken = spent()
     per_query = np.mean([len(examples.hard_negatives[row]) for row in range(min(1000, len(examples)))])
-    return f"filled: {len(examples)} examples, about {per_query:.0f} hard negatives each, over {len(examples.texts)} texts: {taken}"
+    return (
+        f"filled: {len(examples)} examples, about {per_query:.0f} hard negatives each, over {len(examples.texts)} "
+        f"texts: {taken}"
+    )
 
 
 def tokenise(folder: Path, base: str) -> str:
@@ -100,7 +124,10 @@ def start(folder: Path, base: str) -> str:
     feed, spent = built(folder, base)
     batch = feed.batch(0, 0)
     taken = spent()
-    return f"started: first batch of {len(batch.queries)} queries, {sum(map(len, (*batch.queries, *batch.documents)))} tokens: {taken}"
+    return (
+        f"started: first batch of {len(batch.queries)} queries, {sum(map(len, (*batch.queries, *batch.documents)))} "
+        f"tokens: {taken}"
+    )
 
 
 def built(folder: Path, base: str):
@@ -110,7 +137,9 @@ def built(folder: Path, base: str):
     from sgpt.text.markers import MarkersConfig
 
     tokenizer, spent = load_tokenizer(base), stopwatch()
-    return readers.build_feed(data(folder), tokenizer, MarkersConfig("brackets", 300, 300), queries_per_process=BATCH), spent
+    return readers.build_feed(
+        data(folder), tokenizer, MarkersConfig("brackets", 300, 300), queries_per_process=BATCH
+    ), spent
 
 
 def data(folder: Path):
@@ -121,7 +150,10 @@ def data(folder: Path):
 
 def stopwatch() -> Callable[[], str]:
     wall, processor = time.perf_counter(), time.process_time()
-    return lambda: f"{time.perf_counter() - wall:.2f} s, of the processor {time.process_time() - processor:.2f} s, peak {peak_megabytes():.0f} MB"
+    return (
+        lambda: f"{time.perf_counter() - wall:.2f} s, of the processor {time.process_time() - processor:.2f} s, peak "
+        f"{peak_megabytes():.0f} MB"
+    )
 
 
 def peak_megabytes() -> float:

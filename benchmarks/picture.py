@@ -1,6 +1,8 @@
-"""The picture of the README, from what the benchmarks wrote: `python benchmarks/picture.py runs/bench/*.json --output docs/speed.png`.
+"""The picture of the README, from what the benchmarks wrote: `python benchmarks/picture.py runs/bench/*.json --output
+docs/speed.png`.
 
-A bar is the median over rounds of a competitor's CPU seconds over ours, the line its spread; what has no verdict is left out.
+A bar is the median over rounds of a competitor's CPU seconds over ours, the line its spread; what has no verdict is
+left out.
 """
 
 import argparse
@@ -14,17 +16,21 @@ from matplotlib import pyplot
 
 ENDING = " / ours, CPU seconds"
 SHAPES = {
-    "125m": "GPT-Neo 125M", "small": "GPT-Neo, 4 × 256", "gpt2_125m": "GPT-2 125M", "llama_small": "Llama, 4 × 256", "neox_small": "NeoX, 4 × 256",
+    "125m": "GPT-Neo 125M", "small": "GPT-Neo, 4 × 256", "gpt2_125m": "GPT-2 125M", "llama_small": "Llama, 4 × 256",
+    "neox_small": "NeoX, 4 × 256",
     "neox_125m": "NeoX 125M",
 }
-DOING = {"train_step": "training step", "encode": "encoding", "rerank": "re-ranking", "memory": "training step", "scaling": "training step"}
+DOING = {
+    "train_step": "training step", "encode": "encoding", "rerank": "re-ranking", "memory": "training step",
+    "scaling": "training step"
+}
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("files", type=Path, nargs="+", help="JSON files of the benchmarks")
-    made.add_argument("--output", type=Path, default=Path("docs/speed.png"))
-    options = made.parse_args()
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("files", type=Path, nargs="+", help="JSON files of the benchmarks")
+    arguments.add_argument("--output", type=Path, default=Path("docs/speed.png"))
+    options = arguments.parse_args()
     bars = [bar for file in options.files for bar in read(json.loads(file.read_text(encoding="utf-8")))]
     bars.sort(key=lambda bar: bar["median"])
     figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.42 * len(bars)))
@@ -51,7 +57,8 @@ def read(found: dict) -> list[dict]:
     return [
         verdict | {"label": f"{where}\nbeside {verdict['what'].removesuffix(ENDING)}"}
         for verdict in found["verdicts"]
-        if verdict.get("decided") and verdict["what"].endswith(ENDING) and not verdict["what"].startswith(("bare", "ours"))
+        if verdict.get("decided") and verdict["what"].endswith(ENDING)
+        and not verdict["what"].startswith(("bare", "ours"))
     ]
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py [--shared ../shared/data] [--seeds 0 1 2] [--tasks pydocs squad scifact nli]
 
-Every run is `train/biencoder.py`; finished runs are found finished, so a stopped benchmark goes on. nDCG@10 on the test
+Every run is `train/biencoder.py`; a finished run is not run again, so a stopped benchmark resumes. nDCG@10 on the test
 split of each retrieval set (pydocs: packages never trained on), Spearman on STS-B test for NLI.
 """
 
@@ -22,10 +22,12 @@ TASKS = {
     ],
     "scifact": [
         "data=beir", "data.path={shared}/scifact", "markers.query_max_tokens=64", "markers.document_max_tokens=256",
-        "evaluation.retrieval=[{shared}/scifact]", "optim.learning_rate=5e-2", "trainer.queries_per_process=64", "trainer.epochs=3",
+        "evaluation.retrieval=[{shared}/scifact]", "optim.learning_rate=5e-2", "trainer.queries_per_process=64",
+        "trainer.epochs=3",
     ],
     "nli": [
-        "data=file", "data.path={shared}/nli/triplets.train.jsonl.gz", "data.columns.query=anchor", "data.num_hard_negatives=1", "markers=none",
+        "data=file", "data.path={shared}/nli/triplets.train.jsonl.gz", "data.columns.query=anchor",
+        "data.num_hard_negatives=1", "markers=none",
         "evaluation.sts=[{shared}/stsb/pairs.jsonl.gz]", "optim.learning_rate=2e-2",  # of five, the best on dev
     ],
 }  # fmt: skip
@@ -44,8 +46,12 @@ def main() -> None:
             before, after = ([100 * run[when][name][metric] for run in runs] for when in ("before", "after"))
             beside = f", BM25 {100 * runs[0]['bm25'][name][metric]:.2f}" if name in runs[0]["bm25"] else ""
             spread = f" ± {statistics.stdev(after):.2f}" if len(after) > 1 else ""
-            print(f"{task}: {name} {metric} × 100, seeds {options.seeds}: before {before[0]:.2f}, after {statistics.mean(after):.2f}{spread} "
-                  f"({', '.join(f'{value:.2f}' for value in after)}), ratio {statistics.mean(after) / before[0]:.2f}{beside}", flush=True)
+            print(
+                f"{task}: {name} {metric} × 100, seeds {options.seeds}: before {before[0]:.2f}, after "
+                f"{statistics.mean(after):.2f}{spread} "
+                  f"({', '.join(f'{value:.2f}' for value in after)}), ratio "
+                  f"{statistics.mean(after) / before[0]:.2f}{beside}",
+                  flush=True)
 
 
 def results(task: str, seed: int, shared: str) -> dict:

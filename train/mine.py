@@ -1,4 +1,7 @@
-"""Mine hard negatives: `python train/mine.py data=<BEIR folder> output=rows.jsonl`, or `accelerate launch train/mine.py …`. Rules: sgpt/mine/."""
+"""Mine hard negatives: `python train/mine.py data=<BEIR folder> output=rows.jsonl`. The rules are in sgpt/mining/.
+
+With several processes: `accelerate launch train/mine.py …`.
+"""
 
 from omegaconf import DictConfig
 

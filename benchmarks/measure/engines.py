@@ -24,7 +24,9 @@ from sgpt.training.tuning import TuningConfig, tune
 
 @dataclass(frozen=True)
 class Variant:
-    """engine: a row of ENGINES. options: of ours, keep_gigabytes and tokens_per_pack; of ST, those of its cached loss, and none for the plain one."""
+    """engine: a row of ENGINES. options: of ours, keep_gigabytes and tokens_per_pack; of ST, those of its cached loss,
+    and none for the plain one.
+    """
 
     name: str
     engine: str
@@ -35,14 +37,20 @@ OURS = Variant("ours", "ours")
 COMPETITORS = {
     "mnrl": Variant("ST MNRL", "st"),
     **{f"cached-{size}": Variant(f"ST cached {size}", "st", {"mini_batch_size": size}) for size in (16, 32, 64)},
-    **{f"cached-{tokens}t": Variant(f"ST cached {tokens}t", "st", {"mini_batch_num_tokens": tokens}) for tokens in (512, 1024, 2048, 4096)},
+    **{
+        f"cached-{tokens}t": Variant(f"ST cached {tokens}t", "st", {"mini_batch_num_tokens": tokens})
+        for tokens in (512, 1024, 2048, 4096)
+    },
 }
-# unpad_inputs, ST's way without padding, asks for FlashAttention 2: a CPU has none, and GPT-Neo and GPT-J could not use it.
+# unpad_inputs, ST's way without padding, asks for FlashAttention 2: a CPU has none, and GPT-Neo and GPT-J could not use
+# it.
 
 Step = Callable[[Sequence[Example]], Tensor]  # from strings to gradients; returns the loss
 
 
-def ours(setting: Setting, *, keep_gigabytes: float = math.inf, tokens_per_pack: int = TOKENS_PER_PACK) -> tuple[Encoder, Step]:
+def ours(
+    setting: Setting, *, keep_gigabytes: float = math.inf, tokens_per_pack: int = TOKENS_PER_PACK
+) -> tuple[Encoder, Step]:
     encoder = open_ours(setting)
     encoder.tokens_per_pack = tokens_per_pack
     tune(encoder.trunk, TuningConfig())
@@ -62,11 +70,17 @@ def theirs(setting: Setting, **options) -> tuple[nn.Module, Step]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("bias"))
     model.train()
-    loss = CachedMultipleNegativesRankingLoss(model, scale=20.0, **options) if options else MultipleNegativesRankingLoss(model, scale=20.0)
+    loss = CachedMultipleNegativesRankingLoss(
+        model, scale=20.0, **options
+    ) if options else MultipleNegativesRankingLoss(model, scale=20.0)
 
     def step(examples: Sequence[Example]) -> Tensor:
-        columns = zip(*[(example.query, example.positive, *example.hard_negatives) for example in examples], strict=True)
-        features = [model.preprocess(list(texts), task="document" if place else "query") for place, texts in enumerate(columns)]
+        columns = zip(
+            *[(example.query, example.positive, *example.hard_negatives) for example in examples], strict=True
+        )
+        features = [
+            model.preprocess(list(texts), task="document" if place else "query") for place, texts in enumerate(columns)
+        ]
         value = loss(features, None)
         value.backward()
         return value.detach()
@@ -104,22 +118,29 @@ def precision(setting: Setting) -> torch.autocast:
 def count_positions(model: nn.Module) -> list[int]:
     """Grows by the token positions of each forward pass, padding and repetition included."""
     counted: list[int] = []
-    table = max((module for module in model.modules() if isinstance(module, nn.Embedding)), key=lambda module: module.num_embeddings)
+    table = max(
+        (module for module in model.modules() if isinstance(module, nn.Embedding)),
+        key=lambda module: module.num_embeddings
+    )
     table.register_forward_pre_hook(lambda module, inputs: counted.append(inputs[0].numel()))
     return counted
 
 
 def matrix_products(encoder: Encoder, batches: Sequence[Batch]) -> float:
-    """CPU seconds of the products that no implementation gets round: outputs and input gradients of every linear layer, over the
+    """CPU seconds of the products that no implementation gets round.
 
-    same tokens in the same packs. Attention's own products, which are few, are left out.
+    They are outputs and input gradients of every linear layer, over the same tokens in the same packs. Attention's own
+    products, which are few, are left out.
     """
     weights = [module.weight.detach() for module in encoder.modules() if isinstance(module, nn.Linear)]
     weights += [module.weight.detach().T for module in encoder.modules() if isinstance(module, Conv1D)]  # [out, in]
     seconds = 0.0
     for batch in batches:
         for pack in encoder.packs(distinct([*batch.queries, *batch.documents])[0]):
-            rows = {size: torch.randn(len(pack), size, dtype=weights[0].dtype) for weight in weights for size in weight.shape}
+            rows = {
+                size: torch.randn(len(pack), size, dtype=weights[0].dtype) for weight in weights
+                for size in weight.shape
+            }
             results = {size: torch.empty_like(row) for size, row in rows.items()}
             with stopwatch() as spent:
                 for weight in weights:
@@ -133,7 +154,10 @@ def score_matrix(encoder: Encoder, batches: Sequence[Batch]) -> float:
     """CPU seconds of the loss alone, forwards and backwards, from embeddings that are there."""
     seconds = 0.0
     for batch in batches:
-        queries, documents = (torch.randn(len(rows), encoder.embedding_size, requires_grad=True) for rows in (batch.queries, batch.documents))
+        queries, documents = (
+            torch.randn(len(rows), encoder.embedding_size, requires_grad=True)
+            for rows in (batch.queries, batch.documents)
+        )
         with stopwatch() as spent:
             objective(queries, documents, batch, LossConfig())[0].backward()
         seconds += spent["cpu"]

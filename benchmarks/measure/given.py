@@ -29,21 +29,34 @@ REPOSITORY = Path(sgpt.__file__).parents[1]  # of what is imported and measured
 VOCABULARY = 50257  # of the GPT-2 tokenizer, which every shape uses
 NO_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
 SHAPES: dict[str, PretrainedConfig] = {
-    "125m": GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=768, num_layers=12, num_heads=12, attention_types=[[["global", "local"], 6]], window_size=256),
-    "small": GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=256, num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]], window_size=256),
+    "125m": GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=768, num_layers=12, num_heads=12, attention_types=[[["global", "local"], 6]],
+        window_size=256
+    ),
+    "small": GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=256, num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]],
+        window_size=256
+    ),
     "gpt2_125m": GPT2Config(n_embd=768, n_layer=12, n_head=12, **NO_DROPOUT["gpt2"]),
     "llama_small": LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2,
         attention_bias=True, mlp_bias=True,  # as no published Llama has: else there is no bias to train
     ),
-    "neox_125m": GPTNeoXConfig(vocab_size=VOCABULARY, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
-    "neox_small": GPTNeoXConfig(vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4),
+    "neox_125m": GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    ),
+    "neox_small": GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4
+    ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Source:
-    """files: of JSON lines, with their columns for query, positive and hard negatives. limits: tokens of a query, of a document."""
+    """files: of JSON lines, with their columns for query, positive and hard negatives. limits: tokens of a query, of a
+    document.
+    """
 
     files: tuple[tuple[str, tuple[str, ...]], ...]
     limits: tuple[int, int]
@@ -55,15 +68,24 @@ SOURCES = {
     "squad": Source((("squad", ()),), (75, 300)),  # a BEIR folder
     "medquad": Source((("medquad/qa.jsonl.gz", ("question", "answer")),), (75, 300)),
     "pairs": Source(  # of sentences, enough for a batch of 16384
-        ((_TRIPLETS, ("anchor", "positive")), (_POSITIVES, ("anchor", "positive")), ("quora/pairs.jsonl.gz", ("question1", "question2"))), (75, 75),
+        (
+            (_TRIPLETS, ("anchor", "positive")), (_POSITIVES, ("anchor", "positive")),
+            ("quora/pairs.jsonl.gz", ("question1", "question2"))
+        ),
+        (75, 75),
     ),
 }  # fmt: skip
-DOCUMENTS = {"nli": ("nli/pairs.jsonl.gz", "sentence1"), "squad": ("squad/corpus.jsonl.gz", "text"), "medquad": ("medquad/qa.jsonl.gz", "answer")}
+DOCUMENTS = {
+    "nli": ("nli/pairs.jsonl.gz", "sentence1"), "squad": ("squad/corpus.jsonl.gz", "text"),
+    "medquad": ("medquad/qa.jsonl.gz", "answer")
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What both engines are given. folder: holds model/ and texts.json. keep_memory: theirs keeps freed memory, too, as every script of ours does."""
+    """What both engines are given. folder: holds model/ and texts.json. keep_memory: theirs keeps freed memory, too, as
+    every script of ours does.
+    """
 
     folder: str
     shape: str
@@ -89,16 +111,26 @@ class Setting:
 
 
 @contextmanager
-def setting(options: argparse.Namespace, data: str, texts: Callable[[Path], list], *, batch: int = 1) -> Iterator[Setting]:
+def setting(
+    options: argparse.Namespace, data: str, texts: Callable[[Path], list], *, batch: int = 1
+) -> Iterator[Setting]:
     """A temporary folder with a model of random weights and `texts(folder of data)`, or a clear refusal."""
     shared = (REPOSITORY / options.shared).resolve()
     if importlib.util.find_spec("sentence_transformers") is None:
-        refuse("sentence-transformers is not installed, so there is nothing to compare with; run make bench, or pip install -e '.[dev]'")
+        refuse(
+            "sentence-transformers is not installed, so there is nothing to compare with; run make bench, or pip "
+            "install -e '.[dev]'"
+        )
     if not (shared / "data").is_dir() or not (shared / "models" / "tokenizer-gpt2").is_dir():
-        refuse(f"{shared}: no data/ and models/tokenizer-gpt2/ there, which the benchmarks read; name the folder by --shared")
+        refuse(
+            f"{shared}: no data/ and models/tokenizer-gpt2/ there, which the benchmarks read; name the folder by "
+            f"--shared"
+        )
     with tempfile.TemporaryDirectory(prefix="sgpt-bench-") as folder:
         try:
-            Path(folder, "texts.json").write_text(json.dumps(texts(shared / "data"), ensure_ascii=False), encoding="utf-8")
+            Path(folder, "texts.json").write_text(
+                json.dumps(texts(shared / "data"), ensure_ascii=False), encoding="utf-8"
+            )
             save_model(options.shape, shared / "models" / "tokenizer-gpt2", Path(folder, "model"))
         except InputError as error:
             refuse(str(error))
@@ -128,12 +160,17 @@ def save_model(shape: str, tokenizer: Path, folder: Path) -> None:
 
 
 def read_texts(data: str, number: int, folder: Path) -> list[list[str]]:
-    """`number` shuffled examples as [query, positive, hard negatives …], no text twice: our loss masks repeated texts, ST's does not."""
+    """`number` shuffled examples as [query, positive, hard negatives …], no text twice: our loss masks repeated texts,
+    ST's does not.
+    """
     read = [texts for path, columns in SOURCES[data].files for texts in _read(folder / path, columns)]
     random.Random(0).shuffle(read)
     found = _distinct(read)
     if len(found) < number:
-        raise InputError(f"--data {data} has {len(found)} examples without a repeated text, {number} are asked for; ask for less or take --data nli")
+        raise InputError(
+            f"--data {data} has {len(found)} examples without a repeated text, {number} are asked for; ask for less or "
+            f"take --data nli"
+        )
     return found[:number]
 
 
@@ -162,5 +199,8 @@ def read_documents(data: str, number: int, folder: Path) -> list[str]:
     texts = sorted({row[column] for _, row in read_rows(folder / path)})
     random.Random(0).shuffle(texts)
     if len(texts) < number:
-        raise InputError(f"--data {data} has {len(texts)} different documents, {number} are asked for; lower --documents or take --data medquad")
+        raise InputError(
+            f"--data {data} has {len(texts)} different documents, {number} are asked for; lower --documents or take "
+            f"--data medquad"
+        )
     return texts[:number]

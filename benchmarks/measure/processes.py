@@ -33,7 +33,9 @@ def fresh(function: Callable[..., dict], setting: Setting, *arguments) -> dict:
     with tempfile.NamedTemporaryFile(dir=setting.folder) as answer:
         module = Path(sys.argv[0]).stem if function.__module__ == "__main__" else function.__module__
         call = [module, function.__name__, str(room), answer.name, json.dumps([asdict(setting), *arguments])]
-        ended = subprocess.run([sys.executable, "-m", __name__, *call], env=_environment(setting.threads), capture_output=True, text=True)
+        ended = subprocess.run(
+            [sys.executable, "-m", __name__, *call], env=_environment(setting.threads), capture_output=True, text=True
+        )
         if ended.returncode == 0:
             return json.load(answer) | {"source": source_hash(), "load": os.getloadavg()[0]}
     if ended.returncode == -9 or "allocate memory" in ended.stderr or "MemoryError" in ended.stderr:
@@ -54,7 +56,8 @@ def _environment(threads: int) -> dict[str, str]:
 def _answer(module: str, name: str, room: str, answer: str, arguments: str) -> None:
     """What `fresh` runs."""
     if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_DATA, (int(room), resource.RLIM_INFINITY))  # an error of ours instead of a killed machine
+        # an error of ours instead of a killed machine
+        resource.setrlimit(resource.RLIMIT_DATA, (int(room), resource.RLIM_INFINITY))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     Path(answer).write_text(json.dumps(getattr(importlib.import_module(module), name)(*json.loads(arguments))))
 

@@ -42,7 +42,8 @@ def train(setting: dict, variant: dict, steps: int, beside: str | None = None) -
     with stopwatch() as spent:
         checked += [take(batch) for batch in batches]
     row = {
-        "cpu_seconds": spent["cpu"] / steps, "wall_seconds": spent["wall"] / steps, "pairs_per_second": given.batch * steps / spent["wall"],
+        "cpu_seconds": spent["cpu"] / steps, "wall_seconds": spent["wall"] / steps,
+        "pairs_per_second": given.batch * steps / spent["wall"],
         "peak_mb": (peak_bytes() - before) / MB, "before_mb": before / MB,
         "losses": [loss for loss, _ in checked], "gradient_norms": [norm for _, norm in checked],
     }  # fmt: skip
