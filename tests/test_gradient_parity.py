@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerFast
 
-import sgpt.training.step
+import sgpt.training.loss
 from sgpt.data.feed.collate import Batch
 from sgpt.decoder.attention import prepare
 from sgpt.decoder.families import PACKED_FAMILIES
@@ -298,7 +298,7 @@ def _budgets(road: Road, encoder: Encoder, batch: Batch) -> list[float]:
 def _scores_at_a_time(number: int | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if number is not None:
-            patch.setattr(sgpt.training.step, "SCORES_AT_A_TIME", number)
+            patch.setattr(sgpt.training.loss, "SCORES_AT_A_TIME", number)
         yield
 
 

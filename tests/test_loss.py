@@ -6,11 +6,21 @@ import pytest
 import torch
 
 from sgpt.runtime.errors import InputError
-from sgpt.training.loss import LossConfig, info_nce, similarities
-from sgpt.training.negatives import duplicate_queries, duplicates, positive_rows
+from sgpt.training.loss import LossConfig, info_nce
+from sgpt.training.negatives import duplicate_queries, duplicates, positive_rows, scaled_cosines, unit
 
 
-def by_loop(queries: torch.Tensor, candidates: torch.Tensor, scale: float, positives: list[int], ignored: list[set[int]] | None = None) -> float:
+def loss_of(
+    queries: torch.Tensor, candidates: torch.Tensor, scale: float, positives: torch.Tensor, ignored: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`info_nce` of embeddings of any length; ignored [Q, C]."""
+    mask = None if ignored is None else lambda rows, scores, scale: ignored[rows]
+    return info_nce(unit(queries), unit(candidates), scale, positives, mask)
+
+
+def by_loop(
+    queries: torch.Tensor, candidates: torch.Tensor, scale: float, positives: list[int], ignored: list[set[int]] | None = None
+) -> float:
     """Mean over queries of -log(exp(scale·cos+) / Σ exp(scale·cos)), with Python's floats."""
 
     def cosine(a: list[float], b: list[float]) -> float:
@@ -33,9 +43,9 @@ def test_info_nce_equals_the_double_loop(hard_negatives, scale):
     queries, candidates = torch.randn(5, 7, dtype=torch.float64) * 3, torch.randn(5 * r, 7, dtype=torch.float64)
     expected = by_loop(queries, candidates, scale, [i * r for i in range(5)])
     positives = positive_rows(5, r, 0)
-    assert info_nce(queries, candidates, scale, positives).item() == pytest.approx(expected, rel=1e-12)  # float64 both
+    assert loss_of(queries, candidates, scale, positives).item() == pytest.approx(expected, rel=1e-12)  # float64 both
     # float32: cosines are good to 1e-7, times the scale
-    assert info_nce(queries.float(), candidates.float(), scale, positives).item() == pytest.approx(expected, rel=1e-5)
+    assert loss_of(queries.float(), candidates.float(), scale, positives).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_second_process_finds_its_positives_after_the_gather():
@@ -43,13 +53,13 @@ def test_the_second_process_finds_its_positives_after_the_gather():
     queries, candidates = torch.randn(3, 4, dtype=torch.float64), torch.randn(2 * 3 * 2, 4, dtype=torch.float64)
     positives = positive_rows(3, 2, rank=1)
     assert positives.tolist() == [6, 8, 10]
-    assert info_nce(queries, candidates, 20.0, positives).item() == pytest.approx(by_loop(queries, candidates, 20.0, [6, 8, 10]), rel=1e-12)
+    assert loss_of(queries, candidates, 20.0, positives).item() == pytest.approx(by_loop(queries, candidates, 20.0, [6, 8, 10]), rel=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 @pytest.mark.parametrize("candidates", [2, 6, 600])
 def test_equal_candidates_give_the_logarithm_of_their_number(candidates, scale):
-    loss = info_nce(torch.ones(2, 3), torch.full((candidates, 3), 2.0), scale, torch.tensor([0, 1]))
+    loss = loss_of(torch.ones(2, 3), torch.full((candidates, 3), 2.0), scale, torch.tensor([0, 1]))
     assert loss.item() == pytest.approx(math.log(candidates), rel=1e-6)  # float32
 
 
@@ -57,7 +67,7 @@ def test_the_gradient_is_that_of_the_double_loop():
     """Central differences of the loop; their error at a step of 1e-6 is about 1e-9."""
     torch.manual_seed(0)
     queries, candidates = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    info_nce(queries, candidates, 20.0, positive_rows(2, 2, 0)).backward()
+    loss_of(queries, candidates, 20.0, positive_rows(2, 2, 0)).backward()
     for tensor in (queries, candidates):
         for place in range(tensor.numel()):
             values = []
@@ -68,19 +78,22 @@ def test_the_gradient_is_that_of_the_double_loop():
             assert tensor.grad.view(-1)[place].item() == pytest.approx((values[0] - values[1]) / 2e-6, abs=1e-7)
 
 
-def test_ignored_candidates_are_no_negatives():
+def test_ignored_candidates_are_no_negatives(monkeypatch):
     torch.manual_seed(0)
     queries, candidates = torch.randn(2, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     ignored = torch.tensor([[False, True, False, False], [True, False, False, True]])
-    loss = info_nce(queries, candidates, 20.0, torch.tensor([0, 2]), ignored)
-    assert loss.item() == pytest.approx(by_loop(queries, candidates, 20.0, [0, 2], [{1}, {0, 3}]), rel=1e-12)
+    expected = by_loop(queries, candidates, 20.0, [0, 2], [{1}, {0, 3}])
+    positives = torch.tensor([0, 2])
+    assert loss_of(queries, candidates, 20.0, positives, ignored).item() == pytest.approx(expected, rel=1e-12)
+    monkeypatch.setattr("sgpt.training.loss.SCORES_AT_A_TIME", 4)  # one query at a time: each chunk has its own rows of it
+    assert loss_of(queries, candidates, 20.0, positives, ignored).item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_scored_in_float32(dtype):
     torch.manual_seed(0)
     queries, candidates = torch.randn(4, 64).to(dtype), torch.randn(8, 64).to(dtype)
-    loss = info_nce(queries, candidates, 20.0, positive_rows(4, 2, 0))
+    loss = loss_of(queries, candidates, 20.0, positive_rows(4, 2, 0))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(by_loop(queries.double(), candidates.double(), 20.0, [0, 2, 4, 6]), rel=1e-5)
 
@@ -90,8 +103,8 @@ def test_autocast_does_not_take_the_scores_out_of_float32():
     torch.manual_seed(0)
     queries, candidates = torch.randn(4, 64), torch.randn(8, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        scores = similarities(queries, candidates, 20.0)
-    torch.testing.assert_close(scores, similarities(queries, candidates, 20.0), rtol=0, atol=0)
+        scores = scaled_cosines(unit(queries), unit(candidates), 20.0)
+    torch.testing.assert_close(scores, scaled_cosines(unit(queries), unit(candidates), 20.0), rtol=0, atol=0)
 
 
 def ignored_pairs(queries: list[str], documents: list[str], r: int, rank: int = 0, processes: int = 1) -> set[tuple[int, int]]:

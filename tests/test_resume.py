@@ -22,7 +22,7 @@ from sgpt.training import checkpoint
 from sgpt.training.checkpoint import TrainState
 from sgpt.training.loss import LossConfig
 from sgpt.training.optim import OptimConfig
-from sgpt.training.run_folder import Run
+from sgpt.training.run_folder import RunFolder
 from sgpt.training.trainer import TrainerConfig, announce, train
 from sgpt.training.tuning import TuningConfig, learning, tune
 
@@ -61,7 +61,7 @@ def trained(folder: Path, encoder: Encoder, *, stop_after: int | None = None, ra
     settings = {"queries_per_process": 8, "epochs": 2, "max_steps": STEPS, "log_every_steps": 1, "save_every_steps": 2, "evaluate_every_steps": 1} | config
     given = TrainerConfig(**settings)
     feed = feed_of(EXAMPLES, encoder, given.queries_per_process)
-    return train(encoder, feed, Accelerator(cpu=True), Run(folder), given, LossConfig(), OptimConfig(learning_rate=rate), evaluate)
+    return train(encoder, feed, Accelerator(cpu=True), RunFolder(folder), given, LossConfig(), OptimConfig(learning_rate=rate), evaluate)
 
 
 def feed_of(examples: list[Example], encoder: Encoder, queries_per_process: int) -> Feed:
@@ -161,7 +161,7 @@ def test_a_run_that_diverges_stops_with_one_sentence_and_saves_nothing_of_it(log
 
 
 def test_a_batch_without_any_negative_is_refused(tiny_encoder, tmp_path):
-    encoder, run = fresh_encoder(tiny_encoder, "bitfit"), Run(tmp_path)
+    encoder, run = fresh_encoder(tiny_encoder, "bitfit"), RunFolder(tmp_path)
     config = TrainerConfig(queries_per_process=1)
     with pytest.raises(InputError, match=r"no negative at all and the loss would be 0; raise trainer\.queries_per_process or data\.num_hard_negatives"):
         train(encoder, feed_of([Example("q", "p")] * 3, encoder, 1), Accelerator(cpu=True), run, config, LossConfig(), OptimConfig(), dict)
@@ -200,7 +200,7 @@ def test_the_log_is_of_all_micro_batches_of_a_step(padded, tiny_encoder, tmp_pat
     losses = [-(20 * found).log_softmax(1).diagonal().mean().item() for found in cosines]
     hardest = [found.clone().fill_diagonal_(-2).amax(1).mean().item() for found in cosines]
 
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path)
     config = TrainerConfig(queries_per_process=4, gradient_accumulation=3, keep_gigabytes=0)
     train(encoder, feed, Accelerator(cpu=True), run, config, LossConfig(), OptimConfig(), dict)
 
@@ -223,7 +223,7 @@ def test_a_loss_that_is_no_number_in_any_micro_batch_is_refused(tiny_encoder, tm
         encoder.trunk.wte.weight[token] = float("nan")
     config = TrainerConfig(queries_per_process=4, gradient_accumulation=2, max_steps=1)
     with pytest.raises(InputError, match=r"step 1: the loss is nan"):
-        train(encoder, feed, Accelerator(cpu=True), Run(tmp_path), config, LossConfig(), OptimConfig(), dict)
+        train(encoder, feed, Accelerator(cpu=True), RunFolder(tmp_path), config, LossConfig(), OptimConfig(), dict)
 
 
 PRECISIONS = {
@@ -271,7 +271,7 @@ def test_an_evaluation_is_broken_off_and_done_again_on_resuming(ctrl_c, tiny_enc
     config = TrainerConfig(queries_per_process=8, epochs=2, max_steps=STEPS, log_every_steps=1, save_every_steps=2, evaluate_every_steps=1)
     optim = OptimConfig(learning_rate=1e-2)
     with pytest.raises(Interrupted, match=f"step 3 of {STEPS} is saved"):
-        train(encoder, feed_of(EXAMPLES, encoder, 8), Accelerator(cpu=True), Run(folder), config, LossConfig(), optim, evaluate)
+        train(encoder, feed_of(EXAMPLES, encoder, 8), Accelerator(cpu=True), RunFolder(folder), config, LossConfig(), optim, evaluate)
     assert checkpoint.latest(folder / "checkpoints").name == "step-3"
     trained(folder, fresh_encoder(tiny_encoder, "bitfit"))
     assert [line["step"] for line in lines(folder) if "dev" in line] == [line["step"] for line in lines(tmp_path / "whole") if "dev" in line]

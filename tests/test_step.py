@@ -12,7 +12,7 @@ from sgpt.decoder.trunk import load_tokenizer
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.text.markers import MarkersConfig
-from sgpt.training.loss import LossConfig, health, objective
+from sgpt.training.loss import LOSSES, LossConfig, health, objective
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, tune
 
@@ -153,6 +153,26 @@ def test_the_objective_is_the_cross_entropy_of_scaled_cosines(symmetric, tiny_ba
     backwards = sum(-(scores[i, 2 * i] - scores[:, 2 * i].exp().sum().log()) for i in range(6)) / 6
     assert value.item() == pytest.approx(float((forwards + backwards) / 2 if symmetric else forwards), rel=1e-10)
     assert outcome.loss.item() == value.item()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_loss_that_is_named_is_the_loss_that_trains(symmetric, tiny_base, monkeypatch):
+    """A new row of LOSSES: minus the mean scaled cosine of the positives, both ways, whose gradients are written out here."""
+
+    def pull(queries, candidates, scale, positives, ignored=None):
+        return -scale * (queries * candidates[positives]).sum(1).mean()
+
+    monkeypatch.setitem(LOSSES, "pull", pull)
+    encoder = encoder_of("gpt_neo", tiny_base)
+    batch = batch_of(encoder, 1)
+    queries, documents = encoder(batch.queries), encoder(batch.documents)
+    expected = -7 * torch.cosine_similarity(queries, documents[::2], dim=1).mean()
+    expected.backward()
+    gradient = gradients(encoder)
+    result = contrastive_step(encoder, batch, LossConfig("pull", scale=7.0, symmetric=symmetric), keep_bytes=0)
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert_equal_gradients(gradients(encoder), gradient, 1e-10)
+    assert contrastive_step(encoder, batch, LossConfig(scale=7.0)).loss.item() != pytest.approx(expected.item(), rel=0.1)
 
 
 def test_duplicates_take_no_part_in_either_direction(tiny_base):

@@ -34,7 +34,7 @@ from sgpt.decoder.packing import packs
 from sgpt.decoder.trunk import packed_token_embeddings
 from sgpt.encoder.pooling import weighted_mean
 from sgpt.pretraining.corpus import Corpus, language_windows, pair_numbers
-from sgpt.pretraining.lexical import lexical_stage, pair_loss
+from sgpt.pretraining.lexical import lexical_stage, pair_loss, share_ranked_first
 from sgpt.pretraining.model import PretrainConfig, build_model, build_optimizers, start_from
 from sgpt.pretraining.next_token_loss import next_token_loss
 from sgpt.runtime.distributed import average_gradients, from_main, gather
@@ -146,7 +146,8 @@ def pair_step(model: GPTNeoForCausalLM, corpus: Corpus, config: PretrainConfig, 
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     query, _ = embed(model, queries)
     document, language = embed(model, documents, config.head_share, generator)
-    contrastive, first = pair_loss(query, document, places.to(query.device), config)
+    contrastive = pair_loss(query, document, places.to(query.device), config)
+    first = share_ranked_first(query, document, places.to(query.device), config)
     (config.contrastive_weight * contrastive + language).backward()
     shown = {"language": language.detach(), "contrastive": contrastive.detach(), "first": first}
     return shown, sum(map(len, queries)) + sum(map(len, documents))
