@@ -124,7 +124,7 @@ def test_pretraining_is_resumed_as_it_was_begun_or_refused(config, tmp_path):
     with threads(1):
         pretrain(begun, corpus, Accelerator())
     assert json.loads((tmp_path / "begun" / "manifest.json").read_text())["environment"]["threads"] == 1
-    with pytest.raises(InputError, match=r"begun was begun with another configuration: seed: 0 -> 1\. Resume it unchanged, or choose another folder="):
+    with pytest.raises(InputError, match=r"begun was started with another configuration: seed: 0 -> 1\. Resume it unchanged, or choose another folder="):
         pretrain(replace(begun, seed=1), corpus, Accelerator())
     stream = np.load(tmp_path / "begun" / "stream.npy")
     np.save(tmp_path / "begun" / "stream.npy", stream[::-1])

@@ -18,16 +18,18 @@ def lexical_stage(config: PretrainConfig, corpus: Corpus) -> tuple[Tensor, Tenso
     """Token embeddings [V, D], of standard deviation 1, and the last norm's bias [D]; one process does it for all."""
     torch.manual_seed(config.seed)
     width = config.nano.hidden_size
-    table, bias = nn.Parameter(0.02 * torch.randn(config.nano.vocabulary, width)), nn.Parameter(torch.zeros(width))
+    table = nn.Parameter(0.02 * torch.randn(config.nano.vocabulary, width))
+    bias = nn.Parameter(torch.zeros(width))
     optimizer = torch.optim.AdamW([table, bias], lr=config.lexical_learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    pairs = len(corpus.query_starts) - 1
+    positions = torch.arange(config.lexical_pairs_per_step)
     for step in range(config.lexical_steps):
+        warmup, decay = min(1.0, (step + 1) / 10), 1 - 0.9 * step / config.lexical_steps
         for group in optimizer.param_groups:
-            group["lr"] = config.lexical_learning_rate * min(1.0, (step + 1) / 10) * (1 - 0.9 * step / config.lexical_steps)
-        numbers = pair_numbers(pairs, config.lexical_pairs_per_step, config, step)
-        queries, documents = map(list, zip(*(corpus.pair(number, config) for number in numbers), strict=True))
+            group["lr"] = config.lexical_learning_rate * warmup * decay
+        numbers = pair_numbers(corpus.num_pairs, config.lexical_pairs_per_step, config, step)
+        queries, documents = corpus.pairs(numbers, config)
         normed = F.layer_norm(table, (width,), bias=bias)  # of each token once, not of each occurrence
-        loss = pair_loss(bag_of_tokens(normed, queries), bag_of_tokens(normed, documents), torch.arange(len(numbers)), config)
+        loss = pair_loss(bag_of_tokens(normed, queries), bag_of_tokens(normed, documents), positions, config)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -42,7 +44,8 @@ def bag_of_tokens(table: Tensor, rows: list[list[int]]) -> Tensor:
     starts = lengths.cumsum(0) - lengths
     positions = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths) + 1
     weights = positions / (lengths * (lengths + 1) / 2).repeat_interleave(lengths)
-    return F.embedding_bag(torch.tensor([token for row in rows for token in row]), table, starts, mode="sum", per_sample_weights=weights)
+    tokens = torch.tensor([token for row in rows for token in row])
+    return F.embedding_bag(tokens, table, starts, mode="sum", per_sample_weights=weights)
 
 
 def pair_loss(queries: Tensor, documents: Tensor, positions: Tensor, config: PretrainConfig) -> Tensor:

@@ -19,7 +19,7 @@ def card(run: RunFolder, config: TrainConfig) -> str:
         tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "sgpt", config.tuning.name],
     )
     manifest = run.read("manifest.json", {})
-    parameters = manifest["parameters"]
+    parameters, markers = manifest["parameters"], config.markers
     sources = ", ".join(source["key"] for source in manifest["data"]["sources"])
     frozen = manifest.get("precision", {}).get("frozen", "float32")  # runs of older versions do not say
     over = f" over a trunk in {frozen}" if frozen != "float32" else ""
@@ -31,8 +31,8 @@ def card(run: RunFolder, config: TrainConfig) -> str:
 # {run.name}
 
 An SGPT bi-encoder: {config.model.path} with {parameters['trained']:,} of {parameters['total']:,} parameters trained
-({config.tuning.name}, in float32{over}), pooled by {config.pooling.name}, markers {config.markers.name},
-at most {config.markers.query_max_tokens} tokens a query and {config.markers.document_max_tokens} a document. Compare by cosine.
+({config.tuning.name}, in float32{over}), pooled by {config.pooling.name}, markers {markers.name},
+at most {markers.query_max_tokens} tokens a query and {markers.document_max_tokens} a document. Compare by cosine.
 
     from sentence_transformers import SentenceTransformer   # 6.0 or newer; older versions would leave out the markers
     model = SentenceTransformer("{run.folder}/export")        # {roles}

@@ -91,7 +91,12 @@ def _load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, s
     rank, processes = world()
     with _undamaged(checkpoint / "state.json") as file:
         stored = json.loads(file.read_text())
-        state = TrainState(int(stored["step"]), int(stored["batches"]), float(stored["seconds"]), int(stored["processes"]))
+        state = TrainState(
+            step=int(stored["step"]),
+            batches=int(stored["batches"]),
+            seconds=float(stored["seconds"]),
+            processes=int(stored["processes"]),
+        )
     if state.processes != processes:
         raise InputError(
             f"{checkpoint}: saved by {state.processes} processes, resumed with {processes}; "
@@ -109,8 +114,8 @@ def _load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, s
 
 
 DAMAGE = (  # what the readers raise, whatever a file was cut or changed to
-    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError,
-    SafetensorError,
+    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError,
+    pickle.UnpicklingError, SafetensorError,
 )  # fmt: skip
 
 

@@ -74,7 +74,9 @@ class TrainConfig:
         if not self.name or self.name.startswith(("/", ".")) or ".." in self.name.split("/"):
             raise InputError(f"name={self.name!r} is no folder name below {self.runs}/")
         if not self.model.path:
-            raise InputError("model.path is empty; set model.path=<folder or hub id>, or choose a model=<name of configs/model>")
+            raise InputError(
+                "model.path is empty; set model.path=<folder or hub id>, or choose a model=<name of configs/model>"
+            )
         for key in ("evaluation", "dev"):
             check_ranges(getattr(self, key), f"{key}.", limit=COUNT.or_null("for whole sets"))
         longest = max(self.markers.max_tokens(role) for role in ROLES)

@@ -126,7 +126,7 @@ def _step_of(line: str, file: Path, number: int) -> int:
 
 
 def refuse_not_finite(step: int, loss: float, norm: float, learning_rate: float) -> None:
-    """InputError when training has diverged; on all processes alike, because the gradients and their norm are the same."""
+    """InputError when training has diverged; on all processes alike, because the norm of the gradients is the same."""
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise InputError(
             f"step {step}: the loss is {loss}, the gradient norm {norm}; lower optim.learning_rate={learning_rate:.2g} "

@@ -41,8 +41,10 @@ def info_nce(
     """Mean over the queries of the cross-entropy between the scaled cosines and the positive's row, in nats.
 
     queries [Q, D] and candidates [C, D], of length 1 (`unit`); positives [Q], the row of each query's positive; ignored
-    says who is no negative (never true at a positive). Softmax in float32 or wider. So many rows are scored at a time
-    that memory stays bounded, SCORES_AT_A_TIME; with more than one chunk, each one's scores are computed again backwards.
+    says who is no negative (never true at a positive). Softmax in float32 or wider.
+
+    Memory is bounded: SCORES_AT_A_TIME exist at a time, and where that is not all of them, each chunk of rows computes
+    its scores again in the backward pass.
     """
 
     def summed(rows: slice) -> Tensor:
@@ -124,7 +126,8 @@ class StepResult:
     """What a step computed, without its graph.
 
     loss: scalar, this process' mean. queries [Q, D], candidates [C, D]: of length 1, for the log.
-    tokens: computed, of distinct texts; positions: those and their padding; kept_tokens: whose activations stayed alive.
+    tokens: computed, of distinct texts; positions: those and their padding; kept_tokens: whose activations stayed
+    alive.
     """
 
     loss: Tensor
@@ -142,9 +145,10 @@ class StepResult:
 
 
 def objective(queries: Tensor, documents: Tensor, batch: Batch, config: LossConfig) -> tuple[Tensor, StepResult]:
-    """The loss of this process' queries [Q, D] against the documents [Q·R, D] of all processes, a scalar with its graph.
+    """The loss of this process' queries [Q, D] against the documents of all processes, a scalar with its graph.
 
-    All processes call it. Only documents are gathered: a process' loss is the mean over its own queries.
+    documents [Q·R, D]: of this process, query-major. The loss is the mean over this process' queries, so the mean of the
+    gradients of all processes is that of the whole batch. All processes call it.
     """
     assert config.guide is None or batch.guide_queries is not None, (
         "loss.guide is set, and the batch brings no embeddings of a guide; see sgpt/training/guide.py"

@@ -1,8 +1,8 @@
 """Who is no negative of whom, over all processes: equal texts, further positives, and false negatives.
 
-In a batch every query is scored against the documents of all queries, and what is not its own is taken for wrong. Some of
-it is not: a document that answers the query, too, or the query's own text. Training away from those does harm, so each
-query ignores them. Three things decide it, from the surest to the guess:
+In a batch every query is scored against the documents of all queries, and what is not its own is taken for wrong. Some
+of it is not: a document that answers the query, too, or the query's own text. Training away from those does harm, so
+each query ignores them. Three things decide it, from the surest to the guess:
 
 - equal texts, known by their hashes (`duplicates`, `duplicate_queries`);
 - a frozen guide, which scores them above the positive (`loss.guide`);
@@ -49,10 +49,10 @@ def duplicates(
 ) -> Tensor:
     """ignored [Q, C]: the candidates that only look like negatives of a query, decided by equal input text.
 
-    Candidate c is ignored for query i when it has the text of an answer to i (see `answers`), wherever it stands, or i's
-    own text. The positive itself and the hard negatives curated for i always count; what others curated for themselves
-    does not. Hashes are int64; query_hashes [Q] of any queries, positives [Q] their rows among the candidates; all_* are
-    gathered rank-major, [W·Q] and [C], all_other_positives [W·Q, any].
+    Candidate c is ignored for query i when it has the text of an answer to i (see `answers`), wherever it stands, or
+    i's own text. The positive itself and the hard negatives curated for i always count; what others curated for
+    themselves does not. Hashes are int64; query_hashes [Q] of any queries, positives [Q] their rows among the
+    candidates; all_* are gathered rank-major, [W·Q] and [C], all_other_positives [W·Q, any].
     """
     all_positives = _all_positives(all_document_hashes, documents_per_query, all_other_positives)
     is_answer = answers(query_hashes, all_query_hashes, all_positives, all_document_hashes)
@@ -70,8 +70,8 @@ def duplicate_queries(
 ) -> Tensor:
     """ignored [Q, W·Q] of the other direction, where each positive document finds its query among all queries.
 
-    Query j is no negative of the positive of i where that positive is none of j's in `duplicates`, and where both queries
-    have one text. Arguments as there.
+    Query j is no negative of the positive of i where that positive is none of j's in `duplicates`, and where both
+    queries have one text. Arguments as there.
     """
     own_positives = all_document_hashes[positives]
     all_positives = _all_positives(all_document_hashes, documents_per_query, all_other_positives)
@@ -168,7 +168,12 @@ class Negatives:
 
     @classmethod
     def of(
-        cls, batch: Batch, device: torch.device, *, guide_margin: float = 0.0, false_negative_margin: float | None = None
+        cls,
+        batch: Batch,
+        device: torch.device,
+        *,
+        guide_margin: float = 0.0,
+        false_negative_margin: float | None = None,
     ) -> "Negatives":
         """All processes call it, with as many queries each."""
         queries, documents = batch.query_hashes.to(device), batch.document_hashes.to(device)
@@ -218,8 +223,8 @@ class Negatives:
     def _above_guide(self, rows: Tensor, candidates: Tensor, positives: Tensor, documents_per_query: int) -> Tensor:
         """ignored [rows, C] by the guide's embeddings of rows and candidates.
 
-        Texts that are one to the guide tie with the positive but for rounding, and must do so alike in chunks of any size
-        and on any number of processes: a candidate has to be above by more than that.
+        Texts that are one to the guide tie with the positive but for rounding, and must do so alike in chunks of any
+        size and on any number of processes: a candidate has to be above by more than that.
         """
         cosines = scaled_cosines(rows, candidates, 1.0)
         return above_margin(cosines, positives, documents_per_query, self.guide_margin - ROUNDING)

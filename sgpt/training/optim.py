@@ -44,7 +44,8 @@ class OptimConfig:
         )  # fmt: skip
         if self.warmup_steps > 1 and self.warmup_steps % 1:
             raise InputError(
-                f"optim.warmup_steps={self.warmup_steps} is neither a number of steps nor a share of them; give 100, or 0.1"
+                f"optim.warmup_steps={self.warmup_steps} is neither a number of steps nor a share of them; "
+                "give 100, or 0.1"
             )
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves to read: results before and after, the analysis for the report, the manifest, the card, the last table."""
+"""What a run leaves to read: results before and after, the analysis, the manifest, the export and the last table."""
 
 import os
 import shlex
@@ -155,7 +155,9 @@ def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
     recorded = run.read("manifest.json", {}).get("inputs", {})
     for name, now in base_inputs(encoder).items():
         if recorded.get(name, now) != now:
-            raise InputError(f"{run.folder}: {name} has changed since the run was started; put it back, and export again")
+            raise InputError(
+                f"{run.folder}: {name} has changed since the run was started; put it back, and export again"
+            )
     encoder.trunk = tune(encoder.trunk, config.tuning)
     encoder.eval()
     checkpoint.load_parameters(newest / "trained.safetensors", learning(encoder.trunk))
@@ -188,7 +190,8 @@ def show(run: RunFolder) -> None:
         console.print(evaluate.table(scored, f"{run.name}: results × 100"))
     else:
         console.print(
-            "no test set was named: evaluation.retrieval=[<BEIR folder>] or evaluation.sts=[<pairs file>] scores the next run",
+            "no test set was named: evaluation.retrieval=[<BEIR folder>] or evaluation.sts=[<pairs file>] "
+            "scores the next run",
             soft_wrap=True,
         )
     queries, seconds = _queries_seen(run), manifest["seconds"]
@@ -198,11 +201,13 @@ def show(run: RunFolder) -> None:
     parameters, size = manifest["parameters"], manifest["bytes"]
     model = f" to a model of {_bytes(size['model'])}" if "model" in size else ", not exported"
     console.print(
-        f"trained {parameters['trained']:,} of {parameters['total']:,} parameters: {_bytes(size['adapter'])} of changes{model}"
+        f"trained {parameters['trained']:,} of {parameters['total']:,} parameters: "
+        f"{_bytes(size['adapter'])} of changes{model}"
     )
     console.print(f"run folder  {run.folder}   (open {run.folder}/report.html)", soft_wrap=True, highlight=False)
 
-    is_pydocs = manifest["data"]["sources"][0]["source"].endswith("pydocs")  # whose corpus search reads when none is named
+    # pydocs' corpus is what search reads when none is named
+    is_pydocs = manifest["data"]["sources"][0]["source"].endswith("pydocs")
     arguments = 'query="parse a date from a string"' if is_pydocs else "corpus=<JSON lines of _id and text>"
     search = shlex.quote(_from_here(Path(__file__).parents[2] / "train" / "search.py"))
     command = f"{_python()} {search} {argument('run', str(run.folder))} {arguments}"

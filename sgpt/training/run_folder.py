@@ -21,7 +21,8 @@ from sgpt.runtime.files import held, let_go, write_whole
 from sgpt.runtime.provenance import Inputs, check_same, differences, recorded_threads
 
 MAY_CHANGE = {  # on resuming: what decides neither weights nor results
-    "name", "runs", "resume", "logging", "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints",
+    "name", "runs", "resume", "logging",
+    "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints",
 }  # fmt: skip
 
 

@@ -68,8 +68,8 @@ class _EmbeddedPack:
 def _embed(encoder: Encoder, packs: list[Pack], keep_bytes: float) -> list[_EmbeddedPack]:
     """Keeps the graphs of the packs that fit.
 
-    What a pack will take is known only once it is computed, so it is estimated by what the packs before took for each of
-    their tokens; the first is tried when it may fit at all.
+    What a pack will take is known only once it is computed, so it is estimated by what the packs before took for each
+    of their tokens; the first is tried when it may fit at all.
     """
     embedded: list[_EmbeddedPack] = []
     kept_bytes, kept_tokens = 0, 0

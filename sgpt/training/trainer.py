@@ -80,11 +80,21 @@ class TrainerConfig:
         if self.precision not in ("fp32", "bf16"):
             raise InputError(f"trainer.precision={self.precision!r} is unknown; choose fp32 or bf16")
         check_ranges(
-            self, "trainer.", queries_per_process=COUNT, epochs=COUNT, gradient_accumulation=COUNT, tokens_per_pack=COUNT,
-            log_every_steps=COUNT, save_every_steps=COUNT, keep_checkpoints=COUNT, evaluate_every_steps=COUNT_OR_NONE, seed=SEED,
-            max_steps=COUNT.or_null("for whole epochs"), keep_gigabytes=NOT_NEGATIVE.or_null("for half of the free memory"),
+            self,
+            "trainer.",
+            queries_per_process=COUNT,
+            epochs=COUNT,
+            gradient_accumulation=COUNT,
+            tokens_per_pack=COUNT,
+            log_every_steps=COUNT,
+            save_every_steps=COUNT,
+            keep_checkpoints=COUNT,
+            evaluate_every_steps=COUNT_OR_NONE,
+            seed=SEED,
+            max_steps=COUNT.or_null("for whole epochs"),
+            keep_gigabytes=NOT_NEGATIVE.or_null("for half of the free memory"),
             threads=THREADS.or_null("to share the cores"),
-        )  # fmt: skip
+        )
 
     def steps(self, batches_per_epoch: float) -> int:
         """Optimizer steps of the whole run: enough for every example of every epoch."""
@@ -214,7 +224,8 @@ def announce(encoder: Encoder, feed: Feed, config: TrainerConfig, optim: OptimCo
     )  # fmt: skip
     log.info(
         "peak learning rate %.2e, %s, %s, %d process(es), %d thread(s) each",
-        optim.learning_rate, _precision(encoder, config), encoder.device, accelerator.num_processes, torch.get_num_threads(),
+        optim.learning_rate, _precision(encoder, config), encoder.device,
+        accelerator.num_processes, torch.get_num_threads(),
     )  # fmt: skip
     log.info(
         "truncated at the limits: %.1f %% of queries, %.1f %% of documents (of %d sampled)",

@@ -1,7 +1,8 @@
 """Which parameters learn. Everything else is frozen before the optimizer is built.
 
-`bitfit` (Ben Zaken et al. 2021; SGPT section 4.1): every parameter whose name ends in `bias`, LayerNorm biases included.
-Parameters only, never buffers: old GPT-Neo and GPT-J checkpoints call their causal mask `attn.attention.bias`.
+`bitfit` (Ben Zaken et al. 2021; SGPT section 4.1): every parameter whose name ends in `bias`, LayerNorm biases
+included. Parameters only, never buffers: old GPT-Neo and GPT-J checkpoints call their causal mask
+`attn.attention.bias`.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ class TuningConfig:
     lora_rank: int = 8
     """Rank of the two matrices that LoRA adds to each linear layer, at most the width of the base."""
     lora_alpha: int = 16
-    """Factor on what LoRA adds, times lora_rank: the product of the two matrices is multiplied by lora_alpha / lora_rank."""
+    """Factor on what LoRA adds: the product of the two matrices is multiplied by lora_alpha / lora_rank."""
     lora_dropout: float = 0.0
     """Share of the inputs of LoRA's matrices that is dropped in training, from 0 to below 1."""
 
@@ -76,7 +77,8 @@ def lora(trunk: nn.Module, config: TuningConfig) -> nn.Module:
         lora_dropout=config.lora_dropout,
         target_modules="all-linear",
         task_type="FEATURE_EXTRACTION",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in trunk.modules()),  # GPT-2 stores its weights transposed
+        # GPT-2 stores its weights transposed
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in trunk.modules()),
     )
     return get_peft_model(trunk, settings)
 
@@ -129,8 +131,8 @@ def _scale_gradients(trunk: nn.Module) -> None:
     """Inside of the trunk gradients are GRADIENT_SCALE times larger, what learns gets them as they are.
 
     float16 ends at 6e-8, and a token's gradient falls with the number of queries and tokens. Measured on data/nano: 240
-    times smaller than of 8 short queries, 1.6 % of the biases' gradient was lost without this and 0.3 % is with it; 4,096
-    times smaller, 25 % and 6 %. bfloat16 reaches as far as float32 and needs none.
+    times smaller than of 8 short queries, 1.6 % of the biases' gradient was lost without this and 0.3 % is with it;
+    4,096 times smaller, 25 % and 6 %. bfloat16 reaches as far as float32 and needs none.
     """
 
     def enlarge(module: nn.Module, inputs: tuple, output: ModelOutput) -> None:
