@@ -116,8 +116,8 @@ def pair_numbers(pairs: int, count: int, config: PretrainConfig, step: int) -> l
     order = generator.permutation(num_runs)
     shift = generator.integers(run)  # so that runs begin elsewhere in every epoch
     numbers = []
-    for place in range(first, first + count // run):
-        start = order[place % num_runs] * run + shift
+    for number_of_run in range(first, first + count // run):
+        start = order[number_of_run % num_runs] * run + shift
         numbers += [int((start + offset) % pairs) for offset in range(run)]
     return numbers
 

@@ -72,7 +72,7 @@ class PretrainConfig:
     pairs_per_step: int = 160
     """Weak pairs of a step on them, in total; in-batch negatives are those of one process."""
     neighbours: int = 8
-    """Pairs that come one after the other from one place, which makes them hard negatives of each other."""
+    """Pairs that come one after the other from one page, which makes them hard negatives of each other."""
     max_query_tokens: int = 48
     """Tokens of a pair's query; what is longer is cut."""
     max_document_tokens: int = 128

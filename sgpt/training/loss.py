@@ -147,8 +147,8 @@ class StepResult:
 def objective(queries: Tensor, documents: Tensor, batch: Batch, config: LossConfig) -> tuple[Tensor, StepResult]:
     """The loss of this process' queries [Q, D] against the documents of all processes, a scalar with its graph.
 
-    documents [Q·R, D]: of this process, query-major. The loss is the mean over this process' queries, so the mean of the
-    gradients of all processes is that of the whole batch. All processes call it.
+    documents [Q·R, D]: of this process, query-major. The loss is the mean over this process' queries, so the mean of
+    the gradients of all processes is that of the whole batch. All processes call it.
     """
     assert config.guide is None or batch.guide_queries is not None, (
         "loss.guide is set, and the batch brings no embeddings of a guide; see sgpt/training/guide.py"

@@ -236,7 +236,7 @@ def announce(encoder: Encoder, feed: Feed, config: TrainerConfig, optim: OptimCo
     rows = [*encoder.token_ids(queries, "query"), *encoder.token_ids(positives, "document")]
     if padding := encoder.padding_share(rows):
         log.warning(
-            "%s cannot be told where texts end, so they are padded: %.0f %% of what is computed is padding",
+            "%s cannot know where texts end in a pack, so they are padded: %.0f %% of what is computed is padding",
             type(encoder.trunk).__name__, 100 * padding,
         )  # fmt: skip
     if config.gradient_accumulation > 1:
