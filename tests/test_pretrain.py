@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sgpt.data.sources import pydocs
 from sgpt.pretraining import open_text
-from sgpt.pretraining.corpus import Corpus, prepare
+from sgpt.pretraining.corpus import Corpus, prepare_corpus
 from sgpt.pretraining.lexical import bag_of_tokens, overlapping
 from sgpt.pretraining.model import NanoConfig, PretrainConfig, build_model, save_model, start_from
 from sgpt.pretraining.next_token_loss import next_token_loss, perplexity
@@ -132,7 +132,7 @@ def test_pairs_that_share_a_paragraph_are_no_negatives():
 @pytest.mark.bitwise
 def test_a_stopped_pretraining_goes_on_bit_for_bit(config, tmp_path):
     whole = replace(config, folder=str(tmp_path / "whole"))
-    corpus = prepare(whole)
+    corpus = prepare_corpus(whole)
     straight = pretrain(whole, corpus, Accelerator()).state_dict()
     for checkpoint in Path(whole.folder).glob("step-8.pt"):
         checkpoint.unlink()  # as if killed after step 4's checkpoint
@@ -148,7 +148,7 @@ def test_a_stopped_pretraining_goes_on_bit_for_bit(config, tmp_path):
 
 def test_pretraining_is_resumed_as_it_was_begun_or_refused(config, tmp_path):
     begun = replace(config, folder=str(tmp_path / "begun"), joint_steps=1, language_steps=1, save_every_steps=1)
-    corpus = prepare(begun)
+    corpus = prepare_corpus(begun)
     with threads(1):
         pretrain(begun, corpus, Accelerator())
     assert json.loads((tmp_path / "begun" / "manifest.json").read_text())["environment"]["threads"] == 1
@@ -165,7 +165,7 @@ def test_pretraining_is_resumed_as_it_was_begun_or_refused(config, tmp_path):
 
 
 def test_the_written_model_opens_everywhere_and_has_learned(config):
-    corpus = prepare(config)
+    corpus = prepare_corpus(config)
     model = pretrain(config, corpus, Accelerator())
     output = save_model(model, config)
     opened, tokenizer = (
@@ -185,12 +185,12 @@ def test_the_written_model_opens_everywhere_and_has_learned(config):
 
 def test_missing_text_is_named(config, tmp_path):
     with pytest.raises(InputError, match=r"open_text/train-00\.jsonl\.gz"):
-        prepare(replace(config, text=str(tmp_path), folder=str(tmp_path / "run")))
+        prepare_corpus(replace(config, text=str(tmp_path), folder=str(tmp_path / "run")))
 
 
 def test_the_folder_of_texts_must_be_given():
     with pytest.raises(InputError, match=r"set text=<folder> of the open text sources"):
-        prepare(PretrainConfig())
+        prepare_corpus(PretrainConfig())
 
 
 def test_an_interrupted_pretraining_is_saved_after_its_step(ctrl_c, config, tmp_path):
@@ -201,7 +201,7 @@ def test_an_interrupted_pretraining_is_saved_after_its_step(ctrl_c, config, tmp_
 
     settings = replace(config, folder=str(tmp_path / "run"), output=str(tmp_path / "out"))
     log, press = logging.getLogger("sgpt.pretraining.pretrain"), Press()
-    corpus, level = prepare(settings), log.level
+    corpus, level = prepare_corpus(settings), log.level
     log.addHandler(press)
     log.setLevel(logging.INFO)
     try:

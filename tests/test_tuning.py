@@ -18,7 +18,7 @@ from transformers import (
 from sgpt.decoder.trunk import ModelConfig, load_trunk
 from sgpt.runtime.errors import InputError
 from sgpt.training.optim import OptimConfig, build_optimizer
-from sgpt.training.tuning import TuningConfig, count, learning, tune
+from sgpt.training.tuning import TuningConfig, count_parameters, learning, tune
 
 
 def gpt_neo(width: int, layers: int, heads: int) -> GPTNeoConfig:
@@ -50,12 +50,12 @@ SGPT_COUNTS = {
 def test_bitfit_trains_as_many_numbers_as_the_original(name):
     config, expected = SGPT_COUNTS[name]
     trunk = tune(on_meta(config), TuningConfig("bitfit"))
-    assert count(trunk)[0] == expected
+    assert count_parameters(trunk)[0] == expected
     assert all(parameter.endswith("bias") for parameter in learning(trunk))
 
 
 def test_bert_base_has_109_million_numbers_of_which_0_094_percent_learn():
-    learned, total = count(tune(on_meta(BertConfig()), TuningConfig("bitfit")))
+    learned, total = count_parameters(tune(on_meta(BertConfig()), TuningConfig("bitfit")))
     assert total == 109_482_240
     assert round(100 * learned / total, 3) == 0.094
 
@@ -102,12 +102,12 @@ def test_bitfit_norm_trains_the_gains_of_llama():
 
 def test_bitfit_norm_trains_biases_and_gains_of_gpt_neo():
     trunk = on_meta(gpt_neo(768, 12, 12))
-    learned, _ = count(tune(trunk, TuningConfig("bitfit_norm")))
+    learned, _ = count_parameters(tune(trunk, TuningConfig("bitfit_norm")))
     assert learned == 74_496 + (2 * 12 + 1) * 768  # and the gains of two norms a layer and of the last
 
 
 def test_full_trains_everything():
-    learned, total = count(tune(on_meta(GPT2Config()), TuningConfig("full")))
+    learned, total = count_parameters(tune(on_meta(GPT2Config()), TuningConfig("full")))
     assert learned == total == 124_439_808  # GPT-2 small without a head
 
 

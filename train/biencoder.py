@@ -25,10 +25,10 @@ def main(composed: DictConfig) -> None:
     from sgpt.runtime.files import remove_folder
     from sgpt.training.config import TrainConfig
     from sgpt.training.guide import grouped, guided
-    from sgpt.training.record import complete, finish_run, inputs_of, record_after, record_before, record_start
+    from sgpt.training.record import complete, finish_run, record_after, record_before, record_start, run_inputs
     from sgpt.training.run_folder import open_run, start_run
     from sgpt.training.trackers import start_trackers
-    from sgpt.training.trainer import announce, check, train
+    from sgpt.training.trainer import announce, check_feed, train
     from sgpt.training.tuning import learning, tune
 
     log = logging.getLogger("sgpt.train")
@@ -54,12 +54,12 @@ def main(composed: DictConfig) -> None:
         dev = evaluate.read_sets(config.dev)
     feed = grouped(feed, config.data, accelerator.device)
     feed = guided(feed, config.loss, accelerator.device)
-    check(feed)
+    check_feed(feed)
     config.trainer.steps(feed.batches_per_epoch)
     contract = Contract(config.pooling.name, config.markers, base=config.model.path)
     trunk = load_trunk(config.model)
     encoder = Encoder(trunk, tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
-    inputs = inputs_of(encoder, feed, sets, dev)
+    inputs = run_inputs(encoder, feed, sets, dev)
     run.check_same(inputs)
 
     encoder.trunk = tune(encoder.trunk, config.tuning)

@@ -18,7 +18,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.cli.compose import typed
     from sgpt.data.formats.jsonl import read_rows
     from sgpt.decoder.trunk import load_tokenizer
-    from sgpt.pretraining.corpus import prepare
+    from sgpt.pretraining.corpus import prepare_corpus
     from sgpt.pretraining.model import PretrainConfig, build_model, save_model
     from sgpt.pretraining.next_token_loss import perplexity
     from sgpt.pretraining.pretrain import pretrain
@@ -26,7 +26,7 @@ def main(composed: DictConfig) -> None:
     config = typed(PretrainConfig, composed)
     accelerator = launch.accelerate(precision=config.precision, seed=config.seed)
     with accelerator.main_process_first():
-        corpus = prepare(config)
+        corpus = prepare_corpus(config)
     model = pretrain(config, corpus, accelerator)
 
     if accelerator.is_main_process:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sgpt.data.formats.jsonl import read_rows
 from sgpt.data.sources import pydocs
 from sgpt.pretraining.model import END, PretrainConfig
-from sgpt.pretraining.open_text import read_documents, read_weak_pairs
+from sgpt.pretraining.open_text import read_texts, read_weak_pairs
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import progress_bar
 
@@ -52,7 +52,7 @@ class Corpus:
         return queries, documents
 
 
-def prepare(config: PretrainConfig) -> Corpus:
+def prepare_corpus(config: PretrainConfig) -> Corpus:
     """Trains the tokenizer and tokenises everything, once; later calls open what is there."""
     if not config.text:
         raise InputError(
@@ -71,7 +71,7 @@ def _write_corpus(folder: Path, config: PretrainConfig) -> None:
     log.info("reading text below %s", config.text)
     docstring_rows = read_rows(pydocs.build(Path(config.pydocs)) / "train.jsonl")
     docstrings = (f"{row['query']}\n\n{row['positive']}" for _, row in docstring_rows)
-    documents = [*read_documents(Path(config.text)), *docstrings]
+    documents = [*read_texts(Path(config.text)), *docstrings]
     tokenizer = _train_tokenizer(documents, config.nano.vocabulary)
     tokenizer.save(str(folder / "tokenizer.json"))
 

@@ -53,7 +53,7 @@ class _Row:
         return text
 
 
-def read_documents(root: Path) -> Iterator[str]:
+def read_texts(root: Path) -> Iterator[str]:
     """Every training document below `root`, each once, in a fixed order. InputError names a missing file."""
     seen: set[str] = set()
     for name, texts in TEXT_FILES.items():

@@ -31,12 +31,12 @@ from sgpt.training.card import card
 from sgpt.training.checkpoint import TrainState
 from sgpt.training.config import TrainConfig
 from sgpt.training.run_folder import RunFolder
-from sgpt.training.tuning import count, learning, tune
+from sgpt.training.tuning import count_parameters, learning, tune
 
 SAMPLE = 512  # pairs in the similarity histogram
 
 
-def inputs_of(encoder: Encoder, feed: Feed, sets: Sets, dev: Sets) -> Inputs:
+def run_inputs(encoder: Encoder, feed: Feed, sets: Sets, dev: Sets) -> Inputs:
     """Everything that decides a run's weights and results, but for its configuration.
 
     encoder: of the untuned base.
@@ -69,7 +69,7 @@ def record_start(run: RunFolder, config: TrainConfig, encoder: Encoder, feed: Fe
     """Writes the manifest once, when the run starts; a resumed run has its inputs checked against these."""
     if run.read("manifest.json", {}):
         return
-    trained, total = count(encoder.trunk)
+    trained, total = count_parameters(encoder.trunk)
     sources = [
         {"source": source.name, "examples": len(source.examples), "key": source.examples.key} for source in feed.sources
     ]
@@ -177,10 +177,10 @@ def complete(run: RunFolder, config: TrainConfig, encoder: Encoder | None = None
             write_export(run, config, encoder or reopen(run, config)[0])
     finally:
         run.close()
-        show(run)
+        show_run(run)
 
 
-def show(run: RunFolder) -> None:
+def show_run(run: RunFolder) -> None:
     """Prints the table that a run ends with, and the command that searches with it."""
     from rich.console import Console
 

@@ -30,7 +30,7 @@ from sgpt.training.loss import LossConfig, StepResult
 from sgpt.training.optim import OptimConfig, build_optimizer, build_schedule
 from sgpt.training.run_folder import RunFolder
 from sgpt.training.step import contrastive_step
-from sgpt.training.tuning import count, learning
+from sgpt.training.tuning import count_parameters, learning
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class TrainerConfig:
         return min(steps, self.max_steps or steps)
 
 
-def check(feed: Feed) -> None:
+def check_feed(feed: Feed) -> None:
     """InputError when a batch could teach nothing. Known before anything is written."""
     fewest_hard_negatives = min(source.num_hard_negatives for source in feed.sources)
     if feed.queries_in_total * (1 + fewest_hard_negatives) < 2:
@@ -133,7 +133,7 @@ def train(
     evaluate: results on the dev sets, called every `evaluate_every_steps` on all processes.
     Raises Interrupted, with the last step saved, after Ctrl-C or SIGTERM.
     """
-    check(feed)
+    check_feed(feed)
     rank, processes = accelerator.process_index, accelerator.num_processes
     steps = config.steps(feed.batches_per_epoch)
     parameters = learning(encoder.trunk)
@@ -209,7 +209,7 @@ def announce(encoder: Encoder, feed: Feed, config: TrainerConfig, optim: OptimCo
     """One block: what is about to happen, and what part of the texts the limits cut."""
     steps = config.steps(feed.batches_per_epoch)
     epochs = steps * config.gradient_accumulation / feed.batches_per_epoch
-    learned, total = count(encoder.trunk)
+    learned, total = count_parameters(encoder.trunk)
     num_examples = sum(len(source.examples) for source in feed.sources)
     num_queries = config.queries_per_process * accelerator.num_processes
     num_candidates = num_queries * (1 + feed.sources[0].num_hard_negatives)

@@ -148,7 +148,7 @@ def learning(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def count(module: nn.Module) -> tuple[int, int]:
+def count_parameters(module: nn.Module) -> tuple[int, int]:
     """How many numbers learn, and how many there are."""
     learned = sum(parameter.numel() for parameter in learning(module).values())
     total = sum(parameter.numel() for parameter in module.parameters())
