@@ -34,7 +34,7 @@ from sgpt.evaluation.evaluate import EvaluationConfig, evaluate, read_sets
 from sgpt.text.markers import MarkersConfig
 from sgpt.training.loss import LossConfig
 from sgpt.training.optim import OptimConfig
-from sgpt.training.run_folder import Run
+from sgpt.training.run_folder import RunFolder
 from sgpt.training.trainer import TrainerConfig, train
 from sgpt.training.tuning import TuningConfig, tune
 
@@ -99,7 +99,7 @@ def feed_of(examples: list[Example], encoder: Encoder) -> Feed:
 
 def train_ours(encoder: Encoder, feed: Feed, optim: OptimConfig, steps: int, folder: Path) -> tuple[list[float], float]:
     folder.mkdir()
-    run = Run(folder)
+    run = RunFolder(folder)
     config = TrainerConfig(queries_per_process=QUERIES, max_steps=steps, seed=SEED, log_every_steps=1, save_every_steps=10**9)
     state = train(encoder, feed, Accelerator(), run, config, LossConfig(), optim, dict)
 

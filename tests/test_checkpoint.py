@@ -19,7 +19,8 @@ from sgpt.runtime.errors import InputError
 from sgpt.training.checkpoint import TrainState, latest, load, save
 from sgpt.training.optim import OptimConfig, build_optimizer, build_schedule
 
-# Forks of a server that has never computed: a fork of the tests' own process may wait for ever for OpenMP threads that it does not have.
+# Forks of a server that has never computed: a fork of the tests' own process may wait for ever for OpenMP threads that
+# it does not have.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["sgpt.training.checkpoint", "sgpt.training.optim"])
 
@@ -27,7 +28,7 @@ FILES = {"trained.safetensors", "optimizer.pt", "random-0.pt", "state.json"}
 
 
 def parts(numbers: int = 5, seed: int = 0):
-    """parameters, optimizer and schedule of one weight and one bias"""
+    """Parameters, optimizer and schedule of one weight and one bias."""
     torch.manual_seed(seed)
     parameters = {"weight": nn.Parameter(torch.randn(numbers, 3)), "bias": nn.Parameter(torch.randn(numbers))}
     optimizer = build_optimizer(parameters, OptimConfig())
@@ -94,7 +95,7 @@ def save_for_ever(folder: Path) -> None:
 
 @pytest.mark.parametrize("moment", range(8))
 def test_a_killed_save_never_looks_whole(moment, tmp_path):
-    """A real process, killed while it saves some megabytes again and again; wherever it was, what is there can be loaded."""
+    """A real process, killed while it saves some megabytes again and again; what is there can be loaded."""
     process = PROCESSES.Process(target=save_for_ever, args=(tmp_path,))
     process.start()
     while latest(tmp_path) is None:
@@ -128,7 +129,10 @@ def test_other_parameters_are_refused(tmp_path):
     save(tmp_path, *parts(), TrainState(step=1), keep=1)
     parameters, optimizer, schedule = parts()
     del parameters["bias"]
-    with pytest.raises(InputError, match=r"holds other parameters than this run trains, bias for one; resume with the run's own tuning and model"):
+    with pytest.raises(
+        InputError,
+        match=r"holds other parameters than this run trains, bias for one; resume with the run's own tuning and model",
+    ):
         load(tmp_path / "step-1", parameters, optimizer, schedule)
 
 
@@ -144,7 +148,10 @@ DAMAGES = {
     "state.json cut": ("state.json", lambda file: file.write_text('{"step": ')),
     "state.json with another key": ("state.json", lambda file: file.write_text('{"steps": 4}')),
     "state.json a list": ("state.json", lambda file: file.write_text("[]")),
-    "state.json with a text": ("state.json", lambda file: file.write_text('{"step": "four", "batches": 4, "seconds": 1.0, "processes": 1}')),
+    "state.json with a text": (
+        "state.json",
+        lambda file: file.write_text('{"step": "four", "batches": 4, "seconds": 1.0, "processes": 1}'),
+    ),
 }
 
 
@@ -153,7 +160,10 @@ def test_a_damaged_checkpoint_is_refused_by_its_file_and_the_one_before_takes_it
     for number in (4, 8):
         save(tmp_path, *parts(), TrainState(step=number), keep=2)
     damage(tmp_path / "step-8" / name)
-    with pytest.raises(InputError, match=rf"step-8/{name} is (damaged|missing).*; remove the folder .*step-8 and resume: step-4 is used instead"):
+    with pytest.raises(
+        InputError,
+        match=rf"step-8/{name} is (damaged|missing).*; remove the folder .*step-8 and resume: step-4 is used instead",
+    ):
         load(latest(tmp_path), *parts())
     shutil.rmtree(tmp_path / "step-8")
     assert load(latest(tmp_path), *parts()).step == 4

@@ -30,16 +30,37 @@ IDS = [f"{h} hard negatives{', symmetric' * s}{', recomputed' * (not k)}" for h,
 
 def examples(hard_negatives: int) -> list[Example]:
     """Eight; number 5, on the second process, repeats number 0's query, number 6 the positive of number 1."""
-    queries = ["parse a date", "open a file", "sort words", "sum numbers", "join paths", "parse a date", "read lines", "make a folder"]
-    positives = ["from a string", "for reading", "by their length", "of a list", "of folders", "with a format", "for reading", "and its parents"]
+    queries = [
+        "parse a date",
+        "open a file",
+        "sort words",
+        "sum numbers",
+        "join paths",
+        "parse a date",
+        "read lines",
+        "make a folder",
+    ]
+    positives = [
+        "from a string",
+        "for reading",
+        "by their length",
+        "of a list",
+        "of folders",
+        "with a format",
+        "for reading",
+        "and its parents",
+    ]
     return [
-        Example(query, positive, tuple(f"{n} hard negative of {query} {place}" for n in range(hard_negatives)))
-        for place, (query, positive) in enumerate(zip(queries, positives, strict=True))
+        Example(query, positive, tuple(f"{n} hard negative of {query} {number}" for n in range(hard_negatives)))
+        for number, (query, positive) in enumerate(zip(queries, positives, strict=True))
     ]
 
 
 def gradients(base: str, rank: int, processes: int, case: tuple[int, bool, float]) -> dict:
-    """One step of this process' share of the batch, in float64: a wrong formula shows, the order of float32 sums does not."""
+    """One step of this process' share of the batch.
+
+    In float64: a wrong formula shows, the order of float32 sums does not.
+    """
     hard_negatives, symmetric, keep_bytes = case
     tokenizer = load_tokenizer(base)
     trunk = tune(prepare(random_trunk("gpt_neo", len(tokenizer)).double()), TuningConfig("bitfit"))
@@ -47,10 +68,14 @@ def gradients(base: str, rank: int, processes: int, case: tuple[int, bool, float
     share = PROCESSES * QUERIES // processes
     batch = collate(examples(hard_negatives)[rank * share : (rank + 1) * share], tokenizer, encoder.frames)
     config = LossConfig(symmetric=symmetric)
-    outcome = contrastive_step(encoder, batch, config, keep_bytes=keep_bytes)
+    result = contrastive_step(encoder, batch, config, keep_bytes=keep_bytes)
     parameters = learning(trunk)
     average_gradients(parameters.values())
-    return {"loss": gather(outcome.loss[None]).mean().item(), "health": health(outcome), **{name: p.grad for name, p in parameters.items()}}
+    return {
+        "loss": gather(result.loss[None]).mean().item(),
+        "health": health(result),
+        **{name: p.grad for name, p in parameters.items()},
+    }
 
 
 def one_of_two(rank: int, folder: Path, base: str) -> None:
@@ -58,9 +83,10 @@ def one_of_two(rank: int, folder: Path, base: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
     own = torch.arange(6, dtype=torch.float64).view(3, 2).add(10 * rank).requires_grad_()
     gathered = gather_with_gradient(own)
-    (gathered * torch.arange(12).view(6, 2) * (rank + 1)).sum().backward()  # process r owes row i, column j: (2 i + j) (r + 1)
-    found = {case: gradients(base, rank, PROCESSES, case) for case in CASES}
-    torch.save({"gathered": gathered.detach(), "gradient": own.grad, "steps": found}, folder / f"{rank}.pt")
+    # process r owes row i, column j: (2 i + j) (r + 1)
+    (gathered * torch.arange(12).view(6, 2) * (rank + 1)).sum().backward()
+    ours = {case: gradients(base, rank, PROCESSES, case) for case in CASES}
+    torch.save({"gathered": gathered.detach(), "gradient": own.grad, "steps": ours}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -75,13 +101,13 @@ def two_processes(tiny_base, tmp_path_factory) -> list[dict]:
 def test_two_processes_give_the_gradient_of_the_whole_batch(case, two_processes, tiny_base):
     expected = gradients(str(tiny_base("gpt_neo")), 0, 1, case)
     for process in two_processes:
-        found = process["steps"][case]
-        assert found.keys() == expected.keys()
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+        ours = process["steps"][case]
+        assert ours.keys() == expected.keys()
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-9)
         for name in expected.keys() - {"loss", "health"}:
             size = float(expected[name].norm())
             assert size > 0, name
-            assert float((found[name] - expected[name]).norm()) < 1e-10 * size, name
+            assert float((ours[name] - expected[name]).norm()) < 1e-10 * size, name
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -92,7 +118,8 @@ def test_both_processes_hold_the_same_gradients(case, two_processes):
 
 def test_logged_cosines_are_those_of_the_whole_batch(two_processes, tiny_base):
     case = (2, False, math.inf)
-    assert two_processes[1]["steps"][case]["health"] == pytest.approx(gradients(str(tiny_base("gpt_neo")), 0, 1, case)["health"], rel=1e-6)
+    expected = gradients(str(tiny_base("gpt_neo")), 0, 1, case)["health"]
+    assert two_processes[1]["steps"][case]["health"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_gather_is_rank_major_and_sums_what_every_process_owes_a_row(two_processes):

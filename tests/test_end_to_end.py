@@ -259,7 +259,7 @@ def test_the_adapter_over_the_base_and_the_export_again_are_the_export(project, 
 def test_a_finished_run_is_never_overwritten_in_silence(project, starts):
     ended = starts["again"]
     assert ended.code == 2
-    assert ended.err == "error: runs/first holds a finished run; go on with resume=true, or choose another name=<name>\n"
+    assert ended.err == "error: runs/first holds a finished run; resume it with resume=true, or choose another name=<name>\n"
 
 
 def test_resuming_a_finished_run_shows_its_table(project, starts):

@@ -9,7 +9,7 @@ import pytest
 from sgpt.data.feed.store import Examples
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import held, make_once
-from sgpt.training.run_folder import Run, begin
+from sgpt.training.run_folder import RunFolder, start_run
 
 STORING = """
 import sys, time
@@ -33,9 +33,9 @@ print(len(stored(folder / "cache", "key", fill)))
 HOLDING = """
 import sys, time
 from pathlib import Path
-from sgpt.training.run_folder import Run, begin
-run = Run(Path(sys.argv[1]))
-begin(run, {})
+from sgpt.training.run_folder import RunFolder, start_run
+run = RunFolder(Path(sys.argv[1]))
+start_run(run, {})
 print("begun", flush=True)
 time.sleep(600)
 """
@@ -55,21 +55,21 @@ def test_a_run_has_one_writer_and_is_free_when_that_is_killed(tmp_path: Path):
     try:
         assert writer.stdout.readline() == "begun\n"
         with pytest.raises(InputError, match=r"runs/mine: another process is writing it now; wait for it, or choose another name"):
-            begin(Run(folder), {"seed": 1})
+            start_run(RunFolder(folder), {"seed": 1})
         assert (folder / "config.yaml").read_text() == "{}\n"
     finally:
         writer.kill()
         writer.wait()
         writer.stdout.close()
-    begin(Run(folder), {})
+    start_run(RunFolder(folder), {})
 
 
 def test_no_lock_is_left_behind(tmp_path: Path):
     locked: list[bool] = []
     make_once(tmp_path / "made", (tmp_path / "made").is_dir, lambda: locked.append((tmp_path / ".made.lock").is_file()))
     assert locked == [True]
-    run = Run(tmp_path / "run")
-    begin(run, {})
+    run = RunFolder(tmp_path / "run")
+    start_run(run, {})
     run.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 

@@ -1,14 +1,16 @@
-"""The loss and the gradient of every learning tensor are one number each, whatever road computes them.
+"""The loss and the gradient of every learning tensor are one number each, whatever method computes them.
 
-Reference: transformers' own model with its eager attention over padded rows, never touched by `sgpt.decoder.attention.prepare`, with
-pooling and InfoNCE written out here. Arbiter: that reference in float64. Every road of ours (packs, recomputation, chunks of
-scores, several processes) is held against it, for each family that takes packs.
+Reference: transformers' own model with its eager attention over padded rows, never touched by
+`sgpt.decoder.attention.prepare`, with pooling and InfoNCE written out here. Arbiter: that reference in float64. Every
+method of ours (packs, recomputation, chunks of scores, several processes) is compared with it, for each family that
+takes packs.
 
-`make parity` prints the table that the tests read: for each family and road the worst error over CASES.
+`make parity` prints the table that the tests read: for each family and method the worst error over CASES.
 """
 
 import functools
 import inspect
+import itertools
 import multiprocessing
 import random
 import tempfile
@@ -51,7 +53,10 @@ TOKENS_PER_PACK = 160  # the cases have 4 to 6 packs
 
 @dataclass(frozen=True)
 class Case:
-    """longest: tokens of the longest texts; GPT-Neo's local layers see 16. margin: of cosines, as `false_negative_margin`."""
+    """A batch and its loss.
+
+    longest: tokens of the longest texts; GPT-Neo's local layers see 16. margin: of cosines, as `false_negative_margin`.
+    """
 
     hard_negatives: int
     symmetric: bool
@@ -74,7 +79,7 @@ CASES_OF = {"float64": list(CASES), "float32": ["three hard negatives"], "bfloat
 
 
 @dataclass(frozen=True)
-class Road:
+class Method:
     """A way of `contrastive_step`. keep: of the activations."""
 
     keep: Literal["all", "some", "nothing"] = "all"
@@ -82,25 +87,26 @@ class Road:
     processes: int = 1
 
 
-ROADS = {
-    "packed": Road(),
-    "recomputed": Road(keep="nothing"),
-    "partly kept": Road(keep="some"),
-    "score chunks": Road(scores_at_a_time=1),
-    "2 processes": Road(processes=2),
-    "3 processes": Road(processes=3, keep="nothing"),
+METHODS = {
+    "packed": Method(),
+    "recomputed": Method(keep="nothing"),
+    "partly kept": Method(keep="some"),
+    "score chunks": Method(scores_at_a_time=1),
+    "2 processes": Method(processes=2),
+    "3 processes": Method(processes=3, keep="nothing"),
 }
-ALONE = [name for name, road in ROADS.items() if road.processes == 1]
-TOGETHER = [name for name, road in ROADS.items() if road.processes > 1]
+ALONE = [name for name, method in METHODS.items() if method.processes == 1]
+TOGETHER = [name for name, method in METHODS.items() if method.processes > 1]
 
 
 class Float64(TorchFunctionMode):
     """Whoever asks for float32 gets float64.
 
-    In a float64 model transformers still computes in float32: the norms of Llama, Qwen2, Qwen3 and Mistral, the rotary tables of
-    those and of GPT-NeoX, the scores of GPT-Neo and GPT-J, and every eager softmax but GPT-2's and BERT's. Rounding there moves
-    gradients by 1e-8 to 1e-6 and hides what a formula does; without it all roads agree to 1e-14. As this hides it, too, where our
-    own code rounds, GPT-2 and BERT do without: transformers computes them in float64 throughout, so must we.
+    In a float64 model transformers still computes in float32: the norms of Llama, Qwen2, Qwen3 and Mistral, the rotary
+    tables of those and of GPT-NeoX, the scores of GPT-Neo and GPT-J, and every eager softmax but GPT-2's and BERT's.
+    Rounding there moves gradients by 1e-8 to 1e-6 and hides what a formula does; without it all methods agree to 1e-14.
+    As this hides it, too, where our own code rounds, GPT-2 and BERT do without: transformers computes them in float64
+    throughout, so must we.
     """
 
     def __torch_function__(self, function, types, arguments=(), options=None):
@@ -114,7 +120,7 @@ def _widened(argument):
 
 
 def precisely(precision: str, family: str) -> AbstractContextManager:
-    """What a road in that precision is computed in; bfloat16 is autocast of float32 weights."""
+    """What a method in that precision is computed in; bfloat16 is autocast of float32 weights."""
     if precision == "bfloat16":
         return torch.autocast("cpu", torch.bfloat16)
     return Float64() if precision == "float64" and family not in ("gpt2", "bert") else nullcontext()
@@ -124,7 +130,10 @@ def precisely(precision: str, family: str) -> AbstractContextManager:
 
 
 class Texts(NamedTuple):
-    """Token ids of Q queries, Q·R documents, and of each query's further positives, which are in no batch but may be others' documents."""
+    """Token ids of Q queries, Q·R documents, and of each query's further positives.
+
+    Those are in no batch but may be others' documents.
+    """
 
     queries: Rows
     documents: Rows
@@ -135,8 +144,12 @@ class Texts(NamedTuple):
         q, r = len(self.queries) // processes, len(self.documents) // len(self.queries)
         own = slice(rank * q, (rank + 1) * q)
         queries, documents, others = self.queries[own], self.documents[own.start * r : own.stop * r], self.others[own]
-        filled = [[*rows, *(max(map(len, others)) - len(rows)) * [documents[place * r]]] for place, rows in enumerate(others)]
-        return Batch(queries, documents, _hashes(queries), _hashes(documents), torch.stack([_hashes(rows) for rows in filled]))
+        filled = [
+            [*rows, *(max(map(len, others)) - len(rows)) * [documents[row * r]]] for row, rows in enumerate(others)
+        ]
+        return Batch(
+            queries, documents, _hashes(queries), _hashes(documents), torch.stack([_hashes(rows) for rows in filled])
+        )
 
 
 def _hashes(rows: Rows) -> Tensor:
@@ -144,20 +157,25 @@ def _hashes(rows: Rows) -> Tensor:
 
 
 def texts_of(case: Case) -> Texts:
-    """One token to the limit; texts are repeated over processes' borders, because equal texts are no negatives of each other."""
+    """Texts of one token to the limit.
+
+    Some are repeated over processes' borders, because equal texts are no negatives of each other.
+    """
     draw, r = random.Random(case.hard_negatives), 1 + case.hard_negatives
 
     def text(length: int) -> list[int]:
         return [draw.randrange(1, VOCABULARY) for _ in range(length)]
 
     queries = [text(length) for length in (1, case.longest, 17, 40, 5, 1)]
-    documents = [text(length) for length in islice(cycle((case.longest, 1, 2, 33, case.longest - 1, 16, 1, 21)), QUERIES * r)]
+    documents = [
+        text(length) for length in islice(cycle((case.longest, 1, 2, 33, case.longest - 1, 16, 1, 21)), QUERIES * r)
+    ]
     queries[4] = queries[1]  # one text asks twice
     documents[5 * r] = documents[0]  # and one answers two queries
     documents[3 * r] = queries[2]  # a positive that is another query's text
     if case.hard_negatives:
         documents[2 * r + 1] = documents[0]  # a hard negative that is another query's positive
-        documents[r + 1] = queries[1]  # one that is its own query's text: chosen for it, so it counts
+        documents[r + 1] = queries[1]  # one that is its own query's text: curated for it, so it counts
     others = [[], [documents[2 * r]], [], [documents[r], text(9)], [], []]  # of which processes hold different numbers
     return Texts(queries, documents, others)
 
@@ -167,7 +185,10 @@ def texts_of(case: Case) -> Texts:
 
 @functools.cache
 def plain_trunk(family: str, dtype: torch.dtype, tuning: str) -> nn.Module:
-    """As transformers computes it, with softmax(q·k + mask)·v written out. Cached, as are the encoders: nobody changes a weight."""
+    """As transformers computes it, with softmax(q·k + mask)·v written out.
+
+    Cached, as are the encoders: nobody changes a weight.
+    """
     trunk = random_trunk(family, VOCABULARY).to(dtype)
     trunk.config._attn_implementation = "eager"
     return tune(trunk, TuningConfig(tuning))
@@ -185,9 +206,11 @@ def plain_embeddings(trunk: nn.Module, texts: Rows, side: str = "right") -> Tens
     """[rows, D]: token i of n weighs i / (1 + … + n)."""
     input_ids, attention_mask = padded(texts, side)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if side == "left" and "position_ids" in inspect.signature(trunk.forward).parameters:  # on the right their own ones are right
-        inputs["position_ids"] = torch.tensor([[max(0, place - (attention_mask.shape[1] - len(text))) for place in range(len(row))]
-                                               for row, text in zip(input_ids, texts, strict=True)])  # fmt: skip
+    # on the right their own positions are right
+    if side == "left" and "position_ids" in inspect.signature(trunk.forward).parameters:
+        longest = attention_mask.shape[1]
+        positions = [[max(0, column - (longest - len(text))) for column in range(longest)] for text in texts]
+        inputs["position_ids"] = torch.tensor(positions)
     weights = torch.zeros(input_ids.shape, dtype=trunk.dtype)
     for row, text in enumerate(texts):
         n = len(text)
@@ -196,14 +219,19 @@ def plain_embeddings(trunk: nn.Module, texts: Rows, side: str = "right") -> Tens
 
 
 def plain_loss(embeddings: Tensor, texts: Texts, case: Case) -> Tensor:
-    """InfoNCE with its duplicates told by their token ids. embeddings [Q + Q·R, D]."""
+    """InfoNCE with its duplicates known by their token ids. embeddings [Q + Q·R, D]."""
     asked, answers, r = texts.queries, texts.documents, 1 + case.hard_negatives
-    right = [[text for j in range(QUERIES) if asked[j] == asked[i] for text in (answers[j * r], *texts.others[j])] for i in range(QUERIES)]
+    right = [
+        [text for j in range(QUERIES) if asked[j] == asked[i] for text in (answers[j * r], *texts.others[j])]
+        for i in range(QUERIES)
+    ]
     lengths = embeddings.pow(2).sum(1, keepdim=True).sqrt()
     queries, documents = (embeddings / lengths).split([len(asked), len(answers)])
     scores = SCALE * queries @ documents.T
     seen = scores.detach()
-    too_near = [float("inf") if case.margin is None else float(seen[i, i * r]) - SCALE * case.margin for i in range(QUERIES)]
+    too_near = [
+        float("inf") if case.margin is None else float(seen[i, i * r]) - SCALE * case.margin for i in range(QUERIES)
+    ]
     terms = []
     for i in range(QUERIES):
         # own: curated, always counts. Others: not my text, and not an answer to it, whoever has it for a positive
@@ -214,20 +242,21 @@ def plain_loss(embeddings: Tensor, texts: Texts, case: Case) -> Tensor:
     if case.symmetric:
         for i in range(QUERIES):
             rivals = [j for j in range(QUERIES) if j == i or not (
-                answers[i * r] in right[j] or answers[i * r] == asked[j] or asked[j] == asked[i] or float(seen[j, i * r]) > too_near[i]
+                answers[i * r] in right[j] or answers[i * r] == asked[j] or asked[j] == asked[i]
+                or float(seen[j, i * r]) > too_near[i]
             )]  # fmt: skip
             terms.append(scores[rivals, i * r].logsumexp(0) - scores[i, i * r])
     return torch.stack(terms).mean()
 
 
 def taken(trunk: nn.Module, loss: Tensor) -> Gradient:
-    """The gradients, taken away from the trunk. A tensor that was not reached (BERT's pooler) has none, which is zero."""
-    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in learning(trunk).items()}
+    """The gradients, taken away from the trunk; zero for a tensor that was not reached (BERT's pooler)."""
+    measured = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in learning(trunk).items()}
     trunk.zero_grad()
-    return {**found, "loss": loss.detach()}
+    return {**measured, "loss": loss.detach()}
 
 
-def method_of(family: str) -> str:
+def tuning_of(family: str) -> str:
     """bitfit refuses bases with too few biases."""
     return "bitfit_norm" if family in ("qwen2", "qwen3", "mistral") else "bitfit"
 
@@ -249,14 +278,16 @@ def _dtype(precision: str) -> torch.dtype:
     return torch.float64 if precision == "float64" else torch.float32
 
 
-# ---- our roads
+# ---- our methods
 
 
 @functools.cache
 def _tokenizer():
     """No text is read here: it only has the padding's id, and no id beyond the trunk's table."""
     words = {"<pad>": PAD, **{f"w{number}": number for number in range(1, VOCABULARY)}}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>", unk_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>", unk_token="<pad>"
+    )
 
 
 @functools.cache
@@ -270,28 +301,34 @@ def encoder_around(trunk: nn.Module, tuning: str, longest: int = POSITIONS) -> E
 
 
 def ours(name: str, family: str, precision: str, case: Case, tuning: str, rank: int = 0) -> Gradient:
-    """By the road of that name; for several processes this is what each of them does."""
-    road, encoder = ROADS[name], encoder_of(family, _dtype(precision), tuning)
-    batch = texts_of(case).batch(rank, road.processes)
-    for keep_bytes in _budgets(road, encoder, batch):
-        with precisely(precision, family), _scores_at_a_time(road.scores_at_a_time):
-            outcome = contrastive_step(encoder, batch, case.loss, keep_bytes=keep_bytes)
+    """By the method of that name; for several processes this is what each of them does."""
+    method, encoder = METHODS[name], encoder_of(family, _dtype(precision), tuning)
+    batch = texts_of(case).batch(rank, method.processes)
+    for keep_bytes in _budgets(method, encoder, batch):
+        with precisely(precision, family), _scores_at_a_time(method.scores_at_a_time):
+            result = contrastive_step(encoder, batch, case.loss, keep_bytes=keep_bytes)
             average_gradients(learning(encoder.trunk).values())
-        gradient = taken(encoder.trunk, gather(outcome.loss[None]).mean())
-        if road.keep != "some" or outcome.kept < 1:
+        gradient = taken(encoder.trunk, gather(result.loss[None]).mean())
+        if method.keep != "some" or result.kept < 1:
             break
-    assert {"all": outcome.kept == 1, "some": 0 < outcome.kept < 1, "nothing": outcome.kept == 0}[road.keep], (name, outcome.kept)
+    as_asked = {"all": result.kept == 1, "some": 0 < result.kept < 1, "nothing": result.kept == 0}
+    assert as_asked[method.keep], (name, result.kept)
     return gradient
 
 
-def _budgets(road: Road, encoder: Encoder, batch: Batch) -> list[float]:
-    """keep_bytes to try until not everything is kept: families keep 4 (OPT in bfloat16) to 31 (BLOOM) numbers for each layer and number
+def _budgets(method: Method, encoder: Encoder, batch: Batch) -> list[float]:
+    """keep_bytes to try until not everything is kept.
 
-    of a token's hidden state, and there are at least four packs.
+    Families keep 4 (OPT in bfloat16) to 31 (BLOOM) numbers for each layer and number of a token's hidden state, and
+    there are at least four packs.
     """
     config = encoder.trunk.config
     states = batch.num_tokens * config.num_hidden_layers * config.hidden_size
-    return {"all": [float("inf")], "nothing": [0.0], "some": [states * encoder.trunk.dtype.itemsize * numbers for numbers in (12, 6, 3)]}[road.keep]
+    return {
+        "all": [float("inf")],
+        "nothing": [0.0],
+        "some": [states * encoder.trunk.dtype.itemsize * numbers for numbers in (12, 6, 3)],
+    }[method.keep]
 
 
 @contextmanager
@@ -304,9 +341,10 @@ def _scores_at_a_time(number: int | None) -> Iterator[None]:
 
 @functools.cache
 def by_processes() -> list[dict[tuple[str, str, str, str], Gradient]]:
-    """What each of three processes found, by road, family, precision and case; in roads of two the third has no part.
+    """Gradients of each of three processes, by method, family, precision and case; with two, the third has none.
 
-    Their server is started with all modules imported and has computed nothing, so it can fork: three imports cost 15 seconds.
+    Their server is started with all modules imported and has computed nothing, so it can fork: three imports cost 15
+    seconds.
     """
     multiprocessing.set_forkserver_preload(["sgpt.training.step", "transformers.masking_utils"])
     with tempfile.TemporaryDirectory() as folder:
@@ -316,15 +354,17 @@ def by_processes() -> list[dict[tuple[str, str, str, str], Gradient]]:
 
 def one_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    found = {}
+    measured = {}
     for name in reversed(TOGETHER):
-        processes = ROADS[name].processes
+        processes = METHODS[name].processes
         if rank < processes:
             dist.init_process_group("gloo", init_method=f"file://{folder}/{processes}", rank=rank, world_size=processes)
-            for family, precision, case in [(f, p, c) for f in FAMILIES for p in ("float64", "float32") for c in CASES_OF[p]]:
-                found[name, family, precision, case] = ours(name, family, precision, CASES[case], method_of(family), rank)
+            for family, precision in itertools.product(FAMILIES, ("float64", "float32")):
+                for case in CASES_OF[precision]:
+                    gradient = ours(name, family, precision, CASES[case], tuning_of(family), rank)
+                    measured[name, family, precision, case] = gradient
             dist.destroy_process_group()
-    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.save(measured, Path(folder) / f"{rank}.pt")
 
 
 # ---- the table
@@ -332,21 +372,26 @@ def one_process(rank: int, folder: str) -> None:
 
 @dataclass(frozen=True, order=True)
 class Error:
-    """worst: of all tensors and the loss, each relative to its own norm. whole: of the gradient as one vector. tensor: the worst one."""
+    """How far a gradient is from the expected one.
+
+    worst: of all tensors and the loss, each relative to its own norm. whole: of the gradient as one vector. tensor: the
+    worst one.
+    """
 
     worst: float
     tensor: str
     whole: float
 
 
-def error(found: Gradient, expected: Gradient) -> Error:
+def error(measured: Gradient, expected: Gradient) -> Error:
     """A tensor below 1e-7 of the whole gradient is measured against the whole.
 
-    Softmax does not notice a number that is added to all of a query's scores, so a key projection's bias has gradient zero in
-    every family that does not rotate its keys; what is found there is rounding, and has no size of its own to be compared with.
+    Softmax does not notice a number that is added to all of a query's scores, so a key projection's bias has gradient
+    zero in every family that does not rotate its keys; what is measured there is rounding, and has no size of its own
+    to be compared with.
     """
-    assert found.keys() == expected.keys()
-    off = {name: float((found[name].double() - value).norm()) for name, value in expected.items()}
+    assert measured.keys() == expected.keys()
+    off = {name: float((measured[name].double() - value).norm()) for name, value in expected.items()}
     norms = {name: float(value.norm()) for name, value in expected.items()}
     whole = _norm(norms)
     relative = {name: off[name] / (norms[name] if norms[name] > 1e-7 * whole else whole) for name in off}
@@ -360,8 +405,8 @@ def _norm(norms: dict[str, float]) -> float:
 
 @functools.cache
 def errors(family: str, precision: str) -> dict[str, Error]:
-    """By road, the worst over the cases; "padded" is the reference in that precision. In bfloat16 without processes."""
-    tuning, found = method_of(family), {}
+    """By method, the worst over the cases; "padded" is the reference in that precision. bfloat16 has one process."""
+    tuning, measured = tuning_of(family), {}
     for case in CASES_OF[precision]:
         expected = arbiter(family, CASES[case], tuning)
         gradients = {} if precision == "float64" else {"padded": plain(family, precision, CASES[case], tuning)}
@@ -369,17 +414,19 @@ def errors(family: str, precision: str) -> dict[str, Error]:
         if precision != "bfloat16":
             gradients |= {name: by_processes()[0][name, family, precision, case] for name in TOGETHER}
         for name, gradient in gradients.items():
-            found[name] = max(found.get(name, Error(0, "", 0)), error(gradient, expected))
-    return found
+            measured[name] = max(measured.get(name, Error(0, "", 0)), error(gradient, expected))
+    return measured
 
 
 def print_table() -> None:
     for precision, measure in {"float64": "worst", "float32": "worst", "bfloat16": "whole"}.items():
-        print(f"\n{precision}: relative error of the {'worst tensor' if measure == 'worst' else 'whole gradient'} against the padded float64 reference")
-        names = ["padded", *ROADS] if precision == "float32" else [*ROADS] if precision == "float64" else ["padded", *ALONE]
+        measured = "worst tensor" if measure == "worst" else "whole gradient"
+        print(f"\n{precision}: relative error of the {measured} against the padded float64 reference")
+        names = {"float64": [*METHODS], "float32": ["padded", *METHODS], "bfloat16": ["padded", *ALONE]}[precision]
         print(f"{'':10}" + "".join(f"{name:>14}" for name in names))
         for family in FAMILIES:
-            print(f"{family:10}" + "".join(f"{getattr(errors(family, precision)[name], measure):14.1e}" for name in names), flush=True)
+            values = [getattr(errors(family, precision)[name], measure) for name in names]
+            print(f"{family:10}" + "".join(f"{value:14.1e}" for value in values), flush=True)
 
 
 # ---- the claims
@@ -389,40 +436,43 @@ def test_every_family_that_takes_packs_is_measured():
     assert set(FAMILIES) == PACKED_FAMILIES
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_float64_every_road_gives_the_gradient_of_the_padded_model(family, road):
-    # BLOOM's own GELU has 0.79788456 for sqrt(2 / pi), 3.6e-9 off; the kernel that `prepare` gives it has all the digits
-    assert errors(family, "float64")[road].worst <= (1e-9 if family == "bloom" else 1e-10), errors(family, "float64")[road]
+def test_in_float64_every_method_gives_the_gradient_of_the_padded_model(family, method):
+    # BLOOM's own GELU has 0.79788456 for sqrt(2 / pi), 3.6e-9 off; the kernel that `prepare` gives it has all digits
+    measured = errors(family, "float64")[method]
+    assert measured.worst <= (1e-9 if family == "bloom" else 1e-10), measured
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_float32_every_road_is_as_near_to_float64_as_the_padded_model(family, road):
-    """1e-6 is out of reach for either: see the test of 300 tokens for what the loss does to rounding. Below 3e-6 it is chance which
+def test_in_float32_every_method_is_as_near_to_float64_as_the_padded_model(family, method):
+    """1e-6 is out of reach for either: see the test of 300 tokens for what the loss does to rounding.
 
-    of them is nearer. Measured: the padded model is off by 1e-6 to 2e-6, ours by 5e-7 to 3e-6.
+    Below 3e-6 it is chance which of them is nearer. Measured: the padded model is off by 1e-6 to 2e-6, ours by 5e-7 to
+    3e-6.
     """
-    found, yardstick = errors(family, "float32")[road], errors(family, "float32")["padded"]
-    assert found.worst <= min(2e-5, max(3e-6, 3 * yardstick.worst)), (found, yardstick)
+    measured, yardstick = errors(family, "float32")[method], errors(family, "float32")["padded"]
+    assert measured.worst <= min(2e-5, max(3e-6, 3 * yardstick.worst)), (measured, yardstick)
 
 
-@pytest.mark.parametrize("road", ALONE)
+@pytest.mark.parametrize("method", ALONE)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_bfloat16_every_road_is_as_near_to_float64_as_the_padded_model(family, road):
-    """bfloat16 rounds by 2e-3, and the loss magnifies that, too. Measured: ours is off by 0.5 to 1.4 %, the padded model by 1.2 to 3.6 %,
+def test_in_bfloat16_every_method_is_as_near_to_float64_as_the_padded_model(family, method):
+    """bfloat16 rounds by 2e-3, and the loss magnifies that, too.
 
-    because there the mean over tokens and the cosines are rounded, too; both by 5.4 % in OPT, whose ReLUs turn on and off.
+    Measured: ours is off by 0.5 to 1.4 %, the padded model by 1.2 to 3.6 %, because there the mean over tokens and the
+    cosines are rounded, too; both by 5.4 % in OPT, whose ReLUs turn on and off.
     """
-    found, yardstick = errors(family, "bfloat16")[road], errors(family, "bfloat16")["padded"]
-    assert found.whole <= min(0.1, 1.5 * yardstick.whole), (found, yardstick)
+    measured, yardstick = errors(family, "bfloat16")[method], errors(family, "bfloat16")["padded"]
+    assert measured.whole <= min(0.1, 1.5 * yardstick.whole), (measured, yardstick)
 
 
-@pytest.mark.parametrize("road", TOGETHER)
+@pytest.mark.parametrize("method", TOGETHER)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_processes_hold_the_same_gradient(family, road):
-    first, *others = by_processes()[: ROADS[road].processes]
-    for key in [key for key in first if key[:2] == (road, family)]:
+def test_all_processes_hold_the_same_gradient(family, method):
+    first, *others = by_processes()[: METHODS[method].processes]
+    for key in [key for key in first if key[:2] == (method, family)]:
         assert all(torch.equal(other[key][name], value) for other in others for name, value in first[key].items()), key
 
 
@@ -430,13 +480,13 @@ def test_all_processes_hold_the_same_gradient(family, road):
 def test_when_everything_learns_the_packs_give_the_gradient_of_the_padded_model(family):
     """Word embeddings and projections too, whose gradients go through every token."""
     case = BRIEF
-    found = error(ours("packed", family, "float64", case, "full"), arbiter(family, case, "full"))
-    assert found.worst <= (1e-9 if family == "bloom" else 1e-10), found
+    measured = error(ours("packed", family, "float64", case, "full"), arbiter(family, case, "full"))
+    assert measured.worst <= (1e-9 if family == "bloom" else 1e-10), measured
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_on_the_left_changes_nothing_with_transformers_attention_or_ours(family):
-    case, tuning = BRIEF, method_of(family)
+    case, tuning = BRIEF, tuning_of(family)
     expected, texts = arbiter(family, case, tuning), texts_of(case)
     assert error(plain(family, "float64", case, tuning, side="left"), expected).worst <= 1e-10
     encoder = encoder_of(family, torch.float64, tuning)
@@ -456,15 +506,16 @@ OTHERS = {
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_a_family_that_takes_no_packs_is_padded_and_gives_the_gradient_of_the_padded_model(family, monkeypatch):
-    """One with a sliding window, one with its own config names, one that looks both ways and counts positions by its padding, and one that looks both ways
+    """One with a sliding window, one with its own config names, and two that look both ways.
 
-and that nothing here knows by name."""
+    Of these one counts positions by its padding, and one is known by name nowhere here.
+    """
     monkeypatch.setitem(FAMILIES, family, OTHERS[family])
-    tuning, case = method_of(family), CASES["one hard negative"]
+    tuning, case = tuning_of(family), CASES["one hard negative"]
     assert family not in PACKED_FAMILIES
-    for road in ALONE:
-        found = error(ours(road, family, "float64", case, tuning), arbiter(family, case, tuning))
-        assert found.worst <= 1e-10, (road, found)
+    for method in ALONE:
+        measured = error(ours(method, family, "float64", case, tuning), arbiter(family, case, tuning))
+        assert measured.worst <= 1e-10, (method, measured)
 
 
 def test_a_lost_mask_or_window_would_be_seen():
@@ -478,10 +529,11 @@ def test_a_lost_mask_or_window_would_be_seen():
         "window": (wide, batch),
     }
     expected = float(arbiter("gpt_neo", BRIEF, "bitfit")["loss"])
-    found = {what: float(contrastive_step(one, given, BRIEF.loss).loss) for what, (one, given) in changed.items()}
-    assert all(abs(loss - expected) > 1e-4 * expected for loss in found.values()), (expected, found)
+    measured = {what: float(contrastive_step(one, given, BRIEF.loss).loss) for what, (one, given) in changed.items()}
+    assert all(abs(loss - expected) > 1e-4 * expected for loss in measured.values()), (expected, measured)
     close = CASES["one hard negative"]
-    assert float(contrastive_step(encoder, texts_of(close).batch(), LossConfig()).loss) > 1.1 * float(arbiter("gpt_neo", close, "bitfit")["loss"])  # no margin
+    without_margin = contrastive_step(encoder, texts_of(close).batch(), LossConfig()).loss
+    assert float(without_margin) > 1.1 * float(arbiter("gpt_neo", close, "bitfit")["loss"])
     encoder.zero_grad()
 
 
@@ -495,8 +547,8 @@ def test_with_dropout_what_is_computed_again_gives_the_same_bits():
 
     def step(keep_bytes: float, seed: int = 0) -> tuple[float, Gradient]:
         torch.manual_seed(seed)
-        outcome = contrastive_step(encoder, texts_of(case).batch(), case.loss, keep_bytes=keep_bytes)
-        return outcome.kept, taken(encoder.trunk, outcome.loss)
+        result = contrastive_step(encoder, texts_of(case).batch(), case.loss, keep_bytes=keep_bytes)
+        return result.kept, taken(encoder.trunk, result.loss)
 
     (_, kept), (partly, some), (nothing, again) = (step(budget) for budget in (float("inf"), 2e6, 0))
     assert nothing == 0 < partly < 1
@@ -507,12 +559,12 @@ def test_with_dropout_what_is_computed_again_gives_the_same_bits():
 
 
 def test_what_float32_loses_on_300_tokens_is_rounding_which_the_loss_magnifies():
-    """A GPT-Neo's gradients by two roads differed by 1.3e-5 here, where float32 rounds by 6e-8, and one asked which road was wrong.
+    """Two methods' gradients of a GPT-Neo differ by 1.3e-5 here, where float32 rounds by 6e-8, and neither is wrong.
 
-    Neither: in float64 they agree (1e-13), and in float32 each is as far from float64 as the other (3e-5 and 2e-5). A mean over
-    300 random tokens is nearly the same for every text (cosine above 0.99), so all candidates are as likely, and what the loss
-    wants of one embedding it takes back from the others. A bias sees the sum over texts, which is 230 times smaller than its
-    terms together: 230 · 6e-8 = 1.4e-5.
+    In float64 they agree (1e-13), and in float32 each is as far from float64 as the other (3e-5 and 2e-5). A mean over
+    300 random tokens is nearly the same for every text (cosine above 0.99), so all candidates are as likely, and what
+    the loss wants of one embedding it takes back from the others. A bias sees the sum over texts, which is 230 times
+    smaller than its terms together: 230 · 6e-8 = 1.4e-5.
     """
     draw, case = random.Random(0), Case(1, False, 300)
     queries = [[draw.randrange(1, VOCABULARY) for _ in range(length)] for length in (3, 20, 9, 12, 7, 30)]
@@ -520,7 +572,10 @@ def test_what_float32_loses_on_300_tokens_is_rounding_which_the_loss_magnifies()
     texts = Texts(queries, documents, [[] for _ in queries])
 
     def new_trunk(dtype: torch.dtype) -> nn.Module:
-        return tune(random_trunk("gpt_neo", VOCABULARY, max_position_embeddings=384, window_size=256).to(dtype), TuningConfig("bitfit"))
+        return tune(
+            random_trunk("gpt_neo", VOCABULARY, max_position_embeddings=384, window_size=256).to(dtype),
+            TuningConfig("bitfit"),
+        )
 
     def both(precision: str) -> tuple[Gradient, Gradient, Tensor]:
         trunk, encoder = new_trunk(_dtype(precision)), encoder_around(new_trunk(_dtype(precision)), "bitfit", 300)
@@ -529,8 +584,8 @@ def test_what_float32_loses_on_300_tokens_is_rounding_which_the_loss_magnifies()
             embeddings.retain_grad()
             loss = plain_loss(embeddings, texts, case)
             loss.backward()
-            outcome = contrastive_step(encoder, texts.batch(), case.loss)
-        return taken(trunk, loss), taken(encoder.trunk, outcome.loss), embeddings.grad
+            result = contrastive_step(encoder, texts.batch(), case.loss)
+        return taken(trunk, loss), taken(encoder.trunk, result.loss), embeddings.grad
 
     (expected, packed, wanted), (plain32, packed32, _) = both("float64"), both("float32")
     assert error(packed, expected).worst <= 1e-10

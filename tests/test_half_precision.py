@@ -37,7 +37,7 @@ from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
 from sgpt.training import record as outcome
 from sgpt.training.config import TrainConfig
-from sgpt.training.run_folder import claim
+from sgpt.training.run_folder import open_run
 from sgpt.training.tuning import TuningConfig, learning, tune
 
 TEXTS = ["sort a path", "[[1]]", "what?", "naïve 東京 🙂", "word " * 100]
@@ -339,7 +339,7 @@ def test_killed_before_or_after_its_export_a_resumed_run_makes_that_alone(left, 
     else:
         shutil.rmtree(run / "export")
     config = typed(TrainConfig, OmegaConf.create(yaml.safe_load((run / "config.yaml").read_text())))
-    outcome.complete(claim(run, plain(config), resume=True), config)
+    outcome.complete(open_run(run, plain(config), resume=True), config)
     now = content(run)
     assert now.keys() == whole.keys()
     assert [name for name in whole if now[name] != whole[name]] == []

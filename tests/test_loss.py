@@ -6,11 +6,29 @@ import pytest
 import torch
 
 from sgpt.runtime.errors import InputError
-from sgpt.training.loss import LossConfig, info_nce, similarities
-from sgpt.training.negatives import duplicate_queries, duplicates, positive_rows
+from sgpt.training.loss import LossConfig, info_nce
+from sgpt.training.negatives import duplicate_queries, duplicates, positive_rows, scaled_cosines, unit
 
 
-def by_loop(queries: torch.Tensor, candidates: torch.Tensor, scale: float, positives: list[int], ignored: list[set[int]] | None = None) -> float:
+def loss_of(
+    queries: torch.Tensor,
+    candidates: torch.Tensor,
+    scale: float,
+    positives: torch.Tensor,
+    ignored: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`info_nce` of embeddings of any length; ignored [Q, C]."""
+    mask = None if ignored is None else lambda rows, scores, scale: ignored[rows]
+    return info_nce(unit(queries), unit(candidates), scale, positives, mask)
+
+
+def by_loop(
+    queries: torch.Tensor,
+    candidates: torch.Tensor,
+    scale: float,
+    positives: list[int],
+    ignored: list[set[int]] | None = None,
+) -> float:
     """Mean over queries of -log(exp(scale·cos+) / Σ exp(scale·cos)), with Python's floats."""
 
     def cosine(a: list[float], b: list[float]) -> float:
@@ -20,7 +38,11 @@ def by_loop(queries: torch.Tensor, candidates: torch.Tensor, scale: float, posit
     losses = []
     for number, query in enumerate(queries.tolist()):
         left_out = ignored[number] if ignored else set()
-        terms = {row: math.exp(scale * cosine(query, document)) for row, document in enumerate(candidates.tolist()) if row not in left_out}
+        terms = {
+            row: math.exp(scale * cosine(query, document))
+            for row, document in enumerate(candidates.tolist())
+            if row not in left_out
+        }
         losses.append(-math.log(terms[positives[number]] / math.fsum(terms.values())))
     return math.fsum(losses) / len(losses)
 
@@ -33,9 +55,9 @@ def test_info_nce_equals_the_double_loop(hard_negatives, scale):
     queries, candidates = torch.randn(5, 7, dtype=torch.float64) * 3, torch.randn(5 * r, 7, dtype=torch.float64)
     expected = by_loop(queries, candidates, scale, [i * r for i in range(5)])
     positives = positive_rows(5, r, 0)
-    assert info_nce(queries, candidates, scale, positives).item() == pytest.approx(expected, rel=1e-12)  # float64 both
+    assert loss_of(queries, candidates, scale, positives).item() == pytest.approx(expected, rel=1e-12)  # float64 both
     # float32: cosines are good to 1e-7, times the scale
-    assert info_nce(queries.float(), candidates.float(), scale, positives).item() == pytest.approx(expected, rel=1e-5)
+    assert loss_of(queries.float(), candidates.float(), scale, positives).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_second_process_finds_its_positives_after_the_gather():
@@ -43,44 +65,53 @@ def test_the_second_process_finds_its_positives_after_the_gather():
     queries, candidates = torch.randn(3, 4, dtype=torch.float64), torch.randn(2 * 3 * 2, 4, dtype=torch.float64)
     positives = positive_rows(3, 2, rank=1)
     assert positives.tolist() == [6, 8, 10]
-    assert info_nce(queries, candidates, 20.0, positives).item() == pytest.approx(by_loop(queries, candidates, 20.0, [6, 8, 10]), rel=1e-12)
+    assert loss_of(queries, candidates, 20.0, positives).item() == pytest.approx(
+        by_loop(queries, candidates, 20.0, [6, 8, 10]), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 @pytest.mark.parametrize("candidates", [2, 6, 600])
 def test_equal_candidates_give_the_logarithm_of_their_number(candidates, scale):
-    loss = info_nce(torch.ones(2, 3), torch.full((candidates, 3), 2.0), scale, torch.tensor([0, 1]))
+    loss = loss_of(torch.ones(2, 3), torch.full((candidates, 3), 2.0), scale, torch.tensor([0, 1]))
     assert loss.item() == pytest.approx(math.log(candidates), rel=1e-6)  # float32
 
 
 def test_the_gradient_is_that_of_the_double_loop():
     """Central differences of the loop; their error at a step of 1e-6 is about 1e-9."""
     torch.manual_seed(0)
-    queries, candidates = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    info_nce(queries, candidates, 20.0, positive_rows(2, 2, 0)).backward()
+    queries, candidates = (
+        torch.randn(2, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(4, 3, dtype=torch.float64, requires_grad=True),
+    )
+    loss_of(queries, candidates, 20.0, positive_rows(2, 2, 0)).backward()
     for tensor in (queries, candidates):
-        for place in range(tensor.numel()):
+        for index in range(tensor.numel()):
             values = []
             for step in (1e-6, -1e-6):
                 moved = [t.detach().clone() for t in (queries, candidates)]
-                moved[0 if tensor is queries else 1].view(-1)[place] += step
+                moved[0 if tensor is queries else 1].view(-1)[index] += step
                 values.append(by_loop(*moved, 20.0, [0, 2]))
-            assert tensor.grad.view(-1)[place].item() == pytest.approx((values[0] - values[1]) / 2e-6, abs=1e-7)
+            assert tensor.grad.view(-1)[index].item() == pytest.approx((values[0] - values[1]) / 2e-6, abs=1e-7)
 
 
-def test_ignored_candidates_are_no_negatives():
+def test_ignored_candidates_are_no_negatives(monkeypatch):
     torch.manual_seed(0)
     queries, candidates = torch.randn(2, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     ignored = torch.tensor([[False, True, False, False], [True, False, False, True]])
-    loss = info_nce(queries, candidates, 20.0, torch.tensor([0, 2]), ignored)
-    assert loss.item() == pytest.approx(by_loop(queries, candidates, 20.0, [0, 2], [{1}, {0, 3}]), rel=1e-12)
+    expected = by_loop(queries, candidates, 20.0, [0, 2], [{1}, {0, 3}])
+    positives = torch.tensor([0, 2])
+    assert loss_of(queries, candidates, 20.0, positives, ignored).item() == pytest.approx(expected, rel=1e-12)
+    # one query at a time: each chunk is given its own rows
+    monkeypatch.setattr("sgpt.training.loss.SCORES_AT_A_TIME", 4)
+    assert loss_of(queries, candidates, 20.0, positives, ignored).item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_scored_in_float32(dtype):
     torch.manual_seed(0)
     queries, candidates = torch.randn(4, 64).to(dtype), torch.randn(8, 64).to(dtype)
-    loss = info_nce(queries, candidates, 20.0, positive_rows(4, 2, 0))
+    loss = loss_of(queries, candidates, 20.0, positive_rows(4, 2, 0))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(by_loop(queries.double(), candidates.double(), 20.0, [0, 2, 4, 6]), rel=1e-5)
 
@@ -90,19 +121,22 @@ def test_autocast_does_not_take_the_scores_out_of_float32():
     torch.manual_seed(0)
     queries, candidates = torch.randn(4, 64), torch.randn(8, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        scores = similarities(queries, candidates, 20.0)
-    torch.testing.assert_close(scores, similarities(queries, candidates, 20.0), rtol=0, atol=0)
+        scores = scaled_cosines(unit(queries), unit(candidates), 20.0)
+    torch.testing.assert_close(scores, scaled_cosines(unit(queries), unit(candidates), 20.0), rtol=0, atol=0)
 
 
-def ignored_pairs(queries: list[str], documents: list[str], r: int, rank: int = 0, processes: int = 1) -> set[tuple[int, int]]:
+def ignored_pairs(
+    queries: list[str], documents: list[str], r: int, rank: int = 0, processes: int = 1
+) -> set[tuple[int, int]]:
     """(query of this process, candidate) pairs that are ignored; texts stand for their hashes."""
-    number = {text: place for place, text in enumerate(dict.fromkeys([*queries, *documents]))}
+    number = {text: index for index, text in enumerate(dict.fromkeys([*queries, *documents]))}
     all_queries, all_documents = (torch.tensor([number[text] for text in texts]) for texts in (queries, documents))
     per_process = len(queries) // processes
     own = all_queries[rank * per_process : (rank + 1) * per_process]
     positives = positive_rows(per_process, r, rank)
     ignored = duplicates(own, all_queries, all_documents, positives, r)
-    assert torch.equal(ignored[1:], duplicates(own[1:], all_queries, all_documents, positives[1:], r))  # each row for itself
+    later = duplicates(own[1:], all_queries, all_documents, positives[1:], r)
+    assert torch.equal(ignored[1:], later)  # each row for itself
     if processes == 1:  # the other direction: a positive document and the queries of which it is no negative
         assert torch.equal(duplicate_queries(own, all_queries, all_documents, positives, r), ignored[:, ::r].T)
     return {tuple(pair) for pair in ignored.nonzero().tolist()}
@@ -114,7 +148,8 @@ def test_different_texts_ignore_nothing():
 
 def test_a_duplicate_of_the_own_positive_is_ignored_wherever_it_stands():
     assert ignored_pairs(["a", "b"], ["X", "A-", "X", "B-"], r=2) == {(0, 2), (1, 0)}  # the other query's positive
-    assert ignored_pairs(["a", "b"], ["X", "A-", "B", "X"], r=2) == {(0, 3)}  # the other query's hard negative; b chose it and keeps it
+    # the other query's hard negative; b chose it and keeps it
+    assert ignored_pairs(["a", "b"], ["X", "A-", "B", "X"], r=2) == {(0, 3)}
 
 
 def test_the_positive_of_an_equal_query_is_ignored_and_its_hard_negative_is_not():
@@ -123,12 +158,21 @@ def test_the_positive_of_an_equal_query_is_ignored_and_its_hard_negative_is_not(
 
 def test_an_answer_to_an_equal_query_is_ignored_wherever_it_stands():
     """c curated A2 for itself; for both a it is an answer that happens to stand there, and for c it stays."""
-    assert ignored_pairs(["a", "a", "c"], ["A1", "A1-", "A2", "A2-", "C", "A2"], r=2) == {(0, 2), (0, 5), (1, 0), (1, 5)}
-    assert ignored_pairs(["a", "a", "c"], ["A1", "A2", "A2", "A2-", "C", "C-"], r=2) == {(0, 2), (1, 0), (1, 1)}  # the first a chose A2, and keeps it
+    assert ignored_pairs(["a", "a", "c"], ["A1", "A1-", "A2", "A2-", "C", "A2"], r=2) == {
+        (0, 2),
+        (0, 5),
+        (1, 0),
+        (1, 5),
+    }
+    # the first a chose A2, and keeps it
+    assert ignored_pairs(["a", "a", "c"], ["A1", "A2", "A2", "A2-", "C", "C-"], r=2) == {(0, 2), (1, 0), (1, 1)}
 
 
 def test_another_positive_of_an_equal_query_is_ignored():
-    """Texts are numbers: the queries 1, 1, 2 with the positives 10, 11, 12, their hard negatives 20, 21, 13; 13 is another positive of the second."""
+    """Texts are numbers: the queries 1, 1, 2 with the positives 10, 11, 12 and the hard negatives 20, 21, 13.
+
+    13 is another positive of the second query.
+    """
     queries, documents = torch.tensor([1, 1, 2]), torch.tensor([10, 20, 11, 21, 12, 13])
     others = torch.tensor([[10], [13], [12]])
     ignored = duplicates(queries, queries, documents, positive_rows(3, 2, 0), 2, others)
@@ -143,7 +187,8 @@ def test_a_document_with_the_querys_own_text_is_ignored():
 
 
 def test_a_curated_hard_negative_stays_even_when_it_is_another_querys_positive():
-    assert ignored_pairs(["a", "b"], ["A", "B", "B", "B-"], r=2) == {(1, 1)}  # a keeps B as its negative; for b it is a duplicate
+    # a keeps B as its negative; for b it is a duplicate
+    assert ignored_pairs(["a", "b"], ["A", "B", "B", "B-"], r=2) == {(1, 1)}
 
 
 def test_a_curated_hard_negative_stays_even_when_it_is_the_querys_own_text():

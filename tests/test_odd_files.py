@@ -289,7 +289,7 @@ def test_the_mark_of_utf_8_hides_no_column_of_allnli_and_a_tab_in_a_text_shifts_
 def test_open_text_without_a_column_is_refused(tmp_path):
     written(tmp_path / "open_text" / "train-00.jsonl.gz", gzip.compress(b'{"title": null, "text": "t"}\n'))
     with pytest.raises(InputError, match=r"train-00\.jsonl\.gz, line 1: needs the text column title; it has title, text"):
-        list(open_text.read_documents(tmp_path))
+        list(open_text.read_texts(tmp_path))
 
 
 # --- runs ---

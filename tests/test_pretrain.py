@@ -1,4 +1,4 @@
-"""Pretraining of the small base: its loss against torch's, its start against the lexical stage, resuming, what it writes."""
+"""Pretraining of the small base: its loss against torch's, its start against the lexical stage, resuming, its files."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sgpt.data.sources import pydocs
 from sgpt.pretraining import open_text
-from sgpt.pretraining.corpus import Corpus, prepare
+from sgpt.pretraining.corpus import Corpus, prepare_corpus
 from sgpt.pretraining.lexical import bag_of_tokens, overlapping
 from sgpt.pretraining.model import NanoConfig, PretrainConfig, build_model, save_model, start_from
 from sgpt.pretraining.next_token_loss import next_token_loss, perplexity
@@ -28,7 +28,8 @@ from sgpt.runtime.interrupt import Interrupted
 from sgpt.runtime.provenance import threads
 
 SHAPE = NanoConfig(vocabulary=400, hidden_size=32, layers=2, heads=2, positions=64, window=16)
-WORDS = ["river", "stone", "light", "paper", "garden", "winter", "music", "bread", "window", "letter", "forest", "engine", "market", "bridge", "hill", "sea"]
+WORDS = ["river", "stone", "light", "paper", "garden", "winter", "music", "bread",
+         "window", "letter", "forest", "engine", "market", "bridge", "hill", "sea"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,17 @@ def text_root(tmp_path_factory) -> Path:
 
     def row(name: str, number: int) -> dict:
         text = "\n\n".join(paragraph() for _ in range(3))
-        return {"title": f"The {WORDS[number % 16]} and the {WORDS[number % 7]}", "text": text, "source": f"author/{name}@1:{number // 5}",
-                "question": "What is it?", "answer": text, "split": "train", "premise": paragraph(), "set": "snli_dev", "_id": str(number)}  # fmt: skip
+        return {
+            "title": f"The {WORDS[number % 16]} and the {WORDS[number % 7]}",
+            "text": text,
+            "source": f"author/{name}@1:{number // 5}",
+            "question": "What is it?",
+            "answer": text,
+            "split": "train",
+            "premise": paragraph(),
+            "set": "snli_dev",
+            "_id": str(number),
+        }
 
     for name in (*open_text.TEXT_FILES, "squad/corpus.jsonl.gz"):
         (root / name).parent.mkdir(exist_ok=True)
@@ -57,29 +67,40 @@ def text_root(tmp_path_factory) -> Path:
 def config(text_root, tmp_path_factory) -> PretrainConfig:
     folder = tmp_path_factory.mktemp("nano")
     (folder / "pydocs").mkdir()
-    (folder / "pydocs" / "train.jsonl").write_text(json.dumps({"query": "Open a file.", "positive": "(path) Opens it for reading."}) + "\n")
+    (folder / "pydocs" / "train.jsonl").write_text(
+        json.dumps({"query": "Open a file.", "positive": "(path) Opens it for reading."}) + "\n"
+    )
     (folder / "pydocs" / "manifest.json").write_text(json.dumps({"key": pydocs._key()}))
     return PretrainConfig(
-        text=str(text_root), pydocs=str(folder / "pydocs"), folder=str(folder / "run"), output=str(folder / "out"), nano=SHAPE, lexical_steps=3,
-        lexical_pairs_per_step=32, joint_steps=6, language_steps=2, window_tokens=32, windows_per_step=4, pairs_per_step=16, max_query_tokens=12,
-        max_document_tokens=24, warmup_steps=2, save_every_steps=4, log_every_steps=1,
+        text=str(text_root), pydocs=str(folder / "pydocs"), folder=str(folder / "run"), output=str(folder / "out"),
+        nano=SHAPE, lexical_steps=3, lexical_pairs_per_step=32, joint_steps=6, language_steps=2, window_tokens=32,
+        windows_per_step=4, pairs_per_step=16, max_query_tokens=12, max_document_tokens=24, warmup_steps=2,
+        save_every_steps=4, log_every_steps=1,
     )  # fmt: skip
 
 
 def test_weak_pairs_of_a_page():
-    first, second = "Alpha beta gamma delta. Then " + "word " * 25 + "ends.", "Second part starts here. Also " + "more " * 25 + "ends."
+    first, second = (
+        "Alpha beta gamma delta. Then " + "word " * 25 + "ends.",
+        "Second part starts here. Also " + "more " * 25 + "ends.",
+    )
     assert list(weak_pairs("The title", f"{first}\n\nA small heading\n\n{second}\n\n{first}")) == [
         ("The title", first),
         ("Alpha beta gamma delta.", first.split(". ", 1)[1]),
         ("A small heading", second),
         ("Second part starts here.", second.split(". ", 1)[1]),
-        ("Alpha beta gamma delta.", first.split(". ", 1)[1]),  # its neighbour's first sentence is too short to be a query
+        # its neighbour's first sentence is too short to be a query
+        ("Alpha beta gamma delta.", first.split(". ", 1)[1]),
     ]
 
 
 def test_next_token_loss_is_torchs_cross_entropy_with_its_gradients():
     torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(1100, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True), torch.randint(50, (1100,))
+    hidden, weight, targets = (
+        torch.randn(1100, 16, requires_grad=True),
+        torch.randn(50, 16, requires_grad=True),
+        torch.randint(50, (1100,)),
+    )
     loss = next_token_loss(hidden, weight, targets)
     (loss * 0.5).backward()
     ours = hidden.grad.clone(), weight.grad.clone()
@@ -87,7 +108,8 @@ def test_next_token_loss_is_torchs_cross_entropy_with_its_gradients():
     reference = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     (reference * 0.5).backward()
     torch.testing.assert_close(loss, reference)
-    torch.testing.assert_close(ours, (hidden.grad, weight.grad), rtol=1e-4, atol=1e-5)  # chunks of 512 sum in another order
+    # chunks of 512 sum in another order
+    torch.testing.assert_close(ours, (hidden.grad, weight.grad), rtol=1e-4, atol=1e-5)
 
 
 def test_the_joint_stage_starts_where_the_lexical_stage_ended():
@@ -95,7 +117,9 @@ def test_the_joint_stage_starts_where_the_lexical_stage_ended():
     start_from(model, table, bias)
     rows = [[5, 9, 7], [1, 2, 3, 4, 5, 6, 7, 8], [42]]
     embeddings, _ = embed(model, rows)
-    torch.testing.assert_close(embeddings, bag_of_tokens(F.layer_norm(table, (32,), bias=bias), rows), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        embeddings, bag_of_tokens(F.layer_norm(table, (32,), bias=bias), rows), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_pairs_that_share_a_paragraph_are_no_negatives():
@@ -108,23 +132,28 @@ def test_pairs_that_share_a_paragraph_are_no_negatives():
 @pytest.mark.bitwise
 def test_a_stopped_pretraining_goes_on_bit_for_bit(config, tmp_path):
     whole = replace(config, folder=str(tmp_path / "whole"))
-    corpus = prepare(whole)
+    corpus = prepare_corpus(whole)
     straight = pretrain(whole, corpus, Accelerator()).state_dict()
     for checkpoint in Path(whole.folder).glob("step-8.pt"):
         checkpoint.unlink()  # as if killed after step 4's checkpoint
     resumed = pretrain(whole, corpus, Accelerator()).state_dict()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     untrained = build_model(SHAPE, 0).state_dict()
-    assert not any(torch.equal(straight[name], untrained[name]) for name in straight if name.endswith("weight") and "ln" not in name)
+    assert not any(
+        torch.equal(straight[name], untrained[name])
+        for name in straight
+        if name.endswith("weight") and "ln" not in name
+    )
 
 
 def test_pretraining_is_resumed_as_it_was_begun_or_refused(config, tmp_path):
     begun = replace(config, folder=str(tmp_path / "begun"), joint_steps=1, language_steps=1, save_every_steps=1)
-    corpus = prepare(begun)
+    corpus = prepare_corpus(begun)
     with threads(1):
         pretrain(begun, corpus, Accelerator())
     assert json.loads((tmp_path / "begun" / "manifest.json").read_text())["environment"]["threads"] == 1
-    with pytest.raises(InputError, match=r"begun was begun with another configuration: seed: 0 -> 1\. Resume it unchanged, or choose another folder="):
+    refusal = r"begun was started with another configuration: seed: 0 -> 1\. Resume it unchanged, or choose"
+    with pytest.raises(InputError, match=refusal):
         pretrain(replace(begun, seed=1), corpus, Accelerator())
     stream = np.load(tmp_path / "begun" / "stream.npy")
     np.save(tmp_path / "begun" / "stream.npy", stream[::-1])
@@ -136,10 +165,13 @@ def test_pretraining_is_resumed_as_it_was_begun_or_refused(config, tmp_path):
 
 
 def test_the_written_model_opens_everywhere_and_has_learned(config):
-    corpus = prepare(config)
+    corpus = prepare_corpus(config)
     model = pretrain(config, corpus, Accelerator())
     output = save_model(model, config)
-    opened, tokenizer = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32), AutoTokenizer.from_pretrained(output)
+    opened, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(output),
+    )
     assert next(AutoModelForCausalLM.from_pretrained(output).parameters()).dtype == torch.float16
     for marker in "[]{}":
         assert len(tokenizer(marker)["input_ids"]) == 1
@@ -153,12 +185,12 @@ def test_the_written_model_opens_everywhere_and_has_learned(config):
 
 def test_missing_text_is_named(config, tmp_path):
     with pytest.raises(InputError, match=r"open_text/train-00\.jsonl\.gz"):
-        prepare(replace(config, text=str(tmp_path), folder=str(tmp_path / "run")))
+        prepare_corpus(replace(config, text=str(tmp_path), folder=str(tmp_path / "run")))
 
 
 def test_the_folder_of_texts_must_be_given():
     with pytest.raises(InputError, match=r"set text=<folder> of the open text sources"):
-        prepare(PretrainConfig())
+        prepare_corpus(PretrainConfig())
 
 
 def test_an_interrupted_pretraining_is_saved_after_its_step(ctrl_c, config, tmp_path):
@@ -169,7 +201,7 @@ def test_an_interrupted_pretraining_is_saved_after_its_step(ctrl_c, config, tmp_
 
     settings = replace(config, folder=str(tmp_path / "run"), output=str(tmp_path / "out"))
     log, press = logging.getLogger("sgpt.pretraining.pretrain"), Press()
-    corpus, level = prepare(settings), log.level
+    corpus, level = prepare_corpus(settings), log.level
     log.addHandler(press)
     log.setLevel(logging.INFO)
     try:

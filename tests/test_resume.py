@@ -1,4 +1,4 @@
-"""Stopped and resumed through the trainer: losses and weights bit-equal to the run that was never stopped, dropout on."""
+"""Stopped and resumed through the trainer: losses and weights bit-equal to a run that never stopped, dropout on."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from sgpt.training import checkpoint
 from sgpt.training.checkpoint import TrainState
 from sgpt.training.loss import LossConfig
 from sgpt.training.optim import OptimConfig
-from sgpt.training.run_folder import Run
+from sgpt.training.run_folder import RunFolder
 from sgpt.training.trainer import TrainerConfig, announce, train
 from sgpt.training.tuning import TuningConfig, learning, tune
 
@@ -30,7 +30,7 @@ WORDS = ["parse", "date", "string", "open", "file", "read", "write", "sort", "li
          "path", "folder", "text", "line", "sum", "count", "join", "split", "find", "match"]  # fmt: skip
 EXAMPLES = [
     Example(f"{a} the {b}", f"how to {a} every {b} of it", (f"never {b} the {a}",))
-    for place, a in enumerate(WORDS) for b in WORDS[place + 1 : place + 4]
+    for number, a in enumerate(WORDS) for b in WORDS[number + 1 : number + 4]
 ]  # fmt: skip
 STEPS = 7  # of 8 queries; an epoch has 6.75 batches
 
@@ -46,7 +46,9 @@ def fresh_encoder(tiny_encoder, method: str) -> Encoder:
     return encoder
 
 
-def trained(folder: Path, encoder: Encoder, *, stop_after: int | None = None, rate: float = 1e-2, **config) -> TrainState:
+def trained(
+    folder: Path, encoder: Encoder, *, stop_after: int | None = None, rate: float = 1e-2, **config
+) -> TrainState:
     """Trains in `folder`; evaluating after every step, it raises `Stopped` after one, past the last checkpoint."""
     folder.mkdir(exist_ok=True)
     taken = []
@@ -58,10 +60,18 @@ def trained(folder: Path, encoder: Encoder, *, stop_after: int | None = None, ra
             raise Stopped
         return {"toy": {"ndcg@10": 0.5}}
 
-    settings = {"queries_per_process": 8, "epochs": 2, "max_steps": STEPS, "log_every_steps": 1, "save_every_steps": 2, "evaluate_every_steps": 1} | config
+    settings = {
+        "queries_per_process": 8,
+        "epochs": 2,
+        "max_steps": STEPS,
+        "log_every_steps": 1,
+        "save_every_steps": 2,
+        "evaluate_every_steps": 1,
+    } | config
     given = TrainerConfig(**settings)
     feed = feed_of(EXAMPLES, encoder, given.queries_per_process)
-    return train(encoder, feed, Accelerator(cpu=True), Run(folder), given, LossConfig(), OptimConfig(learning_rate=rate), evaluate)
+    optim = OptimConfig(learning_rate=rate)
+    return train(encoder, feed, Accelerator(cpu=True), RunFolder(folder), given, LossConfig(), optim, evaluate)
 
 
 def feed_of(examples: list[Example], encoder: Encoder, queries_per_process: int) -> Feed:
@@ -99,15 +109,21 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(method, 
     random.seed(5), np.random.seed(5), torch.manual_seed(5)  # another process would have other states
     again = trained(stopped, resumed, **config)
 
-    assert (again.step, again.batches) == (state.step, state.batches) == (STEPS, STEPS * config.get("gradient_accumulation", 1))
+    expected_batches = STEPS * config.get("gradient_accumulation", 1)
+    assert (again.step, again.batches) == (state.step, state.batches) == (STEPS, expected_batches)
     weights = learning(expected.trunk)
     assert all(torch.equal(parameter, weights[name]) for name, parameter in learning(resumed.trunk).items())
-    one, other = (load_file(folder / "checkpoints" / f"step-{STEPS}" / "trained.safetensors") for folder in (whole, stopped))
+    one, other = (
+        load_file(folder / "checkpoints" / f"step-{STEPS}" / "trained.safetensors") for folder in (whole, stopped)
+    )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    # metrics.jsonl goes on without a repeated step, step 5 was dropped and taken again
+    # metrics.jsonl continues without a repeated step, step 5 was dropped and taken again
     measured = ("queries_per_second", "tokens_per_second", "peak_memory_bytes", "seconds")
-    one, other = ([{key: value for key, value in line.items() if key not in measured} for line in lines(folder)] for folder in (whole, stopped))
+    one, other = (
+        [{key: value for key, value in line.items() if key not in measured} for line in lines(folder)]
+        for folder in (whole, stopped)
+    )
     assert one == other
 
 
@@ -115,7 +131,9 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(method, 
 def test_the_uninterrupted_run_itself_is_the_same_twice_and_dropout_was_on(tiny_encoder, tmp_path):
     for name, seed in (("one", 0), ("two", 0), ("other", 1)):
         trained(tmp_path / name, fresh_encoder(tiny_encoder, "bitfit"), seed=seed)
-    one, two, other = ([line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("one", "two", "other"))
+    one, two, other = (
+        [line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("one", "two", "other")
+    )
     assert one == two
     assert one != other
     still = fresh_encoder(tiny_encoder, "bitfit")
@@ -147,7 +165,7 @@ def test_a_finished_run_takes_no_further_step(tiny_encoder, tmp_path):
 
 @pytest.mark.parametrize("log_every_steps", [1, 100])
 def test_a_run_that_diverges_stops_with_one_sentence_and_saves_nothing_of_it(log_every_steps, tiny_encoder, tmp_path):
-    """With a step logged only now and then, a checkpoint without a number in it must not take the last good one's place."""
+    """With a step logged only now and then, a checkpoint without numbers must not replace the last good one."""
     encoder = fresh_encoder(tiny_encoder, "bitfit")
     with torch.no_grad():
         learning(encoder.trunk)["ln_f.bias"].fill_(float("nan"))
@@ -161,15 +179,18 @@ def test_a_run_that_diverges_stops_with_one_sentence_and_saves_nothing_of_it(log
 
 
 def test_a_batch_without_any_negative_is_refused(tiny_encoder, tmp_path):
-    encoder, run = fresh_encoder(tiny_encoder, "bitfit"), Run(tmp_path)
+    encoder, run = fresh_encoder(tiny_encoder, "bitfit"), RunFolder(tmp_path)
     config = TrainerConfig(queries_per_process=1)
-    with pytest.raises(InputError, match=r"no negative at all and the loss would be 0; raise trainer\.queries_per_process or data\.num_hard_negatives"):
-        train(encoder, feed_of([Example("q", "p")] * 3, encoder, 1), Accelerator(cpu=True), run, config, LossConfig(), OptimConfig(), dict)
+    feed = feed_of([Example("q", "p")] * 3, encoder, 1)
+    refusal = r"no negative at all .* would be 0; raise trainer\.queries_per_process or data\.num_hard_negatives"
+    with pytest.raises(InputError, match=refusal):
+        train(encoder, feed, Accelerator(cpu=True), run, config, LossConfig(), OptimConfig(), dict)
     assert not list(tmp_path.iterdir())
 
 
 def test_more_accumulation_than_batches_is_refused_and_accumulation_is_warned_about(tiny_encoder, tmp_path, caplog):
-    with pytest.raises(InputError, match=r"trainer\.gradient_accumulation=99 is more than the 13\.5 batches of the run; lower it"):
+    refusal = r"trainer\.gradient_accumulation=99 is more than the 13\.5 batches of the run; lower it"
+    with pytest.raises(InputError, match=refusal):
         trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), gradient_accumulation=99)
     encoder = fresh_encoder(tiny_encoder, "bitfit")
     config = TrainerConfig(queries_per_process=8, gradient_accumulation=2, max_steps=1)
@@ -179,11 +200,17 @@ def test_more_accumulation_than_batches_is_refused_and_accumulation_is_warned_ab
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_log_is_of_all_micro_batches_of_a_step(padded, tiny_encoder, tmp_path):
-    """Written out in float64: each micro-batch's queries against its own documents; padded, each is as wide as its longest text."""
-    examples = [Example(f"{a} {b}", f"how to {a}" + f" every {b}" * (1 + place)) for place, (a, b) in enumerate(zip(WORDS[:12], WORDS[5:17], strict=True))]
+    """Written out in float64: each micro-batch's queries against its own documents.
+
+    Padded, each is as wide as its longest text.
+    """
+    examples = [
+        Example(f"{a} {b}", f"how to {a}" + f" every {b}" * (1 + number))
+        for number, (a, b) in enumerate(zip(WORDS[:12], WORDS[5:17], strict=True))
+    ]
     encoder = tiny_encoder("gpt2")
     if padded:
-        encoder.trunk.config._attn_implementation = "sdpa"  # which cannot be told where texts end
+        encoder.trunk.config._attn_implementation = "sdpa"  # which does not know where texts end
     encoder.trunk = tune(encoder.trunk, TuningConfig("bitfit"))
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -194,20 +221,23 @@ def test_the_log_is_of_all_micro_batches_of_a_step(padded, tiny_encoder, tmp_pat
         batch = feed.batch(number, 0)
         with torch.no_grad():
             queries, documents = encoder(batch.queries).double(), encoder(batch.documents).double()
-        cosines.append(torch.stack([torch.stack([torch.cosine_similarity(query, document, dim=0) for document in documents]) for query in queries]))
+        rows = [[torch.cosine_similarity(query, document, dim=0) for document in documents] for query in queries]
+        cosines.append(torch.tensor(rows, dtype=torch.float64))
         lengths = [len(row) for row in (*batch.queries, *batch.documents)]
         tokens, positions = tokens + sum(lengths), positions + 8 * max(lengths)
-    losses = [-(20 * found).log_softmax(1).diagonal().mean().item() for found in cosines]
-    hardest = [found.clone().fill_diagonal_(-2).amax(1).mean().item() for found in cosines]
+    losses = [-(20 * matrix).log_softmax(1).diagonal().mean().item() for matrix in cosines]
+    hardest = [matrix.clone().fill_diagonal_(-2).amax(1).mean().item() for matrix in cosines]
 
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path)
     config = TrainerConfig(queries_per_process=4, gradient_accumulation=3, keep_gigabytes=0)
     train(encoder, feed, Accelerator(cpu=True), run, config, LossConfig(), OptimConfig(), dict)
 
     (line,) = lines(tmp_path)
     assert max(losses) - min(losses) > 0.01  # so that one of them is not the mean
     assert line["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
-    assert line["positive_cosine"] == pytest.approx(np.mean([found.diagonal().mean().item() for found in cosines]), rel=1e-5)
+    assert line["positive_cosine"] == pytest.approx(
+        np.mean([matrix.diagonal().mean().item() for matrix in cosines]), rel=1e-5
+    )
     assert line["hardest_negative_cosine"] == pytest.approx(np.mean(hardest), rel=1e-5)
     assert line["negatives_per_query"] == 3
     assert line["padding_share"] == pytest.approx(1 - tokens / positions if padded else 0, abs=1e-9)
@@ -219,11 +249,13 @@ def test_a_loss_that_is_no_number_in_any_micro_batch_is_refused(tiny_encoder, tm
     feed = feed_of(EXAMPLES, encoder, 4)
     first = feed.batch(0, 0).queries[0]
     with torch.no_grad():  # a token that only the first micro-batch has
-        token = next(token for token in first if all(token not in row for row in (*feed.batch(1, 0).queries, *feed.batch(1, 0).documents)))
+        second = feed.batch(1, 0)
+        elsewhere = {token for row in (*second.queries, *second.documents) for token in row}
+        token = next(token for token in first if token not in elsewhere)
         encoder.trunk.wte.weight[token] = float("nan")
     config = TrainerConfig(queries_per_process=4, gradient_accumulation=2, max_steps=1)
     with pytest.raises(InputError, match=r"step 1: the loss is nan"):
-        train(encoder, feed, Accelerator(cpu=True), Run(tmp_path), config, LossConfig(), OptimConfig(), dict)
+        train(encoder, feed, Accelerator(cpu=True), RunFolder(tmp_path), config, LossConfig(), OptimConfig(), dict)
 
 
 PRECISIONS = {
@@ -239,7 +271,8 @@ def test_the_announcement_says_what_the_weights_are_kept_in(dtype, method, preci
     encoder = tiny_encoder("gpt2", dtype=dtype)
     encoder.trunk = tune(encoder.trunk, TuningConfig(method))
     with caplog.at_level("INFO", logger="sgpt"):
-        announce(encoder, feed_of(EXAMPLES, encoder, 8), TrainerConfig(queries_per_process=8, precision=precision), OptimConfig(), Accelerator(cpu=True))
+        config = TrainerConfig(queries_per_process=8, precision=precision)
+        announce(encoder, feed_of(EXAMPLES, encoder, 8), config, OptimConfig(), Accelerator(cpu=True))
     assert f"peak learning rate 3.20e-04, {PRECISIONS[dtype, method, precision]} cpu, 1 process(es)" in caplog.text
 
 
@@ -265,15 +298,23 @@ def test_an_evaluation_is_broken_off_and_done_again_on_resuming(ctrl_c, tiny_enc
         taken.append(1)
         if len(taken) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-            pytest.fail("the evaluation went on")
+            pytest.fail("the evaluation was not broken off")
         return {"toy": {"ndcg@10": 0.5}}
 
-    config = TrainerConfig(queries_per_process=8, epochs=2, max_steps=STEPS, log_every_steps=1, save_every_steps=2, evaluate_every_steps=1)
+    config = TrainerConfig(
+        queries_per_process=8, epochs=2, max_steps=STEPS, log_every_steps=1, save_every_steps=2, evaluate_every_steps=1
+    )
     optim = OptimConfig(learning_rate=1e-2)
+    feed = feed_of(EXAMPLES, encoder, 8)
     with pytest.raises(Interrupted, match=f"step 3 of {STEPS} is saved"):
-        train(encoder, feed_of(EXAMPLES, encoder, 8), Accelerator(cpu=True), Run(folder), config, LossConfig(), optim, evaluate)
+        train(encoder, feed, Accelerator(cpu=True), RunFolder(folder), config, LossConfig(), optim, evaluate)
     assert checkpoint.latest(folder / "checkpoints").name == "step-3"
     trained(folder, fresh_encoder(tiny_encoder, "bitfit"))
-    assert [line["step"] for line in lines(folder) if "dev" in line] == [line["step"] for line in lines(tmp_path / "whole") if "dev" in line]
-    one, other = (load_file(tmp_path / name / "checkpoints" / f"step-{STEPS}" / "trained.safetensors") for name in ("whole", "run"))
+    runs = (folder, tmp_path / "whole")
+    measured, expected = ([line["step"] for line in lines(run) if "dev" in line] for run in runs)
+    assert measured == expected
+    one, other = (
+        load_file(tmp_path / name / "checkpoints" / f"step-{STEPS}" / "trained.safetensors")
+        for name in ("whole", "run")
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,4 +1,4 @@
-"""The step: whatever is kept, computed again or scored in chunks, the same gradients; and they are those of the loss written out."""
+"""The step: the same gradients whatever is kept, computed again or scored in chunks, those of the loss written out."""
 
 import pytest
 import torch
@@ -12,26 +12,42 @@ from sgpt.decoder.trunk import load_tokenizer
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.text.markers import MarkersConfig
-from sgpt.training.loss import LossConfig, health, objective
+from sgpt.training.loss import LOSSES, LossConfig, health, objective
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, tune
 
-TEXTS = ["parse a date", "open a file for reading and writing", "a", "sum of all the numbers in the list", "what?", "how to sort words by length"]
+TEXTS = [
+    "parse a date",
+    "open a file for reading and writing",
+    "a",
+    "sum of all the numbers in the list",
+    "what?",
+    "how to sort words by length",
+]
 
 
 def examples(hard_negatives: int) -> list[Example]:
-    return [Example(text, f"positive of {text}", tuple(f"{n} not {text}" * (n + 1) for n in range(hard_negatives))) for text in TEXTS]
+    return [
+        Example(text, f"positive of {text}", tuple(f"{n} not {text}" * (n + 1) for n in range(hard_negatives)))
+        for text in TEXTS
+    ]
 
 
-def encoder_of(family: str, tiny_base, method: str = "full", dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> Encoder:
-    """In float64, so that hardly anything but a wrong formula can tell two roads apart."""
+def encoder_of(
+    family: str, tiny_base, method: str = "full", dropout: float = 0.0, dtype: torch.dtype = torch.float64
+) -> Encoder:
+    """In float64, so that hardly anything but a wrong formula can tell two ways apart."""
     base = str(tiny_base(family))
     tokenizer = load_tokenizer(base)
     trunk = prepare(random_trunk(family, len(tokenizer)).to(dtype))
     for module in trunk.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
-    encoder = Encoder(tune(trunk, TuningConfig(method)), tokenizer, Contract(markers=MarkersConfig(query_max_tokens=24, document_max_tokens=40), base=base))
+    encoder = Encoder(
+        tune(trunk, TuningConfig(method)),
+        tokenizer,
+        Contract(markers=MarkersConfig(query_max_tokens=24, document_max_tokens=40), base=base),
+    )
     return encoder.train()
 
 
@@ -40,21 +56,33 @@ def batch_of(encoder: Encoder, hard_negatives: int) -> Batch:
 
 
 def gradients(encoder: Encoder) -> dict[str, torch.Tensor]:
-    found = {name: parameter.grad.clone() for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+    """By parameter, taken away from the encoder."""
+    taken = {}
+    for name, parameter in encoder.named_parameters():
+        if parameter.grad is not None:
+            taken[name] = parameter.grad.clone()
     encoder.zero_grad()
-    return found
+    return taken
 
 
-def assert_equal_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float) -> None:
-    assert found.keys() == expected.keys()
+def cosines_of(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+    """[Q, C], one by one."""
+    rows = [[torch.cosine_similarity(query, document, dim=0) for document in documents] for query in queries]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def assert_equal_gradients(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float) -> None:
+    assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert float((found[name] - gradient).norm()) <= relative * float(gradient.norm()) + 1e-15, name
+        assert float((ours[name] - gradient).norm()) <= relative * float(gradient.norm()) + 1e-15, name
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("hard_negatives", [0, 2])
 @pytest.mark.parametrize("keep_bytes", [0, 1, 700_000])
-def test_what_is_computed_again_gives_the_gradient_of_what_was_kept_for_every_parameter(keep_bytes, hard_negatives, symmetric, tiny_base):
+def test_what_is_computed_again_gives_the_gradient_of_what_was_kept_for_every_parameter(
+    keep_bytes, hard_negatives, symmetric, tiny_base
+):
     """Reference: both sides embedded and scored with their graphs, and one backward pass."""
     encoder, loss = encoder_of("gpt_neo", tiny_base), LossConfig(symmetric=symmetric)
     batch = batch_of(encoder, hard_negatives)
@@ -62,16 +90,16 @@ def test_what_is_computed_again_gives_the_gradient_of_what_was_kept_for_every_pa
     value.backward()
     expected = gradients(encoder)
     encoder.tokens_per_pack = 60  # several packs, of queries and documents together
-    outcome = contrastive_step(encoder, batch, loss, keep_bytes=keep_bytes, weight=0.5)
-    found = {name: 2 * gradient for name, gradient in gradients(encoder).items()}
+    result = contrastive_step(encoder, batch, loss, keep_bytes=keep_bytes, weight=0.5)
+    ours = {name: 2 * gradient for name, gradient in gradients(encoder).items()}
     assert len(expected) == len(list(encoder.parameters()))
-    assert_equal_gradients(found, expected, 1e-10)
-    assert outcome.loss.item() == pytest.approx(value.item(), rel=1e-12)
-    assert outcome.kept == (0 if keep_bytes < 2 else pytest.approx(0.5, abs=0.45))
+    assert_equal_gradients(ours, expected, 1e-10)
+    assert result.loss.item() == pytest.approx(value.item(), rel=1e-12)
+    assert result.kept == (0 if keep_bytes < 2 else pytest.approx(0.5, abs=0.45))
 
 
 def test_a_budget_is_kept_to_and_used(tiny_base):
-    """Against a second count: what is alive between the forward and the backward passes is what the hooks of torch see of all packs."""
+    """Against a second count: what torch's hooks see of all packs is alive between forward and backward pass."""
     encoder, loss = encoder_of("gpt_neo", tiny_base, "bitfit"), LossConfig()
     encoder.tokens_per_pack = 30
     batch = batch_of(encoder, 2)
@@ -89,7 +117,10 @@ def test_a_budget_is_kept_to_and_used(tiny_base):
         sizes[len(sizes)] = (len(pack), sum(storages.values()))
         del embeddings
     total, tokens = sum(size for _, size in sizes.values()), sum(length for length, _ in sizes.values())
-    shares = [contrastive_step(encoder, batch, loss, keep_bytes=budget).kept for budget in (0, total // 3, total // 2, 2 * total)]
+    shares = [
+        contrastive_step(encoder, batch, loss, keep_bytes=budget).kept
+        for budget in (0, total // 3, total // 2, 2 * total)
+    ]
     assert shares[0] == 0
     assert shares[-1] == 1
     assert 0.15 < shares[1] < 0.36
@@ -129,7 +160,7 @@ def test_dropout_is_replayed(tiny_base):
 
 @pytest.mark.parametrize("method", ["bitfit", "full"])
 def test_no_gradient_is_lost_under_autocast(method, tiny_base):
-    """Autocast keeps its casts of the weights; casts made without a graph, for the first pass, must not serve the second."""
+    """Autocast keeps its casts of the weights; those of the first pass, without a graph, must not serve the second."""
     encoder, loss = encoder_of("gpt_neo", tiny_base, method, dtype=torch.float32), LossConfig()
     encoder.tokens_per_pack = 40
     batch = batch_of(encoder, 1)
@@ -147,23 +178,47 @@ def test_the_objective_is_the_cross_entropy_of_scaled_cosines(symmetric, tiny_ba
     batch = batch_of(encoder, 1)
     with torch.no_grad():
         queries, documents = encoder(batch.queries), encoder(batch.documents)
-        value, outcome = objective(queries, documents, batch, LossConfig(scale=7.0, symmetric=symmetric))
-    scores = 7 * torch.stack([torch.stack([torch.cosine_similarity(q, d, dim=0) for d in documents]) for q in queries])
+        value, result = objective(queries, documents, batch, LossConfig(scale=7.0, symmetric=symmetric))
+    scores = 7 * cosines_of(queries, documents)
     forwards = sum(-(scores[i, 2 * i] - scores[i].exp().sum().log()) for i in range(6)) / 6
     backwards = sum(-(scores[i, 2 * i] - scores[:, 2 * i].exp().sum().log()) for i in range(6)) / 6
     assert value.item() == pytest.approx(float((forwards + backwards) / 2 if symmetric else forwards), rel=1e-10)
-    assert outcome.loss.item() == value.item()
+    assert result.loss.item() == value.item()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_loss_that_is_named_is_the_loss_that_trains(symmetric, tiny_base, monkeypatch):
+    """A new row of LOSSES: minus the mean scaled cosine of the positives, whose gradient is written out here."""
+
+    def pull(queries, candidates, scale, positives, ignored=None):
+        return -scale * (queries * candidates[positives]).sum(1).mean()
+
+    monkeypatch.setitem(LOSSES, "pull", pull)
+    encoder = encoder_of("gpt_neo", tiny_base)
+    batch = batch_of(encoder, 1)
+    queries, documents = encoder(batch.queries), encoder(batch.documents)
+    expected = -7 * torch.cosine_similarity(queries, documents[::2], dim=1).mean()
+    expected.backward()
+    gradient = gradients(encoder)
+    result = contrastive_step(encoder, batch, LossConfig("pull", scale=7.0, symmetric=symmetric), keep_bytes=0)
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert_equal_gradients(gradients(encoder), gradient, 1e-10)
+    other = contrastive_step(encoder, batch, LossConfig(scale=7.0)).loss.item()
+    assert other != pytest.approx(expected.item(), rel=0.1)
 
 
 def test_duplicates_take_no_part_in_either_direction(tiny_base):
-    """The third example repeats the first one's query, the fourth the second one's positive; the fifth's positive is the fourth's query."""
+    """The third example repeats the first one's query, the fourth the second one's positive.
+
+    The fifth's positive is the fourth's query.
+    """
     encoder = encoder_of("gpt_neo", tiny_base)
-    chosen = [Example("a", "one"), Example("b", "two"), Example("a", "three"), Example("c", "two"), Example("d", "c")]
-    batch = collate(chosen, encoder.tokenizer, encoder.frames)
+    pairs = [Example("a", "one"), Example("b", "two"), Example("a", "three"), Example("c", "two"), Example("d", "c")]
+    batch = collate(pairs, encoder.tokenizer, encoder.frames)
     with torch.no_grad():
         queries, documents = encoder(batch.queries), encoder(batch.documents)
         value, _ = objective(queries, documents, batch, LossConfig(symmetric=True))
-    scores = 20 * torch.stack([torch.stack([torch.cosine_similarity(q, d, dim=0) for d in documents]) for q in queries])
+    scores = 20 * cosines_of(queries, documents)
     candidates = [(0, 1, 3, 4), (0, 1, 2, 4), (1, 2, 3, 4), (0, 2, 3), (0, 1, 2, 3, 4)]  # of each query
     askers = [(0, 1, 3, 4), (0, 1, 2, 4), (1, 2, 3, 4), (0, 2, 3, 4), (0, 1, 2, 4)]  # of each document
     forwards = sum(-(scores[i, i] - scores[i, list(rows)].exp().sum().log()) for i, rows in enumerate(candidates)) / 5
@@ -174,14 +229,19 @@ def test_duplicates_take_no_part_in_either_direction(tiny_base):
 def test_health_gives_the_mean_cosines_of_positives_and_hardest_negatives(tiny_base):
     encoder = encoder_of("gpt_neo", tiny_base)
     batch = batch_of(encoder, 1)
-    outcome = contrastive_step(encoder, batch, LossConfig())
+    result = contrastive_step(encoder, batch, LossConfig())
     with torch.no_grad():
         queries, documents = encoder(batch.queries), encoder(batch.documents)
     cosines = [[float(torch.cosine_similarity(q, d, dim=0)) for d in documents] for q in queries]
     positive = sum(cosines[i][2 * i] for i in range(6)) / 6
     hardest = sum(max(value for row, value in enumerate(cosines[i]) if row != 2 * i) for i in range(6)) / 6
-    expected = {"positive_cosine": positive, "hardest_negative_cosine": hardest, "negatives_per_query": 11, "masked_share": 0}
-    assert health(outcome) == pytest.approx(expected, rel=1e-6)
+    expected = {
+        "positive_cosine": positive,
+        "hardest_negative_cosine": hardest,
+        "negatives_per_query": 11,
+        "masked_share": 0,
+    }
+    assert health(result) == pytest.approx(expected, rel=1e-6)
 
 
 def test_candidates_above_the_positive_are_taken_for_false_negatives_and_curated_ones_stay(tiny_base):
@@ -190,9 +250,9 @@ def test_candidates_above_the_positive_are_taken_for_false_negatives_and_curated
     batch = batch_of(encoder, 1)
     with torch.no_grad():
         queries, documents = encoder(batch.queries), encoder(batch.documents)
-        cosines = torch.stack([torch.stack([torch.cosine_similarity(q, d, dim=0) for d in documents]) for q in queries])
+        cosines = cosines_of(queries, documents)
         margin = float(torch.stack([cosines[i, 2 * i] - cosines[i].median() for i in range(6)]).mean())
-        value, outcome = objective(queries, documents, batch, LossConfig(false_negative_margin=margin))
+        value, result = objective(queries, documents, batch, LossConfig(false_negative_margin=margin))
     total, masked = 0.0, 0
     for i in range(6):
         kept = [c for c in range(12) if c in (2 * i, 2 * i + 1) or cosines[i, c] <= cosines[i, 2 * i] - margin]
@@ -200,5 +260,5 @@ def test_candidates_above_the_positive_are_taken_for_false_negatives_and_curated
         total -= float(20 * cosines[i, 2 * i] - (20 * cosines[i, kept]).exp().sum().log())
     assert 0 < masked < 60
     assert value.item() == pytest.approx(total / 6, rel=1e-10)
-    assert health(outcome)["masked_share"] == pytest.approx(masked / 6 / 11)
-    assert health(outcome)["negatives_per_query"] == pytest.approx(11 - masked / 6)
+    assert health(result)["masked_share"] == pytest.approx(masked / 6 / 11)
+    assert health(result)["negatives_per_query"] == pytest.approx(11 - masked / 6)

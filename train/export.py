@@ -17,10 +17,10 @@ def main(composed: DictConfig) -> None:
     from sgpt.runtime.errors import InputError
     from sgpt.training import record as outcome
     from sgpt.training.config import TrainConfig
-    from sgpt.training.run_folder import Run
+    from sgpt.training.run_folder import RunFolder
 
     config = typed(ExportConfig, composed)
-    run = Run(Path(config.run))
+    run = RunFolder(Path(config.run))
     if not config.run or not (run.folder / "config.yaml").is_file():
         raise InputError(f"run={config.run}: no run folder; give one that holds config.yaml, for example run=runs/pydocs")
     trained = typed(TrainConfig, OmegaConf.create(literal(yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8")))))

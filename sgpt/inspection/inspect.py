@@ -19,7 +19,7 @@ from sgpt.inspection.sample import Sample, sample
 from sgpt.runtime.values import COUNT, COUNT_OR_NONE, check_ranges
 from sgpt.text.markers import Role
 from sgpt.training.config import TrainConfig
-from sgpt.training.negatives import Contest
+from sgpt.training.negatives import Negatives
 
 QUERIES_AT_A_TIME = 256  # of a batch, when its duplicates are looked for: [256, C] at a time
 QUERIES_ON_PAGE, QUERIES_ON_TERMINAL = 256, 3  # of each shown batch
@@ -89,9 +89,9 @@ def see(number: int, batch: Batch, tokenizer) -> SeenBatch:
 
 def _ignored(batch: Batch) -> Iterator[list[list[int]]]:
     """The loss' own judgement of each query: numbers of the candidates that are left out."""
-    contest = Contest.of(batch, torch.device("cpu"))
+    negatives = Negatives.of(batch, torch.device("cpu"))
     for start in range(0, len(batch.queries), QUERIES_AT_A_TIME):
-        yield [row.nonzero()[:, 0].tolist() for row in contest.duplicates(slice(start, start + QUERIES_AT_A_TIME))]
+        yield [row.nonzero()[:, 0].tolist() for row in negatives.duplicates(slice(start, start + QUERIES_AT_A_TIME))]
 
 
 def _decoded(ids: list[int], tokenizer) -> tuple[int, str]:

@@ -1,1 +1,1 @@
-"""How the small base `nano` was made."""
+"""Pretraining of the small base `nano`: text, stages, losses and model."""

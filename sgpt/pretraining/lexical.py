@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from sgpt.pretraining.corpus import Corpus, pair_numbers
 from sgpt.pretraining.model import PretrainConfig
-from sgpt.training.loss import similarities
+from sgpt.training.loss import info_nce
+from sgpt.training.negatives import scaled_cosines, unit
 
 log = logging.getLogger(__name__)
 
@@ -17,16 +18,18 @@ def lexical_stage(config: PretrainConfig, corpus: Corpus) -> tuple[Tensor, Tenso
     """Token embeddings [V, D], of standard deviation 1, and the last norm's bias [D]; one process does it for all."""
     torch.manual_seed(config.seed)
     width = config.nano.hidden_size
-    table, bias = nn.Parameter(0.02 * torch.randn(config.nano.vocabulary, width)), nn.Parameter(torch.zeros(width))
+    table = nn.Parameter(0.02 * torch.randn(config.nano.vocabulary, width))
+    bias = nn.Parameter(torch.zeros(width))
     optimizer = torch.optim.AdamW([table, bias], lr=config.lexical_learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    pairs = len(corpus.query_starts) - 1
+    positions = torch.arange(config.lexical_pairs_per_step)
     for step in range(config.lexical_steps):
+        warmup, decay = min(1.0, (step + 1) / 10), 1 - 0.9 * step / config.lexical_steps
         for group in optimizer.param_groups:
-            group["lr"] = config.lexical_learning_rate * min(1.0, (step + 1) / 10) * (1 - 0.9 * step / config.lexical_steps)
-        numbers = pair_numbers(pairs, config.lexical_pairs_per_step, config, step)
-        queries, documents = map(list, zip(*(corpus.pair(number, config) for number in numbers), strict=True))
+            group["lr"] = config.lexical_learning_rate * warmup * decay
+        numbers = pair_numbers(corpus.num_pairs, config.lexical_pairs_per_step, config, step)
+        queries, documents = corpus.pairs(numbers, config)
         normed = F.layer_norm(table, (width,), bias=bias)  # of each token once, not of each occurrence
-        loss, _ = pair_loss(bag_of_tokens(normed, queries), bag_of_tokens(normed, documents), torch.arange(len(numbers)), config)
+        loss = pair_loss(bag_of_tokens(normed, queries), bag_of_tokens(normed, documents), positions, config)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -41,19 +44,41 @@ def bag_of_tokens(table: Tensor, rows: list[list[int]]) -> Tensor:
     starts = lengths.cumsum(0) - lengths
     positions = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths) + 1
     weights = positions / (lengths * (lengths + 1) / 2).repeat_interleave(lengths)
-    return F.embedding_bag(torch.tensor([token for row in rows for token in row]), table, starts, mode="sum", per_sample_weights=weights)
+    tokens = torch.tensor([token for row in rows for token in row])
+    return F.embedding_bag(tokens, table, starts, mode="sum", per_sample_weights=weights)
 
 
-def pair_loss(queries: Tensor, documents: Tensor, places: Tensor, config: PretrainConfig) -> tuple[Tensor, Tensor]:
-    """InfoNCE, both directions, and the share of queries that rank their document first. places: of the pairs in the batch."""
-    labels = torch.arange(len(queries), device=queries.device)
-    ignored = overlapping(places, config)
-    scores = similarities(queries, documents, config.scale, ignored)
-    loss = (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
-    return loss, (scores.argmax(1) == labels).float().mean()
+def pair_loss(queries: Tensor, documents: Tensor, positions: Tensor, config: PretrainConfig) -> Tensor:
+    """InfoNCE of weak pairs in both directions, a scalar.
+
+    queries and documents [pairs, D] of any length; positions [pairs], where in the step's batch each pair stands.
+    """
+    queries, documents = unit(queries), unit(documents)
+    own = torch.arange(len(queries), device=queries.device)
+    shared = overlapping(positions, config)
+
+    def ignored(rows: slice, scores: Tensor, scale: float) -> Tensor:
+        return shared[rows]  # in both directions: who overlaps whom is symmetric
+
+    forwards = info_nce(queries, documents, config.scale, own, ignored)
+    backwards = info_nce(documents, queries, config.scale, own, ignored)
+    return (forwards + backwards) / 2
 
 
-def overlapping(places: Tensor, config: PretrainConfig) -> Tensor:
-    """[pairs, pairs]: pairs up to two apart in one run share a sentence or a paragraph, so neither is the other's negative."""
-    run, apart = places // config.neighbours, (places[:, None] - places[None]).abs()
-    return (run[:, None] == run[None]) & (apart > 0) & (apart <= 2)
+@torch.no_grad()
+def share_ranked_first(queries: Tensor, documents: Tensor, positions: Tensor, config: PretrainConfig) -> Tensor:
+    """Share of the queries whose own document has the highest cosine, a scalar. Arguments as `pair_loss`."""
+    cosines = scaled_cosines(unit(queries), unit(documents), 1.0)
+    cosines = cosines.masked_fill(overlapping(positions, config), float("-inf"))
+    own = torch.arange(len(queries), device=queries.device)
+    return (cosines.argmax(1) == own).float().mean()
+
+
+def overlapping(positions: Tensor, config: PretrainConfig) -> Tensor:
+    """[pairs, pairs] boolean: who is no negative of whom.
+
+    Pairs up to two apart in one run of neighbours share a sentence or a paragraph, so neither is the other's negative.
+    """
+    run = positions // config.neighbours
+    distance = (positions[:, None] - positions[None]).abs()
+    return (run[:, None] == run[None]) & (distance > 0) & (distance <= 2)

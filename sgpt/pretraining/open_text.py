@@ -1,7 +1,7 @@
 """Open text for pretraining `nano`: documents for the language model, weak pairs for the contrastive stage.
 
-The sources are JSON-lines files below one root folder. TEXT_FILES says which fields of each hold text, and leaves out the
-evaluation splits: in one place, so that nothing later has to remember it.
+The sources are JSON-lines files below one root folder. TEXT_FILES says which fields of each hold text, and leaves out
+the evaluation splits: in one place, so that nothing later has to remember it.
 """
 
 import re
@@ -39,19 +39,22 @@ PAIR_FILES = ("open_text/train-00.jsonl.gz", "open_text/train-01.jsonl.gz", "ope
 
 
 class _Row:
-    """A row whose columns must be there, and text."""
+    """A row whose columns must be there and hold text; InputError names the one that does not."""
 
     def __init__(self, where: str, row: dict) -> None:
         self.where, self.row = where, row
 
     def __getitem__(self, column: str) -> str:
         if not isinstance(text := self.row.get(column), str):
-            raise InputError(f"{self.where}: needs the text column {column}; it has {listed(self.row)}. Is it the file that its name says?")
+            raise InputError(
+                f"{self.where}: needs the text column {column}; it has {listed(self.row)}. "
+                "Is it the file that its name says?"
+            )
         return text
 
 
-def read_documents(root: Path) -> Iterator[str]:
-    """Every training document below `root`, in a fixed order; repeated documents once. InputError names a missing file."""
+def read_texts(root: Path) -> Iterator[str]:
+    """Every training document below `root`, each once, in a fixed order. InputError names a missing file."""
     seen: set[str] = set()
     for name, texts in TEXT_FILES.items():
         for where, row in read_rows(root / name):
@@ -59,7 +62,9 @@ def read_documents(root: Path) -> Iterator[str]:
                 if text not in seen:
                     seen.add(text)
                     yield text
-    trained_on = {document for judged in read_qrels(root / "squad", "train").values() for document in judged}
+    trained_on: set[str] = set()
+    for judged in read_qrels(root / "squad", "train").values():
+        trained_on.update(judged)
     for where, row in read_rows(root / "squad/corpus.jsonl.gz"):
         row = _Row(where, row)
         if row["_id"] in trained_on:  # paragraphs of the test articles stay unseen
@@ -67,7 +72,7 @@ def read_documents(root: Path) -> Iterator[str]:
 
 
 def read_weak_pairs(root: Path) -> Iterator[WeakPair]:
-    """title -> first paragraphs, heading -> its section, first sentence -> rest of its paragraph, paragraph -> the next one."""
+    """Every weak pair of PAIR_FILES, in their order. InputError names a missing file."""
     for name in PAIR_FILES:
         for where, row in read_rows(root / name):
             row = _Row(where, row)
@@ -77,6 +82,11 @@ def read_weak_pairs(root: Path) -> Iterator[WeakPair]:
 
 
 def weak_pairs(title: str, text: str) -> Iterator[tuple[str, str]]:
+    """Pairs of a page, whose blocks are set apart by blank lines.
+
+    The title and the first paragraph, a heading and the paragraph below it, the first sentence of a paragraph and the
+    rest of it, the first sentence of a paragraph and the paragraph after it.
+    """
     blocks = [" ".join(block.split()) for block in text.split("\n\n")]
     blocks = [block for block in blocks if block]
     heading, previous, first = "", "", True
@@ -85,7 +95,7 @@ def weak_pairs(title: str, text: str) -> Iterator[tuple[str, str]]:
         if words <= MAX_HEADING_WORDS and not block.endswith((".", ":", ";", ",")):
             heading, previous = block, ""
             continue
-        if words < MIN_PARAGRAPH_WORDS:
+        if words < MIN_PARAGRAPH_WORDS:  # a caption, a list's item, a line of code
             continue
         if first and len(title.split()) > 1:
             yield title, block
@@ -96,9 +106,13 @@ def weak_pairs(title: str, text: str) -> Iterator[tuple[str, str]]:
         sentence, rest = _first_sentence(block)
         if len(rest.split()) >= MIN_PARAGRAPH_WORDS:
             yield sentence, rest
-        heading, previous, first = "", (sentence if len(sentence.split()) >= 5 else ""), False
+        previous = sentence if len(sentence.split()) >= 5 else ""
+        heading, first = "", False
 
 
 def _first_sentence(block: str) -> tuple[str, str]:
+    """The first sentence and the rest; a block whose first sentence is no good query is left whole, with no rest."""
     parts = re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(])", block, maxsplit=1)
-    return (parts[0], parts[1]) if len(parts) == 2 and 4 <= len(parts[0].split()) <= 40 else (block, "")
+    if len(parts) == 2 and 4 <= len(parts[0].split()) <= 40:
+        return parts[0], parts[1]
+    return block, ""

@@ -1,4 +1,4 @@
-"""Pretraining of `nano`, the small GPT-Neo decoder that the embedded default starts from, on two cores in a few hours.
+"""Pretraining of `nano`, the small GPT-Neo decoder that training starts from by default, on two cores in a few hours.
 
 Lexical stage: the token embeddings alone, pooled as bags of tokens (position-weighted mean after the last norm), are
 trained by InfoNCE on weak pairs: two texts that an author put together, such as heading and section, first sentence and
@@ -6,16 +6,17 @@ its paragraph, neighbouring paragraphs. Without blocks to compute, hundreds of t
 
 Joint stage: the blocks start as the identity (their output projections are zero), so the model begins where the lexical
 stage ended. Three steps of four take weak pairs, where the documents' forward pass carries the contrastive and the
-next-token loss; the fourth is next-token loss on long windows of packed text. All weights learn. The language-model head is
-untied: embeddings that keep the identity of their token and a head that predicts the next one do not fit in one table.
+next-token loss; the fourth is next-token loss on long windows of packed text. All weights learn. The language-model
+head is untied: embeddings that keep the identity of their token and a head that predicts the next one do not fit in one
+table.
 
-Language stage: next-token loss alone, so that the model ends as what decoders are: a language model, whose embeddings are
-not yet those of a search engine and whose head can score text.
+Language stage: next-token loss alone, so that the model ends as what decoders are: a language model, whose embeddings
+are not yet those of a search engine and whose head can score text.
 
 No marker, no pydocs pair and no evaluation split is seen here: those belong to the run that follows.
 
 Matrices inside the blocks are updated by Muon (Jordan et al. 2024), everything else by AdamW.
-Batches are drawn from (seed, step) alone, so a resumed run goes on with exactly the batches it would have had.
+Batches are drawn from (seed, step) alone, so a resumed run gets exactly the batches it would have had.
 """
 
 import json
@@ -34,7 +35,7 @@ from sgpt.decoder.packing import packs
 from sgpt.decoder.trunk import packed_token_embeddings
 from sgpt.encoder.pooling import weighted_mean
 from sgpt.pretraining.corpus import Corpus, language_windows, pair_numbers
-from sgpt.pretraining.lexical import lexical_stage, pair_loss
+from sgpt.pretraining.lexical import lexical_stage, pair_loss, share_ranked_first
 from sgpt.pretraining.model import PretrainConfig, build_model, build_optimizers, start_from
 from sgpt.pretraining.next_token_loss import next_token_loss
 from sgpt.runtime.distributed import average_gradients, from_main, gather
@@ -49,29 +50,33 @@ MAY_CHANGE = {"folder", "output", "save_every_steps", "log_every_steps"}  # on r
 
 
 def pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) -> GPTNeoForCausalLM:
-    """All stages, from the newest checkpoint when there is one: of this configuration, text and versions, by as many threads."""
-    manifest = from_main(lambda: begin(config, corpus, accelerator.num_processes))
+    """All stages, from the newest checkpoint when there is one.
+
+    InputError when that one is of another configuration, text or version. It is resumed with as many threads as it had.
+    """
+    manifest = from_main(lambda: open_manifest(config, corpus, accelerator.num_processes))
     with threads(recorded_threads(manifest)):
         return _pretrain(config, corpus, accelerator)
 
 
-def begin(config: PretrainConfig, corpus: Corpus, processes: int) -> dict[str, Any]:
+def open_manifest(config: PretrainConfig, corpus: Corpus, processes: int) -> dict[str, Any]:
     """`<folder>/manifest.json`: written by the first start, checked by the next ones."""
-    file = Path(config.folder) / "manifest.json"
-    inputs = {part.name: file_hash(Path(config.folder) / f"{part.name}.npy") for part in fields(corpus)}
+    folder = Path(config.folder)
+    file = folder / "manifest.json"
+    inputs = {array.name: file_hash(folder / f"{array.name}.npy") for array in fields(corpus)}
     inputs["processes"] = processes
-    if not file.is_file() and not any(Path(config.folder).glob("step-*.pt")):
+    if not file.is_file() and not any(folder.glob("step-*.pt")):
         manifest = {"config": asdict(config), "inputs": inputs, "environment": environment()}
         write_whole(file, json.dumps(manifest, indent=2) + "\n")
         return manifest
     manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if changed := differences(manifest.get("config", asdict(config)), asdict(config), MAY_CHANGE):
         raise InputError(
-            f"{config.folder} was begun with another configuration: {'; '.join(changed[:5])}. "
+            f"{config.folder} was started with another configuration: {'; '.join(changed[:5])}. "
             "Resume it unchanged, or choose another folder=<folder>"
         )
     with threads(recorded_threads(manifest)):
-        check_same(Path(config.folder), manifest, inputs, otherwise="choose another folder=<folder>")
+        check_same(folder, manifest, inputs, otherwise="choose another folder=<folder>")
     return manifest
 
 
@@ -87,95 +92,128 @@ def _pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) 
     optimizers = build_optimizers(model, config)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     step, tokens = _resume(folder, model, optimizers)
-    started, first = time.perf_counter(), step
+    started, first_step = time.perf_counter(), step
     steps = config.joint_steps + config.language_steps
     with Stop() as stop:
         while step < steps:
-            factor = min(1.0, (step + 1) / config.warmup_steps) * (1 - 0.9 * step / steps)
-            for optimizer, rates in zip(optimizers, peaks, strict=True):
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * factor
-            windows = min(step, config.joint_steps) // 4 + max(0, step - config.joint_steps)  # steps on windows so far
+            warmup, decay = min(1.0, (step + 1) / config.warmup_steps), 1 - 0.9 * step / steps
+            _set_learning_rates(optimizers, peaks, factor=warmup * decay)
+            # steps on windows so far: the fourth of each four of the joint stage, and all of the language stage
+            window_steps = min(step, config.joint_steps) // 4 + max(0, step - config.joint_steps)
             with accelerator.autocast():
                 if step % 4 == 3 or step >= config.joint_steps:
-                    line, seen = language_step(model, corpus, config, windows, rank, processes)
+                    losses, num_tokens = language_step(model, corpus, config, window_steps, rank, processes)
                 else:
-                    line, seen = pair_step(model, corpus, config, step - windows, rank, processes)
+                    losses, num_tokens = pair_step(model, corpus, config, step - window_steps, rank, processes)
             average_gradients(model.parameters())
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            step, tokens = step + 1, tokens + seen * processes
+            step += 1
+            tokens += num_tokens * processes
+
             if step % config.log_every_steps == 0:
                 seconds = time.perf_counter() - started
-                shown = {name: gather(value.float()[None]).mean().item() for name, value in line.items()}
+                means = {name: gather(value.float()[None]).mean().item() for name, value in losses.items()}
+                line = {"step": step, "tokens": tokens, **means, "grad_norm": norm.item(), "seconds": seconds}
                 if accelerator.is_main_process:
                     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as out:
-                        out.write(json.dumps({"step": step, "tokens": tokens, **shown, "grad_norm": norm.item(), "seconds": seconds}) + "\n")
-                log.info("step %d/%d  %s tokens  %s  %.0f s left", step, steps, f"{tokens:,}",
-                         "  ".join(f"{name} {value:.3f}" for name, value in shown.items()), seconds / (step - first) * (steps - step))
+                        out.write(json.dumps(line) + "\n")
+                shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+                left = seconds / (step - first_step) * (steps - step)
+                log.info("step %d/%d  %s tokens  %s  %.0f s left", step, steps, f"{tokens:,}", shown, left)
             stopping = stop.agreed()
-            if (step % config.save_every_steps == 0 or step == steps or stopping) and accelerator.is_main_process:
+            saves = step % config.save_every_steps == 0 or step == steps or stopping
+            if saves and accelerator.is_main_process:
                 _save(folder, model, optimizers, step, tokens)
             if stopping:
                 raise Interrupted(f"step {step} of {steps} is saved")
     return model
 
 
-def language_step(model: GPTNeoForCausalLM, corpus: Corpus, config: PretrainConfig, step: int, rank: int, processes: int) -> tuple[dict[str, Tensor], int]:
-    """Gradients of the next-token loss over this process' windows; the loss and the tokens seen."""
+def _set_learning_rates(optimizers: list[torch.optim.Optimizer], peaks: list[list[float]], factor: float) -> None:
+    """Each group's learning rate is `factor` of its peak."""
+    for optimizer, rates in zip(optimizers, peaks, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+
+
+def language_step(
+    model: GPTNeoForCausalLM, corpus: Corpus, config: PretrainConfig, step: int, rank: int, processes: int
+) -> tuple[dict[str, Tensor], int]:
+    """Gradients of the next-token loss over this process' windows; the loss, and the tokens of this process."""
     windows = language_windows(corpus, config, step)[rank::processes].to(model.device)
+    num_targets = windows[:, 1:].numel()
     total = torch.zeros((), device=model.device)
     for part in windows.split(config.windows_per_forward):
         hidden = model.transformer(part[:, :-1]).last_hidden_state
-        loss = next_token_loss(hidden.flatten(0, 1), model.lm_head.weight, part[:, 1:].flatten()) / windows[:, 1:].numel()
+        loss = next_token_loss(hidden.flatten(0, 1), model.lm_head.weight, part[:, 1:].flatten()) / num_targets
         loss.backward()
         total += loss.detach()
-    return {"language": total}, windows[:, 1:].numel()
+    return {"language": total}, num_targets
 
 
-def pair_step(model: GPTNeoForCausalLM, corpus: Corpus, config: PretrainConfig, step: int, rank: int, processes: int) -> tuple[dict[str, Tensor], int]:
-    """Gradients of the contrastive loss plus the documents' next-token loss; the losses and the tokens seen.
+def pair_step(
+    model: GPTNeoForCausalLM, corpus: Corpus, config: PretrainConfig, step: int, rank: int, processes: int
+) -> tuple[dict[str, Tensor], int]:
+    """Gradients of the contrastive loss and the documents' next-token loss; both, and the tokens of this process.
 
     Every process scores its own share of the pairs: in-batch negatives are those of one process.
     """
-    places = torch.arange(rank, config.pairs_per_step, processes)
-    numbers = pair_numbers(len(corpus.query_starts) - 1, config.pairs_per_step, config, step)
-    queries, documents = map(list, zip(*(corpus.pair(numbers[place], config) for place in places), strict=True))
+    positions = torch.arange(rank, config.pairs_per_step, processes)  # of this process' pairs in the step
+    numbers = pair_numbers(corpus.num_pairs, config.pairs_per_step, config, step)
+    queries, documents = corpus.pairs([numbers[position] for position in positions], config)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    query, _ = embed(model, queries)
-    document, language = embed(model, documents, config.head_share, generator)
-    contrastive, first = pair_loss(query, document, places.to(query.device), config)
+    query_embeddings, _ = embed(model, queries)
+    document_embeddings, language = embed(model, documents, config.head_share, generator)
+    positions = positions.to(model.device)
+    contrastive = pair_loss(query_embeddings, document_embeddings, positions, config)
     (config.contrastive_weight * contrastive + language).backward()
-    shown = {"language": language.detach(), "contrastive": contrastive.detach(), "first": first}
-    return shown, sum(map(len, queries)) + sum(map(len, documents))
+    losses = {
+        "language": language.detach(),
+        "contrastive": contrastive.detach(),
+        "first": share_ranked_first(query_embeddings, document_embeddings, positions, config),
+    }
+    return losses, sum(map(len, queries)) + sum(map(len, documents))
 
 
-def embed(model: GPTNeoForCausalLM, rows: list[list[int]], share: float = 0.0, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Embeddings [rows, D] and the mean next-token loss over a random `share` of the positions (0 when the share is 0)."""
-    embeddings, order, hidden_scored, targets = [], [], [], []
+def embed(
+    model: GPTNeoForCausalLM, rows: list[list[int]], share: float = 0.0, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Embeddings [rows, D], and the mean next-token loss over a random `share` of the positions, 0 without one."""
+    embeddings, order, scored_hidden, targets = [], [], [], []
     for pack in packs(rows, TOKENS_PER_PACK):
         hidden = packed_token_embeddings(model.transformer, pack.to(model.device))  # [N, D]
-        embeddings += [weighted_mean(block, block.new_ones(block.shape[:2])) for block in pack.split(hidden)]
+        for block in pack.split(hidden):  # [texts of one length, T, D]
+            embeddings.append(weighted_mean(block, block.new_ones(block.shape[:2])))
         order += pack.rows
         if share:
-            scored = (torch.rand(len(pack) - 1, generator=generator) < share) & (pack.position_ids[1:] > 0)  # not across a border
-            hidden_scored.append(hidden[:-1][scored.to(model.device)])
-            targets.append(pack.input_ids[1:][scored].to(model.device))
+            is_scored = torch.rand(len(pack) - 1, generator=generator) < share
+            is_scored &= pack.position_ids[1:] > 0  # a text's last token does not predict the next text's first
+            scored_hidden.append(hidden[:-1][is_scored.to(model.device)])
+            targets.append(pack.input_ids[1:][is_scored].to(model.device))
     restored = torch.cat(embeddings)[torch.tensor(order, device=model.device).argsort()]
     if not share:
         return restored, restored.new_zeros(())
-    return restored, next_token_loss(torch.cat(hidden_scored), model.lm_head.weight, torch.cat(targets)) / sum(map(len, targets))
+    language = next_token_loss(torch.cat(scored_hidden), model.lm_head.weight, torch.cat(targets))
+    return restored, language / sum(map(len, targets))
 
 
-def _save(folder: Path, model: nn.Module, optimizers: list, step: int, tokens: int) -> None:
+def _save(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, tokens: int) -> None:
+    state = {
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "step": step,
+        "tokens": tokens,
+    }
     temporary = folder / ".step.tmp"
-    torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "tokens": tokens}, temporary)
-    temporary.rename(folder / f"step-{step}.pt")
+    torch.save(state, temporary)
+    temporary.rename(folder / f"step-{step}.pt")  # a killed save never looks whole
 
 
-def _resume(folder: Path, model: nn.Module, optimizers: list) -> tuple[int, int]:
+def _resume(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[int, int]:
+    """Restores the newest checkpoint; steps taken and tokens seen, 0 without one."""
     saved = sorted(folder.glob("step-*.pt"), key=lambda file: int(file.stem.split("-")[1]))
     if not saved:
         return 0, 0

@@ -1,22 +1,26 @@
-"""The model card of an export."""
+"""The model card of an export: what it is, how to open it and what it was trained on."""
 
 from pathlib import Path
 
 from sgpt.decoder.trunk import located
 from sgpt.training.config import TrainConfig
-from sgpt.training.run_folder import Run
+from sgpt.training.run_folder import RunFolder
 
 
-def card(run: Run, config: TrainConfig) -> str:
-    """README.md of the export."""
+def card(run: RunFolder, config: TrainConfig) -> str:
+    """The text of the export's README.md."""
     from huggingface_hub import ModelCardData
 
     on_hub = "/" in config.model.path and not Path(located(config.model.path)).exists()
     data = ModelCardData(
-        library_name="sentence-transformers", pipeline_tag="sentence-similarity", base_model=config.model.path if on_hub else None,
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        base_model=config.model.path if on_hub else None,
         tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "sgpt", config.tuning.name],
     )
     manifest = run.read("manifest.json", {})
+    parameters, markers = manifest["parameters"], config.markers
+    sources = ", ".join(source["key"] for source in manifest["data"]["sources"])
     frozen = manifest.get("precision", {}).get("frozen", "float32")  # runs of older versions do not say
     over = f" over a trunk in {frozen}" if frozen != "float32" else ""
     roles = "encode_query / encode_document" if config.markers.name != "none" else "encode"
@@ -26,9 +30,9 @@ def card(run: Run, config: TrainConfig) -> str:
 
 # {run.name}
 
-An SGPT bi-encoder: {config.model.path} with {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters trained
-({config.tuning.name}, in float32{over}), pooled by {config.pooling.name}, markers {config.markers.name},
-at most {config.markers.query_max_tokens} tokens a query and {config.markers.document_max_tokens} a document. Compare by cosine.
+An SGPT bi-encoder: {config.model.path} with {parameters['trained']:,} of {parameters['total']:,} parameters trained
+({config.tuning.name}, in float32{over}), pooled by {config.pooling.name}, markers {markers.name},
+at most {markers.query_max_tokens} tokens a query and {markers.document_max_tokens} a document. Compare by cosine.
 
     from sentence_transformers import SentenceTransformer   # 6.0 or newer; older versions would leave out the markers
     model = SentenceTransformer("{run.folder}/export")        # {roles}
@@ -37,7 +41,7 @@ at most {config.markers.query_max_tokens} tokens a query and {config.markers.doc
     encoder = Encoder.from_pretrained("{run.folder}/export")
     encoder.encode_queries([...]), encoder.encode_documents([...])
 
-Trained on {manifest['data']['examples']:,} examples ({', '.join(source['key'] for source in manifest['data']['sources'])}),
+Trained on {manifest['data']['examples']:,} examples ({sources}),
 loss {config.loss.name}, scale {config.loss.scale:g}, {config.trainer.queries_per_process} queries a process,
 peak learning rate {config.optim.learning_rate:g}, seed {config.trainer.seed}.
 """

@@ -1,12 +1,12 @@
-"""Checkpoints: everything needed to go on bit for bit, in kilobytes when only biases learn.
+"""Checkpoints: everything needed to resume bit for bit, in kilobytes when only biases learn.
 
     checkpoints/step-<n>/  trained.safetensors   the learning parameters
                            optimizer.pt          AdamW's moments, the schedule
                            random-<rank>.pt      each process' random states
                            state.json            steps taken, micro-batches drawn, seconds, processes
 
-A checkpoint is written under a temporary name and renamed, and removed under one too: what is half there never looks whole.
-The frozen weights are not in it: they are the base's.
+A checkpoint is written under a temporary name and renamed, and removed under one too: what is half there never looks
+whole. The frozen weights are not in it: they are the base's.
 """
 
 import json
@@ -31,27 +31,35 @@ from sgpt.runtime.files import remove_folder, replace_folder
 
 @dataclass
 class TrainState:
-    """step: optimizer steps taken. batches: micro-batches drawn by each process. seconds: spent training. processes: W."""
+    """Where a run stands."""
 
     step: int = 0
+    """Optimizer steps taken."""
     batches: int = 0
+    """Micro-batches drawn by each process."""
     seconds: float = 0.0
+    """Seconds spent training."""
     processes: int = 1
+    """Processes of the run, W."""
 
 
-def save(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer, schedule, state: TrainState, keep: int) -> None:
-    """All processes call it. Keeps the newest `keep` checkpoints."""
+def save(
+    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer, schedule, state: TrainState, keep: int
+) -> None:
+    """Writes a checkpoint and keeps the newest `keep` of them. All processes call it."""
     rank = world()[0]
-    target, temporary = folder / f"step-{state.step}", folder / f".step-{state.step}.tmp"
+    target = folder / f"step-{state.step}"
+    temporary = folder / f".step-{state.step}.tmp"
     if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
         temporary.mkdir(parents=True)
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "trained.safetensors")
+        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+        save_file(tensors, temporary / "trained.safetensors")
         torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps(asdict(state)) + "\n")
-    barrier()
+    barrier()  # the folder is there
     torch.save(random_states(), temporary / f"random-{rank}.pt")
-    barrier()
+    barrier()  # it is whole
     if rank == 0:
         replace_folder(temporary, target)
         for old in whole_checkpoints(folder)[:-keep]:
@@ -67,11 +75,15 @@ def latest(folder: Path) -> Path | None:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """By step, the newest last. Folders that only look like one (a copy called step-4.bak) are none."""
-    return sorted((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()), key=_step)
+    checkpoints = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(checkpoints, key=_step)
 
 
 def load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, schedule) -> TrainState:
-    """Restores everything in place. InputError, on all processes, when it is damaged or of another run: other parameters or processes."""
+    """Restores everything in place.
+
+    InputError, on all processes, when it is damaged or of another run: other parameters or processes.
+    """
     return on_all(lambda: _load(checkpoint, parameters, optimizer, schedule))
 
 
@@ -79,19 +91,32 @@ def _load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, s
     rank, processes = world()
     with _undamaged(checkpoint / "state.json") as file:
         stored = json.loads(file.read_text())
-        state = TrainState(int(stored["step"]), int(stored["batches"]), float(stored["seconds"]), int(stored["processes"]))
+        state = TrainState(
+            step=int(stored["step"]),
+            batches=int(stored["batches"]),
+            seconds=float(stored["seconds"]),
+            processes=int(stored["processes"]),
+        )
     if state.processes != processes:
         raise InputError(
-            f"{checkpoint}: saved by {state.processes} processes, resumed with {processes}; start as many, since batches and random states belong to them"
+            f"{checkpoint}: saved by {state.processes} processes, resumed with {processes}; "
+            "start as many, since batches and random states belong to them"
         )
     load_parameters(checkpoint / "trained.safetensors", parameters)
     with _undamaged(checkpoint / "optimizer.pt") as file:
-        stored = torch.load(file, weights_only=True, map_location="cpu")  # else every process would take memory on the GPU of the first
+        # onto the CPU, else every process would take memory on the GPU of the first
+        stored = torch.load(file, weights_only=True, map_location="cpu")
         optimizer.load_state_dict(stored["optimizer"])
         schedule.load_state_dict(stored["schedule"])
     with _undamaged(checkpoint / f"random-{rank}.pt") as file:
         restore_random_states(torch.load(file, weights_only=True))
     return state
+
+
+DAMAGE = (  # what the readers raise, whatever a file was cut or changed to
+    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError,
+    pickle.UnpicklingError, SafetensorError,
+)  # fmt: skip
 
 
 @contextmanager
@@ -101,7 +126,7 @@ def _undamaged(file: Path) -> Iterator[Path]:
         yield file
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except DAMAGE as error:
         problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({type(error).__name__})"
         others = [folder for folder in whole_checkpoints(file.parent.parent) if folder != file.parent]
         instead = f"{others[-1].name} is used instead" if others else "training starts from the base again"
@@ -110,20 +135,26 @@ def _undamaged(file: Path) -> Iterator[Path]:
 
 @torch.no_grad()
 def load_parameters(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copies the tensors of a `trained.safetensors` into the parameters. InputError when it holds others."""
     with _undamaged(file):
         stored = load_file(file)
     if stored.keys() != parameters.keys():
         odd = sorted(stored.keys() ^ parameters.keys())
-        raise InputError(f"{file}: holds other parameters than this run trains, {odd[0]} for one; resume with the run's own tuning and model")
+        raise InputError(
+            f"{file}: holds other parameters than this run trains, {odd[0]} for one; "
+            "resume with the run's own tuning and model"
+        )
     for name, parameter in parameters.items():
         if stored[name].shape != parameter.shape:
-            raise InputError(f"{file}: {name} has shape {list(stored[name].shape)}, this model's has {list(parameter.shape)}; "
-                             "resume with the run's own tuning and model")
+            raise InputError(
+                f"{file}: {name} has shape {list(stored[name].shape)}, this model's has {list(parameter.shape)}; "
+                "resume with the run's own tuning and model"
+            )
         parameter.copy_(stored[name])
 
 
 def random_states() -> dict[str, object]:
-    """Python, numpy and torch; lists and tensors only, so that it loads with weights_only=True."""
+    """Of Python, numpy and torch; lists and tensors only, so that it loads with weights_only=True."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     states: dict[str, object] = {
@@ -137,6 +168,7 @@ def random_states() -> dict[str, object]:
 
 
 def restore_random_states(states: dict) -> None:
+    """Sets what `random_states` returned."""
     torch.set_rng_state(states["torch"])
     kind, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))

@@ -1,10 +1,14 @@
 """InfoNCE over in-batch candidates (van den Oord 2018; as used by SGPT: cosine, scale 20, query to documents).
 
 Letters: Q queries of this process, R documents a query, W processes, C = W·Q·R candidates.
+
+`objective` is what a training step minimises: the loss that `loss.name` names in LOSSES, one way or both. Who is no
+negative of whom is decided in sgpt/training/negatives.py.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,69 +19,121 @@ from sgpt.data.feed.collate import Batch
 from sgpt.runtime.distributed import gather, gather_with_gradient, world
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import FINITE, POSITIVE, check_ranges
-from sgpt.training.negatives import Contest, positive_rows, scaled, too_alike, unit
+from sgpt.training.negatives import Negatives, positive_rows, scaled_cosines, unit
 
 SCORES_AT_A_TIME = 2**23  # 32 MB in float32, a few times that while they are computed
+
+Ignored = Callable[[slice, Tensor, float], Tensor]
+"""(rows, their scores [rows, C], the scale of those) -> [rows, C] boolean, True where a candidate is no negative."""
+
+
+class Loss(Protocol):
+    """A row of LOSSES: from embeddings of length 1 to the mean over the queries, a scalar; arguments as `info_nce`."""
+
+    def __call__(
+        self, queries: Tensor, candidates: Tensor, scale: float, positives: Tensor, ignored: Ignored | None = None
+    ) -> Tensor: ...
+
+
+def info_nce(
+    queries: Tensor, candidates: Tensor, scale: float, positives: Tensor, ignored: Ignored | None = None
+) -> Tensor:
+    """Mean over the queries of the cross-entropy between the scaled cosines and the positive's row, in nats.
+
+    queries [Q, D] and candidates [C, D], of length 1 (`unit`); positives [Q], the row of each query's positive; ignored
+    says who is no negative (never true at a positive). Softmax in float32 or wider.
+
+    Memory is bounded: SCORES_AT_A_TIME exist at a time, and where that is not all of them, each chunk of rows computes
+    its scores again in the backward pass.
+    """
+
+    def summed(rows: slice) -> Tensor:
+        scores, _ = score(queries, candidates, scale, rows, ignored)
+        return F.cross_entropy(scores, positives[rows], reduction="sum")
+
+    chunks = row_chunks(len(queries), len(candidates))
+    if len(chunks) == 1:
+        return summed(chunks[0]) / len(queries)
+    # nothing random happens inside, so no random state has to be kept for the second time
+    sums = [checkpoint(summed, rows, use_reentrant=False, preserve_rng_state=False) for rows in chunks]
+    return sum(sums) / len(queries)
+
+
+LOSSES: dict[str, Loss] = {"info_nce": info_nce}
+
+
+def score(
+    queries: Tensor, candidates: Tensor, scale: float, rows: slice, ignored: Ignored | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of some rows of the queries: scale · cosine, -inf where ignored, and where that is; both [rows, C]."""
+    scores = scaled_cosines(queries[rows], candidates, scale)
+    if ignored is None:
+        return scores, torch.zeros_like(scores, dtype=torch.bool)
+    is_ignored = ignored(rows, scores.detach(), scale)
+    return scores.masked_fill(is_ignored, float("-inf")), is_ignored
+
+
+def row_chunks(rows: int, columns: int) -> list[slice]:
+    """Rows that are scored together, against so many columns."""
+    size = max(1, SCORES_AT_A_TIME // columns)
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 @dataclass
 class LossConfig:
-    """scale: factor on the cosines, 1 / temperature. symmetric: also document to query, both halves weighing the same.
-
-    false_negative_margin: an in-batch candidate whose cosine with a query is above that of the query's positive less this
-    margin is taken for a false negative and left out; null leaves none out. Curated hard negatives always count.
-
-    guide: folder of a run, export or sentence-transformers model, frozen, that judges in its place: an in-batch candidate which
-    it scores above the query's positive less guide_margin, in cosines, is left out (GISTEmbed, Solatorio 2024, arXiv 2402.16829,
-    who leaves out curated hard negatives too; here they count). With both margins, either leaves out.
-    """
+    """What a training step minimises, and which candidates are left out as false negatives."""
 
     name: str = "info_nce"
+    """Loss, a row of LOSSES."""
     scale: float = 20.0
+    """Factor on the cosines, 1 / temperature; SGPT's 20 is a temperature of 0.05."""
     symmetric: bool = False
+    """Whether each document also finds its query among all queries; both directions weigh the same."""
     false_negative_margin: float | None = None
+    """An in-batch candidate with a cosine above that of the query's positive less this is left out as a false negative.
+
+    In cosines; null leaves none out. Curated hard negatives always count.
+    """
     guide: str | None = None
+    """Folder of a run, export or sentence-transformers model, frozen, that judges candidates by its own cosines.
+
+    GISTEmbed (Solatorio 2024, arXiv 2402.16829) leaves out curated hard negatives too; here they always count. With
+    false_negative_margin as well, either leaves a candidate out.
+    """
     guide_margin: float = 0.0
+    """An in-batch candidate that the guide scores above the query's positive less this is left out; in cosines."""
 
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
             raise InputError(f"loss.name={self.name!r} is unknown; choose one of {', '.join(LOSSES)}")
-        check_ranges(self, "loss.", scale=replace(POSITIVE, words="positive; it is 1 / temperature, 20 in SGPT"),
-                     guide_margin=replace(FINITE, words="a number; it is a difference of cosines, 0 in GISTEmbed"),
-                     false_negative_margin=replace(FINITE, words="a number; it is a difference of cosines, or null to leave no candidate out"))
+        margin = "a number; it is a difference of cosines, or null to leave no candidate out"
+        check_ranges(
+            self,
+            "loss.",
+            scale=replace(POSITIVE, words="positive; it is 1 / temperature, 20 in SGPT"),
+            guide_margin=replace(FINITE, words="a number; it is a difference of cosines, 0 in GISTEmbed"),
+            false_negative_margin=replace(FINITE, words=margin),
+        )
         if self.guide_margin and not self.guide:
-            raise InputError(f"loss.guide_margin={self.guide_margin} has no effect without a guide; set loss.guide=<folder of a model>, or leave it 0")
-
-
-def info_nce(queries: Tensor, candidates: Tensor, scale: float, positives: Tensor, ignored: Tensor | None = None) -> Tensor:
-    """Mean over the queries of the cross-entropy between the scaled cosines and the positive's row, in nats.
-
-    queries [Q, D]; candidates [C, D]; positives [Q], the row of each query's positive; ignored [Q, C] boolean, True where
-    a candidate is no negative of that query (never true at its positive). Softmax in float32 or wider.
-    """
-    return F.cross_entropy(scaled(unit(queries), unit(candidates), scale, ignored), positives)
-
-
-def similarities(queries: Tensor, candidates: Tensor, scale: float, ignored: Tensor | None = None) -> Tensor:
-    """scale · cosine [Q, C], -inf where ignored."""
-    return scaled(unit(queries), unit(candidates), scale, ignored)
-
-
-LOSSES = {"info_nce": info_nce}
+            raise InputError(
+                f"loss.guide_margin={self.guide_margin} has no effect without a guide; "
+                "set loss.guide=<folder of a model>, or leave it 0"
+            )
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """loss: scalar, detached, this process' mean. queries [Q, D], candidates [C, D]: detached, of length 1, for the log.
+class StepResult:
+    """What a step computed, without its graph.
 
-    tokens: computed, of distinct texts; positions: those and their padding; kept_tokens: whose activations stayed alive.
+    loss: scalar, this process' mean. queries [Q, D], candidates [C, D]: of length 1, for the log.
+    tokens: computed, of distinct texts; positions: those and their padding; kept_tokens: whose activations stayed
+    alive.
     """
 
     loss: Tensor
     queries: Tensor
     candidates: Tensor
-    contest: Contest
-    config: LossConfig
+    negatives: Negatives
     tokens: int = 0
     positions: int = 0
     kept_tokens: int = 0
@@ -88,74 +144,57 @@ class Outcome:
         return self.kept_tokens / max(1, self.tokens)
 
 
-def objective(queries: Tensor, documents: Tensor, batch: Batch, config: LossConfig) -> tuple[Tensor, Outcome]:
-    """InfoNCE of this process' queries [Q, D] against the documents [Q·R, D] of all processes."""
-    assert config.guide is None or batch.guide_queries is not None, "loss.guide is set and the feed knows no guide; see sgpt/training/guide.py"
-    contest = Contest.of(batch, queries.device)
-    queries, candidates = unit(queries), unit(gather_with_gradient(documents))  # [C, D], rank-major
-    loss = _cross_entropy(queries, candidates, config, contest.positives, contest.documents_per_query, contest.no_negatives)
-    if config.symmetric:  # each positive document finds its query among all queries
-        own = positive_rows(len(queries), 1, world()[0], queries.device)
-        positives = candidates[contest.positives]
-        loss = (loss + _cross_entropy(positives, gather_with_gradient(queries), config, own, 1, contest.no_negative_queries)) / 2
-    return loss, Outcome(loss.detach(), queries.detach(), candidates.detach(), contest, config)
+def objective(queries: Tensor, documents: Tensor, batch: Batch, config: LossConfig) -> tuple[Tensor, StepResult]:
+    """The loss of this process' queries [Q, D] against the documents of all processes, a scalar with its graph.
 
-
-def _cross_entropy(
-    rows: Tensor, candidates: Tensor, config: LossConfig, positives: Tensor, own: int, no_negatives: Callable[[slice, float], Tensor]
-) -> Tensor:
-    """`info_nce` of rows of length 1, of which so many are scored at a time that memory stays bounded; their scores are made again backwards."""
-
-    def part(chosen: slice) -> Tensor:
-        scores, _ = _scores(rows[chosen], candidates, config, config.scale, positives[chosen], own, no_negatives(chosen, config.guide_margin))
-        return F.cross_entropy(scores, positives[chosen], reduction="sum")
-
-    chunks = _chunks(len(rows), len(candidates))
-    if len(chunks) == 1:
-        return part(chunks[0]) / len(rows)
-    return sum(checkpoint(part, chosen, use_reentrant=False, preserve_rng_state=False) for chosen in chunks) / len(rows)
-
-
-def _scores(
-    rows: Tensor, candidates: Tensor, config: LossConfig, scale: float, positives: Tensor, own: int, ignored: Tensor
-) -> tuple[Tensor, Tensor]:
-    """scale · cosine, -inf where a candidate is no negative, and where that is, both [rows, candidates]."""
-    scores = scaled(rows, candidates, scale)
-    if config.false_negative_margin is not None:
-        ignored = ignored | too_alike(scores.detach(), positives, own, scale * config.false_negative_margin)
-    return scores.masked_fill(ignored, float("-inf")), ignored
-
-
-def _chunks(rows: int, columns: int) -> list[slice]:
-    size = max(1, SCORES_AT_A_TIME // columns)
-    return [slice(start, start + size) for start in range(0, rows, size)]
-
-
-def health(*outcomes: Outcome) -> dict[str, float | None]:
-    """Over all queries of these micro-batches on all processes: mean cosine of the positives and of each query's hardest negative
-
-    (None where nothing is a negative), mean number of negatives, and the share of candidates that were left out as duplicates
-    or false negatives.
+    documents [Q·R, D]: of this process, query-major. The loss is the mean over this process' queries, so the mean of
+    the gradients of all processes is that of the whole batch. All processes call it.
     """
-    positives, hardest, negatives, masked = [], [], [], []
-    for outcome in outcomes:
-        contest, others = outcome.contest, len(outcome.candidates) - 1
-        for chosen in _chunks(len(outcome.queries), len(outcome.candidates)):
-            own = contest.positives[chosen]
-            cosines, ignored = _scores(
-                outcome.queries[chosen], outcome.candidates, outcome.config, 1.0, own, contest.documents_per_query,
-                contest.no_negatives(chosen, outcome.config.guide_margin),
-            )
-            left_out = ignored.sum(1).float()
-            positives.append(cosines.gather(1, own[:, None]))
-            hardest.append(cosines.scatter_(1, own[:, None], float("-inf")).amax(1))
-            negatives.append(others - left_out)
-            masked.append(left_out / max(1, others))
-    negative = gather(torch.cat(hardest))
-    negative = negative[negative.isfinite()]
+    assert config.guide is None or batch.guide_queries is not None, (
+        "loss.guide is set, and the batch brings no embeddings of a guide; see sgpt/training/guide.py"
+    )
+    loss_of = LOSSES[config.name]
+    negatives = Negatives.of(
+        batch,
+        queries.device,
+        guide_margin=config.guide_margin,
+        false_negative_margin=config.false_negative_margin,
+    )
+    queries = unit(queries)
+    candidates = unit(gather_with_gradient(documents))  # [C, D], rank-major
+    loss = loss_of(queries, candidates, config.scale, negatives.positives, negatives.ignored_documents)
+    if config.symmetric:  # each positive document finds its query among all queries
+        positives = candidates[negatives.positives]  # [Q, D]
+        all_queries = gather_with_gradient(queries)  # [W·Q, D]
+        own_queries = positive_rows(len(queries), 1, world()[0], queries.device)
+        back = loss_of(positives, all_queries, config.scale, own_queries, negatives.ignored_queries)
+        loss = (loss + back) / 2
+    return loss, StepResult(loss.detach(), queries.detach(), candidates.detach(), negatives)
+
+
+def health(*results: StepResult) -> dict[str, float | None]:
+    """What the loss' number does not show, over all queries of these micro-batches on all processes.
+
+    Mean cosine of the positives and of each query's hardest negative (None where nothing is a negative), mean number of
+    negatives, and the share of candidates that were left out as duplicates or false negatives. All processes call it.
+    """
+    positive_cosines, hardest_cosines, num_negatives, masked_shares = [], [], [], []
+    for result in results:
+        negatives = result.negatives
+        num_others = len(result.candidates) - 1
+        for rows in row_chunks(len(result.queries), len(result.candidates)):
+            own = negatives.positives[rows, None]
+            cosines, is_ignored = score(result.queries, result.candidates, 1.0, rows, negatives.ignored_documents)
+            num_ignored = is_ignored.sum(1).float()
+            positive_cosines.append(cosines.gather(1, own))
+            hardest_cosines.append(cosines.scatter_(1, own, float("-inf")).amax(1))
+            num_negatives.append(num_others - num_ignored)
+            masked_shares.append(num_ignored / max(1, num_others))
+    hardest = gather(torch.cat(hardest_cosines))
+    hardest = hardest[hardest.isfinite()]
     return {
-        "positive_cosine": gather(torch.cat(positives)).mean().item(),
-        "hardest_negative_cosine": negative.mean().item() if len(negative) else None,
-        "negatives_per_query": gather(torch.cat(negatives)).mean().item(),
-        "masked_share": gather(torch.cat(masked)).mean().item(),
+        "positive_cosine": gather(torch.cat(positive_cosines)).mean().item(),
+        "hardest_negative_cosine": hardest.mean().item() if len(hardest) else None,
+        "negatives_per_query": gather(torch.cat(num_negatives)).mean().item(),
+        "masked_share": gather(torch.cat(masked_shares)).mean().item(),
     }

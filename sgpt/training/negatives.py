@@ -1,4 +1,15 @@
-"""Who is no negative of whom, over all processes: equal texts, further positives, a guide's false negatives."""
+"""Who is no negative of whom, over all processes: equal texts, further positives, and false negatives.
+
+In a batch every query is scored against the documents of all queries, and what is not its own is taken for wrong. Some
+of it is not: a document that answers the query, too, or the query's own text. Training away from those does harm, so
+each query ignores them. Three things decide it, from the surest to the guess:
+
+- equal texts, known by their hashes (`duplicates`, `duplicate_queries`);
+- a frozen guide, which scores them above the positive (`loss.guide`);
+- the model in training itself, which does (`loss.false_negative_margin`).
+
+A query's curated hard negatives always count, whatever the three say: somebody chose them.
+"""
 
 from dataclasses import dataclass
 
@@ -13,15 +24,14 @@ ROUNDING = 1e-6  # of a cosine in float32
 
 
 def unit(embeddings: Tensor) -> Tensor:
-    """Length 1, in float32 or wider."""
+    """The embeddings [rows, D] at length 1, in float32 or wider."""
     return F.normalize(embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings, dim=1)
 
 
-def scaled(queries: Tensor, candidates: Tensor, scale: float, ignored: Tensor | None = None) -> Tensor:
-    """As `similarities`, of rows that have length 1."""
+def scaled_cosines(queries: Tensor, candidates: Tensor, scale: float) -> Tensor:
+    """scale · cosine [Q, C] of queries [Q, D] and candidates [C, D], all of length 1 (`unit`)."""
     with torch.autocast(queries.device.type, enabled=False):  # else a bfloat16 product: 0.4 % of the scale off
-        scores = scale * queries @ candidates.T
-    return scores if ignored is None else scores.masked_fill(ignored, float("-inf"))
+        return scale * queries @ candidates.T
 
 
 def positive_rows(num_queries: int, documents_per_query: int, rank: int, device: torch.device | str = "cpu") -> Tensor:
@@ -30,69 +40,98 @@ def positive_rows(num_queries: int, documents_per_query: int, rank: int, device:
 
 
 def duplicates(
-    query_hashes: Tensor, all_query_hashes: Tensor, all_document_hashes: Tensor, positives: Tensor, documents_per_query: int,
+    query_hashes: Tensor,
+    all_query_hashes: Tensor,
+    all_document_hashes: Tensor,
+    positives: Tensor,
+    documents_per_query: int,
     all_other_positives: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """ignored [Q, C]: the candidates that only look like negatives of a query, decided by equal input text.
 
-    Candidate c is ignored for query i when it has the text of an answer to i (see `answers`), wherever it stands, or i's own
-    text. The positive itself and the hard negatives curated for i always count; what others curated for themselves does not.
-    Hashes are int64; query_hashes [Q] of any queries, positives [Q] their rows among the candidates; all_* are gathered
-    rank-major, [W·Q] and [C], all_other_positives [W·Q, any].
+    Candidate c is ignored for query i when it has the text of an answer to i (see `answers`), wherever it stands, or
+    i's own text. The positive itself and the hard negatives curated for i always count; what others curated for
+    themselves does not. Hashes are int64; query_hashes [Q] of any queries, positives [Q] their rows among the
+    candidates; all_* are gathered rank-major, [W·Q] and [C], all_other_positives [W·Q, any].
     """
-    r = documents_per_query
-    given = _positives(all_document_hashes, r, all_other_positives)
-    ignored = answers(query_hashes, all_query_hashes, given, all_document_hashes) | (all_document_hashes[None] == query_hashes[:, None])
-    own = positives[:, None] + torch.arange(r, device=positives.device)
-    return ignored.scatter_(1, own, False)
+    all_positives = _all_positives(all_document_hashes, documents_per_query, all_other_positives)
+    is_answer = answers(query_hashes, all_query_hashes, all_positives, all_document_hashes)
+    is_own_text = all_document_hashes[None] == query_hashes[:, None]
+    return _never_own(is_answer | is_own_text, positives, documents_per_query)
 
 
 def duplicate_queries(
-    query_hashes: Tensor, all_query_hashes: Tensor, all_document_hashes: Tensor, positives: Tensor, documents_per_query: int,
+    query_hashes: Tensor,
+    all_query_hashes: Tensor,
+    all_document_hashes: Tensor,
+    positives: Tensor,
+    documents_per_query: int,
     all_other_positives: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """ignored [Q, W·Q] of the other direction: query j is no negative of the positive of i where that one is none of j's in `duplicates`."""
-    r, own = documents_per_query, all_document_hashes[positives]
-    given = _positives(all_document_hashes, r, all_other_positives)
-    ignored = answers(all_query_hashes, all_query_hashes, given, own).T | (own[:, None] == all_query_hashes[None])
-    ignored |= query_hashes[:, None] == all_query_hashes[None]
-    return ignored.scatter_(1, positives[:, None] // r, False)
+) -> Tensor:
+    """ignored [Q, W·Q] of the other direction, where each positive document finds its query among all queries.
+
+    Query j is no negative of the positive of i where that positive is none of j's in `duplicates`, and where both
+    queries have one text. Arguments as there.
+    """
+    own_positives = all_document_hashes[positives]
+    all_positives = _all_positives(all_document_hashes, documents_per_query, all_other_positives)
+    is_answer = answers(all_query_hashes, all_query_hashes, all_positives, own_positives).T
+    is_own_text = own_positives[:, None] == all_query_hashes[None]
+    is_same_query = query_hashes[:, None] == all_query_hashes[None]
+    return _never_own(is_answer | is_own_text | is_same_query, positives // documents_per_query, 1)
 
 
-def answers(query_hashes: Tensor, all_query_hashes: Tensor, all_positive_hashes: Tensor, document_hashes: Tensor) -> Tensor:
+def answers(
+    query_hashes: Tensor, all_query_hashes: Tensor, all_positive_hashes: Tensor, document_hashes: Tensor
+) -> Tensor:
     """[Q, C] boolean: whether a document has the text of a positive of any query that has the text of this one.
 
-    query_hashes [Q], document_hashes [C]: of any; all_query_hashes [W·Q] with all their positives, all_positive_hashes [W·Q, any].
-    Through a table of the different texts: comparing every query with every other and all their positives would be cubic.
+    query_hashes [Q], document_hashes [C]: of any; all_query_hashes [W·Q] with all their positives, all_positive_hashes
+    [W·Q, any]. Through a table of the different texts: comparing every query with every other and all their positives
+    would be cubic.
     """
-    queries, of_query = query_hashes.unique(return_inverse=True)
-    documents, of_document = document_hashes.unique(return_inverse=True)
-    asked = torch.searchsorted(queries, all_query_hashes).clamp(max=len(queries) - 1)
-    given = torch.searchsorted(documents, all_positive_hashes).clamp(max=len(documents) - 1)
-    there = (queries[asked] == all_query_hashes)[:, None] & (documents[given] == all_positive_hashes)  # [W·Q, any]
-    table = torch.zeros(len(queries), len(documents), dtype=torch.bool, device=query_hashes.device)
-    table[asked[:, None].expand_as(given)[there], given[there]] = True
-    return table[of_query][:, of_document]
+    query_texts, query_numbers = query_hashes.unique(return_inverse=True)
+    document_texts, document_numbers = document_hashes.unique(return_inverse=True)
+    # searchsorted gives a number to texts that are not in the table as well, so each is compared with what is there
+    asked = torch.searchsorted(query_texts, all_query_hashes).clamp(max=len(query_texts) - 1)
+    given = torch.searchsorted(document_texts, all_positive_hashes).clamp(max=len(document_texts) - 1)
+    is_known_query = query_texts[asked] == all_query_hashes
+    is_known = is_known_query[:, None] & (document_texts[given] == all_positive_hashes)  # [W·Q, any]
+    table = torch.zeros(len(query_texts), len(document_texts), dtype=torch.bool, device=query_hashes.device)
+    table[asked[:, None].expand_as(given)[is_known], given[is_known]] = True
+    return table[query_numbers][:, document_numbers]
 
 
-def _positives(all_document_hashes: Tensor, documents_per_query: int, all_other_positives: Tensor | None) -> Tensor:
-    """Of every query [W·Q, 1 + any]."""
-    drawn = all_document_hashes[::documents_per_query, None]
-    return drawn.contiguous() if all_other_positives is None else torch.cat([drawn, all_other_positives], dim=1)
+def _all_positives(
+    all_document_hashes: Tensor, documents_per_query: int, all_other_positives: Tensor | None
+) -> Tensor:
+    """Hashes of every query's positives [W·Q, 1 + any]: the one in the batch first."""
+    in_batch = all_document_hashes[::documents_per_query, None]
+    if all_other_positives is None:
+        return in_batch.contiguous()
+    return torch.cat([in_batch, all_other_positives], dim=1)
 
 
-def too_alike(scores: Tensor, positives: Tensor, documents_per_query: int, margin: float) -> Tensor:
-    """ignored [Q, C]: in-batch candidates that score above the positive less `margin`, all on one scale; never the query's own documents."""
-    ignored = scores > scores.gather(1, positives[:, None]) - margin
-    own = positives[:, None] + torch.arange(documents_per_query, device=positives.device)
-    return ignored.scatter_(1, own, False)
+def above_margin(scores: Tensor, positives: Tensor, documents_per_query: int, margin: float) -> Tensor:
+    """ignored [Q, C]: in-batch candidates that score above the query's positive less `margin`; never its own documents.
+
+    scores [Q, C] and margin are on one scale.
+    """
+    threshold = scores.gather(1, positives[:, None]) - margin
+    return _never_own(scores > threshold, positives, documents_per_query)
+
+
+def _never_own(ignored: Tensor, positives: Tensor, documents_per_query: int) -> Tensor:
+    """`ignored` with each query's own documents, its positive and its curated hard negatives, taken out again."""
+    own = positives[:, None] + torch.arange(documents_per_query, device=positives.device)  # [Q, R]
+    return ignored.scatter(1, own, False)
 
 
 @dataclass(frozen=True)
-class Guided:
-    """A frozen guide's embeddings of the texts of a batch, of length 1: queries [Q, G] and positives [Q, G] of this process,
+class GuideEmbeddings:
+    """A frozen guide's embeddings of the texts of a batch, of length 1.
 
-    all_queries [W·Q, G] and all_documents [C, G] of all.
+    queries [Q, G] and positives [Q, G] of this process, all_queries [W·Q, G] and all_documents [C, G] of all.
     """
 
     queries: Tensor
@@ -101,7 +140,7 @@ class Guided:
     all_documents: Tensor
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> "Guided | None":
+    def of(cls, batch: Batch, device: torch.device) -> "GuideEmbeddings | None":
         if batch.guide_queries is None or batch.guide_documents is None:
             return None
         queries, documents = batch.guide_queries.to(device), batch.guide_documents.to(device)
@@ -109,11 +148,12 @@ class Guided:
 
 
 @dataclass(frozen=True)
-class Contest:
-    """Who competes for whom in a batch, over all processes, on the device: hashes of own queries [Q], of all queries [W·Q]
+class Negatives:
+    """Who counts as a negative of whom in a batch, over all processes, on the device.
 
-    and of all documents [C]; positives [Q], the row of each own query's positive among the candidates; all_other_positives
-    [W·Q, any], further positives of all queries; guided, None without a guide.
+    Hashes of own queries [Q], of all queries [W·Q] and of all documents [C]; positives [Q], the row of each own query's
+    positive among the candidates; all_other_positives [W·Q, any], further positives of all queries; guide, None without
+    one. The margins are differences of cosines; a false_negative_margin of None leaves no candidate out.
     """
 
     queries: Tensor
@@ -122,43 +162,76 @@ class Contest:
     positives: Tensor
     all_other_positives: Tensor
     documents_per_query: int
-    guided: Guided | None = None
+    guide: GuideEmbeddings | None = None
+    guide_margin: float = 0.0
+    false_negative_margin: float | None = None
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> "Contest":
-        queries, documents, r = batch.query_hashes.to(device), batch.document_hashes.to(device), batch.documents_per_query
-        positives, others = positive_rows(len(queries), r, world()[0], device), batch.other_positive_hashes.to(device)
-        return cls(queries, gather(queries), gather(documents), positives, _gather_ragged(others, documents[::r]), r, Guided.of(batch, device))
+    def of(
+        cls,
+        batch: Batch,
+        device: torch.device,
+        *,
+        guide_margin: float = 0.0,
+        false_negative_margin: float | None = None,
+    ) -> "Negatives":
+        """All processes call it, with as many queries each."""
+        queries, documents = batch.query_hashes.to(device), batch.document_hashes.to(device)
+        r = batch.documents_per_query
+        return cls(
+            queries=queries,
+            all_queries=gather(queries),
+            all_documents=gather(documents),
+            positives=positive_rows(len(queries), r, world()[0], device),
+            all_other_positives=_gather_ragged(batch.other_positive_hashes.to(device), documents[::r]),
+            documents_per_query=r,
+            guide=GuideEmbeddings.of(batch, device),
+            guide_margin=guide_margin,
+            false_negative_margin=false_negative_margin,
+        )
 
     def duplicates(self, rows: slice) -> Tensor:
-        """ignored [rows, C], by equal texts."""
-        return duplicates(self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], self.documents_per_query, self.all_other_positives)
+        """ignored [rows, C] by equal texts, of some of this process' queries."""
+        return duplicates(
+            self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], self.documents_per_query,
+            self.all_other_positives,
+        )  # fmt: skip
 
-    def no_negatives(self, rows: slice, guide_margin: float) -> Tensor:
-        """ignored [rows, C]: those, and what the guide takes for false negatives."""
-        ignored, guided = self.duplicates(rows), self.guided
-        if guided is None:
-            return ignored
-        return ignored | _guided(guided.queries[rows], guided.all_documents, self.positives[rows], self.documents_per_query, guide_margin)
+    def ignored_documents(self, rows: slice, scores: Tensor, scale: float) -> Tensor:
+        """ignored [rows, C]: documents that are no negatives of these queries, whose scores are scale · cosine."""
+        positives, r = self.positives[rows], self.documents_per_query
+        ignored = self.duplicates(rows)
+        if self.guide is not None:
+            ignored |= self._above_guide(self.guide.queries[rows], self.guide.all_documents, positives, r)
+        if self.false_negative_margin is not None:
+            ignored |= above_margin(scores, positives, r, scale * self.false_negative_margin)
+        return ignored
 
-    def no_negative_queries(self, rows: slice, guide_margin: float) -> Tensor:
-        """ignored [rows, W·Q] of the other direction: queries of which the positives of these rows are no negatives."""
-        r, guided = self.documents_per_query, self.guided
-        ignored = duplicate_queries(self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], r, self.all_other_positives)
-        if guided is None:
-            return ignored
-        return ignored | _guided(guided.positives[rows], guided.all_queries, self.positives[rows] // r, 1, guide_margin)
+    def ignored_queries(self, rows: slice, scores: Tensor, scale: float) -> Tensor:
+        """ignored [rows, W·Q] of the other direction: queries of which these queries' positives are no negatives."""
+        ignored = duplicate_queries(
+            self.queries[rows], self.all_queries, self.all_documents, self.positives[rows], self.documents_per_query,
+            self.all_other_positives,
+        )  # fmt: skip
+        own_rows = self.positives[rows] // self.documents_per_query
+        if self.guide is not None:
+            ignored |= self._above_guide(self.guide.positives[rows], self.guide.all_queries, own_rows, 1)
+        if self.false_negative_margin is not None:
+            ignored |= above_margin(scores, own_rows, 1, scale * self.false_negative_margin)
+        return ignored
 
+    def _above_guide(self, rows: Tensor, candidates: Tensor, positives: Tensor, documents_per_query: int) -> Tensor:
+        """ignored [rows, C] by the guide's embeddings of rows and candidates.
 
-def _guided(rows: Tensor, candidates: Tensor, positives: Tensor, own: int, margin: float) -> Tensor:
-    """`too_alike` of a guide's embeddings. Texts that are one to the guide tie with the positive but for rounding, and must do so
-
-    alike in chunks of any size and on any number of processes: a candidate has to be above by more than that.
-    """
-    return too_alike(scaled(rows, candidates, 1.0), positives, own, margin - ROUNDING)
+        Texts that are one to the guide tie with the positive but for rounding, and must do so alike in chunks of any
+        size and on any number of processes: a candidate has to be above by more than that.
+        """
+        cosines = scaled_cosines(rows, candidates, 1.0)
+        return above_margin(cosines, positives, documents_per_query, self.guide_margin - ROUNDING)
 
 
 def _gather_ragged(columns: Tensor, filler: Tensor) -> Tensor:
     """[rows, any] of every process -> [W·rows, most]; filler [rows] fills the shorter ones."""
     most = int(gather(torch.tensor([columns.shape[1]], device=columns.device)).max())
-    return gather(torch.cat([columns, filler[:, None].expand(-1, most - columns.shape[1])], dim=1))
+    filling = filler[:, None].expand(-1, most - columns.shape[1])
+    return gather(torch.cat([columns, filling], dim=1))

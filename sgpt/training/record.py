@@ -1,4 +1,4 @@
-"""What a run leaves to read: results before and after, the analysis for the report, the manifest, the card, the last table."""
+"""What a run leaves to read: results before and after, the analysis, the manifest, the export and the last table."""
 
 import os
 import shlex
@@ -30,14 +30,17 @@ from sgpt.training import checkpoint
 from sgpt.training.card import card
 from sgpt.training.checkpoint import TrainState
 from sgpt.training.config import TrainConfig
-from sgpt.training.run_folder import Run
-from sgpt.training.tuning import count, learning, tune
+from sgpt.training.run_folder import RunFolder
+from sgpt.training.tuning import count_parameters, learning, tune
 
 SAMPLE = 512  # pairs in the similarity histogram
 
 
-def inputs_of(encoder: Encoder, feed: Feed, sets: Sets, dev: Sets) -> Inputs:
-    """Everything that decides a run's weights and results, but for its configuration. Encoder: of the untuned base."""
+def run_inputs(encoder: Encoder, feed: Feed, sets: Sets, dev: Sets) -> Inputs:
+    """Everything that decides a run's weights and results, but for its configuration.
+
+    encoder: of the untuned base.
+    """
     inputs: dict[str, str | int] = {"processes": feed.processes}
     for source in feed.sources:
         inputs[f"training data {source.name}"] = source.examples.key
@@ -45,16 +48,16 @@ def inputs_of(encoder: Encoder, feed: Feed, sets: Sets, dev: Sets) -> Inputs:
             inputs[f"guide's embeddings of each {side} of {source.name}"] = embeddings.key
         if source.walk is not None:
             inputs[f"grouping of {source.name}"] = content_hash(source.walk.examples.tolist())
-    for what, read in (("test set", sets), ("dev set", dev)):
-        for retrieval in read.retrieval:
-            inputs[f"{what} {retrieval.name}"] = content_hash(retrieval.corpus, retrieval.queries, retrieval.qrels)
-        for pairs in read.sts:
-            inputs[f"{what} {pairs.name}"] = content_hash(pairs.first, pairs.second, pairs.scores)
+    for purpose, of_purpose in (("test set", sets), ("dev set", dev)):
+        for dataset in of_purpose.retrieval:
+            inputs[f"{purpose} {dataset.name}"] = content_hash(dataset.corpus, dataset.queries, dataset.qrels)
+        for pairs in of_purpose.sts:
+            inputs[f"{purpose} {pairs.name}"] = content_hash(pairs.first, pairs.second, pairs.scores)
     return inputs | base_inputs(encoder)
 
 
 def base_inputs(encoder: Encoder) -> Inputs:
-    """Of the trunk before training, and its tokenizer."""
+    """Hashes of the trunk before training, and of its tokenizer."""
     base = encoder.contract.base
     return {
         f"base model {base}": weights_hash(dict(encoder.trunk.named_parameters())),
@@ -62,66 +65,81 @@ def base_inputs(encoder: Encoder) -> Inputs:
     }
 
 
-def record_start(run: Run, config: TrainConfig, encoder: Encoder, feed: Feed, inputs: Inputs) -> None:
-    """Once, when the run begins; a resumed run has its inputs checked against these."""
+def record_start(run: RunFolder, config: TrainConfig, encoder: Encoder, feed: Feed, inputs: Inputs) -> None:
+    """Writes the manifest once, when the run starts; a resumed run has its inputs checked against these."""
     if run.read("manifest.json", {}):
         return
-    trained, total = count(encoder.trunk)
+    trained, total = count_parameters(encoder.trunk)
+    sources = [
+        {"source": source.name, "examples": len(source.examples), "key": source.examples.key} for source in feed.sources
+    ]
     run.update(
-        "manifest.json", name=run.name, seed=config.trainer.seed, environment=environment(), inputs=dict(inputs),
-        data={
-            "examples": sum(len(source.examples) for source in feed.sources),
-            "sources": [{"source": source.name, "examples": len(source.examples), "key": source.examples.key} for source in feed.sources],
-        },
-        parameters={"trained": trained, "total": total}, contract={"fingerprint": encoder.contract.fingerprint(), **asdict(encoder.contract)},
+        "manifest.json",
+        name=run.name,
+        seed=config.trainer.seed,
+        environment=environment(),
+        inputs=dict(inputs),
+        data={"examples": sum(len(source.examples) for source in feed.sources), "sources": sources},
+        parameters={"trained": trained, "total": total},
+        contract={"fingerprint": encoder.contract.fingerprint(), **asdict(encoder.contract)},
         precision=_precision(encoder, config),
     )
 
 
-def record_before(run: Run, encoder: Encoder, sets: Sets, *, bm25: bool) -> None:
-    """The untuned base, once; a resumed run finds it there."""
+def record_before(run: RunFolder, encoder: Encoder, sets: Sets, *, bm25: bool) -> None:
+    """Scores the untuned base, once: a resumed run keeps what the first start wrote."""
     if "before" in run.read("results.json", {}):
         return
     run.write("analysis.json", {"similarity": {"before": _similarity(encoder, sets)}})
-    run.write("results.json", {"before": evaluate.evaluate(encoder, sets), "bm25": evaluate.bm25(sets) if bm25 else {}})
+    before = evaluate.evaluate(encoder, sets)
+    run.write("results.json", {"before": before, "bm25": evaluate.bm25(sets) if bm25 else {}})
 
 
-def record_after(run: Run, encoder: Encoder, sets: Sets, base: Mapping[str, Tensor], state: TrainState) -> None:
-    """The tuned model: what changed and what it scores."""
+def record_after(run: RunFolder, encoder: Encoder, sets: Sets, base: Mapping[str, Tensor], state: TrainState) -> None:
+    """Scores the tuned model, and writes how far each parameter has moved from `base`, relative to its length there."""
     learned = learning(encoder.trunk)
-    change = {name: float((learned[name].detach() - old).norm() / old.norm().clamp(min=1e-12)) for name, old in base.items()}
+    change = {}
+    for name, before in base.items():
+        moved = (learned[name].detach() - before).norm()
+        change[name] = float(moved / before.norm().clamp(min=1e-12))
     similarity = run.read("analysis.json", {}).get("similarity", {}) | {"after": _similarity(encoder, sets)}
     run.write("analysis.json", {"similarity": similarity, "change": change})
     adapter = run.folder / "adapter" / "adapter_model.safetensors"
     run.update(
-        "manifest.json", seconds=state.seconds, steps=state.step, processes=state.processes, probes=probes(in_dtype(encoder, torch.float32)),
+        "manifest.json",
+        seconds=state.seconds,
+        steps=state.step,
+        processes=state.processes,
+        probes=probes(in_dtype(encoder, torch.float32)),
         bytes={"adapter": adapter.stat().st_size},
     )
     run.update("results.json", after=evaluate.evaluate(encoder, sets))
 
 
-def finish(run: Run) -> None:
-    """From here on the run is finished: starting it again shows its table, and makes its export if that is missing."""
+def finish_run(run: RunFolder) -> None:
+    """Marks the run as finished: starting it again shows its table, and exports it if the export is missing."""
     run.update("manifest.json", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
 
-def is_exported(run: Run) -> bool:
+def is_exported(run: RunFolder) -> bool:
     return "export" in run.read("manifest.json", {}) and (run.folder / "export" / contracts.FILE).is_file()
 
 
-def write_export(run: Run, config: TrainConfig, encoder: Encoder) -> None:
-    """The export of a finished run, which says so in the manifest. InputError names the command that makes it again."""
+def write_export(run: RunFolder, config: TrainConfig, encoder: Encoder) -> None:
+    """Exports a finished run and says so in the manifest. InputError names the command that exports it again."""
     try:
         verified = export(encoder, run.folder / "export", card=card(run, config))
     except InputError as error:
         again = f"python train/export.py {argument('run', str(run.folder))}"
-        raise InputError(f"{run.folder} has its adapter, results and report, and no export: {error}. To export it again: {again}") from error
+        raise InputError(
+            f"{run.folder} has its adapter, results and report, and no export: {error}. To export it again: {again}"
+        ) from error
     weights = sum(file.stat().st_size for file in (run.folder / "export").glob("*.safetensors"))
     size = run.read("manifest.json", {})["bytes"]
     run.update("manifest.json", export=verified, bytes=size | {"model": weights})
 
 
-def reopen(run: Run, config: TrainConfig) -> tuple[Encoder, Path]:
+def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
     """The encoder as it was when the newest checkpoint was written, and that checkpoint."""
     newest = checkpoint.latest(run.checkpoints)
     if newest is None:
@@ -137,19 +155,21 @@ def reopen(run: Run, config: TrainConfig) -> tuple[Encoder, Path]:
     recorded = run.read("manifest.json", {}).get("inputs", {})
     for name, now in base_inputs(encoder).items():
         if recorded.get(name, now) != now:
-            raise InputError(f"{run.folder}: {name} has changed since the run began; put it back, and export again")
+            raise InputError(
+                f"{run.folder}: {name} has changed since the run was started; put it back, and export again"
+            )
     encoder.trunk = tune(encoder.trunk, config.tuning)
     encoder.eval()
     checkpoint.load_parameters(newest / "trained.safetensors", learning(encoder.trunk))
     return encoder, newest
 
 
-def complete(run: Run, config: TrainConfig, encoder: Encoder | None = None) -> None:
-    """Ends a finished run: its export, where that is missing, and its table, whatever the export says.
+def complete(run: RunFolder, config: TrainConfig, encoder: Encoder | None = None) -> None:
+    """Ends a finished run: exports it where that is missing, and shows its table, whatever the export says.
 
     encoder: as it was trained; without, the one of the last checkpoint, after an export that was refused or killed.
     """
-    if int(os.environ.get("RANK", "0")):
+    if int(os.environ.get("RANK", "0")):  # the main process does it; none of the others has to wait
         return
     try:
         if encoder is not None or not is_exported(run):
@@ -157,11 +177,11 @@ def complete(run: Run, config: TrainConfig, encoder: Encoder | None = None) -> N
             write_export(run, config, encoder or reopen(run, config)[0])
     finally:
         run.close()
-        show(run)
+        show_run(run)
 
 
-def show(run: Run) -> None:
-    """The table that a run ends with."""
+def show_run(run: RunFolder) -> None:
+    """Prints the table that a run ends with, and the command that searches with it."""
     from rich.console import Console
 
     results, manifest = run.read("results.json", {}), run.read("manifest.json", {})
@@ -169,53 +189,75 @@ def show(run: Run) -> None:
     if scored := {name: results[name] for name in ("before", "after", "bm25") if results.get(name)}:
         console.print(evaluate.table(scored, f"{run.name}: results × 100"))
     else:
-        console.print("no test set was named: evaluation.retrieval=[<BEIR folder>] or evaluation.sts=[<pairs file>] scores the next run", soft_wrap=True)
-    queries, size = _queries_seen(run), manifest["bytes"]
-    console.print(f"{queries / manifest['seconds']:.1f} pairs per second · {queries:,} pairs · {manifest['seconds'] / 60:.1f} minutes of training")
-    console.print(f"trained {manifest['parameters']['trained']:,} of {manifest['parameters']['total']:,} parameters: "
-                  f"{_bytes(size['adapter'])} of changes" + (f" to a model of {_bytes(size['model'])}" if "model" in size else ", not exported"))
+        console.print(
+            "no test set was named: evaluation.retrieval=[<BEIR folder>] or evaluation.sts=[<pairs file>] "
+            "scores the next run",
+            soft_wrap=True,
+        )
+    queries, seconds = _queries_seen(run), manifest["seconds"]
+    console.print(
+        f"{queries / seconds:.1f} pairs per second · {queries:,} pairs · {seconds / 60:.1f} minutes of training"
+    )
+    parameters, size = manifest["parameters"], manifest["bytes"]
+    model = f" to a model of {_bytes(size['model'])}" if "model" in size else ", not exported"
+    console.print(
+        f"trained {parameters['trained']:,} of {parameters['total']:,} parameters: "
+        f"{_bytes(size['adapter'])} of changes{model}"
+    )
     console.print(f"run folder  {run.folder}   (open {run.folder}/report.html)", soft_wrap=True, highlight=False)
-    ours = manifest["data"]["sources"][0]["source"].endswith("pydocs")  # what search looks through when no corpus is named
-    what = 'query="parse a date from a string"' if ours else "corpus=<JSON lines of _id and text>"
+
+    # pydocs' corpus is what search reads when none is named
+    is_pydocs = manifest["data"]["sources"][0]["source"].endswith("pydocs")
+    arguments = 'query="parse a date from a string"' if is_pydocs else "corpus=<JSON lines of _id and text>"
     search = shlex.quote(_from_here(Path(__file__).parents[2] / "train" / "search.py"))
-    console.print(f"search it   {_python()} {search} {argument('run', str(run.folder))} {what}", soft_wrap=True, highlight=False)
+    command = f"{_python()} {search} {argument('run', str(run.folder))} {arguments}"
+    console.print(f"search it   {command}", soft_wrap=True, highlight=False)
 
 
 def _python() -> str:
-    """This interpreter, as the shell finds it from here: .venv/bin/python needs no activation."""
-    found = shutil.which("python")
-    return "python" if found and Path(found).absolute() == Path(sys.executable).absolute() else shlex.quote(_from_here(Path(sys.executable)))
+    """This interpreter, as the shell calls it from here: .venv/bin/python needs no activation."""
+    on_path, this = shutil.which("python"), Path(sys.executable)
+    if on_path and Path(on_path).absolute() == this.absolute():
+        return "python"
+    return shlex.quote(_from_here(this))
 
 
 def _from_here(file: Path) -> str:
-    """Relative where it lies below the working directory."""
+    """Its path, relative where it lies below the working directory."""
     return os.path.relpath(file) if file.absolute().is_relative_to(Path.cwd()) else str(file.absolute())
 
 
 def _precision(encoder: Encoder, config: TrainConfig) -> dict[str, str]:
-    """What the frozen and the trained weights are held in while the run trains and is scored, and what it computes in."""
-    held_in = {str(parameter.dtype).removeprefix("torch.") for parameter in encoder.trunk.parameters()}
-    half = next((name for name in HALVES if name in held_in), None)
+    """Types of the frozen and the trained weights while the run trains and is scored, and of its computation."""
+    types = {str(parameter.dtype).removeprefix("torch.") for parameter in encoder.trunk.parameters()}
+    half = next((name for name in HALVES if name in types), None)
     return {"frozen": half or "float32", "trained": "float32", "computed": half or config.trainer.precision}
 
 
 def _similarity(encoder: Encoder, sets: Sets) -> dict[str, list[float]]:
+    """Cosines of queries of the first test set with their best document and with another one, for the histogram."""
     if not sets.retrieval:
         return {"positive": [], "negative": []}
-    chosen = sets.retrieval[0]
+    dataset = sets.retrieval[0]
     best: dict[str, str] = {}
-    for query, judged in chosen.qrels.items():  # a judged document may be no candidate: BEIR leaves those with an empty text out
-        relevant = [document for document, score in judged.items() if score > 0 and document in chosen.corpus]
+    for query, judged in dataset.qrels.items():
+        # a judged document may be no candidate: BEIR leaves those with an empty text out
+        relevant = [document for document, score in judged.items() if score > 0 and document in dataset.corpus]
         if relevant and len(best) < SAMPLE:
             best[query] = max(relevant, key=judged.get)
-    return evaluate.similarity_sample(encoder, [chosen.queries[query] for query in best], [chosen.corpus[document] for document in best.values()])
+    queries = [dataset.queries[query] for query in best]
+    documents = [dataset.corpus[document] for document in best.values()]
+    return evaluate.similarity_sample(encoder, queries, documents)
 
 
-def _queries_seen(run: Run) -> int:
+def _queries_seen(run: RunFolder) -> int:
+    """Of all steps and processes, repeated ones included."""
     import yaml
 
-    config, manifest = yaml.safe_load((run.folder / "config.yaml").read_text()), run.read("manifest.json", {})
-    return manifest["steps"] * config["trainer"]["queries_per_process"] * config["trainer"]["gradient_accumulation"] * manifest["processes"]
+    trainer = yaml.safe_load((run.folder / "config.yaml").read_text())["trainer"]
+    manifest = run.read("manifest.json", {})
+    batches = manifest["steps"] * trainer["gradient_accumulation"] * manifest["processes"]
+    return batches * trainer["queries_per_process"]
 
 
 def _bytes(number: int) -> str:

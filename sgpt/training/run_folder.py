@@ -1,6 +1,10 @@
-"""The run folder `runs/<name>/`: claiming it, its files, and the manifest.
+"""The folder of a training run, `runs/<name>/`: opened, started, read and written.
 
-    config.yaml   metrics.jsonl   checkpoints/   adapter/   export/   results.json   analysis.json   report.html   manifest.json
+    config.yaml      the whole configuration        results.json     scores before and after
+    metrics.jsonl    the log, a line a step         analysis.json    what the report draws
+    checkpoints/     to resume from                 report.html      the page
+    adapter/         what was learned               manifest.json    what the run was made of
+    export/          the model for others
 
 `manifest.json` gets its "finished" last of all.
 """
@@ -16,12 +20,18 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import held, let_go, write_whole
 from sgpt.runtime.provenance import Inputs, check_same, differences, recorded_threads
 
-MAY_CHANGE = {"name", "runs", "resume", "logging", "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints"}  # on resuming
+MAY_CHANGE = {  # on resuming: what decides neither weights nor results
+    "name", "runs", "resume", "logging",
+    "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints",
+}  # fmt: skip
 
 
 @dataclass
-class Run:
-    """lock: held by the process that writes the run, from `begin` to its end."""
+class RunFolder:
+    """A training run's folder, which need not exist yet.
+
+    lock: held by the process that writes the run, from `start_run` to `close`.
+    """
 
     folder: Path
     lock: FileLock | None = None
@@ -39,52 +49,64 @@ class Run:
         return "finished" in self.read("manifest.json", {})
 
     def read(self, file: str, otherwise: Any) -> Any:
+        """Content of a JSON file, or `otherwise` when it is not there."""
         path = self.folder / file
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else otherwise
 
     def write(self, file: str, content: Any) -> None:
-        """JSON, whole or not at all."""
+        """Writes JSON, whole or not at all."""
         write_whole(self.folder / file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def update(self, file: str, **content: Any) -> None:
+        """Adds to what the JSON file holds, or replaces it key by key."""
         self.write(file, self.read(file, {}) | content)
 
     @property
     def threads(self) -> int | None:
-        """Of each process when it was begun; None before."""
+        """Threads of each process when the run was started; None before."""
         return recorded_threads(self.read("manifest.json", {}))
 
     def check_same(self, inputs: Inputs) -> None:
-        """InputError when a run that was begun would resume with other data, weights, versions or threads."""
+        """InputError when a run that was started would resume with other data, weights, versions or threads."""
         manifest = self.read("manifest.json", {})
         if manifest or any(self.checkpoints.glob("step-*")):
             check_same(self.folder, manifest, inputs, otherwise="choose another name=<name>")
 
     def close(self) -> None:
-        """The run is written."""
+        """Lets others write the run: all of it is written."""
         if self.lock is not None:
             let_go(self.lock)
             self.lock = None
 
 
-def claim(folder: Path, config: dict, *, resume: bool) -> Run:
-    """The run of this folder, not yet begun. Refuses an existing one unless told to resume it with the same configuration."""
+def open_run(folder: Path, config: dict, *, resume: bool) -> RunFolder:
+    """The run of this folder; nothing is written yet.
+
+    InputError for a run that exists, unless it is to be resumed with the same configuration.
+    """
     import yaml
 
-    run, file = Run(folder), folder / "config.yaml"
+    run = RunFolder(folder)
+    file = folder / "config.yaml"
     if not file.is_file():
         return run
     if not resume:
         state = "a finished run" if run.finished else "an unfinished run"
-        raise InputError(f"{folder} holds {state}; go on with resume=true, or choose another name=<name>")
+        raise InputError(f"{folder} holds {state}; resume it with resume=true, or choose another name=<name>")
     changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), config, MAY_CHANGE)
     if changed:
-        raise InputError(f"{folder} was started with another configuration: {'; '.join(changed[:5])}. Resume it unchanged, or choose another name=<name>")
+        raise InputError(
+            f"{folder} was started with another configuration: {'; '.join(changed[:5])}. "
+            "Resume it unchanged, or choose another name=<name>"
+        )
     return run
 
 
-def begin(run: Run, config: dict) -> None:
-    """Makes the folder, once everything that can be checked beforehand has been. InputError while another process writes it."""
+def start_run(run: RunFolder, config: dict) -> None:
+    """Makes the folder, once everything that can be checked beforehand has been.
+
+    InputError while another process writes it.
+    """
     import yaml
 
     run.lock = held(run.folder, "another runs=")

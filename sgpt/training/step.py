@@ -1,9 +1,10 @@
 """One contrastive step: from a batch of token ids to gradients, in as much memory as it is given.
 
-The texts of a batch are embedded in packs (sgpt/decoder/packing.py). A pack's activations stay alive for its backward pass while
-they fit the keep budget; of the others only the embeddings are made, and after the loss has said what it wants of each
-embedding they are computed again, with the random state that they had. With a budget of nothing that is GradCache (Gao et
-al. 2021, arXiv 2101.06983). The gradient is the same number for number, dropout included; only time and memory differ.
+The texts of a batch are embedded in packs (sgpt/decoder/packing.py). A pack's activations stay alive for its backward
+pass while they fit the keep budget; of the others only the embeddings are computed, and after the loss has said what it
+wants of each embedding they are computed again, with the random state that they had. With a budget of nothing that is
+GradCache (Gao et al. 2021, arXiv 2101.06983). The gradient is the same number for number, dropout included; only time
+and memory differ.
 
 The scores are computed for some queries at a time as well, so a batch is limited by nothing but time.
 """
@@ -18,30 +19,39 @@ from sgpt.data.feed.collate import Batch
 from sgpt.decoder.packing import Pack, distinct
 from sgpt.decoder.trunk import takes_packs
 from sgpt.encoder.encoder import Encoder
-from sgpt.training.loss import LossConfig, Outcome, objective
+from sgpt.training.loss import LossConfig, StepResult, objective
 
 
-def contrastive_step(encoder: Encoder, batch: Batch, config: LossConfig, *, keep_bytes: float = float("inf"), weight: float = 1.0) -> Outcome:
-    """Adds weight · the loss' gradients to the learning parameters'. keep_bytes: of activations that may stay alive."""
-    rows, places = distinct([*batch.queries, *batch.documents])
-    made = list(encoder.packs(rows))
-    parts = _embed(encoder, made, keep_bytes)
-    embeddings = encoder.in_order(made, [part.embeddings.detach() for part in parts], len(rows)).requires_grad_()  # [distinct, D]
-    loss, outcome = objective(*embeddings[places].split([len(batch.queries), len(batch.documents)]), batch, config)
+def contrastive_step(
+    encoder: Encoder, batch: Batch, config: LossConfig, *, keep_bytes: float = float("inf"), weight: float = 1.0
+) -> StepResult:
+    """Adds weight · the loss' gradients to the learning parameters'.
+
+    keep_bytes: of activations that may stay alive between the forward and the backward pass.
+    """
+    rows, numbers = distinct([*batch.queries, *batch.documents])  # a text that occurs twice is embedded once
+    packs = list(encoder.packs(rows))
+    embedded = _embed(encoder, packs, keep_bytes)
+    # The loss has a graph of its own, which begins at the embeddings: its gradient there is all that the packs need.
+    parts = [pack.embeddings.detach() for pack in embedded]
+    embeddings = encoder.in_order(packs, parts, len(rows)).requires_grad_()  # [distinct, D]
+    queries, documents = embeddings[numbers].split([len(batch.queries), len(batch.documents)])
+    loss, result = objective(queries, documents, batch, config)
     (loss * weight).backward()
     after = _random_state(encoder.device)
-    for pack, part in zip(made, parts, strict=True):
+    for pack, part in zip(packs, embedded, strict=True):
         part.backward(encoder, pack, embeddings.grad[pack.rows])
-    _restore_random_state(after, encoder.device)
-    tokens = sum(map(len, made))
-    positions = tokens if takes_packs(encoder.trunk) else sum(pack.padded_tokens for pack in made)
-    kept = sum(len(pack) for pack, part in zip(made, parts, strict=True) if part.state is None)
-    return replace(outcome, tokens=tokens, positions=positions, kept_tokens=kept)
+    _restore_random_state(after, encoder.device)  # as one pass would have left it
+
+    tokens = sum(map(len, packs))
+    positions = tokens if takes_packs(encoder.trunk) else sum(pack.padded_tokens for pack in packs)
+    kept_tokens = sum(len(pack) for pack, part in zip(packs, embedded, strict=True) if part.state is None)
+    return replace(result, tokens=tokens, positions=positions, kept_tokens=kept_tokens)
 
 
 @dataclass
-class _Part:
-    """One pack's embeddings, with their graph, or without and the random state to make them again."""
+class _EmbeddedPack:
+    """One pack's embeddings: with their graph, or without it and with the random state to compute them again."""
 
     embeddings: Tensor
     state: tuple[Tensor, Tensor | None] | None
@@ -55,34 +65,44 @@ class _Part:
         self.embeddings = None  # the graph goes with it
 
 
-def _embed(encoder: Encoder, made: list[Pack], keep_bytes: float) -> list[_Part]:
-    """Keeps what fits, by what the packs before took for each of their tokens; the first is tried when it may fit at all."""
-    parts: list[_Part] = []
+def _embed(encoder: Encoder, packs: list[Pack], keep_bytes: float) -> list[_EmbeddedPack]:
+    """Keeps the graphs of the packs that fit.
+
+    What a pack will take is known only once it is computed, so it is estimated by what the packs before took for each
+    of their tokens; the first is tried when it may fit at all.
+    """
+    embedded: list[_EmbeddedPack] = []
     kept_bytes, kept_tokens = 0, 0
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*encoder.trunk.parameters(), *encoder.trunk.buffers())}
-    for pack in made:
+    tensors = (*encoder.trunk.parameters(), *encoder.trunk.buffers())
+    weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    for pack in packs:
         state = _random_state(encoder.device)
         expected = kept_bytes / kept_tokens * len(pack) if kept_tokens else 0
         if keep_bytes > 0 and kept_bytes + expected <= keep_bytes:
             with _SavedBytes(weights) as saved:
                 embeddings = encoder.embed_pack(pack)
             if kept_bytes + saved.bytes <= keep_bytes:
-                kept_bytes, kept_tokens = kept_bytes + saved.bytes, kept_tokens + len(pack)
-                parts.append(_Part(embeddings, None))
+                kept_bytes += saved.bytes
+                kept_tokens += len(pack)
+                embedded.append(_EmbeddedPack(embeddings, None))
                 continue
             keep_bytes = 0  # what is known now: nothing more fits
-            parts.append(_Part(embeddings.detach(), state))
+            embedded.append(_EmbeddedPack(embeddings.detach(), state))
             continue
         with torch.no_grad():
-            parts.append(_Part(encoder.embed_pack(pack), state))
-    return parts
+            embedded.append(_EmbeddedPack(encoder.embed_pack(pack), state))
+    return embedded
 
 
 class _SavedBytes:
-    """Counts what autograd keeps for the backward pass: each storage once, and the weights, of which it keeps views, not at all."""
+    """Counts what autograd keeps for the backward pass: each storage once.
+
+    The weights, of which it keeps views, are not counted: they are there anyway.
+    """
 
     def __init__(self, weights: set[int]) -> None:
-        self.weights, self.storages = weights, {}
+        self.weights = weights  # addresses of their storages
+        self.storages: dict[int, int] = {}  # address -> bytes
 
     def __enter__(self) -> "_SavedBytes":
         self.hooks = saved_tensors_hooks(self._count, lambda tensor: tensor)
@@ -104,6 +124,7 @@ class _SavedBytes:
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of the processor, and of the GPU where there is one."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 

@@ -1,7 +1,8 @@
 """Which parameters learn. Everything else is frozen before the optimizer is built.
 
-`bitfit` (Ben Zaken et al. 2021; SGPT section 4.1): every parameter whose name ends in `bias`, LayerNorm biases included.
-Parameters only, never buffers: old GPT-Neo and GPT-J checkpoints call their causal mask `attn.attention.bias`.
+`bitfit` (Ben Zaken et al. 2021; SGPT section 4.1): every parameter whose name ends in `bias`, LayerNorm biases
+included. Parameters only, never buffers: old GPT-Neo and GPT-J checkpoints call their causal mask
+`attn.attention.bias`.
 """
 
 from collections.abc import Callable
@@ -14,18 +15,25 @@ from transformers.utils import ModelOutput
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import BELOW_ONE, COUNT, check_ranges
 
-ALTERNATIVES = "use tuning=bitfit_norm (biases and norm gains), tuning=lora or tuning=full, or a base with biases such as GPT-Neo, GPT-2, OPT, Pythia or BLOOM"
-GRADIENT_SCALE = 128.0  # over a float16 trunk
+ALTERNATIVES = (
+    "use tuning=bitfit_norm (biases and norm gains), tuning=lora or tuning=full, "
+    "or a base with biases such as GPT-Neo, GPT-2, OPT, Pythia or BLOOM"
+)
+GRADIENT_SCALE = 128.0  # inside of a float16 trunk; see _scale_gradients
 
 
 @dataclass
 class TuningConfig:
-    """`name` is a row of TUNINGS; the lora_* fields count for tuning=lora only."""
+    """Which parameters learn; the lora_* fields have an effect with tuning=lora alone."""
 
     name: str = "bitfit"
+    """Method, a row of TUNINGS."""
     lora_rank: int = 8
+    """Rank of the two matrices that LoRA adds to each linear layer, at most the width of the base."""
     lora_alpha: int = 16
+    """Factor on what LoRA adds: the product of the two matrices is multiplied by lora_alpha / lora_rank."""
     lora_dropout: float = 0.0
+    """Share of the inputs of LoRA's matrices that is dropped in training, from 0 to below 1."""
 
     def __post_init__(self) -> None:
         if self.name not in TUNINGS:
@@ -34,19 +42,21 @@ class TuningConfig:
 
 
 def bitfit(trunk: nn.Module, config: TuningConfig) -> nn.Module:
-    chosen = _learn_only(trunk, lambda name: name.endswith("bias"))
-    _refuse_without_biases(trunk, chosen)
+    """Every parameter whose name ends in `bias`. InputError for a base that has too few."""
+    biases = _learn_only(trunk, lambda name: name.endswith("bias"))
+    _refuse_without_biases(trunk, biases)
     return trunk
 
 
 def bitfit_norm(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     """Biases and the gains of every normalisation; works on bias-free families (Llama, Qwen3) too."""
-    norms = {name for name, module in trunk.named_modules() if "norm" in type(module).__name__.lower()}
+    norms = {name for name, module in trunk.named_modules() if _is_norm(module)}
     _learn_only(trunk, lambda name: name.endswith("bias") or name.rpartition(".")[0] in norms)
     return trunk
 
 
 def full(trunk: nn.Module, config: TuningConfig) -> nn.Module:
+    """Every parameter."""
     _learn_only(trunk, lambda name: True)
     return trunk
 
@@ -57,37 +67,56 @@ def lora(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     if config.lora_rank > trunk.config.hidden_size:
-        raise InputError(f"tuning.lora_rank={config.lora_rank} is more than the width of the base, {trunk.config.hidden_size}; lower it, or set tuning=full")
-    return get_peft_model(trunk, LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules="all-linear", task_type="FEATURE_EXTRACTION",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in trunk.modules()),  # GPT-2 keeps its weights transposed
-    ))
+        raise InputError(
+            f"tuning.lora_rank={config.lora_rank} is more than the width of the base, {trunk.config.hidden_size}; "
+            "lower it, or set tuning=full"
+        )
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        task_type="FEATURE_EXTRACTION",
+        # GPT-2 stores its weights transposed
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in trunk.modules()),
+    )
+    return get_peft_model(trunk, settings)
 
 
 TUNINGS: dict[str, Callable[[nn.Module, TuningConfig], nn.Module]] = {
-    "bitfit": bitfit, "bitfit_norm": bitfit_norm, "full": full, "lora": lora,
+    "bitfit": bitfit,
+    "bitfit_norm": bitfit_norm,
+    "full": full,
+    "lora": lora,
 }
 
 
 def tune(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     """Freezes all but what the method trains and returns the trunk (wrapped by PEFT for lora).
 
-    What learns is float32 also in a trunk of half precision, which stays frozen as it is: a bias of 1 in bfloat16 would not
-    move by less than 0.004. The norms go with their biases; the encoder computes the rest under autocast.
+    What learns is float32 also in a trunk of half precision, which stays frozen as it is: a bias of 1 in bfloat16 would
+    not move by less than 0.004. The norms go with their biases; the encoder computes the rest under autocast.
     """
     tuned = TUNINGS[config.name](trunk, config)
-    if trunk.dtype.itemsize < 4:
-        norms = [module for module in tuned.modules() if "norm" in type(module).__name__.lower()]
-        for parameter in (*learning(tuned).values(), *(parameter for norm in norms for parameter in norm.parameters())):
-            parameter.data = parameter.data.float()
-        if any(parameter.dtype == torch.float16 for parameter in tuned.parameters()):
-            _scale_gradients(tuned)
+    if trunk.dtype.itemsize >= 4:
+        return tuned
+    for parameter in learning(tuned).values():
+        parameter.data = parameter.data.float()
+    for module in tuned.modules():
+        if _is_norm(module):
+            for parameter in module.parameters():
+                parameter.data = parameter.data.float()
+    if any(parameter.dtype == torch.float16 for parameter in tuned.parameters()):
+        _scale_gradients(tuned)
     return tuned
 
 
-class _Scaled(torch.autograd.Function):
-    """The tensor as it is, with a gradient that is larger."""
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+class _EnlargeGradient(torch.autograd.Function):
+    """The tensor as it is, with a gradient that is GRADIENT_SCALE times larger."""
 
     @staticmethod
     def forward(context, tensor: Tensor) -> Tensor:
@@ -99,15 +128,15 @@ class _Scaled(torch.autograd.Function):
 
 
 def _scale_gradients(trunk: nn.Module) -> None:
-    """Inside of the trunk gradients are GRADIENT_SCALE times larger, what learns gets them as they are: float16 ends at 6e-8.
+    """Inside of the trunk gradients are GRADIENT_SCALE times larger, what learns gets them as they are.
 
-    A token's gradient falls with the number of queries and tokens. Measured on data/nano: 240 times smaller than of 8
-    short queries, 1.6 % of the biases' gradient was lost without this and 0.3 % is with it; 4,096 times smaller, 25 % and
-    6 %. bfloat16 reaches as far as float32 and needs none.
+    float16 ends at 6e-8, and a token's gradient falls with the number of queries and tokens. Measured on data/nano: 240
+    times smaller than of 8 short queries, 1.6 % of the biases' gradient was lost without this and 0.3 % is with it;
+    4,096 times smaller, 25 % and 6 %. bfloat16 reaches as far as float32 and needs none.
     """
 
     def enlarge(module: nn.Module, inputs: tuple, output: ModelOutput) -> None:
-        output.last_hidden_state = _Scaled.apply(output.last_hidden_state)
+        output.last_hidden_state = _EnlargeGradient.apply(output.last_hidden_state)
 
     trunk.register_forward_hook(enlarge)
     for parameter in learning(trunk).values():
@@ -119,26 +148,32 @@ def learning(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def count(module: nn.Module) -> tuple[int, int]:
-    """(learning, total) numbers."""
-    return sum(p.numel() for p in learning(module).values()), sum(p.numel() for p in module.parameters())
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """How many numbers learn, and how many there are."""
+    learned = sum(parameter.numel() for parameter in learning(module).values())
+    total = sum(parameter.numel() for parameter in module.parameters())
+    return learned, total
 
 
-def _learn_only(trunk: nn.Module, chosen: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+def _learn_only(trunk: nn.Module, learns: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+    """Freezes the parameters but those whose name `learns`, and returns these."""
     for name, parameter in trunk.named_parameters():
-        parameter.requires_grad_(chosen(name))
+        parameter.requires_grad_(learns(name))
     return learning(trunk)
 
 
-def _refuse_without_biases(trunk: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
-    """GPT-J, the poorest base that SGPT trained, has 6·D biases a layer; Qwen2's q, k and v biases are under 3·D and
+def _refuse_without_biases(trunk: nn.Module, biases: dict[str, nn.Parameter]) -> None:
+    """InputError for a base with too few biases to train: less than 4·D a layer.
 
-    can only shift attention. Below 4·D a layer there is too little to train.
+    GPT-J, the poorest base that SGPT trained, has 6·D; Qwen2's q, k and v biases are under 3·D, and can only shift
+    attention.
     """
-    found, layers, width = sum(p.numel() for p in chosen.values()), trunk.config.num_hidden_layers, trunk.config.hidden_size
-    if found < 4 * width * layers:
-        tensors = sum(1 for _ in trunk.parameters())
+    num_biases = sum(parameter.numel() for parameter in biases.values())
+    layers, width = trunk.config.num_hidden_layers, trunk.config.hidden_size
+    if num_biases < 4 * width * layers:
+        num_tensors = sum(1 for _ in trunk.parameters())
         raise InputError(
-            f"tuning=bitfit found {'no' if not chosen else 'too few'} bias parameters in {type(trunk).__name__} "
-            f"({len(chosen)} of {tensors} tensors, {found:,} numbers for {layers} layers of width {width}); {ALTERNATIVES}"
+            f"tuning=bitfit found {'too few' if biases else 'no'} bias parameters in {type(trunk).__name__} "
+            f"({len(biases)} of {num_tensors} tensors, {num_biases:,} numbers for {layers} layers of width {width}); "
+            f"{ALTERNATIVES}"
         )
