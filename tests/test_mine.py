@@ -17,12 +17,12 @@ from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
 from sgpt.mining.config import MineConfig
 from sgpt.mining.mine import mine
-from sgpt.mining.rankers import SOURCES
+from sgpt.mining.rankers import RANKERS
 from sgpt.mining.rules import cross_encoder, mine_block
 from sgpt.mining.task import read_task
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.jobs import Parts, sole_writer
+from sgpt.runtime.jobs import Blocks, sole_writer
 from tests.starts import Ended, Start, beir, blocks, free_port, start_all
 from tests.test_cross_encoder import as_the_original
 
@@ -71,10 +71,10 @@ def rows_of(folder: Path, scratch: Path, **options) -> list[dict]:
     """The rows without the files around them."""
     config = MineConfig(data=str(folder), output=str(scratch / "rows.jsonl"), **{**WIDE, **options})
     task = read_task(config)
-    source = SOURCES[config.source](task)
-    source.prepare(Parts(Path(config.output)))
+    ranker = RANKERS[config.source](task)
+    ranker.prepare(Blocks(Path(config.output)))
     rescore = cross_encoder(config.rescore, task.device) if config.rescore else None
-    return mine_block(task.queries, task, source, rescore)[0]
+    return mine_block(task.queries, task, ranker, rescore)[0]
 
 
 def reference(chosen: RetrievalSet, run: dict[str, dict[str, float]], first: int, last: int, count: int, margin: float, ratio: float) -> dict:
@@ -274,7 +274,7 @@ def test_the_report_shows_counts_and_samples_and_stands_alone(tmp_path):
 def test_a_finished_output_is_kept_and_resuming_it_shows_its_statistics(toy, tmp_path):
     output = tmp_path / "rows.jsonl"
     statistics, content = mined(toy, output)
-    with pytest.raises(InputError, match=r"rows\.jsonl exists; go on with resume=true, or choose another output="):
+    with pytest.raises(InputError, match=r"rows\.jsonl exists; resume with resume=true, or choose another output="):
         mined(toy, output)
     before = output.stat().st_mtime_ns
     assert mined(toy, output, resume=True) == (statistics, content)
@@ -284,7 +284,7 @@ def test_a_finished_output_is_kept_and_resuming_it_shows_its_statistics(toy, tmp
     assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl", "rows.jsonl.manifest.json", "rows.report.html"}
     foreign = tmp_path / "foreign.jsonl"
     foreign.write_text("{}\n")
-    with pytest.raises(InputError, match=r"foreign\.jsonl exists and was not made here"):
+    with pytest.raises(InputError, match=r"foreign\.jsonl exists and was not written here"):
         mined(toy, foreign, resume=True)
 
 
@@ -382,10 +382,10 @@ def test_the_script_ends_with_a_table_and_refuses_in_one_sentence(started):
     assert re.search(r"negative scores, median .*\d\.\d", ended["model"].out)
     assert re.search(r"report +model\.report\.html", ended["model"].out)
     assert ended["model again"].codes == ended["no model"].codes == [2]
-    assert ended["model again"].err == "error: model.jsonl exists; go on with resume=true, or choose another output=<file>\n"
+    assert ended["model again"].err == "error: model.jsonl exists; resume with resume=true, or choose another output=<file>\n"
     assert ended["no model"].err == "error: source=model needs model=<path>\n"
     assert ended["model not resumed"].err == (
-        "error: killed.jsonl.manifest.json belongs to a killed run; go on with resume=true, or choose another output=<file>\n"
+        "error: killed.jsonl.manifest.json belongs to a killed run; resume with resume=true, or choose another output=<file>\n"
     )
 
 

@@ -83,8 +83,8 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(started)
     assert (folder / "killed.trec").read_bytes() == (folder / "whole.trec").read_bytes()
     assert not [name for name in ended["gone on"].files if "killed.trec.part" in name]
     assert ended["not resumed"].codes == ended["other"].codes == [2]
-    assert "belongs to a killed run; go on with resume=true" in ended["not resumed"].err
-    assert "was begun with another configuration: prompt: G -> A. Resume it unchanged" in ended["other"].err
+    assert "belongs to a killed run; resume with resume=true" in ended["not resumed"].err
+    assert "was started with another configuration: prompt: G -> A. Resume it unchanged" in ended["other"].err
 
 
 @pytest.mark.bitwise

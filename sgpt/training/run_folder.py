@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import held, let_go, write_whole
+from sgpt.runtime.files import lock, unlock, write_whole
 from sgpt.runtime.provenance import Inputs, check_same, differences, recorded_threads
 
 MAY_CHANGE = {"name", "runs", "resume", "logging", "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints"}  # on resuming
@@ -63,7 +63,7 @@ class Run:
     def close(self) -> None:
         """The run is written."""
         if self.lock is not None:
-            let_go(self.lock)
+            unlock(self.lock)
             self.lock = None
 
 
@@ -87,7 +87,7 @@ def begin(run: Run, config: dict) -> None:
     """Makes the folder, once everything that can be checked beforehand has been. InputError while another process writes it."""
     import yaml
 
-    run.lock = held(run.folder, "another runs=")
+    run.lock = lock(run.folder, "another runs=")
     run.folder.mkdir(parents=True, exist_ok=True)
     if not (run.folder / "config.yaml").is_file():
         write_whole(run.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
