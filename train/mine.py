@@ -1,4 +1,7 @@
-"""Mine hard negatives: `python train/mine.py data=<BEIR folder> output=rows.jsonl`, or `accelerate launch train/mine.py …`. Rules: sgpt/mine/."""
+"""Mine hard negatives: `python train/mine.py data=<BEIR folder> output=rows.jsonl`. The rules are in sgpt/mining/.
+
+With several processes: `accelerate launch train/mine.py …`.
+"""
 
 from omegaconf import DictConfig
 
@@ -23,7 +26,10 @@ def main(composed: DictConfig) -> None:
         console.print(table(config, statistics))
         few, most = statistics["counts"]["few"], config.negatives_per_query
         if few and config.on_few == "keep":
-            console.print(f"{few:,} rows have fewer than {most} negatives; a run with data.num_hard_negatives={most} refuses them: lower it, or on_few=drop")
+            console.print(
+                f"{few:,} rows have fewer than {most} negatives; "
+                f"a run with data.num_hard_negatives={most} refuses them: lower it, or on_few=drop"
+            )
         console.print(f"rows    {config.output}\nreport  {page_of(config)}", highlight=False, soft_wrap=True)
     accelerator.end_training()
 

@@ -33,8 +33,8 @@ class Candidate(NamedTuple):
 class Ranking(NamedTuple):
     """What a ranker says of one query.
 
-    candidates: best first, barred rows among them. positives: their scores in the order of the query's, None where the ranker
-    has none.
+    candidates: best first, barred rows among them. positives: their scores in the order of the query's, None where the
+    ranker has none.
     """
 
     candidates: list[Candidate]
@@ -122,7 +122,8 @@ class Model:
     def rank(self, queries: Sequence[Query]) -> list[Ranking]:
         device = self.task.device
         texts = [query.text for query in queries]
-        vectors = self.encoder.encode_queries(texts, normalize=True, as_tensor=True, progress=False).to(device)  # [Q, D]
+        vectors = self.encoder.encode_queries(texts, normalize=True, as_tensor=True, progress=False)  # [Q, D]
+        vectors = vectors.to(device)
         depth = self.task.config.last_rank + max(len(query.barred) for query in queries)
         scores, rows = search(vectors, self.embeddings, depth)  # [Q, depth] each
         rankings = []
@@ -144,7 +145,8 @@ class RunFile:
         self.digest = file_hash(file)
         if not self.run:
             raise InputError(
-                f"{file}: ranks none of the queries of split {config.split!r} of {config.data}; give the run of this split"
+                f"{file}: ranks none of the queries of split {config.split!r} of {config.data}; "
+                "give the run of this split"
             )
         needs_scores_of_positives = config.score_margin is not None or config.score_ratio is not None
         if needs_scores_of_positives and not config.rescore:  # which would score them itself
@@ -156,8 +158,9 @@ class RunFile:
             missing = [document for row, document in query.positives.items() if row not in ranked]
             if ranked and missing:
                 raise InputError(
-                    f"{file}: query id {query.name!r} has no score for its positive {missing[0]!r}, so score_margin and "
-                    "score_ratio cannot be applied; set both to null, give a deeper run, or rescore=<folder of a cross-encoder>"
+                    f"{file}: query id {query.name!r} has no score for its positive {missing[0]!r}, "
+                    "so score_margin and score_ratio cannot be applied; "
+                    "set both to null, give a deeper run, or rescore=<folder of a cross-encoder>"
                 )
 
     def prepare(self, blocks: Blocks) -> None:

@@ -155,7 +155,8 @@ def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()
         model = CrossEncoder(folder, device=str(device), **options)
     if model.num_labels != 1:
         raise InputError(
-            f"rescore={folder}: gives {model.num_labels} scores for a pair, one is needed; give a cross-encoder for ranking"
+            f"rescore={folder}: gives {model.num_labels} scores for a pair, one is needed; "
+            "give a cross-encoder for ranking"
         )
 
     def rescore(pairs: Sequence[tuple[str, str]]) -> list[float]:

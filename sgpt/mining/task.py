@@ -37,7 +37,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Query:
-    """One judged query. positives: row of the pool -> document id, the most relevant first. barred: rows never negatives."""
+    """One judged query. positives: row -> document id, most relevant first. barred: rows that are never negatives."""
 
     name: str
     text: str
@@ -80,7 +80,9 @@ def read_set(config: MineConfig) -> RetrievalSet:
             unread.append("on_error")
         if unread:
             keys = ", ".join(unread)
-            raise InputError(f"{keys}: of pairs in a file, and data={config.data} is read as a BEIR folder; leave it out")
+            raise InputError(
+                f"{keys}: of pairs in a file, and data={config.data} is read as a BEIR folder; leave it out"
+            )
         return read_retrieval(path, config.split)
     rejected = Path(f"{config.output}.rejected.jsonl")
     on_bad_rows = {"on_error": config.on_error, "rejected": rejected, "max_error_share": config.max_error_share}

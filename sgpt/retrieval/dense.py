@@ -44,8 +44,8 @@ def retrieve(encoder: Encoder, dataset: RetrievalSet, depth: int = DEPTH, docume
 def embedded(encoder: Encoder, dataset: RetrievalSet) -> Tensor:
     """The embeddings of the corpus [documents, D], float32, of length 1.
 
-    Those of a large corpus lie in a file without a name, of which memory holds what it can. They are not made block by block
-    as in sgpt/runtime/embed.py: evaluation keeps none of them, so there is nothing to resume.
+    Those of a large corpus lie in a file without a name, of which memory holds what it can. They are not made block by
+    block as in sgpt/runtime/embed.py: evaluation keeps none of them, so there is nothing to resume.
     """
     shape = len(dataset.corpus), encoder.embedding_size
     out = None

@@ -1,20 +1,20 @@
 """An index: a folder with the embeddings of one corpus, opened by memory map, and two ways to search it.
 
     embeddings.npy     [documents, D], of length 1, float32 or float16, in the order of the corpus
-    graph-0-<n>.faiss  with kind=faiss: the embeddings once more, with a graph of neighbours; a file for each gigabyte of them
-    index.json         fingerprint of model, contract and corpus, number of documents, dtype, kind, and what it was built
-                       with: versions, threads, block size; it is written last
+    graph-0-<n>.faiss  with kind=faiss: the embeddings once more, with a graph of neighbours; a file a gigabyte
+    index.json         fingerprint of model, contract and corpus, number of documents, dtype, kind, and what it was
+                       built with: versions, threads, block size; it is written last
 
-Embeddings go into the file block by block (sgpt/runtime/embed.py), in `.<name>.building` next to the index, whose name it takes
-when it is whole. After a kill the next start resumes there, with as many threads and blocks as large, so that every bit is
-that of a build without a kill. With another fingerprint or dtype an index is stale and built again; a change of kind
-encodes nothing.
+Embeddings go into the file block by block (sgpt/runtime/embed.py), in `.<name>.building` next to the index, whose name
+it takes when it is whole. After a kill the next start resumes there, with as many threads and blocks as large, so that
+every bit is that of a build without a kill. With another fingerprint or dtype an index is stale and built again; a
+change of kind encodes nothing.
 
 Exact search reads all embeddings for a query, 8 MiB at a time: it is the default, and good to about a million documents
 (0.15 s for one query over 1,000,000 x 256 float32, on one core). Beyond, FAISS walks a graph (HNSW; Malkov and Yashunin
-2016, arXiv 1603.09320) as far as a sample of the documents needs, as queries, to find 99 % of its ten nearest. index.json says
-how far, and the recall; queries that are unlike all documents may have a lower one. Not inverted lists: for that recall
-they had to read 80 of 110 lists of 12,000 questions.
+2016, arXiv 1603.09320) as far as a sample of the documents needs, as queries, to find 99 % of its ten nearest.
+index.json says how far, and the recall; queries that are unlike all documents may have a lower one. Not inverted lists:
+for that recall they had to read 80 of 110 lists of 12,000 questions.
 """
 
 import logging

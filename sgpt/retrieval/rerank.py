@@ -1,7 +1,7 @@
 """Re-ranking of any first stage by SGPT-CE: BM25, a bi-encoder, or a run that someone else made.
 
-A pair is scored once: pairs are sorted by document, so that a document is computed once for all queries that meet it, and
-cut into blocks of documents, which are shared out over processes and survive a kill (sgpt/runtime/jobs.py).
+A pair is scored once: pairs are sorted by document, so that a document is computed once for all queries that meet it,
+and cut into blocks of documents, which are shared out over processes and survive a kill (sgpt/runtime/jobs.py).
 """
 
 import json
@@ -101,8 +101,8 @@ class RerankConfig:
         )  # fmt: skip
         if self.posterior and (self.mean or self.answers):
             raise InputError(
-                "posterior=true needs the probability of the whole query, which a mean over its tokens and an answer are not; "
-                "set one of them"
+                "posterior=true needs the probability of the whole query, "
+                "which a mean over its tokens and an answer are not; set one of them"
             )
         build_prompt(self.prompt_config)
 
@@ -166,8 +166,8 @@ def _run_rerank(config: RerankConfig, job: Job, device: torch.device | str) -> d
 def _first_stage_of(job: Job, config: RerankConfig, dataset: RetrievalSet, device: torch.device | str) -> Run:
     """The first stage's run, cut at the depth.
 
-    A killed job of an encoder kept it: the corpus is not encoded again, and another machine, which rounds otherwise, brings
-    in no other document.
+    A killed job of an encoder kept it: the corpus is not encoded again, and another machine, which rounds otherwise,
+    brings in no other document.
     """
     kept = sibling(job.output, FIRST_STAGE)
     if job.resumed and kept.is_file():
@@ -225,9 +225,9 @@ def rerank(
 ) -> Run:  # fmt: skip
     """The best `depth` documents of each query of `first`, by the scores of `ranker`.
 
-    posterior: log-probability of the document among its query's candidates, given the query and that all were equally likely
-    before; it orders them as before and can be compared between queries. blocks: where finished blocks are kept, shared by
-    all processes; the run is then returned on all of them.
+    posterior: log-probability of the document among its query's candidates, given the query and that all were equally
+    likely before; it orders them as before and can be compared between queries. blocks: where finished blocks are kept,
+    shared by all processes; the run is then returned on all of them.
     Raises InputError for ids that are not in `dataset`, and for queries that cannot be scored.
     """
     work = pairs_by_document(dataset, cut(first, depth))
@@ -240,7 +240,10 @@ def rerank(
 
 
 def pairs_by_document(dataset: RetrievalSet, run: Run) -> list[Pairs]:
-    """The run turned around, longest document first: the largest work is done first, and what is packed together is alike."""
+    """The run turned around: documents with the queries that meet them, the longest document first.
+
+    So the largest work is done first, and texts of like lengths are packed together.
+    """
     queries_of: dict[str, list[str]] = {}
     for query, documents in run.items():
         if query not in dataset.queries:
@@ -251,8 +254,8 @@ def pairs_by_document(dataset: RetrievalSet, run: Run) -> list[Pairs]:
         for document in documents:
             if document not in dataset.corpus:
                 raise InputError(
-                    f"the run ranks document id {document!r} for query {query!r}, and {dataset.name} has no such document; "
-                    "is it of another set?"
+                    f"the run ranks document id {document!r} for query {query!r}, "
+                    f"and {dataset.name} has no such document; is it of another set?"
                 )
             queries_of.setdefault(document, []).append(query)
     longest_first = sorted(queries_of, key=lambda document: (-len(dataset.corpus[document]), document))

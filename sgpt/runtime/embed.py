@@ -1,9 +1,10 @@
 """The one way to embed many texts: block by block, by all processes, each block on the disk before it counts as done.
 
 Used by the index of a corpus, by mining and by a guide of training. They differ in what says that a block is done (a
-number in `index.json`, a line of a job, a file of its own), so each brings its own `save`. A text's embedding differs in its
-last bits with the texts that are computed together with it and with the number of threads: blocks are therefore always cut
-alike, and a start that resumes takes the threads of the first one. So neither a kill nor the number of processes changes a bit.
+number in `index.json`, a line of a job, a file of its own), so each brings its own `save`. A text's embedding differs
+in its last bits with the texts that are computed together with it and with the number of threads: blocks are therefore
+always cut alike, and a start that resumes takes the threads of the first one. So neither a kill nor the number of
+processes changes a bit.
 
 Evaluation keeps nothing and embeds alone: it takes from here only its file without a name (`temporary_embeddings`).
 """
@@ -28,7 +29,7 @@ def embed_blocks(
     embed: EmbedRows, save: SaveBlock, missing: Sequence[int], size: int, title: str, *,
     first_threads: int | None = None, alone: bool = False,
 ) -> None:  # fmt: skip
-    """Embeds and saves this process's share of the `missing` blocks, and waits until the other processes have done theirs.
+    """Embeds and saves this process's share of the `missing` blocks, and waits for the other processes.
 
     size: texts in a block. first_threads: those of the start that began, None where they are set already. alone: this
     process does all blocks and waits for nobody, for work that only one process has the lock of.
@@ -63,8 +64,8 @@ class EmbeddingsFile:
         stored.flush()
 
     def open(self) -> np.ndarray:
-        """[texts, D], by memory map. Nothing is ever written back; the map is writable since torch has no read-only tensors."""
-        return np.load(self.file, mmap_mode="c")
+        """The embeddings [texts, D], by memory map."""
+        return np.load(self.file, mmap_mode="c")  # nothing is written back; torch has no read-only tensors
 
 
 def temporary_embeddings(shape: tuple[int, int]) -> np.ndarray:

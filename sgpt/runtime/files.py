@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from sgpt.runtime.errors import InputError
 
-MOST_FILES = 20_000  # below a folder of one data set: more are a whole disk, or a folder that was meant for something else
+MOST_FILES = 20_000  # below a folder of one data set: more are a whole disk, or a folder for something else
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -31,7 +31,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def may_be_hub_id(path: str) -> bool:
-    """`name` or `owner/name`, as the model hub has them; anything else is a path of this machine and need not be asked for."""
+    """Whether it is `name` or `owner/name`, as the model hub has them; anything else is a path of this machine."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None
 
 
@@ -55,7 +55,8 @@ def make_once(path: Path, is_there: Callable[[], bool], make: Callable[[], None]
 def lock(path: Path, key: str = "another place") -> FileLock:
     """Reserves `path` for this process until `unlock`, or until the process ends.
 
-    key: by which the user chooses another place. Raises InputError when another process has it, or nothing can be written.
+    key: by which the user chooses another place. Raises InputError when another process has it, or nothing can be
+    written.
     """
     check_writable(path, key)
     taken = FileLock(_lock_of(path))
@@ -117,7 +118,7 @@ def ordinary_permissions(folder: Path) -> None:
 
 
 def hash_of(file: Path) -> str:
-    """A hash of every byte (XXH3, 128 bits), which shows any damage but no forgery; 14 GB/s, weights are read at 1 to 3."""
+    """A hash of every byte (XXH3, 128 bits): it shows damage, not forgery; 14 GB/s, weights are read at 1 to 3."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
@@ -126,7 +127,7 @@ def hash_of(file: Path) -> str:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Gives a whole folder its name. The one that had it is removed only afterwards: a kill leaves it as `.<name>.old`."""
+    """Gives a whole folder its name. The one that had it is removed after that: a kill leaves it as `.<name>.old`."""
     ordinary_permissions(temporary)
     old = _put_aside(folder)
     temporary.rename(folder)

@@ -32,7 +32,7 @@ from sgpt.runtime.files import lock, unlock, write_whole
 from sgpt.runtime.progress import progress_bar
 from sgpt.runtime.provenance import Inputs, check_same, differences, environment, recorded_threads, threads
 
-# Keys that may be others on resuming. Of threads the number that computes counts, and it is compared with the environment.
+# Keys that may be others on resuming. The number of threads that compute is compared with the environment.
 _MAY_CHANGE = {"resume", "threads"}
 
 
@@ -45,10 +45,11 @@ class Resumable(Protocol):
 
 
 class Job:
-    """The protocol of one job, from its lock to its last file; all processes enter it and call `start` and `finish` together.
+    """The protocol of one job, from its lock to its last file.
 
-    result: the manifest's key of what `finish` is given. scratch: endings of files next to the output that are removed
-    with the blocks. Raises InputError, on all processes, while another start writes the same output.
+    All processes enter it, and call `start` and `finish` together. result: manifest key of what `write` gives to
+    `finish`. scratch: endings of files next to the output that are removed with the blocks.
+    Raises InputError, on all processes, while another start writes the same output.
     """
 
     def __init__(self, config: Resumable, result: str, scratch: Sequence[str] = ()) -> None:
@@ -174,7 +175,7 @@ class Blocks:
         return Blocks(self.output)
 
     def shared_file(self, kind: str, ending: str, create: Callable[[Path], None]) -> Path:
-        """`<output><ending>`, which the blocks of `kind` fill. Where it is missing none of them is done, and it is created."""
+        """`<output><ending>`, which blocks of `kind` fill. Where it is missing it is created, and no block is done."""
         file = sibling(self.output, ending)
         if not file.is_file():
             self.done[kind].clear()

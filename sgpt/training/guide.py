@@ -1,7 +1,7 @@
 """Frozen models that judge training texts: which in-batch candidates are false negatives, and which queries are near.
 
-`loss.guide` and `data.grouping_model`. Both embed every different text of the sources once, before training, into the data
-cache (sgpt/data/feed/embeddings.py); a second start reads it, and a step costs nothing but the guide's scores.
+`loss.guide` and `data.grouping_model`. Both embed every different text of the sources once, before training, into the
+data cache (sgpt/data/feed/embeddings.py); a second start reads it, and a step costs nothing but the guide's scores.
 """
 
 import logging
@@ -43,8 +43,8 @@ def guided(feed: Feed, config: LossConfig, device: torch.device | str = "cpu") -
         guide = {side: _embedded(source, side, encoder, key) for side in ROLES}
         texts += sum(map(len, guide.values()))
         sources.append(replace(source, guide=guide))
-    message = "loss.guide=%s knows %s texts; an in-batch candidate that it scores above the positive less %g is no negative"
-    log.info(message, config.guide, f"{texts:,}", config.guide_margin)
+    rule = f"an in-batch candidate that it scores above the positive less {config.guide_margin:g} is no negative"
+    log.info("loss.guide=%s knows %s texts; %s", config.guide, f"{texts:,}", rule)
     return replace(feed, sources=sources)
 
 
@@ -92,7 +92,7 @@ def _embedded(source: Source, side: Role, encoder: Encoder, key: str) -> Embeddi
 
 
 def _frozen(path: str, key: str, device: torch.device | str) -> tuple[Encoder, str]:
-    """The model, and the key of its embeddings: of its weights, its tokenizer, its contract, the versions that compute."""
+    """The model, and the key of its embeddings: of weights, tokenizer, contract and the versions that compute."""
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(

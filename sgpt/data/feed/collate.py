@@ -20,8 +20,9 @@ class Batch:
     """Q examples of one process. documents are query-major: query i's positive is row i·R, its hard negatives follow.
 
     The hashes [Q] and [Q·R] are int64 of the texts, by which equal texts are known over all processes;
-    other_positive_hashes [Q, any] those of further positives, which are no negatives (the positive's own where there are
-    fewer). guide_queries [Q, G], guide_documents [Q·R, G]: embeddings of length 1 by a frozen guide, None without one.
+    other_positive_hashes [Q, any] those of further positives, which are no negatives (the positive's own where there
+    are fewer). guide_queries [Q, G], guide_documents [Q·R, G]: embeddings of length 1 by a frozen guide, None without
+    one.
     """
 
     queries: Rows
@@ -42,7 +43,7 @@ class Batch:
 
 
 class Draw(NamedTuple):
-    """One example of a batch, as numbers of texts of `examples`, with the frames and the guide's embeddings of its source."""
+    """One example of a batch: numbers of texts of `examples`, with the frames and the guide of its source."""
 
     examples: Examples
     tokens: Tokens
@@ -72,7 +73,7 @@ def make_batch(draws: Sequence[Draw]) -> Batch:
         documents,
         torch.tensor(query_hashes),
         torch.tensor(document_hashes),
-        torch.tensor(other_hashes).view(len(draws), most).long(),  # also where most = 0, which torch takes for one dimension
+        torch.tensor(other_hashes).view(len(draws), most).long(),  # where most = 0 torch takes it for float
         guide_queries,
         guide_documents,
     )

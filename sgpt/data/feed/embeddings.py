@@ -2,9 +2,9 @@
 
     <cache>/<key>/embeddings-<key>/0.npy, 1.npy, …   float32 [4096, D], by number of the text
 
-The second key is made of the model, of what the texts are to it, and of the versions that compute. All processes take their
-share of the blocks, and a killed run loses only the blocks that were under way (sgpt/runtime/embed.py). `threads.json` holds
-the number of threads of the first start, which later ones take again.
+The second key is made of the model, of what the texts are to it, and of the versions that compute. All processes take
+their share of the blocks, and a killed run loses only the blocks that were under way (sgpt/runtime/embed.py).
+`threads.json` holds the number of threads of the first start, which later ones take again.
 """
 
 import json
@@ -30,8 +30,8 @@ Embed = Callable[[list[str]], np.ndarray]  # texts -> [texts, D], float32, of le
 class Embeddings:
     """Embeddings of some texts of a table: `embeddings[number of a text]` is one [D].
 
-    numbers [n]: of the texts that have one, ascending. blocks: [TEXTS_AT_A_TIME, D] each, in memory or mapped. key: of what
-    computed them: the model, the role of the texts, versions and threads.
+    numbers [n]: of the texts that have one, ascending. blocks: [TEXTS_AT_A_TIME, D] each, in memory or mapped. key: of
+    what computed them: the model, the role of the texts, versions and threads.
     """
 
     def __init__(self, numbers: np.ndarray, blocks: Sequence[np.ndarray], key: str = "") -> None:
@@ -86,7 +86,10 @@ def embeddings(examples: Examples, side: Role, embed: Embed, key: str) -> Embedd
 
 
 def _start(folder: Path, files: Sequence[Path]) -> tuple[list[int], int]:
-    """The blocks that are missing, by one look, so that all processes share out the same ones; and the first start's threads."""
+    """The blocks that are missing, and the threads of the first start.
+
+    By one look of the main process, so that all processes share out the same blocks.
+    """
     folder.mkdir(exist_ok=True)
     recorded = folder / "threads.json"
     if not recorded.is_file():

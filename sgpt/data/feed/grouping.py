@@ -2,10 +2,10 @@
 
 A walk through all queries goes from neighbour to neighbour and is cut into batches.
 
-Topic-aware sampling (Hofstätter et al. 2021, TAS-B, arXiv 2104.06967) draws each batch from one cluster of k-means over the
-queries' embeddings; contextual document embeddings (Morris & Rush 2024, arXiv 2410.02525) do so with clusters as small as a
-batch. Here there are no clusters with borders: wherever a walk is cut, a run of it is near, so one walk serves every batch
-size, every epoch cuts it elsewhere, and every example still comes exactly once an epoch.
+Topic-aware sampling (Hofstätter et al. 2021, TAS-B, arXiv 2104.06967) draws each batch from one cluster of k-means over
+the queries' embeddings; contextual document embeddings (Morris & Rush 2024, arXiv 2410.02525) do so with clusters as
+small as a batch. Here there are no clusters with borders: wherever a walk is cut, a run of it is near, so one walk
+serves every batch size, every epoch cuts it elsewhere, and every example still comes exactly once an epoch.
 """
 
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ ROWS_AT_A_TIME = 16_384
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """The numbers of all examples [n], each next to its neighbours. Compared by identity: `order` remembers its results."""
+    """Numbers of all examples [n], each next to its neighbours. Compared by identity, for `order` remembers results."""
 
     examples: np.ndarray
 
 
 def walk(embeddings: Embeddings, queries: np.ndarray) -> np.ndarray:
-    """Numbers of all examples [n], near ones next to each other. queries [n]: of each example, the number of its query's text.
+    """Numbers of all examples [n], near ones next to each other. queries [n]: the number of each example's query text.
 
-    Examples with the same query are no negatives of each other: the second of each comes when the walk has seen every query
-    once, the third after that. Memory: ROWS_AT_A_TIME embeddings and a few numbers an example.
+    Examples with the same query are no negatives of each other: the second of each comes when the walk has seen every
+    query once, the third after that. Memory: ROWS_AT_A_TIME embeddings and a few numbers an example.
     """
     rows = embeddings.rows(queries)  # [n]: the row of each example's query
     step = np.empty(len(embeddings), dtype=np.int64)  # row -> when the walk comes to it
@@ -47,8 +47,8 @@ def walk(embeddings: Embeddings, queries: np.ndarray) -> np.ndarray:
 def order(walked: Walk, batch: int, seed: int, source: int, epoch: int) -> np.ndarray:
     """The numbers of all examples as this epoch draws them: runs of a batch, shuffled.
 
-    The epoch before ended inside of a batch, which the first run here fills. The walk begins elsewhere each epoch, so that
-    its cuts change and not the same examples meet for ever.
+    The epoch before ended inside of a batch, which the first run here fills. The walk begins elsewhere each epoch, so
+    that its cuts change and not the same examples meet for ever.
     """
     draw = np.random.default_rng((seed, source, epoch))
     size = len(walked.examples)
@@ -60,7 +60,10 @@ def order(walked: Walk, batch: int, seed: int, source: int, epoch: int) -> np.nd
 
 
 def nearness(embeddings: Embeddings, queries: np.ndarray, walked: np.ndarray, batch: int) -> tuple[float, float]:
-    """Mean cosine of two different queries of a batch: of runs of the walk, and of random batches; of 64 batches at most."""
+    """Mean cosine of two different queries of a batch: of runs of the walk, and of random batches.
+
+    From 64 batches at most.
+    """
     draw = np.random.default_rng(0)
     starts = np.arange(0, max(1, len(walked) - batch + 1), batch)
     runs = [walked[start : start + batch] for start in draw.permutation(starts)[:64]]

@@ -1,9 +1,9 @@
 """Which examples make up which batch: a function of the seed and the batch's number, and of nothing else.
 
-So the position of a run is one integer, and a resumed run draws exactly the batches that it would have drawn. Batches are
-cut from an endless stream of shuffled epochs, over all processes: every example comes exactly once an epoch, and the
-batch at a border takes the end of one epoch and the beginning of the next. `data.batches=hard` shuffles runs of near
-queries in place of examples (grouping.py).
+So the position of a run is one integer, and a resumed run draws exactly the batches that it would have drawn. Batches
+are cut from an endless stream of shuffled epochs, over all processes: every example comes exactly once an epoch, and
+the batch at a border takes the end of one epoch and the beginning of the next. `data.batches=hard` shuffles runs of
+near queries in place of examples (grouping.py).
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Source:
     walk: Walk | None = None
 
     def draw(self, number: int, epoch: int, seed: int) -> Draw:
-        """One positive of several, seeded by example and epoch; of more than H hard negatives the next H, epoch by epoch.
+        """One positive of several, by a seed of example and epoch; of more than H hard negatives the next H each epoch.
 
         Where a query has fewer than H hard negatives (msmarco with use_all_queries, labelled pairs), positives of other
         examples are used instead.
@@ -142,7 +142,7 @@ class Feed:
         return _shuffled(len(self.sources[source].examples), self.seed, source, epoch)
 
     def _turn(self, number: int) -> tuple[int, int]:
-        """Which source has turn `number`, and how many it has had: always the one that is furthest behind its weight."""
+        """Which source has turn `number`, and how many it has had: always the one furthest behind its weight."""
         if len(self.sources) == 1:
             return 0, number
         total = sum(source.weight for source in self.sources)
