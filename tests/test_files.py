@@ -8,7 +8,7 @@ import pytest
 
 from sgpt.data.feed.store import Examples
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import held, make_once
+from sgpt.runtime.files import lock, make_once
 from sgpt.training.run_folder import RunFolder, start_run
 
 STORING = """
@@ -78,4 +78,4 @@ def test_no_lock_is_left_behind(tmp_path: Path):
 def test_where_nothing_can_be_written_that_is_said(tmp_path: Path, path: str):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"made: nothing can be written there \("):
-        held(tmp_path / path)
+        lock(tmp_path / path)

@@ -65,7 +65,7 @@ def test_batches_bring_the_guides_embeddings_in_query_major_order_each_text_in_i
     drawn = [source.draw(example, epoch, feed.seed) for _, example, epoch in feed.rows(0, 0)]
     queries = [source.examples.texts[one.query] for one in drawn]
     documents = [source.examples.texts[text] for one in drawn for text in one.documents]
-    assert np.abs(batch.guide_queries.numpy() - encoder.encode_queries(queries, normalize=True)).max() < 1e-6  # texts beside each other change the last bits
+    assert np.abs(batch.guide_queries.numpy() - encoder.encode_queries(queries, normalize=True)).max() < 1e-6  # texts next to each other change the last bits
     assert np.abs(batch.guide_documents.numpy() - encoder.encode_documents(documents, normalize=True)).max() < 1e-6
 
 
@@ -77,7 +77,7 @@ def test_a_symmetric_sources_documents_are_queries_to_the_guide(guide, tmp_path,
     assert np.abs(source.guide["document"][text] - expected).max() < 1e-6
 
 
-def test_embeddings_are_made_once_and_a_killed_start_goes_on(guide, tmp_path, tiny_encoder, monkeypatch):
+def test_embeddings_are_made_once_and_a_killed_start_resumes(guide, tmp_path, tiny_encoder, monkeypatch):
     monkeypatch.setattr("sgpt.data.feed.embeddings.TEXTS_AT_A_TIME", 5)
     tokenizer, config = tiny_encoder("gpt2").tokenizer, LossConfig(guide=str(guide))
     made: list[int] = []
@@ -262,7 +262,7 @@ LOSSES = {"one way": LossConfig(guide="g", guide_margin=0.002), "both ways": Los
 
 
 def steps(base: str, guide: str, folder: Path, rank: int, processes: int) -> dict:
-    """Every loss once, by the whole road: read, embedded, grouped, batched; 8 queries in total."""
+    """Every loss once, by the whole path: read, embedded, grouped, batched; 8 queries in total."""
     encoder = encoder_of(base)
     data = {"batches": "hard", "grouping_model": guide}
     feed = feed_of(folder, encoder.tokenizer, queries=8 // processes, processes=processes)

@@ -32,7 +32,7 @@ from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
 from sgpt.encoder.probes import probe_difference
 from sgpt.encoder.verify import verify
-from sgpt.retrieval.searcher import open_both
+from sgpt.retrieval.searcher import load_encoder_and_reranker
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
 from sgpt.training import record as outcome
@@ -106,7 +106,7 @@ def test_one_trunk_for_search_and_re_ranking_is_the_rounded_base_too(language_mo
     base = str(language_model("gpt_neo"))
     contract = Contract(markers=MarkersConfig(**LIMITS), base=base)
     run = saved(Encoder(load_trunk(ModelConfig(base, "bfloat16")), load_tokenizer(base), contract), "bitfit", tmp_path / "run")
-    both, _ = open_both(run)
+    both, _ = load_encoder_and_reranker(run)
     assert np.array_equal(both.encode_queries(TEXTS), Encoder.from_pretrained(run / "adapter").encode_queries(TEXTS))
 
 

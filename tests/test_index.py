@@ -192,7 +192,7 @@ def test_a_half_build_by_another_version_is_begun_anew_and_said(encoder, encoded
     encoded.clear()
     open_index(encoder, CORPUS, tmp_path / "index", BLOCKS)
     assert len(encoded) == 100
-    assert "begun anew, as since then torch 1.0 -> " in caplog.text
+    assert "starts again, as since then torch 1.0 -> " in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
 from sgpt.mining.config import MineConfig
 from sgpt.mining.mine import mine
-from sgpt.mining.rankers import SOURCES
+from sgpt.mining.rankers import RANKERS
 from sgpt.mining.rules import cross_encoder, mine_block
 from sgpt.mining.task import read_task
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.jobs import Parts, sole_writer
+from sgpt.runtime.jobs import Blocks, sole_writer
 from tests.starts import Ended, Start, beir, blocks, free_port, start_all
 from tests.test_cross_encoder import as_the_original
 
@@ -52,8 +52,8 @@ def toy(tmp_path_factory) -> Path:
 def scores_of(folder: Path, seed: int = 1) -> dict[str, dict[str, float]]:
     """Random scores with many ties for every query and document; a copy may have another score than its original."""
     chance = random.Random(seed)
-    chosen = read_retrieval(folder, "train")
-    return {query: {document: round(chance.uniform(1, 9), 1) for document in chosen.corpus} for query in chosen.queries}
+    dataset = read_retrieval(folder, "train")
+    return {query: {document: round(chance.uniform(1, 9), 1) for document in dataset.corpus} for query in dataset.queries}
 
 
 def trec(file: Path, run: dict[str, dict[str, float]]) -> Path:
@@ -71,20 +71,20 @@ def rows_of(folder: Path, scratch: Path, **options) -> list[dict]:
     """The rows without the files around them."""
     config = MineConfig(data=str(folder), output=str(scratch / "rows.jsonl"), **{**WIDE, **options})
     task = read_task(config)
-    source = SOURCES[config.source](task)
-    source.prepare(Parts(Path(config.output)))
+    ranker = RANKERS[config.source](task)
+    ranker.prepare(Blocks(Path(config.output)))
     rescore = cross_encoder(config.rescore, task.device) if config.rescore else None
-    return mine_block(task.queries, task, source, rescore)[0]
+    return mine_block(task.queries, task, ranker, rescore)[0]
 
 
-def reference(chosen: RetrievalSet, run: dict[str, dict[str, float]], first: int, last: int, count: int, margin: float, ratio: float) -> dict:
+def reference(dataset: RetrievalSet, run: dict[str, dict[str, float]], first: int, last: int, count: int, margin: float, ratio: float) -> dict:
     """query id -> [(text, score)] of its negatives, from texts alone. Every document has a positive score in the run."""
-    corpus, found = {document: text.strip() for document, text in chosen.corpus.items()}, {}
+    corpus, found = {document: text.strip() for document, text in dataset.corpus.items()}, {}
     place = {text: number for number, text in reversed([*enumerate(corpus.values())])}
-    for query, judged in chosen.qrels.items():
-        text = chosen.queries[query]
-        twins = [other for other in chosen.qrels if chosen.queries[other] == text]
-        never = {corpus[document] for twin in twins for document, score in chosen.qrels[twin].items() if score > 0} | {text, ""}
+    for query, judged in dataset.qrels.items():
+        text = dataset.queries[query]
+        twins = [other for other in dataset.qrels if dataset.queries[other] == text]
+        never = {corpus[document] for twin in twins for document, score in dataset.qrels[twin].items() if score > 0} | {text, ""}
         own = {corpus[document] for document, score in judged.items() if score > 0} - {text, ""}
         if not own:
             continue
@@ -160,11 +160,11 @@ def test_bm25_its_trec_run_and_its_json_give_the_same_bytes(toy, tmp_path):
 def test_a_models_cosines_rank_and_the_window_is_exact(toy, tiny_base, tmp_path):
     base, options = str(tiny_base("gpt_neo")), {"first_rank": 4, "last_rank": 40, "score_margin": 0.01}
     rows = rows_of(toy, tmp_path, source="model", model=base, documents_per_block=16, **options)
-    encoder, chosen = Encoder.from_pretrained(base), read_retrieval(toy, "train")
-    documents = torch.from_numpy(encoder.encode_documents(list(chosen.corpus.values()), normalize=True))
-    queries = torch.from_numpy(encoder.encode_queries(list(chosen.queries.values()), normalize=True))
-    run = {query: dict(zip(chosen.corpus, row.tolist(), strict=True)) for query, row in zip(chosen.queries, queries @ documents.T, strict=True)}
-    expected = reference(chosen, run, 4, 40, 5, 0.01, 1e9)
+    encoder, dataset = Encoder.from_pretrained(base), read_retrieval(toy, "train")
+    documents = torch.from_numpy(encoder.encode_documents(list(dataset.corpus.values()), normalize=True))
+    queries = torch.from_numpy(encoder.encode_queries(list(dataset.queries.values()), normalize=True))
+    run = {query: dict(zip(dataset.corpus, row.tolist(), strict=True)) for query, row in zip(dataset.queries, queries @ documents.T, strict=True)}
+    expected = reference(dataset, run, 4, 40, 5, 0.01, 1e9)
     assert [row["ids"]["query"] for row in rows] == list(expected)
     for row in rows:  # scores and not texts: float32 may order neighbours otherwise in other packs
         assert row["scores"]["negative"] == pytest.approx([score for _, score in expected[row["ids"]["query"]]], abs=1e-5)
@@ -274,7 +274,7 @@ def test_the_report_shows_counts_and_samples_and_stands_alone(tmp_path):
 def test_a_finished_output_is_kept_and_resuming_it_shows_its_statistics(toy, tmp_path):
     output = tmp_path / "rows.jsonl"
     statistics, content = mined(toy, output)
-    with pytest.raises(InputError, match=r"rows\.jsonl exists; go on with resume=true, or choose another output="):
+    with pytest.raises(InputError, match=r"rows\.jsonl exists; resume with resume=true, or choose another output="):
         mined(toy, output)
     before = output.stat().st_mtime_ns
     assert mined(toy, output, resume=True) == (statistics, content)
@@ -284,14 +284,14 @@ def test_a_finished_output_is_kept_and_resuming_it_shows_its_statistics(toy, tmp
     assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl", "rows.jsonl.manifest.json", "rows.report.html"}
     foreign = tmp_path / "foreign.jsonl"
     foreign.write_text("{}\n")
-    with pytest.raises(InputError, match=r"foreign\.jsonl exists and was not made here"):
+    with pytest.raises(InputError, match=r"foreign\.jsonl exists and was not written here"):
         mined(toy, foreign, resume=True)
 
 
 def test_resuming_on_other_texts_is_refused(toy, tmp_path):
-    chosen = read_retrieval(toy, "train")
-    for number, corpus in enumerate((chosen.corpus, {**chosen.corpus, "d69": "another text"})):
-        folder = beir(tmp_path / str(number) / "b", chosen.corpus if number == 0 else corpus, chosen.queries, chosen.qrels)
+    dataset = read_retrieval(toy, "train")
+    for number, corpus in enumerate((dataset.corpus, {**dataset.corpus, "d69": "another text"})):
+        folder = beir(tmp_path / str(number) / "b", dataset.corpus if number == 0 else corpus, dataset.queries, dataset.qrels)
         (tmp_path / "b").unlink(missing_ok=True)
         (tmp_path / "b").symlink_to(folder)
         if number == 0:
@@ -315,7 +315,7 @@ def started(toy, tiny_base, tmp_path_factory) -> tuple[Path, dict[str, Ended]]:
         "model killed": Start([*model, "output=killed.jsonl"], ("killed.jsonl.part-0", 5)),
         "model not resumed": Start([*model, "output=killed.jsonl"]),
         "model killed again": Start([*model, "output=killed.jsonl", "resume=true"], ("killed.jsonl.part-0", 19)),
-        "model gone on": Start([*model, "output=killed.jsonl", "resume=true"], port=free_port()),
+        "model resumed": Start([*model, "output=killed.jsonl", "resume=true"], port=free_port()),
         "model by two": Start([*model, "output=two.jsonl"], port=free_port()),
         "model again": Start([*model, "output=model.jsonl"]),
         "no model": Start(["data=toy", "output=x.jsonl", "source=model"]),
@@ -328,30 +328,30 @@ def started(toy, tiny_base, tmp_path_factory) -> tuple[Path, dict[str, Ended]]:
         named |= {
             "scifact": Start([*scifact, "output=scifact.jsonl"]),
             "scifact killed": Start([*scifact, "output=scifact_killed.jsonl"], ("scifact_killed.jsonl.part-0", 20)),
-            "scifact gone on": Start([*scifact, "output=scifact_killed.jsonl", "resume=true"], port=free_port()),
+            "scifact resumed": Start([*scifact, "output=scifact_killed.jsonl", "resume=true"], port=free_port()),
         }
     return folder, start_all("mine", folder, named)
 
 
 @pytest.mark.bitwise
-def test_a_killed_run_of_a_model_goes_on_where_it_was_and_ends_with_the_same_bytes(started):
+def test_a_killed_run_of_a_model_resumes_where_it_was_and_ends_with_the_same_bytes(started):
     folder, ended = started
     assert ended["model"].codes == [0], ended["model"].err
     first, second = ended["model killed"], ended["model killed again"]
-    assert (first.codes, second.codes, ended["model gone on"].codes) == ([-9], [-9], [0, 0])
+    assert (first.codes, second.codes, ended["model resumed"].codes) == ([-9], [-9], [0, 0])
     assert blocks(first, "documents") == list(range(len(blocks(first, "documents"))))  # while encoding
     assert blocks(second, "documents") == list(range(17))  # 65 texts in blocks of 4, none of them twice
     assert blocks(second, "block") == list(range(len(blocks(second, "block"))))
     assert 2 <= len(blocks(second, "block")) < 22
     assert (folder / "killed.jsonl").read_bytes() == (folder / "model.jsonl").read_bytes()
-    assert not [name for name in ended["model gone on"].files if "part" in name or "embeddings" in name]
+    assert not [name for name in ended["model resumed"].files if "part" in name or "embeddings" in name]
 
 
 @pytest.mark.bitwise
 @needs_scifact
-def test_a_killed_run_of_scifact_goes_on_where_it_was_and_ends_with_the_same_bytes(started):
+def test_a_killed_run_of_scifact_resumes_where_it_was_and_ends_with_the_same_bytes(started):
     folder, ended = started
-    assert (ended["scifact"].codes, ended["scifact gone on"].codes) == ([0], [0, 0]), ended["scifact gone on"].err
+    assert (ended["scifact"].codes, ended["scifact resumed"].codes) == ([0], [0, 0]), ended["scifact resumed"].err
     killed = ended["scifact killed"]
     assert killed.codes == [-9]
     assert blocks(killed, "block") == list(range(len(blocks(killed, "block"))))
@@ -382,22 +382,22 @@ def test_the_script_ends_with_a_table_and_refuses_in_one_sentence(started):
     assert re.search(r"negative scores, median .*\d\.\d", ended["model"].out)
     assert re.search(r"report +model\.report\.html", ended["model"].out)
     assert ended["model again"].codes == ended["no model"].codes == [2]
-    assert ended["model again"].err == "error: model.jsonl exists; go on with resume=true, or choose another output=<file>\n"
+    assert ended["model again"].err == "error: model.jsonl exists; resume with resume=true, or choose another output=<file>\n"
     assert ended["no model"].err == "error: source=model needs model=<path>\n"
     assert ended["model not resumed"].err == (
-        "error: killed.jsonl.manifest.json belongs to a killed run; go on with resume=true, or choose another output=<file>\n"
+        "error: killed.jsonl.manifest.json belongs to a killed run; resume with resume=true, or choose another output=<file>\n"
     )
 
 
 @needs_scifact
 def test_bm25_margins_count_positives_at_any_depth(started):
-    chosen = read_retrieval(started[0] / "scifact", "train")
-    rows, expected, deep = [row for _, row in read_rows(started[0] / "scifact.jsonl")], bm25_run(chosen, len(chosen.corpus)), 0
+    dataset = read_retrieval(started[0] / "scifact", "train")
+    rows, expected, deep = [row for _, row in read_rows(started[0] / "scifact.jsonl")], bm25_run(dataset, len(dataset.corpus)), 0
     for row in rows:
         scores = expected[row["ids"]["query"]]
         for side in ("positive", "negative"):
             assert row["scores"][side] == pytest.approx([scores.get(document, 0.0) for document in row["ids"][side]], abs=1e-6)
-        judged = {document for document, score in chosen.qrels[row["ids"]["query"]].items() if score > 0}
+        judged = {document for document, score in dataset.qrels[row["ids"]["query"]].items() if score > 0}
         weakest = min(scores.get(document, 0.0) for document in judged)
         others = sorted((score for document, score in scores.items() if document not in judged and score > 0), reverse=True)[1:20]
         assert row["scores"]["negative"] == pytest.approx([score for score in others if score <= 0.9 * weakest][:3], abs=1e-6)
@@ -480,8 +480,8 @@ def test_a_model_without_a_scoring_head_is_no_cross_encoder(toy, tiny_base, tmp_
 @pytest.mark.parametrize("columns", [{}, {"query": "title", "positive": "body"}])
 def test_pairs_are_mined_as_the_beir_folder_that_they_make(columns, toy, tmp_path):
     """Written out by hand: a query a row, its positive a document."""
-    chosen = read_retrieval(toy, "train")
-    judged = ((chosen.queries[query], chosen.corpus[document]) for query, documents in chosen.qrels.items() for document in documents)
+    dataset = read_retrieval(toy, "train")
+    judged = ((dataset.queries[query], dataset.corpus[document]) for query, documents in dataset.qrels.items() for document in documents)
     pairs = [(query, text) for query, text in judged if text.strip() and text != query]
     asked, answer = columns.get("query", "question"), columns.get("positive", "answer")
     with (tmp_path / "pairs.csv").open("w", encoding="utf-8", newline="") as out:
@@ -505,7 +505,7 @@ def test_bad_rows_of_pairs_stop_mining_or_are_skipped_and_listed(tmp_path):
     pairs = [("same", "same"), *((f"question {n}", f"answer {n} of question {n}") for n in range(30))]
     with (tmp_path / "pairs.csv").open("w", encoding="utf-8", newline="") as out:
         csv.writer(out).writerows([("question", "answer"), *pairs])
-    with pytest.raises(InputError, match=r"pairs\.csv, line 2: the positive equals the query 'same'; .* or go on without by on_error=skip$"):
+    with pytest.raises(InputError, match=r"pairs\.csv, line 2: the positive equals the query 'same'; .* or skip such rows with on_error=skip$"):
         mined(tmp_path / "pairs.csv", tmp_path / "rows.jsonl")
     few = {"last_rank": 20, "negatives_per_query": 3, "on_error": "skip"}
     assert mined(tmp_path / "pairs.csv", tmp_path / "rows.jsonl", max_error_share=0.1, **few)[1].count(b"\n") == 30

@@ -74,7 +74,7 @@ def test_other_processes_are_silent(quick, monkeypatch):
 def test_a_program_that_set_up_no_log_sees_nothing(wanted):
     program = f"""
 import time
-from sgpt import progress
+from sgpt.runtime import progress
 progress.PATIENCE_SECONDS = progress.FIRST_LINE_SECONDS = progress.LINE_EVERY_SECONDS = 0.02
 with progress.progress_bar("encoding", 10, {wanted}) as advance:
     advance(1)

@@ -48,7 +48,7 @@ def started(toy, language_model, tiny_base, tmp_path_factory):
         "not resumed": Start([*common, "output=killed.trec"]),
         "other": Start([*common, "output=killed.trec", "prompt=A", "resume=true"]),
         "killed again": Start([*common, "output=killed.trec", "resume=true"], ("killed.trec.part-0", 9)),
-        "gone on": Start([*common, "output=killed.trec", "resume=true"], port=free_port()),
+        "resumed": Start([*common, "output=killed.trec", "resume=true"], port=free_port()),
         "by two": Start([*common, "output=two.trec"], port=free_port()),
         "again": Start([*common, "output=whole.trec", "resume=true"]),
         "killed with encoder": Start([*common, "output=e.trec", "first=encoder", "encoder=encoder"], ("e.trec.part-0", 4)),
@@ -64,27 +64,27 @@ def test_the_run_holds_the_loop_s_scores_of_bm25_s_documents(started, toy, langu
     assert ended["whole"].codes == [0], ended["whole"].err
     with open(folder / "whole.trec") as lines:
         run = pytrec_eval.parse_run(lines)
-    chosen = read_retrieval(toy, "train")
-    first = bm25_run(chosen, 20)
+    dataset = read_retrieval(toy, "train")
+    first = bm25_run(dataset, 20)
     assert {query: set(documents) for query, documents in run.items()} == {query: set(documents) for query, documents in first.items()}
     some = random.Random(1).sample([(query, document) for query in run for document in run[query]], 12)
     for query, document in some:
-        assert run[query][document] == pytest.approx(as_the_original(language_model("gpt_neo"), chosen.queries[query], chosen.corpus[document]), abs=1e-4)
+        assert run[query][document] == pytest.approx(as_the_original(language_model("gpt_neo"), dataset.queries[query], dataset.corpus[document]), abs=1e-4)
 
 
 @pytest.mark.bitwise
-def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(started):
+def test_a_killed_run_resumes_where_it_was_and_ends_with_the_same_bytes(started):
     folder, ended = started
     first, second = ended["killed"], ended["killed again"]
-    assert (first.codes, second.codes, ended["gone on"].codes) == ([-9], [-9], [0, 0]), ended["gone on"].err
+    assert (first.codes, second.codes, ended["resumed"].codes) == ([-9], [-9], [0, 0]), ended["resumed"].err
     assert blocks(first, "block") == list(range(len(blocks(first, "block"))))
     assert blocks(second, "block") == list(range(len(blocks(second, "block"))))  # none of them twice
     assert 4 <= len(blocks(first, "block")) < len(blocks(second, "block")) < 20
     assert (folder / "killed.trec").read_bytes() == (folder / "whole.trec").read_bytes()
-    assert not [name for name in ended["gone on"].files if "killed.trec.part" in name]
+    assert not [name for name in ended["resumed"].files if "killed.trec.part" in name]
     assert ended["not resumed"].codes == ended["other"].codes == [2]
-    assert "belongs to a killed run; go on with resume=true" in ended["not resumed"].err
-    assert "was begun with another configuration: prompt: G -> A. Resume it unchanged" in ended["other"].err
+    assert "belongs to a killed run; resume with resume=true" in ended["not resumed"].err
+    assert "was started with another configuration: prompt: G -> A. Resume it unchanged" in ended["other"].err
 
 
 @pytest.mark.bitwise
@@ -139,17 +139,17 @@ def test_the_metrics_are_trec_eval_s(started, toy):
     assert list(results) == ["bm25", "bm25 → CE, 10", "bm25 → CE, 20", "perfect, 20"]
     with open(folder / "whole.trec") as lines:
         run = pytrec_eval.parse_run(lines)
-    chosen = read_retrieval(toy, "train")
-    rows = pytrec_eval.RelevanceEvaluator(chosen.qrels, {"ndcg_cut.10", "map_cut.100"}).evaluate(run).values()
+    dataset = read_retrieval(toy, "train")
+    rows = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"ndcg_cut.10", "map_cut.100"}).evaluate(run).values()
     assert results["bm25 → CE, 20"]["ndcg@10"] == pytest.approx(np.mean([row["ndcg_cut_10"] for row in rows]))
     assert results["bm25 → CE, 20"]["map@100"] == pytest.approx(np.mean([row["map_cut_100"] for row in rows]))
-    first = bm25_run(chosen, 20)
+    first = bm25_run(dataset, 20)
     shallow = {query: {document: run[query][document] for document in documents} for query, documents in cut(first, 10).items()}
     assert {metric: results["bm25 → CE, 10"][metric] for metric in ("ndcg@10", "mrr@10")} == pytest.approx(
-        {metric: number for metric, number in ranking(chosen.qrels, shallow).items() if metric.endswith("@10")}
+        {metric: number for metric, number in ranking(dataset.qrels, shallow).items() if metric.endswith("@10")}
     )
     assert results["bm25 → CE, 10"]["recall@100"] == pytest.approx(results["bm25"]["recall@100"])  # the others stay behind the ten
-    assert results["perfect, 20"]["ndcg@10"] == ranking(chosen.qrels, perfect(chosen.qrels, first, 20))["ndcg@10"] >= results["bm25"]["ndcg@10"]
+    assert results["perfect, 20"]["ndcg@10"] == ranking(dataset.qrels, perfect(dataset.qrels, first, 20))["ndcg@10"] >= results["bm25"]["ndcg@10"]
     assert "bm25 → CE, 20" in ended["again"].out  # a finished run is shown
     assert ended["again"].codes == [0]
 
@@ -199,7 +199,7 @@ def test_a_set_of_beir_follows_its_rules(quora, language_model, tmp_path):
     for first, options, expected in (("bm25", {}, {"t0", "t1", "t2"}), ("run", {"trec": str(tmp_path / "theirs.json")}, {"t0", "t1", "t2", "e"})):
         output = tmp_path / f"{first}.trec"
         results = run_rerank(RerankConfig(str(quora), "train", str(language_model("gpt2")), output=str(output), first=first, depth=5, **options))
-        assert list(results) == [first, f"{first} → CE, 5", "perfect, 5"]  # five are fewer than the ten that are told beside a greater depth
+        assert list(results) == [first, f"{first} → CE, 5", "perfect, 5"]  # five are fewer than the ten that are reported with a greater depth
         with output.open() as lines:
             assert {query: set(documents) for query, documents in pytrec_eval.parse_run(lines).items()} == {name: expected - {name} for name in ("t0", "t1")}
 
@@ -227,19 +227,19 @@ def test_pairs_of_a_block_exist_at_a_time_with_and_without_parts(toy, language_m
             return super().score(queries, documents, **options)
 
     counts: list[int] = []
-    chosen, ranker = read_retrieval(toy, "train"), Counted.from_pretrained(language_model("gpt2"))
-    first = bm25_run(chosen, 8)
-    found = rerank(ranker, chosen, first, documents_per_block=3)
+    dataset, ranker = read_retrieval(toy, "train"), Counted.from_pretrained(language_model("gpt2"))
+    first = bm25_run(dataset, 8)
+    found = rerank(ranker, dataset, first, documents_per_block=3)
     assert max(counts) == 3
     assert len(counts) > 5
-    whole = rerank(ranker, chosen, first)
+    whole = rerank(ranker, dataset, first)
     assert {query: pytest.approx(scores, abs=1e-4) for query, scores in whole.items()} == found
 
 
 def test_posteriors_are_probabilities_over_a_query_s_candidates(toy, language_model):
-    chosen, ranker = read_retrieval(toy, "train"), CrossEncoder.from_pretrained(language_model("gpt2"))
-    first = bm25_run(chosen, 8)
-    scores, posteriors = rerank(ranker, chosen, first), rerank(ranker, chosen, first, posterior=True)
+    dataset, ranker = read_retrieval(toy, "train"), CrossEncoder.from_pretrained(language_model("gpt2"))
+    first = bm25_run(dataset, 8)
+    scores, posteriors = rerank(ranker, dataset, first), rerank(ranker, dataset, first, posterior=True)
     for query, found in posteriors.items():
         assert np.exp(list(found.values())).sum() == pytest.approx(1)
         shift = {round(scores[query][document] - value, 6) for document, value in found.items()}
@@ -247,11 +247,11 @@ def test_posteriors_are_probabilities_over_a_query_s_candidates(toy, language_mo
 
 
 def test_bad_input_is_refused(toy, language_model, tmp_path):
-    chosen, ranker = read_retrieval(toy, "train"), CrossEncoder.from_pretrained(language_model("gpt2"))
+    dataset, ranker = read_retrieval(toy, "train"), CrossEncoder.from_pretrained(language_model("gpt2"))
     with pytest.raises(InputError, match=r"document id 'nowhere' for query 'q0', and toy has no such document"):
-        rerank(ranker, chosen, {"q0": {"nowhere": 1.0}})
+        rerank(ranker, dataset, {"q0": {"nowhere": 1.0}})
     with pytest.raises(InputError, match=r"query id 'nobody', which toy does not have"):
-        rerank(ranker, chosen, {"nobody": {"d0": 1.0}})
+        rerank(ranker, dataset, {"nobody": {"d0": 1.0}})
     (tmp_path / "bad.trec").write_text("q0 Q0 nowhere 1 2.0 x\n")
     with pytest.raises(InputError, match=r"bad\.trec, line 1: document id 'nowhere' is not in"):
         run_rerank(RerankConfig(str(toy), "train", str(language_model("gpt2")), output=str(tmp_path / "c.trec"), first="run", trec=str(tmp_path / "bad.trec")))

@@ -24,7 +24,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.evaluation.table import beir_averages, table, with_cqadupstack
     from sgpt.evaluation.useb import useb
     from sgpt.runtime.errors import InputError
-    from sgpt.runtime.files import check_place
+    from sgpt.runtime.files import check_writable
     from sgpt.runtime.interrupt import keeping
     from sgpt.runtime.progress import under_way
 
@@ -35,7 +35,7 @@ def main(composed: DictConfig) -> None:
         if file and Path(file).is_dir():
             raise InputError(f"{key}={file} is a folder; name a file in it, for example {Path(file) / 'scores.json'}")
         if file:
-            check_place(Path(file), f"another {key}=")
+            check_writable(Path(file), f"another {key}=")
     there = places(config.retrieval, config.split, Path(config.beir_root))  # what is missing stops us now and not after hours
     similar = evaluate.read_sets(evaluate.EvaluationConfig(sts=config.sts, split=config.split))
     tasks = read_useb(Path(config.useb), config.split or "test") if config.useb else []

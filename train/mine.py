@@ -26,7 +26,10 @@ def main(composed: DictConfig) -> None:
         console.print(table(config, statistics))
         few, most = statistics["counts"]["few"], config.negatives_per_query
         if few and config.on_few == "keep":
-            console.print(f"{few:,} rows have fewer than {most} negatives; a run with data.num_hard_negatives={most} refuses them: lower it, or on_few=drop")
+            console.print(
+                f"{few:,} rows have fewer than {most} negatives; "
+                f"a run with data.num_hard_negatives={most} refuses them: lower it, or on_few=drop"
+            )
         console.print(f"rows    {config.output}\nreport  {page_of(config)}", highlight=False, soft_wrap=True)
     accelerator.end_training()
 

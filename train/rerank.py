@@ -1,4 +1,7 @@
-"""Re-rank with a decoder as it is: `python train/rerank.py data=<BEIR folder> model=<decoder> output=<file.trec>`. `--help` shows the keys."""
+"""Re-rank with a decoder as it is: `python train/rerank.py data=<BEIR folder> model=<decoder> output=<file.trec>`.
+
+With several processes: `accelerate launch train/rerank.py …`. `--help` shows the keys.
+"""
 
 from omegaconf import DictConfig
 

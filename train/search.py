@@ -19,7 +19,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.data.readers import default_corpus
     from sgpt.encoder import contract as contracts
     from sgpt.encoder.encoder import Encoder
-    from sgpt.retrieval.searcher import SearchConfig, Searcher, open_both
+    from sgpt.retrieval.searcher import SearchConfig, Searcher, load_encoder_and_reranker
     from sgpt.runtime.errors import InputError
     from sgpt.runtime.interrupt import exit_code, keeping
 
@@ -27,13 +27,17 @@ def main(composed: DictConfig) -> None:
     if not config.run:
         raise InputError("set run=<run or export folder>, for example run=runs/pydocs")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder, ranker = open_both(config.run, config.prompt, device=device) if config.rerank else (Encoder.from_pretrained(config.run).to(device), None)
+    if config.rerank:
+        encoder, ranker = load_encoder_and_reranker(config.run, config.prompt, device=device)
+    else:
+        encoder, ranker = Encoder.from_pretrained(config.run).to(device), None
     path = Path(config.corpus) if config.corpus else default_corpus()
     ours = any((Path(config.run) / part / contracts.FILE).is_file() for part in ("", "export", "adapter"))
-    place = Path(config.run) if ours else Path("runs/search") / Path(config.run).name  # nothing is written into a base
+    folder = Path(config.run) if ours else Path("runs/search") / Path(config.run).name  # nothing is written into a base
+    index = folder / "index" / path.name
     documents = read_documents(path)
     with keeping("the documents that were indexed are kept"):
-        searcher = Searcher(encoder, documents, place / "index" / path.name, config.index, ranker=ranker, depth=config.depth)
+        searcher = Searcher(encoder, documents, index, config.index, ranker=ranker, depth=config.depth)
     console = Console()
 
     def answer(query: str) -> None:
@@ -48,9 +52,9 @@ def main(composed: DictConfig) -> None:
     try:
         while query := console.input("query> ").strip():
             answer(query)
-    except EOFError:  # ends as well
+    except EOFError:  # Ctrl-D ends it as an empty line does
         pass
-    except KeyboardInterrupt:  # nothing is lost
+    except KeyboardInterrupt:  # at a prompt, where nothing can be lost
         console.print()
         sys.exit(exit_code())
 

@@ -15,37 +15,48 @@ from sgpt.mining.task import Query, Task
 from sgpt.retrieval.bm25 import bm25_index, bm25_words
 from sgpt.retrieval.dense import search
 from sgpt.retrieval.index import fingerprint
-from sgpt.runtime.distributed import barrier, world
+from sgpt.runtime.embed import EmbeddingsFile, embed_blocks
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import reserve
-from sgpt.runtime.jobs import Parts, beside
+from sgpt.runtime.jobs import Blocks
 from sgpt.runtime.provenance import file_hash
+
+EMBEDDINGS = ".embeddings.npy"  # next to the output while it is being mined
 
 
 class Candidate(NamedTuple):
+    """A document of the pool, by its row, and its score: higher is nearer to the query."""
+
     row: int
     score: float
 
 
-class Ranked(NamedTuple):
-    """candidates: best first, barred rows among them. positives: their scores in the order of the query, None where the source has none."""
+class Ranking(NamedTuple):
+    """What a ranker says of one query.
+
+    candidates: best first, barred rows among them. positives: their scores in the order of the query's, None where the
+    ranker has none.
+    """
 
     candidates: list[Candidate]
     positives: list[float | None]
 
 
-class Source(Protocol):
-    """digest: changes with anything that decides scores. `prepare` does the long work that can be resumed."""
+class Ranker(Protocol):
+    """What ranks the documents. digest: changes with anything that decides scores.
+
+    `prepare` does the long work that can be resumed; all processes call it. `rank` gives a ranking for each query.
+    """
 
     digest: str
 
-    def prepare(self, parts: Parts) -> None: ...
-    def rank(self, queries: Sequence[Query]) -> list[Ranked]: ...
+    def prepare(self, blocks: Blocks) -> None: ...
+    def rank(self, queries: Sequence[Query]) -> list[Ranking]: ...
 
 
 def by_score(rows: Iterable[int], scores: Iterable[float]) -> list[Candidate]:
-    """Best first, equal scores in the order of the corpus."""
-    return sorted(map(Candidate, rows, scores), key=lambda candidate: (-candidate.score, candidate.row))
+    """Candidates, best first, equal scores in the order of the corpus."""
+    candidates = [Candidate(row, score) for row, score in zip(rows, scores, strict=True)]
+    return sorted(candidates, key=lambda candidate: (-candidate.score, candidate.row))
 
 
 class Bm25:
@@ -55,58 +66,71 @@ class Bm25:
         self.task = task
         self.digest = f"bm25s {importlib.metadata.version('bm25s')}"
 
-    def prepare(self, parts: Parts) -> None:
-        self.index = bm25_index(list(self.task.chosen.corpus.values()))
+    def prepare(self, blocks: Blocks) -> None:
+        self.index = bm25_index(list(self.task.dataset.corpus.values()))
 
-    def rank(self, queries: Sequence[Query]) -> list[Ranked]:
-        ranked = []
-        for query, words in zip(queries, bm25_words([query.text for query in queries]), strict=True):
-            scores = (self.index.get_scores(words) if words else np.zeros(len(self.task.chosen.corpus)))[self.task.pool.places]
+    def rank(self, queries: Sequence[Query]) -> list[Ranking]:
+        rankings = []
+        no_scores = np.zeros(len(self.task.dataset.corpus))
+        words_of_queries = bm25_words([query.text for query in queries])
+        for query, words in zip(queries, words_of_queries, strict=True):
+            of_corpus = self.index.get_scores(words) if words else no_scores  # [documents]
+            scores = of_corpus[self.task.pool.positions]  # [pool]
             depth = self.task.config.last_rank + len(query.barred)
             floor = np.partition(scores, -depth)[-depth] if depth < len(scores) else 0
-            rows = np.flatnonzero((scores >= floor) & (scores > 0))  # all that equal the last, or its ties would rank by chance
-            ranked.append(Ranked(by_score(rows.tolist(), scores[rows].tolist()), scores[list(query.positives)].tolist()))
-        return ranked
+            # All that equal the last one, or its ties would rank by chance.
+            rows = np.flatnonzero((scores >= floor) & (scores > 0))
+            candidates = by_score(rows.tolist(), scores[rows].tolist())
+            rankings.append(Ranking(candidates, scores[list(query.positives)].tolist()))
+        return rankings
 
 
 class Model:
-    """Cosine by an encoder, exact. Documents are encoded once, into `<output>.embeddings.npy` [pool, D], which all processes read by memory map."""
+    """Cosine by an encoder, exact.
+
+    Documents are encoded once, into `<output>.embeddings.npy` [pool, D], which all processes read by memory map.
+    """
 
     def __init__(self, task: Task) -> None:
         config = task.config
         assert config.model
         self.task = task
-        self.encoder = Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling).to(task.device)
+        encoder = Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling)
+        self.encoder = encoder.to(task.device)
         self.digest = fingerprint(self.encoder, {})
 
-    def prepare(self, parts: Parts) -> None:
-        file, texts = beside(parts.output, ".embeddings.npy"), self.task.pool.texts
-        if not file.is_file():
-            parts.done["documents"].clear()
-        barrier()  # everybody has looked for the file
-        if world()[0] == 0 and not file.is_file():
-            temporary = beside(parts.output, ".embeddings.tmp")
-            np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(len(texts), self.encoder.embedding_size))
-            with temporary.open("r+b") as made:
-                reserve(made, temporary.stat().st_size, str(parts.output))
-            temporary.replace(file)
-        barrier()
-        stored = np.load(file, mmap_mode="r+")
-        for block, rows in parts.left("documents", len(texts), self.task.config.documents_per_block, f"encoding {len(texts):,} documents"):
-            stored[rows] = self.encoder.encode_documents(texts[rows], normalize=True, progress=False)
-            stored.flush()
-            parts.append({"documents": block})
-        barrier()
-        self.embeddings = torch.from_numpy(np.load(file, mmap_mode="c"))
+    def prepare(self, blocks: Blocks) -> None:
+        texts, size = self.task.pool.texts, self.task.config.documents_per_block
+        shape = len(texts), self.encoder.embedding_size
 
-    def rank(self, queries: Sequence[Query]) -> list[Ranked]:
-        texts, device = [query.text for query in queries], self.task.device
-        vectors = self.encoder.encode_queries(texts, normalize=True, as_tensor=True, progress=False).to(device)
+        def create(path: Path) -> None:
+            EmbeddingsFile.create(path, shape, owner=blocks.output)
+
+        file = EmbeddingsFile(blocks.shared_file("documents", EMBEDDINGS, create))
+
+        def embed(rows: slice) -> np.ndarray:
+            return self.encoder.encode_documents(texts[rows], normalize=True, progress=False)
+
+        def save(block: int, rows: slice, embeddings: np.ndarray) -> None:
+            file.write(rows, embeddings)
+            blocks.append({"documents": block})
+
+        missing = blocks.missing("documents", len(texts), size)
+        embed_blocks(embed, save, missing, size, f"encoding {len(texts):,} documents")
+        self.embeddings = torch.from_numpy(file.open())
+
+    def rank(self, queries: Sequence[Query]) -> list[Ranking]:
+        device = self.task.device
+        texts = [query.text for query in queries]
+        vectors = self.encoder.encode_queries(texts, normalize=True, as_tensor=True, progress=False)  # [Q, D]
+        vectors = vectors.to(device)
         depth = self.task.config.last_rank + max(len(query.barred) for query in queries)
-        return [
-            Ranked(by_score(rows.tolist(), scores.tolist()), (self.embeddings[list(query.positives)].to(device) @ vector).tolist())
-            for query, vector, scores, rows in zip(queries, vectors, *search(vectors, self.embeddings, depth), strict=True)
-        ]
+        scores, rows = search(vectors, self.embeddings, depth)  # [Q, depth] each
+        rankings = []
+        for query, vector, of_query, best in zip(queries, vectors, scores.tolist(), rows.tolist(), strict=True):
+            positives = self.embeddings[list(query.positives)].to(device) @ vector
+            rankings.append(Ranking(by_score(best, of_query), positives.tolist()))
+        return rankings
 
 
 class RunFile:
@@ -115,34 +139,45 @@ class RunFile:
     def __init__(self, task: Task) -> None:
         config = task.config
         assert config.trec
-        self.task, file = task, Path(config.trec)
-        self.ranking = read_run(file, Path(config.data), task.chosen, "trec")
+        self.task = task
+        file = Path(config.trec)
+        self.run = read_run(file, Path(config.data), task.dataset, "trec")
         self.digest = file_hash(file)
-        if not self.ranking:
-            raise InputError(f"{file}: ranks none of the queries of split {config.split!r} of {config.data}; give the run of this split")
-        if config.rescore or (config.score_margin is None and config.score_ratio is None):
-            return
-        for query in task.queries:
-            ranked = {task.pool.rows.get(document) for document in self.ranking.get(query.name, {})}
-            if ranked and (missing := [document for row, document in query.positives.items() if row not in ranked]):
+        if not self.run:
+            raise InputError(
+                f"{file}: ranks none of the queries of split {config.split!r} of {config.data}; "
+                "give the run of this split"
+            )
+        needs_scores_of_positives = config.score_margin is not None or config.score_ratio is not None
+        if needs_scores_of_positives and not config.rescore:  # which would score them itself
+            self._refuse_missing_positives(file)
+
+    def _refuse_missing_positives(self, file: Path) -> None:
+        for query in self.task.queries:
+            ranked = {self.task.pool.rows.get(document) for document in self.run.get(query.name, {})}
+            missing = [document for row, document in query.positives.items() if row not in ranked]
+            if ranked and missing:
                 raise InputError(
-                    f"{file}: query id {query.name!r} has no score for its positive {missing[0]!r}, so score_margin and score_ratio cannot be "
-                    "applied; set both to null, give a deeper run, or rescore=<folder of a cross-encoder>"
+                    f"{file}: query id {query.name!r} has no score for its positive {missing[0]!r}, "
+                    "so score_margin and score_ratio cannot be applied; "
+                    "set both to null, give a deeper run, or rescore=<folder of a cross-encoder>"
                 )
 
-    def prepare(self, parts: Parts) -> None:
+    def prepare(self, blocks: Blocks) -> None:
         pass
 
-    def rank(self, queries: Sequence[Query]) -> list[Ranked]:
-        """A text has the best score of its copies."""
-        ranked = []
+    def rank(self, queries: Sequence[Query]) -> list[Ranking]:
+        """As the file does; a text has the best score of its copies."""
+        rankings = []
         for query in queries:
             scores: dict[int, float] = {}
-            for document, score in self.ranking.get(query.name, {}).items():
-                if (row := self.task.pool.rows.get(document)) is not None:
+            for document, score in self.run.get(query.name, {}).items():
+                row = self.task.pool.rows.get(document)
+                if row is not None:  # None for a blank document
                     scores[row] = max(score, scores.get(row, -math.inf))
-            ranked.append(Ranked(by_score(scores.keys(), scores.values()), [scores.get(row) for row in query.positives]))
-        return ranked
+            candidates = by_score(scores.keys(), scores.values())
+            rankings.append(Ranking(candidates, [scores.get(row) for row in query.positives]))
+        return rankings
 
 
-SOURCES: dict[str, Callable[[Task], Source]] = {"bm25": Bm25, "model": Model, "run": RunFile}
+RANKERS: dict[str, Callable[[Task], Ranker]] = {"bm25": Bm25, "model": Model, "run": RunFile}

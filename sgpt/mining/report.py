@@ -1,4 +1,4 @@
-"""What there is to see: the counts as a table, and a page with counts, scores and a few rows to read."""
+"""What mining shows: the counts as a table, and a page with counts, scores and a few rows to read."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,39 +32,52 @@ COUNTS = {  # as shown, in this order
 }
 
 
-def told(config: MineConfig, statistics: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was counted, and how the written scores are spread, in words and numbers."""
+def describe_statistics(config: MineConfig, statistics: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was counted, and how the written scores are spread: words and numbers."""
     unset = {key for key, value in (("margin", config.score_margin), ("ratio", config.score_ratio)) if value is None}
-    counts = {key: count for key, count in statistics["counts"].items() if key not in unset}
-    counted = [(label.format(**asdict(config)), f"{counts[key]:,}") for key, label in COUNTS.items() if key in counts]
-    return counted + [(f"{side} scores, {name}", f"{value:.3f}") for side, values in statistics["scores"].items() for name, value in values.items()]
+    lines = []
+    for key, label in COUNTS.items():
+        if key in statistics["counts"] and key not in unset:
+            lines.append((label.format(**asdict(config)), f"{statistics['counts'][key]:,}"))
+    for side, values in statistics["scores"].items():
+        for name, value in values.items():
+            lines.append((f"{side} scores, {name}", f"{value:.3f}"))
+    return lines
 
 
 def table(config: MineConfig, statistics: dict[str, Any]):
-    """As a rich table."""
+    """The statistics as a rich table."""
     from rich.table import Table
     from rich.text import Text
 
-    made = Table("", "", title=f"{config.output}: hard negatives by {config.source}", show_header=False)
-    made.columns[1].justify = "right"
-    for line in told(config, statistics):
-        made.add_row(*map(Text, line))
-    return made
+    shown = Table("", "", title=f"{config.output}: hard negatives by {config.source}", show_header=False)
+    shown.columns[1].justify = "right"
+    for line in describe_statistics(config, statistics):
+        shown.add_row(*map(Text, line))
+    return shown
 
 
 def page_of(config: MineConfig) -> Path:
+    """The file of the page, next to the output."""
     output = Path(config.output)
-    return output.with_name(f"{output.name.removesuffix('.gz').removesuffix('.jsonl')}.report.html")
+    name = output.name.removesuffix(".gz").removesuffix(".jsonl")
+    return output.with_name(f"{name}.report.html")
 
 
-def write_page(config: MineConfig, statistics: dict[str, Any], scores: dict[str, list[float]], samples: Sequence[dict]) -> None:
-    """scores: of the written texts, by side. samples: rows, shown with their first negatives."""
-    name, sides = Path(config.output).name, {side: np.array(values) for side, values in scores.items() if values}
+def write_page(
+    config: MineConfig, statistics: dict[str, Any], scores: dict[str, list[float]], samples: Sequence[dict]
+) -> None:  # fmt: skip
+    """Writes the page. scores: of the written texts, by side. samples: rows, shown with their first negatives."""
+    name = Path(config.output).name
+    sides = {side: np.array(values) for side, values in scores.items() if values}
     plots = []
     if sides:
-        draw = partial(draw_sides, sides=sides, bins=common_bins(sides.values()), xlabel="score", ylabel="share of texts")
+        bins = common_bins(sides.values())
+        draw = partial(draw_sides, sides=sides, bins=bins, xlabel="score", ylabel="share of texts")
         plots.append(Plot("Scores of what was written", draw, {side: SIDES[side] for side in sides}))
-    cells = "".join(f"<tr><td>{escape(what)}</td><td>{value}</td></tr>" for what, value in told(config, statistics))
+    cells = ""
+    for what, value in describe_statistics(config, statistics):
+        cells += f"<tr><td>{escape(what)}</td><td>{value}</td></tr>"
     body = [
         f"<header><p class='quiet'>SGPT hard negatives, by {escape(config.source)}</p><h1>{escape(name)}</h1></header>",
         section("Counts", f"<div class='scroll card'><table><tbody>{cells}</tbody></table></div>"),
@@ -77,8 +90,10 @@ def write_page(config: MineConfig, statistics: dict[str, Any], scores: dict[str,
 
 def _sample(row: dict) -> str:
     positives = [row["positive"]] if isinstance(row["positive"], str) else row["positive"]
-    shown = []
+    items = ""
     for side, texts in (("positive", positives), ("negative", row["negative"][:SHOWN_NEGATIVES])):
         for text, score in zip(texts, row["scores"][side], strict=False):
-            shown.append(f"<dt>{side} {'' if score is None else f'{score:.3f}'}</dt><dd>{escape(text[:300])}{' …' if len(text) > 300 else ''}</dd>")
-    return fold(escape(row["query"]), f"<dl>{''.join(shown)}</dl>", opened=True)
+            number = "" if score is None else f"{score:.3f}"
+            ending = " …" if len(text) > 300 else ""
+            items += f"<dt>{side} {number}</dt><dd>{escape(text[:300])}{ending}</dd>"
+    return fold(escape(row["query"]), f"<dl>{items}</dl>", opened=True)

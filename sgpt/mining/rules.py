@@ -14,29 +14,33 @@ from sgpt.cross_encoder.cross_encoder import CrossEncoder as SgptCrossEncoder
 from sgpt.decoder.model_files import CONFIG, check_config, read_json
 from sgpt.decoder.trunk import ModelConfig, check_vocabulary, load_tokenizer, open_model, told
 from sgpt.mining.config import MineConfig
-from sgpt.mining.rankers import Candidate, Ranked, Source
+from sgpt.mining.rankers import Candidate, Ranker, Ranking
 from sgpt.mining.task import Pool, Query, Task
 from sgpt.runtime.errors import InputError
 
 Rescore = Callable[[Sequence[tuple[str, str]]], list[float]]  # (query, document) -> score
 
 
-def mine_block(queries: Sequence[Query], task: Task, source: Source, rescore: Rescore | None) -> tuple[list[dict], Counter]:
+def mine_block(
+    queries: Sequence[Query], task: Task, ranker: Ranker, rescore: Rescore | None
+) -> tuple[list[dict], Counter]:  # fmt: skip
     """The training rows of these queries, and how often each rule left something out."""
     config, counts, rows = task.config, Counter(), []
-    found = [Ranked(window(query, ranked.candidates, config, counts), ranked.positives) for query, ranked in zip(queries, source.rank(queries), strict=True)]
+    rankings = []
+    for query, ranking in zip(queries, ranker.rank(queries), strict=True):
+        rankings.append(Ranking(window(query, ranking.candidates, config, counts), ranking.positives))
     if rescore:
-        found = rescored(queries, found, rescore, task.pool)
-    for query, ranked in zip(queries, found, strict=True):
-        eligible = within_margins(ranked, config, counts)
-        chosen = pick(query, eligible, config)
-        counts["none"] += not chosen
-        few = len(chosen) < config.negatives_per_query
+        rankings = rescored(queries, rankings, rescore, task.pool)
+    for query, ranking in zip(queries, rankings, strict=True):
+        eligible = within_margins(ranking, config, counts)
+        negatives = pick(query, eligible, config)
+        counts["none"] += not negatives
+        few = len(negatives) < config.negatives_per_query
         counts["few"] += few
         if few and config.on_few == "drop":
             continue
-        counts.update(rows=1, negatives=len(chosen), spare=len(eligible) - len(chosen))
-        rows.append(training_row(query, chosen, ranked.positives, task.pool))
+        counts.update(rows=1, negatives=len(negatives), spare=len(eligible) - len(negatives))
+        rows.append(training_row(query, negatives, ranking.positives, task.pool))
     return rows, counts
 
 
@@ -54,61 +58,80 @@ def window(query: Query, candidates: Sequence[Candidate], config: MineConfig, co
     return kept[config.first_rank - 1 :]
 
 
-def rescored(queries: Sequence[Query], found: Sequence[Ranked], rescore: Rescore, pool: Pool) -> list[Ranked]:
-    """The windows by the cross-encoder's scores, best first, and its scores of the positives. All pairs in one call, for full batches."""
-    rows = [[*query.positives, *(candidate.row for candidate in ranked.candidates)] for query, ranked in zip(queries, found, strict=True)]
-    scores = iter(rescore([(query.text, pool.texts[row]) for query, of_query in zip(queries, rows, strict=True) for row in of_query]))
+def rescored(
+    queries: Sequence[Query], rankings: Sequence[Ranking], rescore: Rescore, pool: Pool
+) -> list[Ranking]:  # fmt: skip
+    """The windows by the cross-encoder's scores, best first, and its scores of the positives."""
+    pairs: list[tuple[str, str]] = []  # all of them in one call, for full batches
+    for query, ranking in zip(queries, rankings, strict=True):
+        rows = [*query.positives, *(candidate.row for candidate in ranking.candidates)]
+        pairs += [(query.text, pool.texts[row]) for row in rows]
+    scores = iter(rescore(pairs))
     again = []
-    for query, ranked in zip(queries, found, strict=True):
+    for query, ranking in zip(queries, rankings, strict=True):
         positives: list[float | None] = [next(scores) for _ in query.positives]
-        candidates = [Candidate(row, next(scores)) for row, _ in ranked.candidates]
-        again.append(Ranked(sorted(candidates, key=lambda candidate: -candidate.score), positives))  # equal ones stay in the source's order
+        candidates = [Candidate(row, next(scores)) for row, _ in ranking.candidates]
+        best_first = sorted(candidates, key=lambda candidate: -candidate.score)  # equal ones stay in the ranker's order
+        again.append(Ranking(best_first, positives))
     return again
 
 
-def within_margins(ranked: Ranked, config: MineConfig, counts: Counter) -> list[Candidate]:
-    margin, ratio, kept = config.score_margin, config.score_ratio, ranked.candidates
+def within_margins(ranking: Ranking, config: MineConfig, counts: Counter) -> list[Candidate]:
+    """The candidates that score enough less than the weakest positive: others may be positives that nobody judged."""
+    margin, ratio, kept = config.score_margin, config.score_ratio, ranking.candidates
     if not kept or (margin is None and ratio is None):
         return kept
-    known = [score for score in ranked.positives if score is not None]
-    assert len(known) == len(ranked.positives), "a run file's positives are checked when it is read"
+    known = [score for score in ranking.positives if score is not None]
+    assert len(known) == len(ranking.positives), "a run file's positives are checked when it is read"
     weakest = min(known)
     ceilings = {
         "margin": math.inf if margin is None else weakest - margin,
+        # Below zero a share of the score would be above it: as far below instead, -2 with 0.9 gives -2.2.
         "ratio": math.inf if ratio is None else weakest * (ratio if weakest >= 0 else 2 - ratio),
     }
     for rule, ceiling in ceilings.items():
-        left = [candidate for candidate in kept if candidate.score <= ceiling]
-        counts[rule] += len(kept) - len(left)
-        kept = left
+        below = [candidate for candidate in kept if candidate.score <= ceiling]
+        counts[rule] += len(kept) - len(below)
+        kept = below
     return kept
 
 
 def pick(query: Query, eligible: Sequence[Candidate], config: MineConfig) -> list[Candidate]:
-    """In ranked order. At random: by the query's own generator, so that neither blocks nor other queries matter."""
-    if config.pick == "top" or len(eligible) <= config.negatives_per_query:
-        return list(eligible[: config.negatives_per_query])
-    drawn = random.Random(f"{config.seed} {query.name}").sample(range(len(eligible)), config.negatives_per_query)
-    return [eligible[place] for place in sorted(drawn)]
+    """At most negatives_per_query of them, in ranked order."""
+    most = config.negatives_per_query
+    if config.pick == "top" or len(eligible) <= most:
+        return list(eligible[:most])
+    generator = random.Random(f"{config.seed} {query.name}")  # of this query: neither blocks nor other queries matter
+    ranks = generator.sample(range(len(eligible)), most)
+    return [eligible[rank] for rank in sorted(ranks)]
 
 
-def training_row(query: Query, chosen: Sequence[Candidate], positives: Sequence[float | None], pool: Pool) -> dict[str, Any]:
-    """As training reads it. ids and scores are in the order of the texts; scores to six decimals."""
+def training_row(
+    query: Query, negatives: Sequence[Candidate], positives: Sequence[float | None], pool: Pool
+) -> dict[str, Any]:  # fmt: skip
+    """A row as training reads it; ids and scores are in the order of the texts, scores to six decimals."""
     texts = [pool.texts[row] for row in query.positives]
     return {
         "query": query.text,
         "positive": texts[0] if len(texts) == 1 else texts,
-        "negative": [pool.texts[candidate.row] for candidate in chosen],
-        "ids": {"query": query.name, "positive": list(query.positives.values()), "negative": [pool.names[candidate.row] for candidate in chosen]},
+        "negative": [pool.texts[candidate.row] for candidate in negatives],
+        "ids": {
+            "query": query.name,
+            "positive": list(query.positives.values()),
+            "negative": [pool.names[candidate.row] for candidate in negatives],
+        },
         "scores": {
             "positive": [None if score is None else round(score, 6) for score in positives],
-            "negative": [round(candidate.score, 6) for candidate in chosen],
+            "negative": [round(candidate.score, 6) for candidate in negatives],
         },
     }
 
 
 def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()) -> Rescore:
-    """A decoder scores as SGPT-CE (prompt G), a classifier as sentence-transformers' CrossEncoder. InputError for queries that do not fit it."""
+    """A decoder scores as SGPT-CE (prompt G), a classifier as the CrossEncoder of sentence-transformers.
+
+    Raises InputError for a folder that is neither, and for queries that do not fit the model.
+    """
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise InputError(f"rescore={folder}: no folder with a config.json; give the local folder of a cross-encoder")
@@ -117,19 +140,24 @@ def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()
     if any(head.endswith(("ForCausalLM", "LMHeadModel")) for head in heads):
         return _by_decoder(folder, device, queries)
     if not (path / "modules.json").is_file() and not any("SequenceClassification" in head for head in heads):
-        raise InputError(f"rescore={folder}: {', '.join(heads) or 'a model without a head'} is no cross-encoder; its scores would come from random weights")
+        kind = ", ".join(heads) or "a model without a head"
+        raise InputError(f"rescore={folder}: {kind} is no cross-encoder; its scores would come from random weights")
     try:
         from sentence_transformers import CrossEncoder
     except ImportError:
-        raise InputError(f"rescore={folder}: sentence-transformers is not installed; pip install 'sgpt-framework[st]'") from None
+        remedy = "pip install 'sgpt-framework[st]'"
+        raise InputError(f"rescore={folder}: sentence-transformers is not installed; {remedy}") from None
     if not (path / "modules.json").is_file():
-        # is all of it there? sentence-transformers would fill what is missing at random
+        # Is all of it there? sentence-transformers would fill what is missing at random.
         check_vocabulary(load_tokenizer(folder), open_model(ModelConfig(folder), AutoModelForSequenceClassification))
     with told(f"rescore={folder}"):
         options = {"local_files_only": True, "trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
         model = CrossEncoder(folder, device=str(device), **options)
     if model.num_labels != 1:
-        raise InputError(f"rescore={folder}: gives {model.num_labels} scores for a pair, one is needed; give a cross-encoder for ranking")
+        raise InputError(
+            f"rescore={folder}: gives {model.num_labels} scores for a pair, one is needed; "
+            "give a cross-encoder for ranking"
+        )
 
     def rescore(pairs: Sequence[tuple[str, str]]) -> list[float]:
         scores = model.predict(list(pairs), show_progress_bar=False).tolist() if pairs else []
@@ -149,4 +177,9 @@ def _by_decoder(folder: str, device: torch.device, queries: Sequence[str]) -> Re
     ranker = SgptCrossEncoder.from_pretrained(folder)
     ranker.texts(queries, [""] * len(queries))  # what does not fit is refused now, not when its block comes
     ranker.model.to(device)
-    return lambda pairs: ranker.score([query for query, _ in pairs], [document for _, document in pairs], progress=False).tolist()
+
+    def rescore(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        queries, documents = [query for query, _ in pairs], [document for _, document in pairs]
+        return ranker.score(queries, documents, progress=False).tolist()
+
+    return rescore

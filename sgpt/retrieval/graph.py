@@ -15,12 +15,15 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import progress_bar
 
 log = logging.getLogger(__name__)
-GRAPH_BYTES = 2**30  # of embeddings in one graph, which is made in memory
-SAMPLE, NEIGHBOURS, RECALL, MOST_EFFORT = 128, 10, 0.99, 8192
+GRAPH_BYTES = 2**30  # of embeddings in one graph, which is built in memory
+SAMPLE, NEIGHBOURS, RECALL = 128, 10, 0.99  # so many documents have to find this share of so many neighbours
+MOST_EFFORT = 8192
 
 
 class Graphs:
-    """Graphs over the index's embeddings, in files opened by memory map. `exact` answers where they find too few documents.
+    """Graphs over the index's embeddings, in files opened by memory map.
+
+    exact: answers where they find too few documents.
 
     effort: documents that a walk keeps in sight, hnswlib's ef.
     """
@@ -30,18 +33,20 @@ class Graphs:
         self.exact, self.effort = exact, read_description(folder).get("effort", 16)
         files = sorted(folder.glob("graph-*.faiss"), key=lambda file: int(file.name.split("-")[1]))
         self.parts = [faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC) for file in files]
-        self.all = faiss.IndexShards(self.parts[0].d, False, True)  # one after the other; the second's rows follow the first's
+        # Searched one after the other; the second's rows follow the first's.
+        self.all = faiss.IndexShards(self.parts[0].d, False, True)
         for part in self.parts:
             self.all.add_shard(part)
 
     def __call__(self, queries: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        scores, rows = self.found(queries, depth)
-        if (short := (rows < 0).any(1)).any():
+        scores, rows = self.by_graphs(queries, depth)
+        short = (rows < 0).any(1)  # [Q]: queries for which the graphs led to too few documents
+        if short.any():
             scores[short], rows[short] = self.exact(queries[short], depth)
         return scores, rows
 
-    def found(self, queries: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """By the graphs alone; row -1 where they led to no more documents."""
+    def by_graphs(self, queries: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        """Scores and rows by the graphs alone, [Q, depth]; row -1 where they led to no more documents."""
         for part in self.parts:
             part.hnsw.efSearch = max(self.effort, depth)
         scores, rows = self.all.search(queries.float().cpu().numpy(), min(depth, self.all.ntotal))
@@ -49,7 +54,10 @@ class Graphs:
 
 
 def build_graphs(folder: Path, stored: Stored) -> None:
-    """Adds graphs to a whole index, after a kill those that are missing. The effort that reaches RECALL goes into index.json."""
+    """Adds graphs to a whole index; after a kill, those that are missing.
+
+    The effort that reaches RECALL goes into index.json.
+    """
     faiss = import_faiss()
     documents, size = stored.map.shape
     half = stored.map.dtype == np.float16
@@ -69,23 +77,30 @@ def build_graphs(folder: Path, stored: Stored) -> None:
             temporary = file.with_suffix(".tmp")
             faiss.write_index(graph, str(temporary))
             temporary.replace(file)
-    made = Graphs(folder, partial(exact_search, stored))
-    queries = stored.at(np.sort(np.random.default_rng(0).choice(documents, min(documents, SAMPLE), replace=False)))
-    expected = made.exact(queries, NEIGHBOURS + 1)[0]  # a document finds itself first
+    graphs = Graphs(folder, partial(exact_search, stored))
+    sample = np.random.default_rng(0).choice(documents, min(documents, SAMPLE), replace=False)
+    queries = stored.at(np.sort(sample))
+    expected = graphs.exact(queries, NEIGHBOURS + 1)[0]  # one more: a document finds itself first
     most = min(documents, MOST_EFFORT)
-    while (reached := _recall(made, queries, expected, stored)) < RECALL and made.effort < most:
-        made.effort = min(most, round(1.5 * made.effort))
+    while (reached := _recall(graphs, queries, expected, stored)) < RECALL and graphs.effort < most:
+        graphs.effort = min(most, round(1.5 * graphs.effort))
     if reached < RECALL:
-        log.warning("%s: the graph finds %.1f %% of a document's neighbours, not %.0f %%; search with index.kind=exact", folder, 100 * reached, 100 * RECALL)
-    write_description(folder, {**read_description(folder), "kind": "faiss", "effort": made.effort, "recall_at_10": round(reached, 4)})
+        message = "%s: the graph finds %.1f %% of a document's neighbours, not %.0f %%; search with index.kind=exact"
+        log.warning(message, folder, 100 * reached, 100 * RECALL)
+    of_graphs = {"kind": "faiss", "effort": graphs.effort, "recall_at_10": round(reached, 4)}
+    write_description(folder, {**read_description(folder), **of_graphs})
 
 
-def _recall(made: Graphs, queries: Tensor, expected: Tensor, stored: Stored) -> float:
-    """Share of the neighbours, without the query itself, that are as good as the exact ones. By scores: copies of a text change places."""
+def _recall(graphs: Graphs, queries: Tensor, expected: Tensor, stored: Stored) -> float:
+    """Share of the neighbours, without the query itself, that are as good as the exact ones.
+
+    By scores, not by rows: copies of a text may come in any order. expected: scores by exact search, [Q, neighbours +
+    1].
+    """
     neighbours = expected.shape[1] - 1
     if not neighbours:
         return 1.0
-    rows = made.found(queries, neighbours + 1)[1]
+    rows = graphs.by_graphs(queries, neighbours + 1)[1]
     scores = torch.stack([stored.at(of_query.numpy()) @ query for query, of_query in zip(queries, rows, strict=True)])
     good = ((scores >= expected[:, -1:] - 1e-6) & (rows >= 0)).sum(1) - 1
     return good.clamp(0, neighbours).float().mean().item() / neighbours
@@ -95,5 +110,8 @@ def import_faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise InputError("index.kind=faiss: faiss is not installed; pip install 'sgpt-framework[faiss]', or search exactly with index.kind=exact") from None
+        raise InputError(
+            "index.kind=faiss: faiss is not installed; pip install 'sgpt-framework[faiss]', "
+            "or search exactly with index.kind=exact"
+        ) from None
     return faiss

@@ -1,21 +1,24 @@
 """An index: a folder with the embeddings of one corpus, opened by memory map, and two ways to search it.
 
     embeddings.npy     [documents, D], of length 1, float32 or float16, in the order of the corpus
-    graph-0-<n>.faiss  with kind=faiss: the embeddings once more, with a graph of neighbours; a file for each gigabyte of them
-    index.json         fingerprint of model, contract and corpus, number of documents, dtype, kind, and what it was built with:
-                       versions, threads, block size; it is written last
+    graph-0-<n>.faiss  with kind=faiss: the embeddings once more, with a graph of neighbours; a file a gigabyte
+    index.json         fingerprint of model, contract and corpus, number of documents, dtype, kind, and what it was
+                       built with: versions, threads, block size; it is written last
 
-Embeddings go into the file block by block, in `.<name>.building` next to the index, whose name it takes when it is whole. After a
-kill the next start resumes there, with as many threads and blocks as large, so that every bit is that of a build without a kill.
-With another fingerprint or dtype an index is stale and built again; a change of kind encodes nothing.
+Embeddings go into the file block by block (sgpt/runtime/embed.py), in `.<name>.building` next to the index, whose name
+it takes when it is whole. After a kill the next start resumes there, with as many threads and blocks as large, so that
+every bit is that of a build without a kill. With another fingerprint or dtype an index is stale and built again; a
+change of kind encodes nothing.
 
-Exact search reads all embeddings for a query, 8 MiB at a time: it is the default, and good to about a million documents (0.15 s for
-one query over 1,000,000 x 256 float32, on one core). Beyond, FAISS walks a graph (HNSW; Malkov and Yashunin 2016, arXiv 1603.09320) as
-far as a sample of the documents needs, as queries, to find 99 % of its ten nearest. index.json says how far, and the recall; queries that
-are unlike all documents may have a lower one. Not inverted lists: for that recall they had to read 80 of 110 lists of 12,000 questions.
+Exact search reads all embeddings for a query, 8 MiB at a time: it is the default, and good to about a million documents
+(0.15 s for one query over 1,000,000 x 256 float32, on one core). Beyond, FAISS walks a graph (HNSW; Malkov and Yashunin
+2016, arXiv 1603.09320) as far as a sample of the documents needs, as queries, to find 99 % of its ten nearest.
+index.json says how far, and the recall; queries that are unlike all documents may have a lower one. Not inverted lists:
+for that recall they had to read 80 of 110 lists of 12,000 questions.
 """
 
 import logging
+import math
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -27,10 +30,10 @@ import numpy as np
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.graph import Graphs, build_graphs, import_faiss
 from sgpt.retrieval.stored import Find, Stored, exact_search, is_described, read_description, write_description
+from sgpt.runtime.embed import EmbeddingsFile, embed_blocks
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import make_once, replace_folder, reserve
-from sgpt.runtime.progress import progress_bar
-from sgpt.runtime.provenance import changed_environment, content_hash, environment, threads, tokenizer_hash, weights_hash
+from sgpt.runtime.files import make_once, replace_folder
+from sgpt.runtime.provenance import changed_environment, content_hash, environment, tokenizer_hash, weights_hash
 from sgpt.runtime.values import COUNT, check_ranges
 
 log = logging.getLogger(__name__)
@@ -39,15 +42,14 @@ CHOICES = {"kind": ("exact", "faiss"), "dtype": ("float32", "float16")}
 
 @dataclass
 class IndexConfig:
-    """kind: exact, or faiss (approximate, for more than about a million documents; needs the extra faiss).
-
-    dtype: of the stored embeddings; float16 halves them, and scores change in the fourth decimal.
-    documents_per_block: what a killed build loses at most.
-    """
+    """How a corpus is kept and searched."""
 
     kind: str = "exact"
+    """exact; or faiss: approximate, for more than about a million documents, needs the extra `faiss`."""
     dtype: str = "float32"
+    """Of the stored embeddings; float16 takes half the bytes, and scores change in the fourth decimal."""
     documents_per_block: int = 1024
+    """Documents encoded at a time: what a killed build loses at most."""
 
     def __post_init__(self) -> None:
         for key, choices in CHOICES.items():
@@ -57,9 +59,9 @@ class IndexConfig:
 
 
 def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: IndexConfig | None = None) -> Find:
-    """The way to search the corpus; rows are places in it. Builds what is missing or stale.
+    """The function that searches the corpus, whose rows are counted in its order. Builds what is missing or stale.
 
-    Raises InputError for a corpus without documents, and where faiss is asked for and not there.
+    Raises InputError for a corpus without documents, and where faiss is asked for and not installed.
     """
     config = config or IndexConfig()
     if not corpus:
@@ -68,7 +70,12 @@ def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: I
         import_faiss()  # before hours of encoding
     wanted = {"fingerprint": fingerprint(encoder, corpus), "documents": len(corpus), "dtype": config.dtype}
     whole = {**wanted, "encoded": len(corpus)}
-    make_once(folder, lambda: is_described(folder, whole), lambda: _encode(encoder, list(corpus.values()), folder, wanted, config.documents_per_block))
+    texts = list(corpus.values())
+    make_once(
+        folder,
+        lambda: is_described(folder, whole),
+        lambda: _encode(encoder, texts, folder, wanted, config.documents_per_block),
+    )
     stored = Stored(folder / "embeddings.npy")
     find = partial(exact_search, stored)
     if config.kind == "exact":
@@ -84,44 +91,45 @@ def fingerprint(encoder: Encoder, corpus: dict[str, str]) -> str:
     return content_hash([encoder.contract.fingerprint(), weights, tokenizer_hash(encoder.tokenizer)], corpus)
 
 
-def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, Any], block: int) -> None:
-    """Builds the index with its embeddings, or resumes; `encoded` documents are done."""
+def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, Any], size: int) -> None:
+    """Builds the index with its embeddings, or resumes a killed build. size: documents in a block, of a new build."""
     building = folder.with_name(f".{folder.name}.building")
-    file = building / "embeddings.npy"
+    file = EmbeddingsFile(building / "embeddings.npy")
     if not _can_resume(building, wanted):
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        np.lib.format.open_memmap(file, mode="w+", dtype=wanted["dtype"], shape=(len(texts), encoder.embedding_size))
-        with file.open("r+b") as made:
-            reserve(made, file.stat().st_size, str(folder))
-        begun_with = {"environment": environment(), "documents_per_block": block}
-        write_description(building, {**wanted, **begun_with, "kind": "exact", "encoded": 0})
-    begun = read_description(building)
-    done, block = begun["encoded"], begun["documents_per_block"]
+        EmbeddingsFile.create(file.file, (len(texts), encoder.embedding_size), wanted["dtype"], owner=folder)
+        first_start = {"environment": environment(), "documents_per_block": size}
+        write_description(building, {**wanted, **first_start, "kind": "exact", "encoded": 0})
+    description = read_description(building)
+    size = description["documents_per_block"]
+
+    def embed(rows: slice) -> np.ndarray:
+        return encoder.encode_documents(texts[rows], normalize=True, progress=False)
+
+    def save(block: int, rows: slice, embeddings: np.ndarray) -> None:
+        file.write(rows, embeddings)
+        write_description(building, {**description, "encoded": rows.start + len(embeddings)})
+
+    done = math.ceil(description["encoded"] / size)
+    missing = range(done, math.ceil(len(texts) / size))
     title = f"encoding {len(texts):,} documents"
-    with threads(begun["environment"]["threads"]), progress_bar(title, len(texts)) as advance:
-        advance(done)
-        for start in range(done, len(texts), block):
-            embeddings = encoder.encode_documents(texts[start : start + block], normalize=True, progress=False)
-            stored = np.load(file, mmap_mode="r+")  # anew for each block: an open map keeps what was written in memory
-            stored[start : start + len(embeddings)] = embeddings
-            stored.flush()
-            write_description(building, {**begun, "encoded": start + len(embeddings)})
-            advance(len(embeddings))
+    # Alone, for only this process has the lock of the folder (`make_once`); the others wait for it there.
+    embed_blocks(embed, save, missing, size, title, first_threads=description["environment"]["threads"], alone=True)
     replace_folder(building, folder)
 
 
 def _can_resume(building: Path, wanted: dict[str, Any]) -> bool:
-    """Whether a killed build is of this index, and every document would get the bits that it had got there."""
+    """Whether a killed build is of this index, and every document would get the bits that it would have got then."""
     if not is_described(building, wanted):
         return False
-    begun = read_description(building)
-    if "environment" not in begun:
+    then = read_description(building).get("environment")
+    if then is None:
         return False
-    now = {**environment(), "threads": begun["environment"]["threads"]}  # as many are taken again
-    changed = changed_environment(begun["environment"], now)
+    now = {**environment(), "threads": then["threads"]}  # as many are taken again
+    changed = changed_environment(then, now)
     if changed:
-        log.warning("%s: a build that was stopped is begun anew, as since then %s", building, "; ".join(changed))
-    elif begun["environment"]["processor"] != now["processor"]:
+        log.warning("%s: a build that was stopped starts again, as since then %s", building, "; ".join(changed))
+    elif then["processor"] != now["processor"]:
         log.warning("%s: resumed on another processor, so last bits may differ from here on", building)
     return not changed

@@ -11,12 +11,17 @@ from sgpt.data.formats.trec import Run, cut, ranked
 
 SHALLOW = 10  # a second, shallower depth of re-ranking, from the same scores: a weak scorer does less harm there
 log = logging.getLogger(__name__)
-RANKING_METRICS = {"ndcg@10": "ndcg_cut_10", "map@100": "map_cut_100", "recall@100": "recall_100", "mrr@10": "recip_rank"}
+RANKING_METRICS = {  # name -> name in trec_eval
+    "ndcg@10": "ndcg_cut_10",
+    "map@100": "map_cut_100",
+    "recall@100": "recall_100",
+    "mrr@10": "recip_rank",
+}
 MAIN_METRICS = ("ndcg@10", "spearman_cosine")
 
 
 def ranking(qrels: Qrels, run: Run) -> dict[str, float]:
-    """nDCG@10, MAP@100, Recall@100, MRR@10, each the mean over all queries of `qrels`; a query without results counts 0."""
+    """Means over all queries of `qrels` of nDCG@10, MAP@100, Recall@100, MRR@10; a query without results counts 0."""
     per_query = ranking_per_query(qrels, run)
     return {name: sum(row[name] for row in per_query.values()) / max(1, len(per_query)) for name in RANKING_METRICS}
 
@@ -25,7 +30,10 @@ def ranking_per_query(qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
     """As `ranking`, a row for each query of `qrels`. Ties rank by document id, descending, as trec_eval does."""
     import pytrec_eval
 
-    judged = {query: dict(documents) for query, documents in qrels.items() if any(score > 0 for score in documents.values())}
+    judged = {}
+    for query, documents in qrels.items():
+        if any(score > 0 for score in documents.values()):  # without a relevant document there is nothing to find
+            judged[query] = dict(documents)
     scores = {query: dict(run.get(query, {})) for query in judged}
     whole = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "map_cut.100", "recall.100"}).evaluate(scores)
     # recip_rank knows no cut-off: give it ten documents
@@ -39,11 +47,12 @@ def ranking_per_query(qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
 
 
 def correlations(scores: list[float], cosines: list[float]) -> dict[str, float]:
-    """Spearman and Pearson correlation of gold scores and cosines. Cosines that are all equal tell nothing: 0, and a warning."""
+    """Spearman and Pearson correlation of gold scores and cosines; 0 and a warning where all cosines are equal."""
     from scipy.stats import pearsonr, spearmanr
 
     if len({*cosines}) < 2:
-        log.warning("all %d cosines are %g, so they correlate with nothing, which counts as 0; has the model collapsed?", len(cosines), cosines[0])
+        message = "all %d cosines are %g, so they correlate with nothing, which counts as 0; has the model collapsed?"
+        log.warning(message, len(cosines), cosines[0])
         return {"spearman_cosine": 0.0, "pearson_cosine": 0.0}
 
     return {
@@ -53,25 +62,26 @@ def correlations(scores: list[float], cosines: list[float]) -> dict[str, float]:
 
 
 def main_metric(metrics: Mapping[str, float]) -> tuple[str, float]:
+    """Name and value of the first of MAIN_METRICS that is there."""
     return next((name, metrics[name]) for name in MAIN_METRICS if name in metrics)
 
 
 def perfect(qrels: Qrels, run: Run, depth: int) -> Run:
-    """What a perfect re-ranker makes of a run: its best `depth` documents by their relevance, then the others in their order.
+    """The run after a perfect re-ranker: its best `depth` documents by their relevance, then the others in their order.
 
     No re-ranker of this run at this depth does better.
     """
-    made: Run = {}
+    best: Run = {}
     for query, scores in run.items():
-        order = ranked(scores)
-        made[query] = {document: float(qrels.get(query, {}).get(document, 0)) for document in order[:depth]}
-        made[query] |= {document: -1.0 - place for place, document in enumerate(order[depth:])}
-    return made
+        order, judged = ranked(scores), qrels.get(query, {})
+        best[query] = {document: float(judged.get(document, 0)) for document in order[:depth]}
+        best[query] |= {document: -1.0 - rank for rank, document in enumerate(order[depth:])}
+    return best
 
 
 @dataclass(frozen=True)
 class Difference:
-    """mean: of the differences a query. low, high: its 95 % interval; None with fewer than two queries."""
+    """Of two systems. mean: over queries. low, high: its 95 % interval; None with fewer than two queries."""
 
     mean: float
     low: float | None
@@ -81,14 +91,18 @@ class Difference:
 def difference(ours: Sequence[float], theirs: Sequence[float], *, resamples: int = 10_000, seed: int = 0) -> Difference:
     """Paired bootstrap over queries: both systems are resampled together, so that hard queries are hard for both.
 
-    ours, theirs: one number for each query, in the same order. The interval holds the 2.5 % to 97.5 % percentiles of the mean.
-    Source: Sakai 2006, Evaluating evaluation metrics based on the bootstrap.
+    ours, theirs: one number for each query, in the same order. The interval holds the 2.5 % to 97.5 % percentiles of
+    the mean. Source: Sakai 2006, Evaluating evaluation metrics based on the bootstrap.
     """
     from scipy.stats import bootstrap
 
     differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)  # [queries]
     if len(differences) < 2:
         return Difference(float(differences.mean()) if len(differences) else 0.0, None, None)
-    batch = max(1, 4_000_000 // len(differences))  # resamples × queries held at once: 32 MB of indices
-    found = bootstrap((differences,), np.mean, n_resamples=resamples, batch=batch, method="percentile", rng=np.random.default_rng(seed))
-    return Difference(float(differences.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high))
+    batch = max(1, 4_000_000 // len(differences))  # resamples × queries in memory at once: 32 MB of indices
+    generator = np.random.default_rng(seed)
+    result = bootstrap(
+        (differences,), np.mean, n_resamples=resamples, batch=batch, method="percentile", rng=generator
+    )  # fmt: skip
+    interval = result.confidence_interval
+    return Difference(float(differences.mean()), float(interval.low), float(interval.high))

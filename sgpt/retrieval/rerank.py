@@ -1,13 +1,12 @@
 """Re-ranking of any first stage by SGPT-CE: BM25, a bi-encoder, or a run that someone else made.
 
-A pair is scored once: pairs are sorted by document, so that a document is computed once for all queries that meet it, and cut into
-blocks of documents, which are shared out over processes and survive a kill (sgpt/runtime/jobs.py).
+A pair is scored once: pairs are sorted by document, so that a document is computed once for all queries that meet it,
+and cut into blocks of documents, which are shared out over processes and survive a kill (sgpt/runtime/jobs.py).
 """
 
 import json
 import logging
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,67 +25,85 @@ from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.dense import retrieve
 from sgpt.retrieval.fusion import reordered
 from sgpt.retrieval.metrics import SHALLOW, perfect, ranking
-from sgpt.runtime.distributed import barrier, from_main, world
+from sgpt.runtime.distributed import from_main
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import write_whole
-from sgpt.runtime.jobs import Parts, begin, beside, read_manifest, remove_parts, sole_writer, write_manifest
-from sgpt.runtime.progress import progress_bar
-from sgpt.runtime.provenance import Inputs, content_hash, recorded_threads, threads, tokenizer_hash, weights_hash
+from sgpt.runtime.jobs import Blocks, Job, own_share, sibling
+from sgpt.runtime.provenance import Inputs, content_hash, tokenizer_hash, weights_hash
 from sgpt.runtime.values import COUNT, THREADS, check_choice, check_ranges
 
 log = logging.getLogger(__name__)
 FIRST = {"bm25": None, "encoder": "encoder", "run": "trec"}  # first stage -> the key that it reads
+FIRST_STAGE = ".first.json"  # next to the output while it is being written: an encoder's run
+Triple = tuple[str, str, float]  # query id, document id, score
 
 
 @dataclass
 class RerankConfig:
-    """data, split: BEIR folder and its qrels; one that is called like a set of BEIR follows its rules. model, dtype: the decoder.
-
-    output: a TREC run, a new file; metrics go to <output>.json.
-    first: bm25; encoder, with encoder=<run, export, adapter, base or sentence-transformers folder>; or run, with trec=<TREC run, or
-    JSON of query id -> document id -> score>. depth: documents scored for each query. prompt, shots, start, shot, answers: as
-    in sgpt/cross_encoder/prompts.py. mean, prior: as in sgpt/cross_encoder/cross_encoder.py. posterior: as `rerank` says. limit: the first queries only.
-    documents_per_block: with every query that meets them; what a killed run loses at most, per process. threads: per process on a
-    CPU. resume: go on with a killed run of the same configuration and data, by any number of processes.
-    """
+    """Keys of train/rerank.py."""
 
     data: str = ""
+    """A BEIR folder; one that is called like a set of BEIR follows the rules of that set."""
     split: str = "test"
+    """The qrels of `data` to read."""
     model: str = "data/nano"
+    """The decoder with its language-model head: a folder or a hub id."""
     dtype: str = "float32"
+    """Of the decoder's weights and of what it computes: float32, bfloat16 or float16."""
     output: str = ""
+    """A new file for the TREC run; its metrics go to <output>.json."""
     limit: int | None = None
+    """Only the first queries, for trying things out; null for all."""
     first: str = "bm25"
+    """The first stage: bm25; encoder, which needs `encoder`; or run, which needs `trec`."""
     encoder: str | None = None
+    """Of first=encoder: a run, export, adapter, base or sentence-transformers folder."""
     trec: str | None = None
+    """Of first=run: a TREC run, or JSON of query id -> document id -> score."""
     depth: int = 100
+    """Documents scored for each query, the best of the first stage."""
     prompt: str = "G"
+    """A name of the paper's prompts, or a text with {document} in it; sgpt/cross_encoder/prompts.py has them."""
     shots: list[list[str]] = field(default_factory=list)
+    """Pairs of document and query, for prompts with examples."""
     start: str = ""
+    """Of a prompt of your own: the text before everything else."""
     shot: str | None = None
+    """Of a prompt of your own: one example, with {document} and {query} in it."""
     answers: list[str] = field(default_factory=list)
+    """Of a prompt of your own that asks about {query}: its answers; the probability of the first is the score."""
     mean: bool = False
+    """The mean log-probability of the query's tokens is the score, instead of their sum."""
     prior: bool = False
+    """The score of an empty document is subtracted."""
     posterior: bool = False
+    """Scores become log-probabilities of the documents among the candidates of their query."""
     tokens_per_pack: int = TOKENS_PER_PACK
+    """Tokens computed at a time, per process: the memory that activations take."""
     documents_per_block: int = 128
+    """Documents, with every query that meets them, in a block: what a killed job loses at most, per process."""
     threads: int | None = None
+    """Threads of each process on a CPU; null shares out the cores."""
     resume: bool = False
+    """Continue a killed job of the same configuration and data, by any number of processes."""
 
     def __post_init__(self) -> None:
         if self.first not in FIRST:
             raise InputError(f"first={self.first!r} is unknown; choose one of {', '.join(FIRST)}")
         for first, key in FIRST.items():
             if key and (self.first == first) != bool(getattr(self, key)):
-                problem = f"needs {key}=<path>" if self.first == first else f"does not read {key}={getattr(self, key)}; set first={first}, or leave it out"
-                raise InputError(f"first={self.first} {problem}")
+                unread = f"does not read {key}={getattr(self, key)}; set first={first}, or leave it out"
+                raise InputError(f"first={self.first} {f'needs {key}=<path>' if self.first == first else unread}")
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         check_ranges(
             self, depth=COUNT, limit=COUNT.or_null("for all queries"), tokens_per_pack=COUNT, documents_per_block=COUNT,
             threads=THREADS.or_null("to share the cores"),
         )  # fmt: skip
         if self.posterior and (self.mean or self.answers):
-            raise InputError("posterior=true makes probabilities of the query's, which a mean over its tokens and an answer are not; set one of them")
+            raise InputError(
+                "posterior=true needs the probability of the whole query, "
+                "which a mean over its tokens and an answer are not; set one of them"
+            )
         build_prompt(self.prompt_config)
 
     @property
@@ -103,173 +120,200 @@ class Pairs:
 
 
 def run_rerank(config: RerankConfig, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Re-ranks, or goes on with it: the TREC run, and system -> metrics, which is returned; {} on all but the main process."""
+    """Writes the re-ranked TREC run and its metrics, or resumes a killed job that did not come to its end.
+
+    Returns system -> metric -> value on the main process, {} on the others.
+    """
     if not config.data or not config.output:
         raise InputError("set data=<BEIR folder> and output=<file.trec>")
     output = Path(config.output)
     if not output.name or output.is_dir():
-        raise InputError(f"output={config.output} is a folder; name a new file in it, for example {output / 'run.trec'}")
-    with sole_writer(output):
-        manifest = read_manifest(config)
-        with threads(config.threads or recorded_threads(manifest)):
-            return _run_rerank(config, manifest, device)
+        example = output / "run.trec"
+        raise InputError(f"output={config.output} is a folder; name a new file in it, for example {example}")
+    with Job(config, "results", scratch=(FIRST_STAGE,)) as job:
+        return _run_rerank(config, job, device)
 
 
-def _run_rerank(config: RerankConfig, manifest: dict, device: torch.device | str) -> dict[str, Any]:
-    main, output, resumed = world()[0] == 0, Path(config.output), bool(manifest)
-    chosen = fewer_queries(read_set(config), config.limit)
-    kept = beside(output, ".first.json")
-    first = from_main(lambda: _kept_first_stage(kept) if resumed and kept.is_file() else cut(first_stage(config, chosen, device), config.depth))
+def _run_rerank(config: RerankConfig, job: Job, device: torch.device | str) -> dict[str, Any]:
+    dataset = fewer_queries(read_set(config), config.limit)
+    first = from_main(lambda: _first_stage_of(job, config, dataset, device))
+    scoring = ScoreConfig(config.mean, config.prior)
     ranker = CrossEncoder.from_pretrained(
-        config.model, config.prompt_config, dtype=config.dtype, scoring=ScoreConfig(config.mean, config.prior), tokens_per_pack=config.tokens_per_pack
+        config.model, config.prompt_config, dtype=config.dtype, scoring=scoring, tokens_per_pack=config.tokens_per_pack
     )
     ranker.model.to(device)
-    refuse_unscorable(ranker, chosen, first)  # before anything is written
-    check_ids(output, first)
-    manifest = begin(config, manifest, inputs_of(config, chosen, first, ranker))
-    barrier()  # everybody has read the manifest
-    if "finished" in manifest:
-        _remove_work(output)  # of a run that was killed while it removed them
-        return manifest["results"] if main else {}
-    if main and not resumed:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_work(output)  # of a manifest that somebody removed
-        if config.first == "encoder":
-            write_whole(kept, json.dumps(first))
-        write_manifest(output, manifest)
-    barrier()
-    parts = Parts(output)
-    barrier()  # everybody has read the parts, now they may grow
-    log.info("%s: %s pairs of %s by %s, on %s", output, f"{sum(map(len, first.values())):,}", chosen.name, config.model, device)
-    run = rerank(ranker, chosen, first, config.depth, posterior=config.posterior, parts=parts, documents_per_block=config.documents_per_block)
-    barrier()  # everybody has read the scores, now the parts may go
-    results: dict[str, Any] = {}
-    if main:
-        results = metrics(chosen, config.first, first, run, config.depth)
-        write_run(output, run, f"sgpt-ce-{Path(config.model).name}")
-        write_whole(beside(output, ".json"), json.dumps({chosen.name: results}, indent=2) + "\n")
-        write_manifest(output, {**manifest, "results": results, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-        _remove_work(output)
-    barrier()
-    return results
+    refuse_unscorable(ranker, dataset, first)  # before anything is written
+    check_ids(job.output, first)
+    keep = {FIRST_STAGE: json.dumps(first)} if config.first == "encoder" else {}
+    if not job.start(inputs_of(config, dataset, first, ranker), keep):
+        return job.results
+    pairs = sum(map(len, first.values()))
+    log.info("%s: %s pairs of %s by %s, on %s", job.output, f"{pairs:,}", dataset.name, config.model, device)
+    run = rerank(
+        ranker, dataset, first, config.depth,
+        posterior=config.posterior, blocks=job.blocks, documents_per_block=config.documents_per_block,
+    )  # fmt: skip
+
+    def write() -> dict[str, Any]:
+        results = metrics(dataset, config.first, first, run, config.depth)
+        write_run(job.output, run, f"sgpt-ce-{Path(config.model).name}")
+        write_whole(sibling(job.output, ".json"), json.dumps({dataset.name: results}, indent=2) + "\n")
+        return results
+
+    return job.finish(write)
 
 
-def _kept_first_stage(file: Path) -> Run:
-    """Of an encoder: a killed run does not encode the corpus again, and another machine, which rounds otherwise, brings in no other document."""
-    return json.loads(file.read_text(encoding="utf-8"))
+def _first_stage_of(job: Job, config: RerankConfig, dataset: RetrievalSet, device: torch.device | str) -> Run:
+    """The first stage's run, cut at the depth.
 
-
-def _remove_work(output: Path) -> None:
-    remove_parts(output)
-    beside(output, ".first.json").unlink(missing_ok=True)
+    A killed job of an encoder kept it: the corpus is not encoded again, and another machine, which rounds otherwise,
+    brings in no other document.
+    """
+    kept = sibling(job.output, FIRST_STAGE)
+    if job.resumed and kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    return cut(first_stage(config, dataset, device), config.depth)
 
 
 def read_set(config: RerankConfig) -> RetrievalSet:
-    """By BEIR's rules where the folder is called like one of its sets; a run that somebody made may rank documents without a text."""
+    """The queries, judgements and documents, by BEIR's rules where the folder is called like one of its sets."""
     folder = Path(config.data)
     rules = BEIR_SETS.get(folder.absolute().name)
-    return read_retrieval(folder, config.split, skip_empty=bool(rules) and config.first != "run", skip_own_id=bool(rules) and rules.skip_own_id)
+    skip_empty = rules is not None and config.first != "run"  # somebody's run may rank documents without a text
+    skip_own_id = rules is not None and rules.skip_own_id
+    return read_retrieval(folder, config.split, skip_empty=skip_empty, skip_own_id=skip_own_id)
 
 
-def first_stage(config: RerankConfig, chosen: RetrievalSet, device: torch.device | str) -> Run:
+def first_stage(config: RerankConfig, dataset: RetrievalSet, device: torch.device | str) -> Run:
+    """The run that is re-ranked: of BM25, of an encoder, or read from a file."""
     if config.first == "bm25":
-        return bm25_run(chosen, config.depth)
-    if config.first == "run":
-        run = read_run(Path(config.trec or ""), Path(config.data), chosen, "trec")
-        if not run:
-            raise InputError(f"{config.trec}: ranks none of the queries of split {config.split!r} of {config.data}; give the run of this split")
-        if missing := len(chosen.queries.keys() - run.keys()):
-            log.warning("%s: %d of %d queries are not in it and count as without results", config.trec, missing, len(chosen.queries))
-        own = {query: {query} if chosen.skip_own_id else set() for query in chosen.queries}
-        return {query: {name: score for name, score in run[query].items() if name not in own[query]} for query in chosen.queries if query in run}
-    return retrieve(Encoder.from_pretrained(config.encoder or "").to(device), chosen, config.depth)
+        return bm25_run(dataset, config.depth)
+    if config.first == "encoder":
+        return retrieve(Encoder.from_pretrained(config.encoder or "").to(device), dataset, config.depth)
+    run = read_run(Path(config.trec or ""), Path(config.data), dataset, "trec")
+    if not run:
+        raise InputError(
+            f"{config.trec}: ranks none of the queries of split {config.split!r} of {config.data}; "
+            "give the run of this split"
+        )
+    missing = len(dataset.queries.keys() - run.keys())
+    if missing:
+        message = "%s: %d of %d queries are not in it and count as without results"
+        log.warning(message, config.trec, missing, len(dataset.queries))
+    first: Run = {}
+    for query in dataset.queries:
+        if query in run:
+            own = query if dataset.skip_own_id else None  # in some sets of BEIR a query is a document, too
+            first[query] = {document: score for document, score in run[query].items() if document != own}
+    return first
 
 
-def metrics(chosen: RetrievalSet, name: str, first: Run, run: Run, depth: int) -> dict[str, dict[str, float]]:
-    """The first stage, re-ranked at `depth` and, from the same scores, at 10 (as in the paper), and what no re-ranker could pass."""
+def metrics(dataset: RetrievalSet, name: str, first: Run, run: Run, depth: int) -> dict[str, dict[str, float]]:
+    """System -> metric -> value of four systems.
+
+    The first stage; re-ranked at `depth` and, from the same scores, at 10 (as in the paper); and a perfect re-ranker.
+    """
     top = min(SHALLOW, depth)
     reranked = {f"{name} → CE, {top}": reordered(first, run, top), f"{name} → CE, {depth}": run}
-    systems = {name: first, **reranked, f"perfect, {depth}": perfect(chosen.qrels, first, depth)}
-    return {system: ranking(chosen.qrels, ranks) for system, ranks in systems.items()}
+    systems = {name: first, **reranked, f"perfect, {depth}": perfect(dataset.qrels, first, depth)}
+    return {system: ranking(dataset.qrels, ranks) for system, ranks in systems.items()}
 
 
 def rerank(
-    ranker: CrossEncoder, chosen: RetrievalSet, first: Run, depth: int = 100, *, posterior: bool = False,
-    parts: Parts | None = None, documents_per_block: int = 128,
+    ranker: CrossEncoder, dataset: RetrievalSet, first: Run, depth: int = 100, *, posterior: bool = False,
+    blocks: Blocks | None = None, documents_per_block: int = 128,
 ) -> Run:  # fmt: skip
     """The best `depth` documents of each query of `first`, by the scores of `ranker`.
 
-    posterior: log-probability of the document among its query's candidates, given the query and that all were equally likely before;
-    it orders them as before and can be compared between queries. parts: where finished blocks are kept, shared by all processes; the
-    run is then returned on all of them. Raises InputError for ids that are not in `chosen`, and for queries that cannot be scored.
+    posterior: log-probability of the document among its query's candidates, given the query and that all were equally
+    likely before; it orders them as before and can be compared between queries. blocks: where finished blocks are kept,
+    shared by all processes; the run is then returned on all of them.
+    Raises InputError for ids that are not in `dataset`, and for queries that cannot be scored.
     """
-    work = pairs_by_document(chosen, cut(first, depth))
-    refuse_unscorable(ranker, chosen, first)
+    work = pairs_by_document(dataset, cut(first, depth))
+    refuse_unscorable(ranker, dataset, first)
     scores: dict[str, dict[str, float]] = {query: {} for query in first}
-    for block in _scored_blocks(ranker, chosen, work, parts, documents_per_block):
-        for query, document, score in block:
+    for triples in _scored_blocks(ranker, dataset, work, blocks, documents_per_block):
+        for query, document, score in triples:
             scores[query][document] = score
-    return {query: _posterior(found) for query, found in scores.items()} if posterior else scores
+    return {query: _posterior(of_query) for query, of_query in scores.items()} if posterior else scores
 
 
-def pairs_by_document(chosen: RetrievalSet, run: Run) -> list[Pairs]:
-    """Longest document first: the largest work is done first, and what is packed together is alike."""
-    met: dict[str, list[str]] = {}
+def pairs_by_document(dataset: RetrievalSet, run: Run) -> list[Pairs]:
+    """The run turned around: documents with the queries that meet them, the longest document first.
+
+    So the largest work is done first, and texts of like lengths are packed together.
+    """
+    queries_of: dict[str, list[str]] = {}
     for query, documents in run.items():
-        if query not in chosen.queries:
-            raise InputError(f"the run ranks documents for query id {query!r}, which {chosen.name} does not have; it belongs to another set or split")
+        if query not in dataset.queries:
+            raise InputError(
+                f"the run ranks documents for query id {query!r}, which {dataset.name} does not have; "
+                "it belongs to another set or split"
+            )
         for document in documents:
-            if document not in chosen.corpus:
-                raise InputError(f"the run ranks document id {document!r} for query {query!r}, and {chosen.name} has no such document; is it of another set?")
-            met.setdefault(document, []).append(query)
-    return [Pairs(document, tuple(met[document])) for document in sorted(met, key=lambda name: (-len(chosen.corpus[name]), name))]
+            if document not in dataset.corpus:
+                raise InputError(
+                    f"the run ranks document id {document!r} for query {query!r}, "
+                    f"and {dataset.name} has no such document; is it of another set?"
+                )
+            queries_of.setdefault(document, []).append(query)
+    longest_first = sorted(queries_of, key=lambda document: (-len(dataset.corpus[document]), document))
+    return [Pairs(document, tuple(queries_of[document])) for document in longest_first]
 
 
-def refuse_unscorable(ranker: CrossEncoder, chosen: RetrievalSet, run: Run) -> None:
+def refuse_unscorable(ranker: CrossEncoder, dataset: RetrievalSet, run: Run) -> None:
     """InputError for an empty query, and for one that does not fit the model: now, and not when its block comes."""
-    queries = {query: chosen.queries[query] for query, documents in run.items() if documents}
-    if empty := next((query for query, text in queries.items() if not text.strip()), None):
-        raise InputError(f"query id {empty!r} of {chosen.name} is empty: it has no token whose probability could be a score; take it out of the qrels")
+    queries = {query: dataset.queries[query] for query, documents in run.items() if documents}
+    for query, text in queries.items():
+        if not text.strip():
+            raise InputError(
+                f"query id {query!r} of {dataset.name} is empty: it has no token whose probability could be a score; "
+                "take it out of the qrels"
+            )
     ranker.texts(list(queries.values()), [""] * len(queries))
 
 
-def _scored_blocks(ranker: CrossEncoder, chosen: RetrievalSet, work: list[Pairs], parts: Parts | None, size: int) -> Iterator[list[tuple[str, str, float]]]:
-    """Triples of query id, document id and score, block by block."""
+def _scored_blocks(
+    ranker: CrossEncoder, dataset: RetrievalSet, work: list[Pairs], blocks: Blocks | None, size: int
+) -> Iterator[list[Triple]]:  # fmt: skip
+    """The scores of all pairs, a list for each block of `size` documents."""
     title = f"re-ranking {sum(len(pairs.queries) for pairs in work):,} pairs"
-    if parts is None:
-        with progress_bar(title, len(work)) as advance:
-            for start in range(0, len(work), size):  # token ids of a block's pairs exist at a time, not those of all
-                yield _scores(ranker, chosen, work[start : start + size])
-                advance(size)
+    number = math.ceil(len(work) / size)
+    if blocks is None:  # in blocks all the same: the token ids of one block's pairs exist at a time, not those of all
+        for _, items in own_share(range(number), size, title, alone=True):
+            yield _scores(ranker, dataset, work[items])
         return
-    for block, items in parts.left("block", len(work), size, title):
-        parts.append({"block": block, "scores": _scores(ranker, chosen, work[items])})
-    barrier()
-    done = Parts(parts.output)
-    for block in range(math.ceil(len(work) / size)):
+    for block, items in blocks.remaining("block", len(work), size, title):
+        blocks.append({"block": block, "scores": _scores(ranker, dataset, work[items])})
+    done = blocks.of_all_processes()
+    for block in range(number):
         yield done.read(block)["scores"]
 
 
-def _scores(ranker: CrossEncoder, chosen: RetrievalSet, work: list[Pairs]) -> list[tuple[str, str, float]]:
+def _scores(ranker: CrossEncoder, dataset: RetrievalSet, work: list[Pairs]) -> list[Triple]:
     pairs = [(query, item.document) for item in work for query in item.queries]
-    scores = ranker.score([chosen.queries[query] for query, _ in pairs], [chosen.corpus[document] for _, document in pairs], progress=False)
+    queries = [dataset.queries[query] for query, _ in pairs]
+    documents = [dataset.corpus[document] for _, document in pairs]
+    scores = ranker.score(queries, documents, progress=False)
     return [(query, document, score) for (query, document), score in zip(pairs, scores.tolist(), strict=True)]
 
 
 def _posterior(scores: dict[str, float]) -> dict[str, float]:
+    """Of one query, by document: score - log of the sum of exp(score), so that their exponentials sum to 1."""
     if not scores:
         return {}
     total = float(np.logaddexp.reduce(list(scores.values())))
     return {document: score - total for document, score in scores.items()}
 
 
-def inputs_of(config: RerankConfig, chosen: RetrievalSet, first: Run, ranker: CrossEncoder) -> Inputs:
+def inputs_of(config: RerankConfig, dataset: RetrievalSet, first: Run, ranker: CrossEncoder) -> Inputs:
     """Everything that decides the scores, but for the configuration."""
     ranked = sorted({document for documents in first.values() for document in documents})
     return {
-        f"queries of {config.data}": content_hash(chosen.queries),
-        f"judgements of {config.data}": content_hash(chosen.qrels),
-        f"documents of {config.data}": content_hash((document, chosen.corpus[document]) for document in ranked),
+        f"queries of {config.data}": content_hash(dataset.queries),
+        f"judgements of {config.data}": content_hash(dataset.qrels),
+        f"documents of {config.data}": content_hash((document, dataset.corpus[document]) for document in ranked),
         f"first stage {config.encoder or config.trec or config.first}": content_hash(first),
         f"model {config.model}": weights_hash(dict(ranker.model.named_parameters())),
         f"tokenizer of {config.model}": tokenizer_hash(ranker.tokenizer),

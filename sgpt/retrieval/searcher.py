@@ -1,7 +1,8 @@
-"""Search in a corpus with a stored index (sgpt/retrieval/index.py), and again among what was found with SGPT-CE.
+"""Search in a corpus with a stored index (sgpt/retrieval/index.py), and re-ranking of the results by SGPT-CE.
 
-One decoder does both: the encoder's biases are a delta over its frozen trunk, which is on while texts are embedded and off
-while the language-model head scores (`open_both`). Beside the language model that costs kilobytes.
+One decoder does both: the encoder's biases are a delta over its frozen trunk, which is on while texts are embedded and
+off while the language-model head scores (`load_encoder_and_reranker`). That costs kilobytes more than the language
+model.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from sgpt.runtime.values import COUNT, check_ranges
 
 @dataclass(frozen=True)
 class Hit:
-    """score: cosine; after re-ranking the query's log-probability. name: the document's id."""
+    """One result. score: cosine; after re-ranking the query's log-probability. name: the document's id."""
 
     score: float
     name: str
@@ -38,39 +39,46 @@ class Searcher:
     """
 
     def __init__(
-        self, encoder: Encoder, corpus: dict[str, str], folder: Path, index: IndexConfig | None = None, *, ranker: CrossEncoder | None = None, depth: int = 100
+        self, encoder: Encoder, corpus: dict[str, str], folder: Path, index: IndexConfig | None = None, *,
+        ranker: CrossEncoder | None = None, depth: int = 100,
     ) -> None:  # fmt: skip
-        self.encoder, self.corpus, self.names, self.ranker, self.depth = encoder, corpus, list(corpus), ranker, depth
+        self.encoder, self.corpus, self.names = encoder, corpus, list(corpus)
+        self.ranker, self.depth = ranker, depth
         self.find = open_index(encoder, corpus, folder, index)
 
     def __call__(self, query: str, top: int = 10) -> list[Hit]:
-        """The best documents, best first."""
-        vector = self.encoder.encode_queries([query], normalize=True, as_tensor=True)
-        scores, rows = self.find(vector, max(top, self.depth) if self.ranker else top)
+        """The `top` best documents, best first."""
+        vector = self.encoder.encode_queries([query], normalize=True, as_tensor=True)  # [1, D]
+        depth = max(top, self.depth) if self.ranker else top
+        scores_of_query, rows = self.find(vector, depth)  # [1, depth] each
         names = [self.names[row] for row in rows[0].tolist()]
-        found = scores[0].tolist()
+        texts = [self.corpus[name] for name in names]
+        scores = scores_of_query[0].tolist()
         if self.ranker is not None:
-            found = self.ranker.score([query] * len(names), [self.corpus[name] for name in names]).tolist()
-        hits = [Hit(score, name, self.corpus[name]) for score, name in zip(found, names, strict=True)]
+            scores = self.ranker.score([query] * len(names), texts).tolist()
+        hits = [Hit(score, name, text) for score, name, text in zip(scores, names, texts, strict=True)]
         return sorted(hits, key=lambda hit: -hit.score)[:top]
 
 
-def open_both(
+def load_encoder_and_reranker(
     path: str | Path, prompt: PromptConfig | str = "G", *, dtype: str = "float32", device: torch.device | str = "cpu"
 ) -> tuple[Encoder, CrossEncoder]:  # fmt: skip
     """The encoder of a run or adapter folder of ours, and SGPT-CE with its base: one trunk in memory for both.
 
     Raises InputError where there is no bias delta to put on and off, as for a run with tuning=full.
     """
-    folder = next((place for place in (Path(path) / "adapter", Path(path)) if (place / contracts.FILE).is_file()), None)
-    if folder is None or not (folder / contracts.FILE).is_file():
-        raise InputError(f"{path} holds no adapter/, so there is no base to re-rank with; give the run's folder, or search without rerank")
+    remedy = "so there is no base to re-rank with; give the run's folder, or search without rerank"
+    folders = [folder for folder in (Path(path) / "adapter", Path(path)) if (folder / contracts.FILE).is_file()]
+    if not folders:
+        raise InputError(f"{path} holds no adapter/, {remedy}")
+    folder = folders[0]
     contract = Contract.load(folder)
     if not (folder / DELTA).is_file():
-        raise InputError(f"{folder} holds no {DELTA}, so there is no base to re-rank with; give the run's folder, or search without rerank")
+        raise InputError(f"{folder} holds no {DELTA}, {remedy}")
     model = load_language_model(ModelConfig(contract.base, trained_dtype(folder)))
     convert(model, dtype)  # not opened so: a base that was trained over in half precision has the values of that
-    model, tokenizer = model.to(device), load_tokenizer(contract.base)
+    model = model.to(device)
+    tokenizer = load_tokenizer(contract.base)
     check_tokenizer(tokenizer, folder)
     encoder = Encoder(model.base_model, tokenizer, contract, delta=Delta(model.base_model, folder))
     return encoder, CrossEncoder(model, tokenizer, prompt)
@@ -78,20 +86,24 @@ def open_both(
 
 @dataclass
 class SearchConfig:
-    """run: run or export. query: null asks at a prompt. corpus: JSON lines of _id and text, or a BEIR folder; null takes
-
-    what the run was trained to search. top: results shown. index: how the corpus is kept and searched.
-    rerank: score the best `depth` documents again by SGPT-CE with `prompt` and the run's own base.
-    """
+    """Keys of train/search.py."""
 
     run: str = ""
+    """Folder of a run or an export, or of another model that embeds texts."""
     query: str | None = None
+    """What to search for; null asks at a prompt."""
     corpus: str | None = None
+    """JSON lines of _id and text, or a BEIR folder; null takes what the run was trained to search."""
     top: int = 10
+    """Results shown for each query."""
     rerank: bool = False
+    """Score the best `depth` documents again, by SGPT-CE with the run's own base."""
     prompt: str = "G"
+    """Of rerank=true: a name of the paper's prompts, or a text with {document} in it."""
     depth: int = 100
+    """Of rerank=true: documents scored again for each query."""
     index: IndexConfig = field(default_factory=IndexConfig)
+    """How the corpus is kept and searched."""
 
     def __post_init__(self) -> None:
         check_ranges(self, top=COUNT, depth=COUNT)

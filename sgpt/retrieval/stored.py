@@ -13,38 +13,45 @@ from torch import Tensor
 from sgpt.retrieval.dense import search
 from sgpt.runtime.files import write_whole
 
-Find = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # queries [Q, D] of length 1, and a depth -> scores and rows, [Q, depth], best first
+# Queries [Q, D] of length 1, and a depth -> scores and rows of documents, [Q, depth], best first.
+Find = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 CHUNK_BYTES = 8 * 2**20  # of float32 at a time; with a quarter of it calls take a third of the time
 
 
 class Stored:
     """Embeddings in a file, as `search` takes documents: slices, of `chunk` rows at most, are float32 [rows, D].
 
-    A slice is good until the next one: only the last stays in resident memory, and float16 is converted into the same room each time.
+    A slice is good until the next one: only the last stays in resident memory, and float16 is converted into the same
+    memory each time.
     """
 
     def __init__(self, file: Path) -> None:
         self.map = np.load(file, mmap_mode="c")  # nothing is written; torch has no read-only tensors
-        self.room = torch.empty(self.chunk, self.map.shape[1])  # new memory for every slice takes more than twice the time
+        # For float16 in float32: new memory for every slice takes more than twice the time.
+        self.converted = torch.empty(self.chunk, self.map.shape[1])
 
     def __len__(self) -> int:
         return len(self.map)
 
     def __getitem__(self, rows: slice) -> Tensor:
-        self._let_go()
+        self._release()
         part = torch.from_numpy(np.asarray(self.map[rows]))
-        return part if part.dtype == torch.float32 else self.room[: len(part)].copy_(part)
+        return part if part.dtype == torch.float32 else self.converted[: len(part)].copy_(part)
 
     def at(self, rows: np.ndarray) -> Tensor:
         """Single rows, float32 [rows, D], in memory."""
         parts = []
         for some in np.array_split(rows, len(rows) // self.chunk + 1):
-            self._let_go()
+            self._release()
             parts.append(torch.from_numpy(self.map[some]).float())
         return torch.cat(parts)
 
-    def _let_go(self) -> None:
-        self.map.base.madvise(mmap.MADV_DONTNEED)  # 10 % slower, and a gigabyte less; the pages stay cached while nobody needs the room
+    def _release(self) -> None:
+        """Takes the pages that were read out of this process's memory; the system goes on caching them.
+
+        A search is 10 % slower, and takes a gigabyte less.
+        """
+        self.map.base.madvise(mmap.MADV_DONTNEED)
 
     @property
     def chunk(self) -> int:
@@ -53,12 +60,13 @@ class Stored:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What index.json says; {} where there is none."""
+    """The content of index.json; {} where there is none."""
     file = folder / "index.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def is_described(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether index.json is there and has these values."""
     return wanted.items() <= read_description(folder).items()
 
 

@@ -1,10 +1,10 @@
 """Exact gradients over several processes.
 
-Each process scores its own Q queries against the documents of all; its loss is the mean over its queries. The gradient of
-the one-process batch is then the mean over processes, provided that documents carry gradient back to their owner:
+Each process scores its own Q queries against the documents of all; its loss is the mean over its queries. The gradient
+of the one-process batch is then the mean over processes, provided that documents carry gradient back to their owner:
 `gather_with_gradient` sums what every process owes a document, `average_gradients` divides by W once per step.
-`Accelerator.gather` carries no gradient and is for metrics only; the ways of getting this wrong differ by factors of W or,
-worse, in direction.
+`Accelerator.gather` carries no gradient and is for metrics only; the ways of getting this wrong differ by factors of W
+or, worse, in direction.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from sgpt.runtime.errors import InputError
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def world() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) when not distributed."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 class _Gather(torch.autograd.Function):
@@ -46,7 +48,7 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """As above without gradient, for hashes and numbers of any dtype."""
+    """As `gather_with_gradient`, but without gradient: for hashes and numbers of any dtype."""
     if world()[1] == 1:
         return rows
     gathered = [torch.empty_like(rows) for _ in range(world()[1])]
@@ -54,27 +56,28 @@ def gather(rows: Tensor) -> Tensor:
     return torch.cat(gathered)
 
 
-def from_main(make: Callable[[], Made]) -> Made:
-    """What the main process makes, on all of them; or the InputError that it raises, so that none waits for it."""
+def from_main(compute: Callable[[], Result]) -> Result:
+    """The result of the main process, on all of them; or the InputError that it raises, so that none waits for it."""
     if world()[1] == 1:
-        return make()
-    made: list = [None, None]
+        return compute()
+    result_and_error: list = [None, None]
     if world()[0] == 0:
         try:
-            made[0] = make()
+            result_and_error[0] = compute()
         except InputError as error:
-            made[1] = error
-    dist.broadcast_object_list(made)
-    if made[1]:
-        raise made[1]
-    return made[0]
+            result_and_error[1] = error
+    dist.broadcast_object_list(result_and_error)
+    result, error = result_and_error
+    if error:
+        raise error
+    return result
 
 
-def on_all(make: Callable[[], Made]) -> Made:
-    """What each process makes for itself; where one raises an InputError, all do."""
-    made, problem = None, None
+def on_all(compute: Callable[[], Result]) -> Result:
+    """Each process's own result; where one raises an InputError, all do, so that none waits for it."""
+    result, problem = None, None
     try:
-        made = make()
+        result = compute()
     except InputError as error:
         problem = str(error)
     if world()[1] > 1:
@@ -83,22 +86,28 @@ def on_all(make: Callable[[], Made]) -> Made:
         problem = next((other for other in problems if other), None)
     if problem:
         raise InputError(problem)
-    return made
+    return result
 
 
 def barrier() -> None:
+    """Waits until all processes have come here."""
     if world()[1] > 1:
         dist.barrier()
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Mean of `.grad` over processes, in place, one reduction a step. For biases that is kilobytes; no DDP wrapper is needed."""
+    """Replaces `.grad` by its mean over processes, with one reduction.
+
+    Of biases that is kilobytes, so no DDP wrapper is needed. A parameter without gradient on this process counts as
+    zero. The sum is at least in float32.
+    """
     processes = world()[1]
     if processes == 1:
         return
     parameters = list(parameters)
     wide = torch.promote_types(parameters[0].dtype, torch.float32)
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().to(wide) for p in parameters])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten().to(wide) for gradient in gradients])
     dist.all_reduce(flat)
     flat /= processes
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):

@@ -2,4 +2,7 @@
 
 
 class InputError(ValueError):
-    """Wrong input or configuration: the message says what, the value got and what to do. Scripts print it and exit with 2."""
+    """Wrong input or configuration: the message says what, the value got and what to do.
+
+    Scripts print it and exit with 2.
+    """

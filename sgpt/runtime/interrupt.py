@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM: a training loop ends its step and saves it, anything else ends where it is, and a second press at once.
+"""Ctrl-C and SIGTERM: a training loop ends its step and saves it, anything else ends where it is.
+
+A second press ends both at once.
 
 All files are written whole or not at all, so that work may end anywhere; a loop that keeps its state in memory asks
 `Stop.agreed` after each step. Exit codes are the shell's: 130 after Ctrl-C, 143 after SIGTERM.
@@ -15,17 +17,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-SAME_PRESS_SECONDS = 1.5  # torchrun passes Ctrl-C on to processes that the terminal has told already
+SAME_PRESS_SECONDS = 1.5  # torchrun passes Ctrl-C on to processes that have had it from the terminal already
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")  # as a script, or as `python -m`
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ended as asked, in good order. Its text says what was saved."""
+    """The work ended as asked, in good order. The text says what was saved."""
 
 
 class _Asked:
-    """signum: of the first signal, None before it. at: when it came. waits: a step is to be finished first. command: typed."""
+    """Whether this process was asked to end, and how.
+
+    signum: of the first signal, None before it. at: when it came, by the monotonic clock. waits: a step is to be
+    finished first. command: as it was typed.
+    """
 
     signum: int | None = None
     at = 0.0
@@ -39,10 +45,12 @@ _asked = _Asked()
 @contextmanager
 def listening() -> Iterator[None]:
     """Signals are heard as above while this lasts. Only a main thread can listen; elsewhere nothing changes."""
-    if threading.current_thread() is not threading.main_thread() or _hear in map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)):
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread() or _hear in handlers.values():
         yield
         return
-    heard = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) != signal.SIG_IGN]  # of a script in the background
+    # A shell lets scripts in the background ignore Ctrl-C: that stays.
+    heard = [signum for signum, handler in handlers.items() if handler != signal.SIG_IGN]
     before = {signum: signal.signal(signum, _hear) for signum in heard}
     _asked.signum = None
     _asked.command = typed()  # while the launcher is alive: it ends at a signal too
@@ -58,14 +66,14 @@ def _hear(signum: int, frame: object) -> None:
         _asked.signum, _asked.at = signum, time.monotonic()
         if not _asked.waits:
             raise KeyboardInterrupt
-        _tell("interrupted: the step under way is being finished and will be saved; Ctrl-C again ends at once")
+        _write("interrupted: the step under way is being finished and will be saved; Ctrl-C again ends at once")
     elif time.monotonic() - _asked.at > SAME_PRESS_SECONDS:
-        _tell("interrupted again: ended at once; what was saved before is kept")
+        _write("interrupted again: ended at once; what was saved before is kept")
         os._exit(exit_code())
 
 
-def _tell(sentence: str) -> None:
-    """Not by print: the signal may have come in the middle of one."""
+def _write(sentence: str) -> None:
+    """To stderr, not by print: the signal may have come in the middle of one."""
     if os.environ.get("RANK", "0") == "0":
         os.write(2, f"{sentence}\n".encode())
 
@@ -81,8 +89,8 @@ def exit_code() -> int:
 class Stop:
     """Whether a training loop is to end after its step. Of several processes all end when one was asked.
 
-    They ask each other once a step, of a number in CPU memory: a few tens of microseconds between processes of one machine,
-    and no GPU waits for it.
+    They ask each other once a step, of a number in CPU memory: a few tens of microseconds between processes of one
+    machine, and no GPU waits for it.
     """
 
     def __init__(self) -> None:
@@ -115,8 +123,8 @@ class Stop:
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.group)
         return bool(asked)
 
-    def unless_asked(self, work: Callable[[], Made]) -> Made | None:
-        """What `work` gives, which is not waited for when the loop is to end: it can be done again. None then."""
+    def unless_asked(self, work: Callable[[], Result]) -> Result | None:
+        """The result of `work`; None when the loop is to end, and `work`, which can be done again, was not finished."""
         try:
             _asked.waits = False
             return None if was_asked() else work()
@@ -138,7 +146,7 @@ def keeping(what: str) -> Iterator[None]:
 
 
 def command_again(*, resume: bool) -> str:
-    """What was typed, quoted for the shell. resume: with `resume=true` in it."""
+    """The command that was typed, quoted for the shell. resume: with `resume=true` in it."""
     command = list(_asked.command or typed())
     if resume:
         command = [argument for argument in command if not argument.startswith("resume=")] + ["resume=true"]
@@ -152,7 +160,8 @@ def typed() -> Sequence[str]:
     own = sys.orig_argv
     launcher = psutil.Process().parent()
     line = launcher.cmdline() if launcher else []
-    if line[-len(sys.argv) :] != own[-len(sys.argv) :] or not any(Path(part).name.startswith(LAUNCHERS) for part in line[:4]):
+    same_arguments = line[-len(sys.argv) :] == own[-len(sys.argv) :]
+    if not same_arguments or not any(Path(part).name.startswith(LAUNCHERS) for part in line[:4]):
         return own
     is_script = len(line) > 1 and os.path.isfile(line[1]) and os.access(line[1], os.X_OK)
     return line[1:] if is_script else line  # accelerate and torchrun are scripts with an interpreter before them

@@ -1,9 +1,9 @@
-"""The command line as it was typed: texts and paths reach Hydra in quotes of its grammar, so that nobody needs to know it.
+"""The command line as it was typed: texts and paths reach Hydra in quotes of its grammar, which nobody needs to know.
 
     retrieval=[/x/epoch=3]   name=1e5   data.path=a,b   run=it's   data.sources=[{path: a b=c}]
 
-are what they look like. Kept as Hydra reads them: null where a key may be null, what stands in quotes already, ${other.key},
-and with -m the commas and functions of a sweep. Imports nothing heavy.
+are what they look like. Kept as Hydra reads them: null where a key may be null, what stands in quotes already,
+${other.key}, and with -m the commas and functions of a sweep. Imports nothing heavy.
 """
 
 import re
@@ -17,8 +17,9 @@ import yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NO_TEXT = {  # null by default, and else a number or keys
-    "limit", "data.limit", "evaluation.limit", "dev.limit", "data.positive_score", "data.negative_score", "data.weight", "data.query_max_tokens",
-    "data.document_max_tokens", "loss.false_negative_margin", "trainer.max_steps", "trainer.keep_gigabytes", "trainer.threads", "threads",
+    "limit", "data.limit", "evaluation.limit", "dev.limit",
+    "data.positive_score", "data.negative_score", "data.weight", "data.query_max_tokens", "data.document_max_tokens",
+    "loss.false_negative_margin", "trainer.max_steps", "trainer.keep_gigabytes", "trainer.threads", "threads",
     "score_margin", "score_ratio", "markers",
 }  # fmt: skip
 OR_NULL = {"evaluation.split", "dev.split"}  # texts by default
@@ -31,7 +32,7 @@ NO_INTERPOLATION = re.compile(r"(?<!\\)\$\{(?![\w.:/@-]+(,[^{}]*)?\})")
 
 
 class Text(NamedTuple):
-    """depth: 0 of a text, 1 of a list of texts, 2 of a list of such lists. nullable: null is null and no text."""
+    """A key that holds texts. depth: 0 of a text, 1 of a list, 2 of a list of lists. nullable: null is no text."""
 
     depth: int
     nullable: bool
@@ -46,21 +47,26 @@ def as_typed(arguments: Sequence[str], config_name: str, verbatim: Sequence[str]
 def argument(key: str, value: str | Sequence[str]) -> str:
     """key=value as one word of the shell, which gives a script this very text, or list of texts."""
     if not isinstance(value, str):
-        return shlex.quote(f"{key}=[{','.join(text if PLAIN.fullmatch(text) else quoted(text) for text in value)}]")
+        texts_of_list = [text if PLAIN.fullmatch(text) else quoted(text) for text in value]
+        return shlex.quote(f"{key}=[{','.join(texts_of_list)}]")
     misread = value == "null" or QUOTED.fullmatch(value) or "${" in value
     return shlex.quote(f"{key}={quoted(value) if misread else value}")
 
 
 def quoted(value: str, *, verbatim: bool = True) -> str:
-    """In quotes of Hydra's grammar, where a backslash counts only before a quote and at the end. Without verbatim ${key} is the key's value."""
+    """The value in quotes of Hydra's grammar. Without verbatim ${key} is the key's value."""
     value = value.replace("${", "\\${") if verbatim else NO_INTERPOLATION.sub(r"\\${", value)
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value) + "'"
+    # A backslash counts only before a quote and at the end, and is doubled there.
+    escaped = re.sub(r"(\\*)('|\Z)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value)
+    return f"'{escaped}'"
 
 
 def _as_typed(argument: str, known: Mapping[str, Text], verbatim: Sequence[str], sweeping: bool) -> str:
     key, equals, value = argument.partition("=")
     name = key.lstrip("+")
-    if not equals or key.startswith(("-", "~", "hydra")) or (sweeping and (SWEEP.match(value) or len(_split(value)) > 1)):
+    if not equals or key.startswith(("-", "~", "hydra")):
+        return argument
+    if sweeping and (SWEEP.match(value) or len(_split(value)) > 1):
         return argument
     if name in verbatim:
         return argument if _stands(value, known[name]) else f"{key}=" + quoted(value.replace("\\n", "\n"))
@@ -75,24 +81,36 @@ def _value(key: str, value: str, known: Mapping[str, Text], kind: Text | None) -
     if kind and kind.depth == 0:
         return quoted(value, verbatim=False)
     if inner[:1] == "[" and inner[-1:] == "]":
-        member, key = kind and Text(kind.depth - 1, False), "data" if key == SOURCES else key
+        member = kind and Text(kind.depth - 1, False)
+        key_of_members = "data" if key == SOURCES else key
         parts = _split(inner[1:-1])
-        return "[" + ",".join(_value(key, part.strip(), known, member) for part in (_paths(parts) if member == (0, False) else parts)) + "]"
+        if member == (0, False):  # texts, which may be paths with commas
+            parts = _paths(parts)
+        values = [_value(key_of_members, part.strip(), known, member) for part in parts]
+        return f"[{','.join(values)}]"
     if inner[:1] == "{" and inner[-1:] == "}":
-        pairs = [(name.strip(), of.strip()) for name, _, of in (part.partition(":") for part in _split(inner[1:-1]))]
-        return "{" + ",".join(f"{name}:{_value(f'{key}.{name}', of, known, known.get(f'{key}.{name}'))}" for name, of in pairs) + "}"
+        pairs = []
+        for part in _split(inner[1:-1]):
+            name, _, inner_value = part.partition(":")
+            full_key = f"{key}.{name.strip()}"
+            pairs.append(f"{name.strip()}:{_value(full_key, inner_value.strip(), known, known.get(full_key))}")
+        return f"{{{','.join(pairs)}}}"
     return value if PLAIN.fullmatch(inner) or "${" in value or not inner else quoted(value)
 
 
 def _paths(parts: list[str]) -> list[str]:
-    """A name with a comma in it is one where there is such a file, and none that ends at the comma."""
-    found, rest = [], parts
+    """Parts joined again where a file has the comma in its name, and no file's name ends at the comma."""
+    paths, rest = [], parts
     while rest:
-        whole = (size for size in range(len(rest), 1, -1) if not Path(rest[0].strip()).exists() and Path(",".join(rest[:size]).strip()).exists())
-        size = next(whole, 1)
-        found.append(",".join(rest[:size]))
+        size = 1
+        if not Path(rest[0].strip()).exists():
+            for longer in range(len(rest), 1, -1):  # the longest name that exists
+                if Path(",".join(rest[:longer]).strip()).exists():
+                    size = longer
+                    break
+        paths.append(",".join(rest[:size]))
         rest = rest[size:]
-    return found
+    return paths
 
 
 def _stands(value: str, kind: Text | None) -> bool:
@@ -100,32 +118,38 @@ def _stands(value: str, kind: Text | None) -> bool:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that are in no brackets and no quotes. Quotes are quotes at the start of a value; elsewhere they are letters."""
-    parts, depth, place = [""], 0, 0
-    while place < len(text):
-        starts = parts[-1].rstrip()[-1:] in ("", ":", "[", "{", ",")
-        if starts and (found := QUOTED.match(text, place)):
-            parts[-1] += found[0]
-            place = found.end()
+    """The parts between the commas that are in no brackets and no quotes.
+
+    Quotes are quotes at the start of a value; elsewhere they are letters.
+    """
+    parts, depth, position = [""], 0, 0
+    while position < len(text):
+        starts_value = parts[-1].rstrip()[-1:] in ("", ":", "[", "{", ",")
+        in_quotes = QUOTED.match(text, position) if starts_value else None
+        if in_quotes:
+            parts[-1] += in_quotes[0]
+            position = in_quotes.end()
             continue
-        letter = text[place]
+        letter = text[position]
         depth += (letter in "[{(") - (letter in "]})")
         if letter == "," and depth <= 0:
             parts.append("")
         else:
             parts[-1] += letter
-        place += 1
+        position += 1
     return parts if text.strip() else []
 
 
 @cache
 def texts(config_name: str) -> dict[str, Text]:
-    """The keys of a script that are texts or lists of them, as its YAML tells."""
-    found: dict[str, Text] = {}
+    """The keys of a script that are texts or lists of them, by the defaults in its YAML."""
+    kinds: dict[str, Text] = {}
     for key, value in _leaves(_composed(config_name)):
         if key not in NO_TEXT and (value is None or isinstance(value, str | list)):
-            found[key] = Text(DEPTHS.get(key, int(isinstance(value, list))), value is None or key in OR_NULL)
-    return {key: kind for key, kind in found.items() if key != SOURCES}
+            depth = DEPTHS.get(key, int(isinstance(value, list)))
+            kinds[key] = Text(depth, value is None or key in OR_NULL)
+    kinds.pop(SOURCES, None)
+    return kinds
 
 
 def _composed(config_name: str) -> dict[str, Any]:
@@ -135,10 +159,17 @@ def _composed(config_name: str) -> dict[str, Any]:
         if isinstance(default, str) and default != "_self_":
             tree = _composed(default) | tree
         elif isinstance(default, dict):
-            tree |= {group: _composed(f"{group}/{option}") for group, option in default.items() if option and not group.startswith("override")}
+            for group, option in default.items():
+                if option and not group.startswith("override"):
+                    tree[group] = _composed(f"{group}/{option}")
     return {key: value for key, value in tree.items() if key != "hydra"}
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    nested = [_leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)] for key, value in tree.items()]
-    return [leaf for leaves in nested for leaf in leaves]
+    leaves: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves += _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves.append((f"{prefix}{key}", value))
+    return leaves

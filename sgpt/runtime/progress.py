@@ -1,7 +1,8 @@
-"""What long work says of itself: bars on a terminal, plain lines in a log file, on the main process only.
+"""The progress of long work: bars on a terminal, plain lines in a log file, on the main process only.
 
-A bar appears when its work lasts longer than two seconds. Where the output is no terminal, a thread writes a line instead,
-then too, and again whenever nothing was said for 30 seconds, whatever the work is busy with: it need not report often.
+A bar appears when its work lasts longer than two seconds. Where the output is no terminal, a thread writes a line
+instead, then too, and again whenever nothing was written for 30 seconds, whatever the work is busy with: it need not
+report often.
 A library that is imported stays quiet: lines come only where the log of `sgpt` is on, as it is in every script.
 """
 
@@ -15,14 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 PATIENCE_SECONDS = 2.0
-FIRST_LINE_SECONDS = 10.0  # of a script that has said nothing yet: it still imports, opens a model or reads
+FIRST_LINE_SECONDS = 10.0  # of a script that has written nothing yet: it still imports, opens a model or reads
 LINE_EVERY_SECONDS = 30.0
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Work:
-    """Something that takes a while. total: of whatever `done` counts, None when nobody can say."""
+    """Work that takes a while. total: of whatever `done` counts, None when it is not known."""
 
     title: str
     total: float | None = None
@@ -33,12 +34,13 @@ class Work:
         seconds = time.monotonic() - self.started
         if not self.total or not self.done:
             return f"{self.title}, {clock(seconds)} so far"
-        left = max(0.0, self.total / self.done - 1) * seconds
-        return f"{self.title}: {min(1.0, self.done / self.total):.0%}, about {clock(left)} left"
+        share = min(1.0, self.done / self.total)
+        seconds_left = max(0.0, self.total / self.done - 1) * seconds
+        return f"{self.title}: {share:.0%}, about {clock(seconds_left)} left"
 
 
 def start_log() -> None:
-    """Scripts write what `sgpt` says to stderr, the main process alone."""
+    """Scripts write the log of `sgpt` to stderr, the main process alone."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sgpt").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
@@ -50,7 +52,7 @@ _last_line = 0.0
 
 
 def said() -> None:
-    """A line was just written: the next one can wait."""
+    """Notes that a line was just written: the next one can wait."""
     global _last_line
     _last_line = time.monotonic()
 
@@ -75,7 +77,7 @@ def under_way(title: str, total: float | None = None) -> Iterator[Work]:
 def _write_lines() -> None:
     """Until nothing is under way. Wakes ten times in each interval, so that no work is kept waiting for this thread."""
     global _writer
-    told: set[str] = set()
+    written: set[str] = set()  # titles
     while True:
         time.sleep(min(PATIENCE_SECONDS, LINE_EVERY_SECONDS) / 10)
         with _lock:
@@ -84,17 +86,20 @@ def _write_lines() -> None:
                 return
             works = list(_under_way)
         now, newest = time.monotonic(), works[-1]
-        is_new = newest.title not in told and newest.total is not None and now - newest.started > PATIENCE_SECONDS
-        allowed = LINE_EVERY_SECONDS if _last_line > works[0].started else min(FIRST_LINE_SECONDS, LINE_EVERY_SECONDS)
-        if is_new or now - max(_last_line, works[0].started) > allowed:
-            told.add(newest.title)  # the blocks of one job are told of once, and then every 30 seconds
+        is_new = newest.title not in written and newest.total is not None
+        is_long = now - newest.started > PATIENCE_SECONDS
+        no_line_yet = _last_line <= works[0].started
+        allowed = min(FIRST_LINE_SECONDS, LINE_EVERY_SECONDS) if no_line_yet else LINE_EVERY_SECONDS
+        silence = now - max(_last_line, works[0].started)
+        if (is_new and is_long) or silence > allowed:
+            written.add(newest.title)  # the blocks of one job get one line, and then one every 30 seconds
             said()
             log.info("%s", "; ".join(work.line() for work in works))
 
 
 @contextmanager
 def progress_bar(title: str, total: float, wanted: bool | None = None) -> Iterator[Callable[[float], None]]:
-    """Gives advance(amount). wanted: True always shows a bar, False nothing, None a bar or lines when it is worth it."""
+    """Yields advance(amount). wanted: True shows a bar, False nothing, None a bar or lines when the work is long."""
     is_main, is_terminal = os.environ.get("RANK", "0") == "0", sys.stderr.isatty()
     if wanted or (wanted is None and is_main and is_terminal):
         with _bar(title, total, at_once=bool(wanted)) as advance:
@@ -111,9 +116,11 @@ def _bar(title: str, total: float, *, at_once: bool) -> Iterator[Callable[[float
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn()
+    percentage = TextColumn("{task.percentage:>3.0f} %")
+    columns = TextColumn("{task.description}"), BarColumn(), percentage, TimeRemainingColumn()
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task, started, shown = bar.add_task(title, total=total), time.monotonic(), False
+    task, started = bar.add_task(title, total=total), time.monotonic()
+    shown = False
 
     def advance(amount: float) -> None:
         nonlocal shown

@@ -1,14 +1,14 @@
 """What a result depends on besides its configuration, and how whoever resumes it knows that it is still the same.
 
-A training run, mining and re-ranking record three things in their manifest when they begin:
+A training run, mining and re-ranking record three things in their manifest when they start:
 
     inputs        by name, a hash of the content: training data, test sets, base model, tokenizer, first stage …
     environment   versions of the libraries that compute, the commit, the machine, the threads of each process
     config        compared by its owner
 
 Resumed, they take as many threads as before and refuse other inputs or versions by name. Sums of floating-point numbers
-differ in their last bits with the number of threads, the version and the processor, so "bit for bit" is a promise at equal
-numbers of these. Another processor is told and not refused: a run may have to move to another machine.
+differ in their last bits with the number of threads, the version and the processor, so "bit for bit" is a promise at
+equal numbers of these. Another processor is logged and not refused: a run may have to move to another machine.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from sgpt.runtime.errors import InputError
 log = logging.getLogger(__name__)
 Inputs = Mapping[str, str | int]  # name -> hash of the content, or a number
 VERSIONS = ("torch", "transformers", "tokenizers", "peft", "numpy", "accelerate", "datasets", "safetensors")
-COMPUTING = ("torch", "transformers", "tokenizers", "peft", "numpy")  # of these, another version can give another result
+COMPUTING = ("torch", "transformers", "tokenizers", "peft", "numpy")  # another version can give another result
 DISPATCH = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")  # choose other kernels
 
 
@@ -57,12 +57,14 @@ def computing_versions() -> dict[str, str]:
 def check_same(where: Path, manifest: Mapping[str, Any], inputs: Inputs, *, otherwise: str) -> None:
     """Of what is to be resumed: InputError that names the inputs, versions or threads that are others now.
 
-    manifest: as it was begun; of what is finished the inputs alone count. otherwise: what to do where they cannot be had
-    again, the end of the sentence. A processor or a commit that is another is logged, as last bits may differ from here on.
+    manifest: as it was begun; of what is finished the inputs alone count. otherwise: what to do where they cannot be
+    had again, the end of the sentence. A processor or a commit that is another is logged, as last bits may differ from
+    here on.
     """
     if "inputs" not in manifest or "processor" not in manifest.get("environment", {}):
         raise InputError(
-            f"{where}: begun by an older version of this framework, which did not record what it was begun with; {otherwise}"
+            f"{where}: begun by an older version of this framework, which did not record what it was begun with; "
+            f"{otherwise}"
         )
     then, now = manifest["environment"], environment()
     changed = _changed_inputs(manifest["inputs"], inputs)
@@ -75,7 +77,8 @@ def check_same(where: Path, manifest: Mapping[str, Any], inputs: Inputs, *, othe
         )
     for what in ("processor", "instruction set", "device", "commit"):
         if "finished" not in manifest and then[what] != now[what]:
-            log.warning("%s: its %s was %s and is %s now; last bits may differ from here on", where, what, then[what], now[what])
+            message = "%s: its %s was %s and is %s now; last bits may differ from here on"
+            log.warning(message, where, what, then[what], now[what])
 
 
 def _changed_inputs(before: Inputs, now: Inputs) -> list[str]:
@@ -92,7 +95,7 @@ def _changed_inputs(before: Inputs, now: Inputs) -> list[str]:
 
 
 def changed_environment(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of two environments computes other numbers, in words."""
+    """The differences of two environments that give other numbers, in words."""
     changed = []
     for name in COMPUTING:
         before, after = then["versions"].get(name), now["versions"][name]
@@ -106,17 +109,17 @@ def changed_environment(then: Mapping[str, Any], now: Mapping[str, Any]) -> list
 
 
 def differences(before: Mapping, now: Mapping, may_change: Iterable[str] = (), prefix: str = "") -> list[str]:
-    """"key: then -> now" for every key of two configurations that differs, but for those that may."""
-    found: list[str] = []
+    """One `key: then -> now` for every key of two configurations that differs, but for those that may."""
+    changed: list[str] = []
     for key in sorted(before.keys() | now.keys()):
         name, then, value = prefix + key, before.get(key), now.get(key)
         if name in may_change:
             continue
         if isinstance(then, dict) and isinstance(value, dict):
-            found += differences(then, value, may_change, f"{name}.")
+            changed += differences(then, value, may_change, f"{name}.")
         elif then != value:
-            found.append(f"{name}: {then} -> {value}")
-    return found
+            changed.append(f"{name}: {then} -> {value}")
+    return changed
 
 
 @contextmanager
@@ -137,17 +140,18 @@ def set_threads(count: int) -> None:
     import torch
 
     torch.set_num_threads(count)
-    if (given := torch.get_num_threads()) != count:
+    given = torch.get_num_threads()
+    if given != count:
         log.warning("%d threads were asked for and %d are given, so last bits may differ", count, given)
 
 
 def recorded_threads(manifest: Mapping[str, Any]) -> int | None:
-    """What a manifest says of each process; None where nothing was begun."""
+    """The threads of each process in a manifest; None in one that is empty."""
     return manifest.get("environment", {}).get("threads")
 
 
 def content_hash(*tables: Mapping | Iterable) -> str:
-    """Of mappings and sequences of anything that JSON takes, in their order."""
+    """A hash of mappings and sequences of anything that JSON takes, in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for table in tables:
         for entry in table.items() if isinstance(table, Mapping) else table:
@@ -162,7 +166,7 @@ def file_hash(file: Path) -> str:
 
 
 def weights_hash(parameters: Mapping[str, Any]) -> str:
-    """Of every bit of tensors by name: 1.5 GB a second, a fraction of what reading them from disk takes."""
+    """A hash of every bit of tensors by name; 1.5 GB a second, a fraction of the time to read them from disk."""
     import torch
 
     digest = hashlib.sha256()
@@ -174,8 +178,9 @@ def weights_hash(parameters: Mapping[str, Any]) -> str:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """Of the vocabulary and all rules of a fast tokenizer, and its special tokens."""
-    return content_hash([tokenizer.backend_tokenizer.to_str()], {name: str(token) for name, token in tokenizer.special_tokens_map.items()})
+    """A hash of the vocabulary and all rules of a fast tokenizer, and of its special tokens."""
+    special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return content_hash([tokenizer.backend_tokenizer.to_str()], special_tokens)
 
 
 def _processor() -> str:
@@ -200,8 +205,9 @@ def _commit() -> str | None:
     """Commit of this checkout, with a + when files were changed; None outside of one."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True)
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        status_command = [*git, "status", "--porcelain", "--untracked-files=no"]
+        status = subprocess.run(status_command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+" if status.stdout else "")
+    return commit.stdout.strip() + ("+" if status.stdout else "")

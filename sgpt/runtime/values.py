@@ -1,4 +1,7 @@
-"""What the numbers and texts of a configuration may be. What may not is refused by key, with the value and what is allowed."""
+"""What the numbers and texts of a configuration may be.
+
+Anything else is refused by key, with the value and what is allowed.
+"""
 
 import math
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -15,7 +18,10 @@ LARGEST = 1e30  # of any other number: float32 holds it, and its product with an
 
 @dataclass(frozen=True)
 class Range:
-    """low to high; without `low` itself where `above`, without `high` itself where `below`. words: how it is told, after "must be"."""
+    """Numbers from low to high; without `low` itself where `above`, without `high` itself where `below`.
+
+    words: what messages say after "must be".
+    """
 
     words: str
     low: float = -LARGEST
@@ -25,13 +31,14 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         """Not a number, nan, is in none."""
-        return self.low <= value <= self.high and not (self.above and value == self.low) and not (self.below and value == self.high)
+        excluded = (self.above and value == self.low) or (self.below and value == self.high)
+        return self.low <= value <= self.high and not excluded
 
     def or_null(self, meaning: str) -> "Range":
         return replace(self, words=f"{self.words}, or null {meaning}".rstrip())
 
-    def told(self, value: float) -> str:
-        """Bounds that only machines have are told to those who meet them."""
+    def describe(self, value: float) -> str:
+        """What is allowed instead of `value`. A bound that only machines have is named to those alone who pass it."""
         too_large = self.high in (MOST, LARGEST, MOST_THREADS) and self.high < value < math.inf
         return f"at most {self.high:.10g}" if too_large else self.words
 
@@ -48,28 +55,31 @@ BELOW_ONE = Range("0 or more and below 1", 0, 1, below=True)
 
 
 def check_ranges(config: Any, prefix: str = "", **ranges: Range) -> None:
-    """InputError for the first field that is out of its range; None is in every one. prefix: of the key, with its dot."""
+    """InputError for the first field out of its range; None is in every one. prefix: of the key, with its dot."""
     for name, allowed in ranges.items():
         value = getattr(config, name)
         if value is not None and value not in allowed:
-            raise InputError(f"{prefix}{name}={value} must be {allowed.told(value)}")
+            raise InputError(f"{prefix}{name}={value} must be {allowed.describe(value)}")
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """InputError, with the choices, for a value that is none of them."""
     if value not in choices:
         raise InputError(f"{key}={value!r} is unknown; choose {', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def check_shapes(schema: type, tree: Any, key: str = "") -> None:
-    """InputError for the first place where keys, a list or a single value is meant and another of them is found."""
+    """InputError for the first key that has keys, a list or a value in the schema, and another of them in the tree."""
     if is_dataclass(schema) or (get_origin(schema) or schema) is dict:
         if not isinstance(tree, dict):
             example = f"{key}.{fields(schema)[0].name}=…" if is_dataclass(schema) else f"{key}.<name>=…"
             raise InputError(f"{key}={tree!r}: {key} has keys of its own; set them one by one, for example {example}")
         kinds = get_type_hints(schema) if is_dataclass(schema) else dict.fromkeys(tree, str)
         for name in tree.keys() & kinds.keys():
-            kind = next(option for option in (get_args(kinds[name]) if isinstance(kinds[name], UnionType) else [kinds[name]]) if option is not type(None))
-            if tree[name] is not None or kind is kinds[name]:
+            options = get_args(kinds[name]) if isinstance(kinds[name], UnionType) else [kinds[name]]
+            kind = next(option for option in options if option is not type(None))
+            may_be_null = kind is not kinds[name]
+            if tree[name] is not None or not may_be_null:
                 check_shapes(kind, tree[name], f"{key}.{name}" if key else str(name))
     elif get_origin(schema) is list:
         if not isinstance(tree, list):
@@ -81,7 +91,10 @@ def check_shapes(schema: type, tree: Any, key: str = "") -> None:
 
 
 def check_texts(config: Any, prefix: str = "") -> None:
-    """InputError for the first text, at any depth, that no file, no log and no tokenizer could take; or is empty where null would be meant."""
+    """InputError for the first text, at any depth, that no file, no log and no tokenizer could take.
+
+    Or that is empty where null would be meant.
+    """
     kinds = get_type_hints(type(config))
     for field in fields(config):
         key, value = f"{prefix}{field.name}", getattr(config, field.name)
@@ -105,4 +118,6 @@ def _check_text(key: str, value: Any) -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise InputError(f"{key}={value!r} is not in UTF-8, so it cannot be written into the files of a run; rename it") from None
+            raise InputError(
+                f"{key}={value!r} is not in UTF-8, so it cannot be written into the files of a run; rename it"
+            ) from None

@@ -1,7 +1,7 @@
-"""Frozen models that say something about the training texts: which in-batch candidates are false negatives, which queries are near.
+"""Frozen models that judge training texts: which in-batch candidates are false negatives, and which queries are near.
 
-`loss.guide` and `data.grouping_model`. Both embed every different text of the sources once, before training, into the data
-cache (sgpt/data/feed/embeddings.py); a second start reads it, and a step costs nothing but the guide's scores.
+`loss.guide` and `data.grouping_model`. Both embed every different text of the sources once, before training, into the
+data cache (sgpt/data/feed/embeddings.py); a second start reads it, and a step costs nothing but the guide's scores.
 """
 
 import logging
@@ -31,41 +31,50 @@ log = logging.getLogger(__name__)
 
 
 def guided(feed: Feed, config: LossConfig, device: torch.device | str = "cpu") -> Feed:
-    """With `loss.guide`, batches bring the guide's embeddings of their queries and documents. All processes call it, and wait for all."""
+    """With `loss.guide`, batches bring the guide's embeddings of their queries and documents.
+
+    All processes call it, and wait for each other.
+    """
     if not config.guide:
         return feed
     encoder, key = _frozen(config.guide, "loss.guide", device)
-    sources = [replace(source, guide={side: _embedded(source, side, encoder, key) for side in ROLES}) for source in feed.sources]
-    texts = sum(len(found) for source in sources for found in source.guide.values())
-    log.info("loss.guide=%s knows %s texts; an in-batch candidate that it scores above the positive less %g is no negative",
-             config.guide, f"{texts:,}", config.guide_margin)  # fmt: skip
+    sources, texts = [], 0
+    for source in feed.sources:
+        guide = {side: _embedded(source, side, encoder, key) for side in ROLES}
+        texts += sum(map(len, guide.values()))
+        sources.append(replace(source, guide=guide))
+    rule = f"an in-batch candidate that it scores above the positive less {config.guide_margin:g} is no negative"
+    log.info("loss.guide=%s knows %s texts; %s", config.guide, f"{texts:,}", rule)
     return replace(feed, sources=sources)
 
 
 def grouped(feed: Feed, config: DataConfig, device: torch.device | str = "cpu") -> Feed:
-    """With `data.batches=hard`, batches are runs of near queries. All processes call it, and wait for all."""
+    """With `data.batches=hard`, batches are runs of near queries. All processes call it, and wait for each other."""
     if not config.grouping_model:
         return feed
     encoder, key = _frozen(config.grouping_model, "data.grouping_model", device)
     sources = []
     for source in feed.sources:
-        found, queries = _embedded(source, "query", encoder, key), query_numbers(source.examples)
-        walked = _walk(source, found, queries, key)
-        near, random = nearness(found, queries, walked, feed.queries_in_total)
+        of_queries, queries = _embedded(source, "query", encoder, key), query_numbers(source.examples)
+        walked = _walk(source, of_queries, queries, key)
+        near, random = nearness(of_queries, queries, walked, feed.queries_in_total)
         log.info("%s: two queries of a batch have a cosine of %.3f, drawn at random %.3f", source.name, near, random)
         sources.append(replace(source, walk=Walk(walked)))
-    log.info("data.batches=hard makes more in-batch candidates false negatives: set loss.false_negative_margin or loss.guide=<folder of a model> with it")
+    log.info(
+        "data.batches=hard makes more in-batch candidates false negatives: "
+        "set loss.false_negative_margin or loss.guide=<folder of a model> with it"
+    )
     return replace(feed, sources=sources)
 
 
-def _walk(source: Source, found: Embeddings, queries: np.ndarray, key: str) -> np.ndarray:
-    """From the cache, where one process puts it: the others must not differ in the last bit of a cosine."""
+def _walk(source: Source, of_queries: Embeddings, queries: np.ndarray, key: str) -> np.ndarray:
+    """The walk from the cache, where one process puts it: the others must not differ in the last bit of a cosine."""
     if source.examples.folder is None:
-        return walk(found, queries)
+        return walk(of_queries, queries)
     file = source.examples.folder / f"walk-{key_of(key)}.npy"
     if world()[0] == 0:
-        make_once(file, file.is_file, lambda: _save(file, walk(found, queries)))
-    barrier()
+        make_once(file, file.is_file, lambda: _save(file, walk(of_queries, queries)))
+    barrier()  # the main process has written it
     return np.load(file)
 
 
@@ -76,20 +85,26 @@ def _save(file: Path, walked: np.ndarray) -> None:
 
 
 def _embedded(source: Source, side: Role, encoder: Encoder, key: str) -> Embeddings:
-    """A symmetric source's documents are queries to the model, too."""
+    """The embeddings of one side of a source. A symmetric source's documents are queries to the model, too."""
     role: Role = "query" if source.symmetric else side
     embed = partial(encoder.encode, role=role, normalize=True, progress=False)
     return embeddings(source.examples, side, embed, key_of(key, side, role))
 
 
 def _frozen(path: str, key: str, device: torch.device | str) -> tuple[Encoder, str]:
-    """The model, and by what its embeddings are known: its weights, its tokenizer, its contract, the versions that compute."""
+    """The model, and the key of its embeddings: of weights, tokenizer, contract and the versions that compute."""
     folder = Path(path)
     if not folder.is_dir():
-        raise InputError(f"{key}={path}: no such folder; give a run, an export or a sentence-transformers folder, downloaded if it is from the hub")
-    places = (folder, folder / "export", folder / "adapter")
-    if not any((place / file).is_file() for place in places for file in (contracts.FILE, "modules.json")):
-        raise InputError(f"{key}={path}: a bare base knows no similarity of texts; give a run, an export or a sentence-transformers folder")
+        raise InputError(
+            f"{key}={path}: no such folder; give a run, an export or a sentence-transformers folder, "
+            "downloaded if it is from the hub"
+        )
+    model_folders = (folder, folder / "export", folder / "adapter")
+    if not any((one / file).is_file() for one in model_folders for file in (contracts.FILE, "modules.json")):
+        raise InputError(
+            f"{key}={path}: a bare base knows no similarity of texts; "
+            "give a run, an export or a sentence-transformers folder"
+        )
     try:
         encoder = Encoder.from_pretrained(folder)
     except InputError as error:

@@ -23,7 +23,7 @@ from sgpt.encoder.probes import HALVES, in_dtype, probes
 from sgpt.evaluation import evaluate
 from sgpt.evaluation.evaluate import Sets
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import held
+from sgpt.runtime.files import lock
 from sgpt.runtime.overrides import argument
 from sgpt.runtime.provenance import Inputs, content_hash, environment, set_threads, tokenizer_hash, weights_hash
 from sgpt.training import checkpoint
@@ -173,7 +173,7 @@ def complete(run: RunFolder, config: TrainConfig, encoder: Encoder | None = None
         return
     try:
         if encoder is not None or not is_exported(run):
-            run.lock = run.lock or held(run.folder)
+            run.lock = run.lock or lock(run.folder)
             write_export(run, config, encoder or reopen(run, config)[0])
     finally:
         run.close()

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import held, let_go, write_whole
+from sgpt.runtime.files import lock, unlock, write_whole
 from sgpt.runtime.provenance import Inputs, check_same, differences, recorded_threads
 
 MAY_CHANGE = {  # on resuming: what decides neither weights nor results
@@ -75,7 +75,7 @@ class RunFolder:
     def close(self) -> None:
         """Lets others write the run: all of it is written."""
         if self.lock is not None:
-            let_go(self.lock)
+            unlock(self.lock)
             self.lock = None
 
 
@@ -109,7 +109,7 @@ def start_run(run: RunFolder, config: dict) -> None:
     """
     import yaml
 
-    run.lock = held(run.folder, "another runs=")
+    run.lock = lock(run.folder, "another runs=")
     run.folder.mkdir(parents=True, exist_ok=True)
     if not (run.folder / "config.yaml").is_file():
         write_whole(run.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

@@ -20,8 +20,9 @@ class Batch:
     """Q examples of one process. documents are query-major: query i's positive is row i·R, its hard negatives follow.
 
     The hashes [Q] and [Q·R] are int64 of the texts, by which equal texts are known over all processes;
-    other_positive_hashes [Q, any] those of further positives, which are no negatives (the positive's own where there are fewer).
-    guide_queries [Q, G], guide_documents [Q·R, G]: embeddings of length 1 by a frozen guide, None without one.
+    other_positive_hashes [Q, any] those of further positives, which are no negatives (the positive's own where there
+    are fewer). guide_queries [Q, G], guide_documents [Q·R, G]: embeddings of length 1 by a frozen guide, None without
+    one.
     """
 
     queries: Rows
@@ -41,8 +42,8 @@ class Batch:
         return sum(map(len, self.queries)) + sum(map(len, self.documents))
 
 
-class Drawn(NamedTuple):
-    """One example of a batch, as numbers of texts of `examples`, with the frames and the guide's embeddings of its source."""
+class Draw(NamedTuple):
+    """One example of a batch: numbers of texts of `examples`, with the frames and the guide of its source."""
 
     examples: Examples
     tokens: Tokens
@@ -53,28 +54,48 @@ class Drawn(NamedTuple):
     guide: dict[Role, Embeddings] | None = None
 
 
-def batch_of(drawn: Sequence[Drawn]) -> Batch:
-    most = max(len(one.other_positives) for one in drawn)
-    guided = all(one.guide is not None for one in drawn)
+def make_batch(draws: Sequence[Draw]) -> Batch:
+    """Token ids, hashes and the guide's embeddings of these examples."""
+    most = max(len(draw.other_positives) for draw in draws)
+    queries, documents, query_hashes, document_hashes, other_hashes = [], [], [], [], []
+    for draw in draws:
+        hashes = draw.examples.hashes
+        queries.append(draw.frames["query"].put_around(draw.tokens[draw.query]))
+        documents += [draw.frames["document"].put_around(draw.tokens[text]) for text in draw.documents]
+        query_hashes.append(hashes[draw.query])
+        document_hashes += [hashes[text] for text in draw.documents]
+        missing = most - len(draw.other_positives)
+        others = [*draw.other_positives, *[draw.documents[0]] * missing]
+        other_hashes.append([hashes[text] for text in others])
+    guide_queries, guide_documents = _guide_embeddings(draws)
     return Batch(
-        [one.frames["query"].put_around(one.tokens[one.query]) for one in drawn],
-        [one.frames["document"].put_around(one.tokens[text]) for one in drawn for text in one.documents],
-        torch.tensor([one.examples.hashes[one.query] for one in drawn]),
-        torch.tensor([one.examples.hashes[text] for one in drawn for text in one.documents]),
-        torch.tensor([
-            [one.examples.hashes[text] for text in (*one.other_positives, *(one.documents[0] for _ in range(most - len(one.other_positives))))]
-            for one in drawn
-        ]).view(len(drawn), most).long(),
-        torch.from_numpy(np.stack([one.guide["query"][one.query] for one in drawn])) if guided else None,
-        torch.from_numpy(np.stack([one.guide["document"][text] for one in drawn for text in one.documents])) if guided else None,
-    )  # fmt: skip
+        queries,
+        documents,
+        torch.tensor(query_hashes),
+        torch.tensor(document_hashes),
+        torch.tensor(other_hashes).view(len(draws), most).long(),  # where most = 0 torch takes it for float
+        guide_queries,
+        guide_documents,
+    )
+
+
+def _guide_embeddings(draws: Sequence[Draw]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Of queries [Q, G] and of documents [Q·R, G]; None where a source has no guide."""
+    queries, documents = [], []
+    for draw in draws:
+        if draw.guide is None:
+            return None, None
+        queries.append(draw.guide["query"][draw.query])
+        documents += [draw.guide["document"][text] for text in draw.documents]
+    return torch.from_numpy(np.stack(queries)), torch.from_numpy(np.stack(documents))
 
 
 def collate(examples: Sequence[Example], tokenizer, frames: dict[Role, Frame]) -> Batch:
     """A batch of strings: the first positive and all hard negatives of each."""
     kept = Examples.of(examples)
     tokens = Tokens(kept, tokenizer, max(frame.content_tokens for frame in frames.values()))
-    return batch_of([
-        Drawn(kept, tokens, frames, kept.queries[row], (kept.positives[row][0], *kept.hard_negatives[row]), tuple(kept.positives[row][1:]))
-        for row in range(len(kept))
-    ])  # fmt: skip
+    draws = []
+    for query, positives, hard_negatives in zip(kept.queries, kept.positives, kept.hard_negatives, strict=True):
+        documents = (positives[0], *hard_negatives)
+        draws.append(Draw(kept, tokens, frames, query, documents, tuple(positives[1:])))
+    return make_batch(draws)

@@ -1,10 +1,10 @@
-"""Embeddings of a source's texts by a frozen model: each different text once, and kept beside the texts.
+"""Embeddings of a source's texts by a frozen model: each different text once, and kept next to the texts.
 
     <cache>/<key>/embeddings-<key>/0.npy, 1.npy, …   float32 [4096, D], by number of the text
 
-The second key is made of the model, of what the texts are to it, and of the versions that compute. All processes take their
-share of the blocks, and a killed run loses the blocks that were under way. A block is always made of the same texts by as
-many threads (`threads.json`, what the first start had), so the number of processes does not change a bit.
+The second key is made of the model, of what the texts are to it, and of the versions that compute. All processes take
+their share of the blocks, and a killed run loses only the blocks that were under way (sgpt/runtime/embed.py).
+`threads.json` holds the number of threads of the first start, which later ones take again.
 """
 
 import json
@@ -18,10 +18,9 @@ import pyarrow as pa
 import torch
 
 from sgpt.data.feed.store import Column, Examples
-from sgpt.runtime.distributed import barrier, from_main, world
+from sgpt.runtime.distributed import from_main
+from sgpt.runtime.embed import embed_blocks
 from sgpt.runtime.files import write_whole
-from sgpt.runtime.progress import progress_bar
-from sgpt.runtime.provenance import threads
 from sgpt.text.markers import Role
 
 TEXTS_AT_A_TIME = 4096
@@ -29,9 +28,10 @@ Embed = Callable[[list[str]], np.ndarray]  # texts -> [texts, D], float32, of le
 
 
 class Embeddings:
-    """`embeddings[number of a text]` is its embedding [D]. numbers [n]: of the texts that have one, ascending. blocks: in memory or mapped.
+    """Embeddings of some texts of a table: `embeddings[number of a text]` is one [D].
 
-    key: by what made them they are known.
+    numbers [n]: of the texts that have one, ascending. blocks: [TEXTS_AT_A_TIME, D] each, in memory or mapped. key: of
+    what computed them: the model, the role of the texts, versions and threads.
     """
 
     def __init__(self, numbers: np.ndarray, blocks: Sequence[np.ndarray], key: str = "") -> None:
@@ -41,68 +41,83 @@ class Embeddings:
         return len(self.numbers)
 
     def __getitem__(self, text: int) -> np.ndarray:
-        block, row = divmod(int(self.places(text)), TEXTS_AT_A_TIME)
+        block, row = divmod(int(self.rows(text)), TEXTS_AT_A_TIME)
         return self.blocks[block][row]
 
-    def places(self, texts: np.ndarray | int) -> np.ndarray:
-        """Where texts stand among the `numbers`."""
+    def rows(self, texts: np.ndarray | int) -> np.ndarray:
+        """The rows of the embeddings of texts, which are given by their numbers."""
         return np.searchsorted(self.numbers, texts)
 
-    def at(self, places: np.ndarray) -> np.ndarray:
-        """[places, D], in memory."""
-        made = np.empty((len(places), self.blocks[0].shape[1]), dtype=np.float32)
-        blocks = places // TEXTS_AT_A_TIME
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        """The embeddings [rows, D], in memory."""
+        embeddings = np.empty((len(rows), self.blocks[0].shape[1]), dtype=np.float32)
+        blocks = rows // TEXTS_AT_A_TIME
         for block in np.unique(blocks):
-            chosen = blocks == block
-            made[chosen] = self.blocks[block][places[chosen] % TEXTS_AT_A_TIME]
-        return made
+            here = blocks == block
+            embeddings[here] = self.blocks[block][rows[here] % TEXTS_AT_A_TIME]
+        return embeddings
 
 
 def embeddings(examples: Examples, side: Role, embed: Embed, key: str) -> Embeddings:
-    """Of all queries or all documents of a source, from the cache where they are there. All processes call it. key: of model and role."""
+    """Of all queries or all documents of a source, from the cache where they are in it. All processes call it.
+
+    key: of the model and of the role that it gives the texts.
+    """
     numbers = text_numbers(examples, side)
-    blocks = [numbers[start : start + TEXTS_AT_A_TIME] for start in range(0, len(numbers), TEXTS_AT_A_TIME)]
+
+    def embed_rows(rows: slice) -> np.ndarray:
+        return embed([examples.texts[int(text)] for text in numbers[rows]])
+
+    starts = range(0, len(numbers), TEXTS_AT_A_TIME)
     if examples.folder is None:
-        return Embeddings(numbers, [embed([examples.texts[int(text)] for text in block]) for block in blocks], key)
+        return Embeddings(numbers, [embed_rows(slice(start, start + TEXTS_AT_A_TIME)) for start in starts], key)
     folder = examples.folder / f"embeddings-{key}"
-    files = [folder / f"{block}.npy" for block in range(len(blocks))]
-    missing, begun_threads = from_main(lambda: _begin(folder, files))
-    rank, processes = world()
-    own = missing[rank::processes]
+    files = [folder / f"{block}.npy" for block in range(len(starts))]
+
+    def save(block: int, rows: slice, block_embeddings: np.ndarray) -> None:
+        temporary = folder / f".{block}.{os.getpid()}.tmp.npy"  # by process: another run may embed the same block now
+        np.save(temporary, block_embeddings.astype(np.float32))
+        temporary.replace(files[block])
+
+    missing, first_threads = from_main(lambda: _start(folder, files))
     title = f"embedding {len(numbers):,} texts, {side} side"
-    with threads(begun_threads), progress_bar(title, len(own)) as advance:
-        for block in own:
-            temporary = folder / f".{block}.{os.getpid()}.tmp.npy"  # another run may make the same
-            np.save(temporary, embed([examples.texts[int(text)] for text in blocks[block]]).astype(np.float32))
-            temporary.replace(files[block])
-            advance(1)
-    barrier()
-    return Embeddings(numbers, [np.load(file, mmap_mode="r") for file in files], f"{key}, {begun_threads} threads")
+    embed_blocks(embed_rows, save, missing, TEXTS_AT_A_TIME, title, first_threads=first_threads)
+    return Embeddings(numbers, [np.load(file, mmap_mode="r") for file in files], f"{key}, {first_threads} threads")
 
 
-def _begin(folder: Path, files: Sequence[Path]) -> tuple[list[int], int]:
-    """The blocks that are missing, by one look, so that all processes share out the same ones; and the threads that make them."""
+def _start(folder: Path, files: Sequence[Path]) -> tuple[list[int], int]:
+    """The blocks that are missing, and the threads of the first start.
+
+    By one look of the main process, so that all processes share out the same blocks.
+    """
     folder.mkdir(exist_ok=True)
     recorded = folder / "threads.json"
     if not recorded.is_file():
         write_whole(recorded, json.dumps(torch.get_num_threads()) + "\n")
-    return [block for block, file in enumerate(files) if not file.is_file()], json.loads(recorded.read_text())
+    missing = [block for block, file in enumerate(files) if not file.is_file()]
+    return missing, json.loads(recorded.read_text())
 
 
 def text_numbers(examples: Examples, side: Role) -> np.ndarray:
-    """Of the different texts that are queries, or positives and hard negatives; ascending."""
+    """Numbers of the different texts that are queries, or positives and hard negatives; ascending."""
     columns = [examples.queries] if side == "query" else [examples.positives, examples.hard_negatives]
-    return np.unique(np.concatenate([np.unique(part) for column in columns for part in _parts(column)]).astype(np.int64))
+    parts: list[np.ndarray] = []
+    for column in columns:
+        parts += [np.unique(part) for part in _parts(column)]
+    return np.unique(np.concatenate(parts).astype(np.int64))
 
 
 def query_numbers(examples: Examples) -> np.ndarray:
-    """[examples]: the text of each one's query."""
+    """The number of each example's query text, [examples]."""
     return np.concatenate(list(_parts(examples.queries))).astype(np.int64)
 
 
 def _parts(column: Sequence) -> Iterator[np.ndarray]:
     """The numbers in a column of numbers or of lists of them."""
     if isinstance(column, Column):
-        yield from ((chunk.flatten() if pa.types.is_large_list(chunk.type) else chunk).to_numpy() for chunk in column.chunks)
-    else:
-        yield np.array([*chain.from_iterable(column)] if column and isinstance(column[0], Sequence) else column, dtype=np.int64)
+        for chunk in column.chunks:
+            flat = chunk.flatten() if pa.types.is_large_list(chunk.type) else chunk
+            yield flat.to_numpy()
+        return
+    holds_lists = len(column) > 0 and isinstance(column[0], Sequence)
+    yield np.array(list(chain.from_iterable(column)) if holds_lists else column, dtype=np.int64)

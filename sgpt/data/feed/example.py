@@ -8,9 +8,10 @@ from sgpt.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class Example:
-    """Plain strings. Of hard negatives a run takes H at a time; 0 is allowed. Of several positives one is drawn each epoch,
+    """A query with its documents, as plain strings.
 
-    and the others are never negatives of this query.
+    Of hard negatives a run takes H at a time; 0 is allowed. Of several positives one is drawn each epoch, and the
+    others are never negatives of this query.
     """
 
     query: str
@@ -29,22 +30,27 @@ def checked_text(value: object, where: str) -> str:
 
 
 def checked_example(
-    query: object, positive: object, hard_negatives: Iterable[object], where: str, other_positives: Iterable[object] = (),
-    query_column: str = "query", positive_column: str = "positive",
+    query: object, positive: object, hard_negatives: Iterable[object], where: str,
+    other_positives: Iterable[object] = (), query_column: str = "query", positive_column: str = "positive",
 ) -> Example:  # fmt: skip
-    """Columns as messages name them, the source's own."""
-    made = Example(
+    """An example of checked texts; InputError, with `where`, for one that cannot be trained on.
+
+    query_column, positive_column: the source's own names, for messages.
+    """
+    example = Example(
         checked_text(query, f"{where}, {_role('query', query_column)}"),
         checked_text(positive, f"{where}, {_role('positive', positive_column)}"),
         tuple(checked_text(text, f"{where}, hard negative {i + 1}") for i, text in enumerate(hard_negatives)),
         tuple(checked_text(text, f"{where}, positive {i + 2}") for i, text in enumerate(other_positives)),
     )
-    if made.query == made.positive or made.query in made.other_positives:
-        remedy = "such a pair teaches nothing, remove it, or go on without by data.on_error=skip"
-        raise InputError(f"{where}: the positive equals the query {made.query!r:.80}; {remedy}")
-    if twice := {made.positive, *made.other_positives} & {*made.hard_negatives}:
+    positives = {example.positive, *example.other_positives}
+    if example.query in positives:
+        remedy = "such a pair teaches nothing, remove it, or skip such rows with data.on_error=skip"
+        raise InputError(f"{where}: the positive equals the query {example.query!r:.80}; {remedy}")
+    twice = positives & {*example.hard_negatives}
+    if twice:
         raise InputError(f"{where}: a hard negative equals the positive {twice.pop()!r:.80}; remove one of them")
-    return made
+    return example
 
 
 def _role(role: str, column: str) -> str:

@@ -1,9 +1,11 @@
-"""Batches of near queries, so that in-batch negatives are hard: a walk through all queries from neighbour to neighbour, cut into batches.
+"""Batches of near queries, so that in-batch negatives are hard.
 
-Topic-aware sampling (Hofstätter et al. 2021, TAS-B, arXiv 2104.06967) draws each batch from one cluster of k-means over the
-queries' embeddings; contextual document embeddings (Morris & Rush 2024, arXiv 2410.02525) do so with clusters as small as a
-batch. Here there are no clusters with borders: wherever a walk is cut, a run of it is near, so one walk serves every batch
-size, every epoch cuts it elsewhere, and every example still comes exactly once an epoch.
+A walk through all queries goes from neighbour to neighbour and is cut into batches.
+
+Topic-aware sampling (Hofstätter et al. 2021, TAS-B, arXiv 2104.06967) draws each batch from one cluster of k-means over
+the queries' embeddings; contextual document embeddings (Morris & Rush 2024, arXiv 2410.02525) do so with clusters as
+small as a batch. Here there are no clusters with borders: wherever a walk is cut, a run of it is near, so one walk
+serves every batch size, every epoch cuts it elsewhere, and every example still comes exactly once an epoch.
 """
 
 from dataclasses import dataclass
@@ -20,35 +22,36 @@ ROWS_AT_A_TIME = 16_384
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """examples [n]: their numbers, each beside its neighbours. Known by identity: orders of it are remembered."""
+    """Numbers of all examples [n], each next to its neighbours. Compared by identity, for `order` remembers results."""
 
     examples: np.ndarray
 
 
-def walk(found: Embeddings, queries: np.ndarray) -> np.ndarray:
-    """Numbers of all examples [n]. queries [n]: of each example, the number of its query's text.
+def walk(embeddings: Embeddings, queries: np.ndarray) -> np.ndarray:
+    """Numbers of all examples [n], near ones next to each other. queries [n]: the number of each example's query text.
 
-    Examples with the same query are no negatives of each other: the second of each comes when the walk has seen every query
-    once, the third after that. Memory: ROWS_AT_A_TIME embeddings and a few numbers an example.
+    Examples with the same query are no negatives of each other: the second of each comes when the walk has seen every
+    query once, the third after that. Memory: ROWS_AT_A_TIME embeddings and a few numbers an example.
     """
-    places = found.places(queries)
-    step = np.empty(len(found), dtype=np.int64)
-    step[_neighbours(found)] = np.arange(len(found))
-    together = np.argsort(places, kind="stable")
-    ordered = places[together]
-    time = np.empty(len(queries), dtype=np.int64)  # how many examples before have the same query
-    time[together] = np.arange(len(queries)) - np.searchsorted(ordered, ordered)
-    return np.lexsort((step[places], time))
+    rows = embeddings.rows(queries)  # [n]: the row of each example's query
+    step = np.empty(len(embeddings), dtype=np.int64)  # row -> when the walk comes to it
+    step[_neighbours(embeddings)] = np.arange(len(embeddings))
+    by_row = np.argsort(rows, kind="stable")
+    sorted_rows = rows[by_row]
+    earlier = np.empty(len(queries), dtype=np.int64)  # how many examples before have the same query
+    earlier[by_row] = np.arange(len(queries)) - np.searchsorted(sorted_rows, sorted_rows)
+    return np.lexsort((step[rows], earlier))  # the last key counts first
 
 
 @lru_cache(maxsize=8)
 def order(walked: Walk, batch: int, seed: int, source: int, epoch: int) -> np.ndarray:
     """The numbers of all examples as this epoch draws them: runs of a batch, shuffled.
 
-    The epoch before ended inside of a batch, which the first run here fills. The walk begins elsewhere each epoch, so that
-    its cuts change and not the same examples meet for ever.
+    The epoch before ended inside of a batch, which the first run here fills. The walk begins elsewhere each epoch, so
+    that its cuts change and not the same examples meet for ever.
     """
-    draw, size = np.random.default_rng((seed, source, epoch)), len(walked.examples)
+    draw = np.random.default_rng((seed, source, epoch))
+    size = len(walked.examples)
     turned = np.roll(walked.examples, int(draw.integers(size)))
     first = min(-(epoch * size) % batch, size)
     whole = (size - first) // batch
@@ -56,40 +59,61 @@ def order(walked: Walk, batch: int, seed: int, source: int, epoch: int) -> np.nd
     return np.concatenate([turned[:first], draw.permutation(runs).ravel(), turned[first + whole * batch :]])
 
 
-def nearness(found: Embeddings, queries: np.ndarray, walked: np.ndarray, batch: int) -> tuple[float, float]:
-    """Mean cosine of two different queries of a batch: of runs of the walk, and of random batches; of 64 batches at most."""
-    draw, starts = np.random.default_rng(0), np.arange(0, max(1, len(walked) - batch + 1), batch)
+def nearness(embeddings: Embeddings, queries: np.ndarray, walked: np.ndarray, batch: int) -> tuple[float, float]:
+    """Mean cosine of two different queries of a batch: of runs of the walk, and of random batches.
+
+    From 64 batches at most.
+    """
+    draw = np.random.default_rng(0)
+    starts = np.arange(0, max(1, len(walked) - batch + 1), batch)
     runs = [walked[start : start + batch] for start in draw.permutation(starts)[:64]]
     random = [draw.choice(len(walked), min(batch, len(walked)), replace=False) for _ in runs]
     means = []
     for batches in (runs, random):
-        rows = [found.at(found.places(queries[examples])) for examples in batches]
-        means.append(float(np.mean([(np.square(np.linalg.norm(block.sum(0))) - len(block)) / max(1, len(block) * (len(block) - 1)) for block in rows])))
+        cosines = [_mean_cosine(embeddings.at(embeddings.rows(queries[examples]))) for examples in batches]
+        means.append(float(np.mean(cosines)))
     return means[0], means[1]
 
 
-def _neighbours(found: Embeddings) -> np.ndarray:
-    """Places [n] in the order of the walk: parts are halved until they are small; the half nearer to where the walk stands goes first."""
-    draw = np.random.default_rng(0)  # the walk is one, whatever the run's seed
-    waiting, walked, last = [np.arange(len(found))], [], None
+def _mean_cosine(block: np.ndarray) -> float:
+    """The mean over all pairs of different rows of `block` [n, D], of length 1.
+
+    The square of the length of their sum holds every pair twice, and each row with itself, which is 1.
+    """
+    pairs = len(block) * (len(block) - 1)
+    return (np.square(np.linalg.norm(block.sum(0))) - len(block)) / max(1, pairs)
+
+
+def _neighbours(embeddings: Embeddings) -> np.ndarray:
+    """Rows [n] in the order of the walk.
+
+    Parts are halved until they are small; the half nearer to where the walk stands goes first.
+    """
+    draw = np.random.default_rng(0)  # there is one walk, whatever the run's seed
+    waiting, walked, last = [np.arange(len(embeddings))], [], None
     while waiting:
-        places = waiting.pop()
-        if len(places) <= LEAF:
-            block = found.at(places)
+        rows = waiting.pop()
+        if len(rows) <= LEAF:
+            block = embeddings.at(rows)
             steps = _one_by_one(block, last)
-            walked.append(places[steps])
+            walked.append(rows[steps])
             last = block[steps[-1]]
             continue
-        halves = _halves(found, places, draw)
+        halves = _halves(embeddings, rows, draw)
         if last is not None and last @ halves[0][1] > last @ halves[1][1]:
             halves.reverse()
         waiting += [part for part, _ in halves]  # the last one is next
     return np.concatenate(walked)
 
 
-def _halves(found: Embeddings, places: np.ndarray, draw: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Two parts of `places` with their centres, by 2-means of a sample; the smaller one has an eighth at least, so that the work ends."""
-    sample = found.at(np.sort(draw.choice(places, min(SAMPLE, len(places)), replace=False)))
+def _halves(
+    embeddings: Embeddings, rows: np.ndarray, draw: np.random.Generator
+) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """Two parts of `rows` with their centres, by 2-means of a sample.
+
+    The smaller part has at least an eighth, so that the halving ends.
+    """
+    sample = embeddings.at(np.sort(draw.choice(rows, min(SAMPLE, len(rows)), replace=False)))
     one = sample[np.argmin(sample @ sample[0])]
     centres = np.stack([one, sample[np.argmin(sample @ one)]])
     for _ in range(8):
@@ -98,16 +122,18 @@ def _halves(found: Embeddings, places: np.ndarray, draw: np.random.Generator) ->
             break
         centres = np.stack([sample[~second].mean(0), sample[second].mean(0)])
         centres /= np.linalg.norm(centres, axis=1, keepdims=True).clip(min=1e-12)
-    towards = np.concatenate([
-        found.at(places[start : start + ROWS_AT_A_TIME]) @ (centres[1] - centres[0]) for start in range(0, len(places), ROWS_AT_A_TIME)
-    ])  # fmt: skip
-    cut = int(np.clip((towards <= 0).sum(), len(places) // 8, len(places) - len(places) // 8))
-    ordered = places[np.argsort(towards, kind="stable")]
+    towards = []  # above 0 for rows nearer to the second centre
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        towards.append(embeddings.at(rows[start : start + ROWS_AT_A_TIME]) @ (centres[1] - centres[0]))
+    nearer = np.concatenate(towards)
+    eighth = len(rows) // 8
+    cut = int(np.clip((nearer <= 0).sum(), eighth, len(rows) - eighth))
+    ordered = rows[np.argsort(nearer, kind="stable")]
     return [(np.sort(ordered[:cut]), centres[0]), (np.sort(ordered[cut:]), centres[1])]
 
 
 def _one_by_one(block: np.ndarray, last: np.ndarray | None) -> np.ndarray:
-    """Rows of `block` [n, D] in order: always the nearest that is left, first the one nearest to `last`."""
+    """Rows of `block` [n, D] in order: always the nearest that was not visited, first the one nearest to `last`."""
     cosines = block @ block.T
     steps = [0 if last is None else int(np.argmax(block @ last))]
     for _ in range(len(block) - 1):

@@ -1,14 +1,14 @@
-"""The next batch is made while this one is computed."""
+"""The next batch is prepared while this one is computed."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Prepared = TypeVar("Prepared")
 
 
-def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+def ahead(make: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
     """make(item) of every item, in order, one item ahead in a thread: tokenisers let other threads work."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         waiting = None

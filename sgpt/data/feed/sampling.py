@@ -1,9 +1,9 @@
 """Which examples make up which batch: a function of the seed and the batch's number, and of nothing else.
 
-So the position of a run is one integer, and a resumed run draws exactly the batches that it would have drawn. Batches are
-cut from an endless stream of shuffled epochs, over all processes: every example comes exactly once an epoch, and the
-batch at a border takes the end of one epoch and the beginning of the next. `data.batches=hard` shuffles runs of near
-queries in place of examples (grouping.py).
+So the position of a run is one integer, and a resumed run draws exactly the batches that it would have drawn. Batches
+are cut from an endless stream of shuffled epochs, over all processes: every example comes exactly once an epoch, and
+the batch at a border takes the end of one epoch and the beginning of the next. `data.batches=hard` shuffles runs of
+near queries in place of examples (grouping.py).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from itertools import islice
 
 import numpy as np
 
-from sgpt.data.feed.collate import Batch, Drawn, batch_of
+from sgpt.data.feed.collate import Batch, Draw, make_batch
 from sgpt.data.feed.embeddings import Embeddings
 from sgpt.data.feed.grouping import Walk, order
 from sgpt.data.feed.store import Examples, Tokens
@@ -23,10 +23,11 @@ from sgpt.text.markers import Frame, Role
 
 @dataclass(frozen=True)
 class Source:
-    """Examples with the frames their texts are put in. weight: share of the batches, relative to the other sources'.
+    """Examples with the frames their texts are put in.
 
-    num_hard_negatives: H. name: for messages. symmetric: documents are of the queries' kind. guide: a frozen model's embeddings
-    of the queries and of the documents. walk: batches are runs of it, else they are random.
+    name: for messages. num_hard_negatives: H. weight: share of the batches, relative to the other sources'. symmetric:
+    documents are of the queries' kind. guide: a frozen model's embeddings of the queries and of the documents. walk:
+    batches are runs of it, else they are random.
     """
 
     name: str
@@ -39,22 +40,34 @@ class Source:
     guide: dict[Role, Embeddings] | None = None
     walk: Walk | None = None
 
-    def draw(self, number: int, epoch: int, seed: int) -> Drawn:
-        """One positive of several, seeded by example and epoch; of more than H hard negatives the next H, epoch by epoch.
+    def draw(self, number: int, epoch: int, seed: int) -> Draw:
+        """One positive of several, by a seed of example and epoch; of more than H hard negatives the next H each epoch.
 
-        Where a query has fewer than H hard negatives (msmarco with use_all_queries, labelled pairs), positives of others are used instead.
+        Where a query has fewer than H hard negatives (msmarco with use_all_queries, labelled pairs), positives of other
+        examples are used instead.
         """
         positives, negatives = self.examples.positives[number], self.examples.hard_negatives[number]
         missing = self.num_hard_negatives - len(negatives)
-        draw = np.random.default_rng((seed, epoch, number)) if len(positives) > 1 or missing > 0 else None
-        chosen = int(draw.integers(len(positives))) if len(positives) > 1 else 0
-        if missing > 0:
-            others = (self.examples.positives[int(draw.integers(len(self.examples)))][0] for _ in range(100 * missing))
-            negatives = [*negatives, *islice((text for text in others if text not in positives), missing)] or positives
+        positive = 0
+        if len(positives) > 1 or missing > 0:  # a generator takes longer than all the rest
+            generator = np.random.default_rng((seed, epoch, number))
+            if len(positives) > 1:
+                positive = int(generator.integers(len(positives)))
+            if missing > 0:
+                negatives = [*negatives, *self._positives_of_others(positives, missing, generator)] or positives
         first = epoch * self.num_hard_negatives
-        hard = (negatives[(first + place) % len(negatives)] for place in range(self.num_hard_negatives))
-        others = tuple(text for place, text in enumerate(positives) if place != chosen)
-        return Drawn(self.examples, self.tokens, self.frames, self.examples.queries[number], (positives[chosen], *hard), others, self.guide)
+        hard = [negatives[(first + turn) % len(negatives)] for turn in range(self.num_hard_negatives)]
+        documents = (positives[positive], *hard)
+        others = tuple(text for index, text in enumerate(positives) if index != positive)
+        return Draw(
+            self.examples, self.tokens, self.frames, self.examples.queries[number], documents, others, self.guide
+        )  # fmt: skip
+
+    def _positives_of_others(self, own: Sequence[int], number: int, generator: np.random.Generator) -> list[int]:
+        """At most `number` texts that are none of one's `own`; fewer where a hundred draws for each find no other."""
+        rows = (int(generator.integers(len(self.examples))) for _ in range(100 * number))
+        texts = (self.examples.positives[row][0] for row in rows)
+        return list(islice((text for text in texts if text not in own), number))
 
 
 @dataclass
@@ -62,6 +75,7 @@ class Feed:
     """Batches of `queries_per_process` examples for each of `processes`.
 
     A batch is of one source, so that in-batch negatives are of its kind; `mixed` lets every example be of another one.
+    turns: (source, turns that it had before) of each turn so far. had: turns of each source so far.
     """
 
     sources: Sequence[Source]
@@ -77,18 +91,22 @@ class Feed:
         for source in self.sources:
             if len(source.examples) < self.queries_in_total and not (self.mixed and len(self.sources) > 1):
                 raise InputError(
-                    f"{source.name}: {len(source.examples)} training examples do not fill one batch of {self.queries_per_process} queries on each of "
-                    f"{self.processes} processes; lower trainer.queries_per_process or give more data"
+                    f"{source.name}: {len(source.examples)} training examples do not fill one batch of "
+                    f"{self.queries_per_process} queries on each of {self.processes} processes; "
+                    "lower trainer.queries_per_process or give more data"
                 )
         if self.mixed and len({source.num_hard_negatives for source in self.sources}) > 1:
-            raise InputError("data.mixed=true puts examples of all sources into one batch, so all need the same num_hard_negatives; set it so in each")
+            raise InputError(
+                "data.mixed=true puts examples of all sources into one batch, so all need the same num_hard_negatives; "
+                "set it so in each"
+            )
 
     @property
     def queries_in_total(self) -> int:
         return self.queries_per_process * self.processes
 
     def share(self, source: Source) -> float:
-        """Of the batches, or of the queries where batches are mixed."""
+        """Of the batches, or of the queries where batches are mixed; from 0 to 1."""
         return source.weight / sum(other.weight for other in self.sources)
 
     @property
@@ -98,16 +116,23 @@ class Feed:
     def rows(self, batch: int, rank: int) -> list[tuple[int, int, int]]:
         """(source, example, epoch) of each query of one process in batch number `batch`, counted over the whole run."""
         q = self.queries_per_process
-        if self.mixed:
-            slots = [self._turn(slot) for slot in range((batch * self.processes + rank) * q, (batch * self.processes + rank + 1) * q)]
-        else:
+        if self.mixed:  # every query has a turn
+            first = (batch * self.processes + rank) * q
+            slots = [self._turn(slot) for slot in range(first, first + q)]
+        else:  # a batch over all processes has one
             source, turn = self._turn(batch)
-            slots = [(source, slot) for slot in range((turn * self.processes + rank) * q, (turn * self.processes + rank + 1) * q)]
-        placed = [(source, *divmod(slot, len(self.sources[source].examples))) for source, slot in slots]
-        return [(source, int(self._order(source, epoch)[place]), epoch) for source, epoch, place in placed]
+            first = (turn * self.processes + rank) * q
+            slots = [(source, slot) for slot in range(first, first + q)]
+        rows = []
+        for source, slot in slots:  # slots of a source are counted through all its epochs
+            epoch, position = divmod(slot, len(self.sources[source].examples))
+            rows.append((source, int(self._order(source, epoch)[position]), epoch))
+        return rows
 
     def batch(self, number: int, rank: int) -> Batch:
-        return batch_of([self.sources[source].draw(example, epoch, self.seed) for source, example, epoch in self.rows(number, rank)])
+        """Batch `number`, counted over the whole run, of one process."""
+        rows = self.rows(number, rank)
+        return make_batch([self.sources[source].draw(example, epoch, self.seed) for source, example, epoch in rows])
 
     def _order(self, source: int, epoch: int) -> np.ndarray:
         """The examples of a source as an epoch draws them, [n]."""
@@ -117,15 +142,16 @@ class Feed:
         return _shuffled(len(self.sources[source].examples), self.seed, source, epoch)
 
     def _turn(self, number: int) -> tuple[int, int]:
-        """Which source has turn `number`, and how many it has had: always the one that is furthest behind its weight."""
+        """Which source has turn `number`, and how many it has had: always the one furthest behind its weight."""
         if len(self.sources) == 1:
             return 0, number
         total = sum(source.weight for source in self.sources)
         while len(self.turns) <= number:
-            behind = [source.weight / total * (len(self.turns) + 1) - had for source, had in zip(self.sources, self.had, strict=True)]
-            chosen = behind.index(max(behind))
-            self.turns.append((chosen, self.had[chosen]))
-            self.had[chosen] += 1
+            turns = len(self.turns) + 1
+            behind = [source.weight / total * turns - had for source, had in zip(self.sources, self.had, strict=True)]
+            source = behind.index(max(behind))
+            self.turns.append((source, self.had[source]))
+            self.had[source] += 1
         return self.turns[number]
 
 

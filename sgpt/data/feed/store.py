@@ -3,11 +3,12 @@
     <cache>/<key>/texts.arrow          every text once: text, and 64 bits of its hash
                   examples.arrow       query, positives, hard_negatives: numbers of texts
                   tokens-<key>.arrow   token ids of every text, without markers, cut at the longest limit
-                  embeddings-<key>/    of the texts, by a guide (embeddings.py); walk-<key>.npy, its order of the queries
+                  embeddings-<key>/    of the texts, by a guide (embeddings.py)
+                  walk-<key>.npy       its order of the queries (grouping.py)
 
-The first key is made of the source's bytes (of the hub's revision) and its reader's settings, the others of the tokenizer and the limit, or of the
-guide's weights. Whatever changes gives another key, so nothing stale is ever served. Everything is written under a temporary
-name and renamed.
+The first key is made of the source's bytes (of the hub's revision) and its reader's settings, the others of the
+tokenizer and the limit, or of the guide's weights. Whatever changes gives another key, so nothing stale is ever served.
+Everything is written under a temporary name and renamed.
 """
 
 import hashlib
@@ -27,17 +28,22 @@ from sgpt.text.tokens import content_ids
 FORMAT = 2  # of these files; a change makes every key another
 ROWS_AT_A_TIME = 20_000
 TEXTS = pa.schema([("text", pa.large_string()), ("hash", pa.int64())])
-EXAMPLES = pa.schema([("query", pa.int64()), ("positives", pa.large_list(pa.int64())), ("hard_negatives", pa.large_list(pa.int64()))])
+EXAMPLES = pa.schema([
+    ("query", pa.int64()),
+    ("positives", pa.large_list(pa.int64())),
+    ("hard_negatives", pa.large_list(pa.int64())),
+])  # fmt: skip
 TOKENS = pa.schema([("ids", pa.large_list(pa.int32()))])
 
 
 def text_hash(text: str) -> int:
-    """By which equal texts are known everywhere: signed 64 bits."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
+    """A hash by which equal texts are recognised everywhere: signed 64 bits."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 
 def key_of(*parts: object) -> str:
-    """Of anything that JSON takes."""
+    """A cache key of anything that JSON takes."""
     return hashlib.blake2b(json.dumps([FORMAT, *parts], sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
@@ -68,19 +74,25 @@ class Column:
 class Examples:
     """Rows of numbers over a table of texts, on disk or in memory. `examples[i]` is an `Example` of strings.
 
-    texts, hashes: by number of the text. queries, positives, hard_negatives: by number of the example, numbers of texts.
+    texts, hashes: by number of the text. queries, positives, hard_negatives: by number of the example, numbers of
+    texts.
     key: of the source's bytes and its reader's settings. folder: None in memory.
     """
 
     def __init__(self, tables: Mapping[str, Sequence], key: str, folder: Path | None = None) -> None:
         self.texts, self.hashes = tables["text"], tables["hash"]
-        self.queries, self.positives, self.hard_negatives = tables["query"], tables["positives"], tables["hard_negatives"]
+        self.queries, self.positives = tables["query"], tables["positives"]
+        self.hard_negatives = tables["hard_negatives"]
         self.key, self.folder = key, folder
 
     @classmethod
     def open(cls, folder: Path) -> "Examples":
-        files = {"texts.arrow": TEXTS, "examples.arrow": EXAMPLES}
-        return cls({name: Column(folder / file, name) for file, schema in files.items() for name in schema.names}, folder.name, folder)
+        """By memory map, of a folder that `stored` filled."""
+        columns = {}
+        for file, schema in (("texts.arrow", TEXTS), ("examples.arrow", EXAMPLES)):
+            for name in schema.names:
+                columns[name] = Column(folder / file, name)
+        return cls(columns, folder.name, folder)
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Examples":
@@ -96,25 +108,26 @@ class Examples:
 
     def __getitem__(self, number: int) -> Example:
         positive, *others = (self.texts[text] for text in self.positives[number])
-        return Example(self.texts[self.queries[number]], positive, tuple(self.texts[text] for text in self.hard_negatives[number]), tuple(others))
+        hard_negatives = tuple(self.texts[text] for text in self.hard_negatives[number])
+        return Example(self.texts[self.queries[number]], positive, hard_negatives, tuple(others))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[number] for number in range(len(self)))
 
 
 class Writer:
-    """Texts and rows of numbers over them, in any order; each gets its place by being written."""
+    """Writes texts, and rows of numbers over them, in any order; each gets its number by being written."""
 
     def __init__(self, texts: "_Table | _Lists", rows: "_Table | _Lists") -> None:
         self.texts, self.rows, self.numbers = texts, rows, {}
 
     def text(self, text: str) -> int:
-        """Its number. The writer does not know it again: for collections that are too large to remember and number themselves."""
+        """Writes the text; its number. It is not recognised again: for collections too large to be remembered."""
         self.texts.add(text, text_hash(text))
         return self.texts.count - 1
 
     def known_text(self, text: str) -> int:
-        """Its number, the same for the same text."""
+        """Writes the text unless it was written before; its number."""
         hashed = text_hash(text)
         if hashed not in self.numbers:
             self.numbers[hashed] = self.text(text)
@@ -129,7 +142,7 @@ class Writer:
 
 
 def stored(cache: Path, key: str, fill: Callable[[Writer], None]) -> Examples:
-    """What `fill` writes, from the cache when it is there. An error in it leaves nothing that looks whole."""
+    """The examples that `fill` writes, from the cache when they are in it. An error leaves nothing that looks whole."""
     folder = cache / key
     make_once(folder, folder.is_dir, lambda: _fill(folder, fill))
     return Examples.open(folder)
@@ -165,7 +178,8 @@ class _Table:
 
     def _flush(self) -> None:
         if self.rows:
-            columns = [pa.array(column, field.type) for column, field in zip(zip(*self.rows, strict=True), self.schema, strict=True)]
+            values = zip(*self.rows, strict=True)  # by column
+            columns = [pa.array(column, field.type) for column, field in zip(values, self.schema, strict=True)]
             self.writer.write_batch(pa.record_batch(columns, schema=self.schema))
             self.rows = []
 
@@ -175,7 +189,7 @@ class _Table:
 
 
 class _Lists:
-    """The same in memory."""
+    """Lists in memory, with the methods of `_Table`."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self.columns: dict[str, list] = {name: [] for name in schema.names}
@@ -188,13 +202,19 @@ class _Lists:
 
 
 class Tokens:
-    """Token ids of every text of `examples`, cut at `limit`: made once for a tokenizer and a limit, and kept beside them."""
+    """Token ids of every text of `examples`, cut at `limit`.
+
+    They are made once for a tokenizer and a limit, and kept next to the texts.
+    """
 
     def __init__(self, examples: Examples, tokenizer, limit: int) -> None:
         if examples.folder is None:
-            self.ids: Sequence = [ids for texts in _batches(examples.texts) for ids in content_ids(texts, tokenizer, limit)]
+            self.ids: Sequence = []
+            for texts in _batches(examples.texts):
+                self.ids += content_ids(texts, tokenizer, limit)
             return
-        file = examples.folder / f"tokens-{key_of(tokenizer.backend_tokenizer.to_str(), limit)}.arrow"
+        key = key_of(tokenizer.backend_tokenizer.to_str(), limit)
+        file = examples.folder / f"tokens-{key}.arrow"
         make_once(file, file.is_file, lambda: _tokenise(examples.texts, tokenizer, limit, file))
         self.ids = Column(file, "ids")
 
@@ -214,6 +234,7 @@ def _tokenise(texts: Sequence[str], tokenizer, limit: int, file: Path) -> None:
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
     for start in range(0, len(texts), ROWS_AT_A_TIME):
-        yield [texts[row] for row in range(start, min(start + ROWS_AT_A_TIME, len(texts)))]
+        end = min(start + ROWS_AT_A_TIME, len(texts))
+        yield [texts[row] for row in range(start, end)]
         if isinstance(texts, Column):
             texts.give_back()
