@@ -2,7 +2,7 @@
 
     python benchmarks/one_trunk.py [--shape 125m] [--documents 40] [--rounds 2]
 
-The encoder is a bias delta over the decoder that re-ranks, both opened by `sgpt.retrieval.searcher.open_both`. Each way is a fresh process,
+The encoder is a bias delta over the decoder that re-ranks, both opened by `sgpt.retrieval.searcher.load_encoder_and_reranker`. Each way is a fresh process,
 which encodes the documents and re-ranks them for one query; embeddings and scores must be the same before anything is shown.
 Memory is the peak of the resident size, and what it is when the work is done, over what it was before the models were opened.
 """
@@ -22,7 +22,7 @@ from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.adapter import save_adapter
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
-from sgpt.retrieval.searcher import open_both
+from sgpt.retrieval.searcher import load_encoder_and_reranker
 from sgpt.text.markers import MarkersConfig
 from sgpt.training.tuning import TuningConfig, learning, tune
 
@@ -54,7 +54,7 @@ def save_tuned(given: Setting) -> None:
     with torch.no_grad():
         for value in learning(encoder.trunk).values():
             value.add_(0.02 * torch.randn_like(value))
-    save_adapter(encoder, base, Path(given.folder, "run", "adapter"))
+    save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, base, Path(given.folder, "run", "adapter"))
 
 
 def work(setting: dict, variant: dict) -> dict:
@@ -63,7 +63,7 @@ def work(setting: dict, variant: dict) -> dict:
     before = settle()
     encoder = ranker = None
     if way == "one trunk":
-        encoder, ranker = open_both(run)
+        encoder, ranker = load_encoder_and_reranker(run)
     if way in ("encoder alone", "opened apart"):
         encoder = Encoder.from_pretrained(run)
     if way in ("re-ranker alone", "opened apart"):

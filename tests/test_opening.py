@@ -65,7 +65,16 @@ OPENERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize(
     "prefix",
-    ["_orig_mod.", "module.", "module._orig_mod.", "base_model.model.", "0.auto_model.", "model.", "model.module.", "transformer."],
+    [
+        "_orig_mod.",
+        "module.",
+        "module._orig_mod.",
+        "base_model.model.",
+        "0.auto_model.",
+        "model.",
+        "model.module.",
+        "transformer.",
+    ],
 )
 def test_prefixes_of_wrappers_are_taken_off_and_said(prefix, base, caplog):
     """Opened at random before: the trunk, without a word, so two openings gave two results."""
@@ -197,9 +206,18 @@ def test_damaged_weights_are_refused(opener, edit, match, base):
         ({"layer_norm_epsilon": "small"}, r"the folder cannot be loaded"),
         ({"model_type": "mine"}, r"config\.json: model_type='mine' is no family of transformers"),
         ({"model_type": None}, r"config\.json: model_type=None is no family"),
-        ({"model_type": "mine", "auto_map": {"AutoModel": "modeling.Mine"}}, r"config\.json: auto_map='modeling\.Mine' asks for Python code"),
-        ({"auto_map": {"AutoModel": "someone/code--modeling.Mine"}}, r"auto_map='someone/code--modeling\.Mine' asks for Python code"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantization_config \(awq\) says quantised weights"),
+        (
+            {"model_type": "mine", "auto_map": {"AutoModel": "modeling.Mine"}},
+            r"config\.json: auto_map='modeling\.Mine' asks for Python code",
+        ),
+        (
+            {"auto_map": {"AutoModel": "someone/code--modeling.Mine"}},
+            r"auto_map='someone/code--modeling\.Mine' asks for Python code",
+        ),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4}},
+            r"quantization_config \(awq\) says quantised weights",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config \(gptq\)"),
         ({"quantization_config": {"load_in_4bit": True}}, r"quantization_config \(None\)"),
     ],
@@ -214,7 +232,8 @@ def test_a_config_that_cannot_be_right_is_refused(opener, values, match, base, m
 
 @pytest.mark.parametrize(
     "values",
-    [{"attn_implementation": "flash_attention_2"}, {"_attn_implementation": "flash_attention_2"}, {"return_dict": False}, {"use_cache": False},
+    [{"attn_implementation": "flash_attention_2"}, {"_attn_implementation": "flash_attention_2"},
+     {"return_dict": False}, {"use_cache": False},
      {"auto_map": {"AutoModel": "modeling_gpt2.GPT2Model"}}, {"dtype": "float16"}, {"output_hidden_states": True}],
 )  # fmt: skip
 def test_a_config_that_says_what_does_not_matter_opens(values, base):
@@ -280,7 +299,11 @@ def test_a_tokenizer_whose_unknown_token_is_gone_is_refused_before_an_unknown_wo
         ("tokenizer.json", "{}", "the folder cannot be loaded"),
         ("tokenizer.json", POINTER.decode(), r"tokenizer\.json: is a Git LFS pointer"),
         ("tokenizer_config.json", "[", r"tokenizer_config\.json: cannot be read as JSON"),
-        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["tok.Mine", null]}}', r"tokenizer_config\.json: auto_map='tok\.Mine' asks for Python code"),
+        (
+            "tokenizer_config.json",
+            '{"auto_map": {"AutoTokenizer": ["tok.Mine", null]}}',
+            r"tokenizer_config\.json: auto_map='tok\.Mine' asks for Python code",
+        ),
     ],
 )  # fmt: skip
 def test_a_broken_tokenizer_is_one_sentence(name, text, match, base, monkeypatch):

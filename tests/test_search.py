@@ -12,7 +12,7 @@ from sgpt.encoder.adapter import save_adapter
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.encoder import Encoder
-from sgpt.retrieval.searcher import SearchConfig, Searcher, open_both
+from sgpt.retrieval.searcher import SearchConfig, Searcher, load_encoder_and_reranker
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
 from sgpt.training.tuning import TuningConfig, learning, tune
@@ -30,14 +30,14 @@ def tuned_run(base, folder, seed: int = 0) -> Encoder:
     with torch.no_grad():
         for value in learning(trunk).values():
             value.add_(torch.randn_like(value) * 0.3)
-    save_adapter(encoder, before, folder / "adapter")
+    save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, before, folder / "adapter")
     return encoder
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "gpt2", "bloom"])
 def test_each_gives_what_it_gives_alone(language_model, tmp_path, family):
     alone = tuned_run(language_model(family), tmp_path)
-    encoder, ranker = open_both(tmp_path)
+    encoder, ranker = load_encoder_and_reranker(tmp_path)
     expected = alone.encode_documents(list(CORPUS.values()))
     scores = CrossEncoder.from_pretrained(language_model(family)).score(["a date"] * 5, list(CORPUS.values()))
     for _ in range(2):  # one after the other, and again
@@ -47,7 +47,7 @@ def test_each_gives_what_it_gives_alone(language_model, tmp_path, family):
 
 def test_beside_the_language_model_there_are_only_biases(language_model, tmp_path):
     tuned_run(language_model("gpt_neo"), tmp_path)
-    encoder, ranker = open_both(tmp_path)
+    encoder, ranker = load_encoder_and_reranker(tmp_path)
     delta = [value for _, value in encoder.weights.pairs]
     tensors = [*ranker.model.parameters(), *ranker.model.buffers(), *encoder.parameters(), *encoder.buffers(), *delta]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -70,7 +70,7 @@ def test_several_tuned_models_over_one_trunk(language_model, tmp_path):
 
 def test_the_searcher_re_ranks_what_it_found(language_model, tmp_path):
     tuned_run(language_model("gpt_neo"), tmp_path)
-    encoder, ranker = open_both(tmp_path)
+    encoder, ranker = load_encoder_and_reranker(tmp_path)
     plain = Searcher(encoder, CORPUS, tmp_path / "index")
     found = plain("open the date", top=3)
     again = Searcher(encoder, CORPUS, tmp_path / "index", ranker=ranker, depth=3)("open the date", top=2)
@@ -86,7 +86,7 @@ def test_an_index_knows_the_weights_it_was_made_with(language_model, tmp_path):
     base = language_model("gpt_neo")
     for seed in range(2):
         tuned_run(base, tmp_path / str(seed), seed)
-    first, second = (open_both(tmp_path / str(seed))[0] for seed in range(2))
+    first, second = (load_encoder_and_reranker(tmp_path / str(seed))[0] for seed in range(2))
     before = Searcher(first, CORPUS, tmp_path / "index")("a date", 5)
     after = Searcher(second, CORPUS, tmp_path / "index")("a date", 5)
     fresh = Searcher(second, CORPUS, tmp_path / "other")("a date", 5)
@@ -101,7 +101,7 @@ def test_what_cannot_share_is_refused(language_model, tiny_base, tmp_path):
     with pytest.raises(InputError, match=r"made from .* and this GPT2Model .* is another"):
         Delta(other, tmp_path / "adapter")
     with pytest.raises(InputError, match=r"holds no adapter/, so there is no base to re-rank with"):
-        open_both(tiny_base("gpt2"))
+        load_encoder_and_reranker(tiny_base("gpt2"))
     with pytest.raises(InputError, match=r"is no bias delta, so it cannot share a trunk"):
         Delta(other, tiny_base("gpt2"))
 

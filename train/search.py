@@ -17,9 +17,9 @@ def main(composed: DictConfig) -> None:
     from sgpt.cli.compose import typed
     from sgpt.data.formats.beir import read_documents
     from sgpt.data.readers import default_corpus
-    from sgpt.encoder import contract as contracts
     from sgpt.encoder.encoder import Encoder
-    from sgpt.retrieval.searcher import SearchConfig, Searcher, open_both
+    from sgpt.encoder.model_folder import find_model
+    from sgpt.retrieval.searcher import SearchConfig, Searcher, load_encoder_and_reranker
     from sgpt.runtime.errors import InputError
     from sgpt.runtime.interrupt import exit_code, keeping
 
@@ -27,9 +27,12 @@ def main(composed: DictConfig) -> None:
     if not config.run:
         raise InputError("set run=<run or export folder>, for example run=runs/pydocs")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder, ranker = open_both(config.run, config.prompt, device=device) if config.rerank else (Encoder.from_pretrained(config.run).to(device), None)
+    if config.rerank:
+        encoder, ranker = load_encoder_and_reranker(config.run, config.prompt, device=device)
+    else:
+        encoder, ranker = Encoder.from_pretrained(config.run).to(device), None
     path = Path(config.corpus) if config.corpus else default_corpus()
-    ours = any((Path(config.run) / part / contracts.FILE).is_file() for part in ("", "export", "adapter"))
+    ours = Path(config.run).is_dir() and find_model(config.run).is_ours
     place = Path(config.run) if ours else Path("runs/search") / Path(config.run).name  # nothing is written into a base
     documents = read_documents(path)
     with keeping("the documents that were indexed are kept"):

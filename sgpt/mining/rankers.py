@@ -14,7 +14,6 @@ from sgpt.encoder.encoder import Encoder
 from sgpt.mining.task import Query, Task
 from sgpt.retrieval.bm25 import bm25_index, bm25_words
 from sgpt.retrieval.dense import search
-from sgpt.retrieval.index import fingerprint
 from sgpt.runtime.distributed import barrier, world
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import reserve
@@ -77,7 +76,7 @@ class Model:
         assert config.model
         self.task = task
         self.encoder = Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling).to(task.device)
-        self.digest = fingerprint(self.encoder, {})
+        self.digest = self.encoder.fingerprint()
 
     def prepare(self, parts: Parts) -> None:
         file, texts = beside(parts.output, ".embeddings.npy"), self.task.pool.texts

@@ -1,7 +1,7 @@
 """Search in a corpus with a stored index (sgpt/retrieval/index.py), and again among what was found with SGPT-CE.
 
 One decoder does both: the encoder's biases are a delta over its frozen trunk, which is on while texts are embedded and off
-while the language-model head scores (`open_both`). Beside the language model that costs kilobytes.
+while the language-model head scores (`load_encoder_and_reranker`). Beside the language model that costs kilobytes.
 """
 
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ import torch
 from sgpt.cross_encoder.cross_encoder import CrossEncoder, load_language_model
 from sgpt.cross_encoder.prompts import PromptConfig
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer
-from sgpt.encoder import contract as contracts
 from sgpt.encoder.adapter import DELTA, check_tokenizer, convert, trained_dtype
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.model_folder import find_model
 from sgpt.retrieval.index import IndexConfig, open_index
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import COUNT, check_ranges
@@ -55,15 +55,16 @@ class Searcher:
         return sorted(hits, key=lambda hit: -hit.score)[:top]
 
 
-def open_both(
+def load_encoder_and_reranker(
     path: str | Path, prompt: PromptConfig | str = "G", *, dtype: str = "float32", device: torch.device | str = "cpu"
 ) -> tuple[Encoder, CrossEncoder]:  # fmt: skip
     """The encoder of a run or adapter folder of ours, and SGPT-CE with its base: one trunk in memory for both.
 
     Raises InputError where there is no bias delta to put on and off, as for a run with tuning=full.
     """
-    folder = next((place for place in (Path(path) / "adapter", Path(path)) if (place / contracts.FILE).is_file()), None)
-    if folder is None or not (folder / contracts.FILE).is_file():
+    model_folder = find_model(path, ("adapter",))
+    folder = model_folder.folder
+    if not model_folder.is_ours:
         raise InputError(f"{path} holds no adapter/, so there is no base to re-rank with; give the run's folder, or search without rerank")
     contract = Contract.load(folder)
     if not (folder / DELTA).is_file():

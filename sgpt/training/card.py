@@ -1,8 +1,6 @@
 """The model card of an export."""
 
-from pathlib import Path
-
-from sgpt.decoder.trunk import located
+from sgpt.decoder.model_files import resolve
 from sgpt.training.config import TrainConfig
 from sgpt.training.run_folder import Run
 
@@ -11,7 +9,7 @@ def card(run: Run, config: TrainConfig) -> str:
     """README.md of the export."""
     from huggingface_hub import ModelCardData
 
-    on_hub = "/" in config.model.path and not Path(located(config.model.path)).exists()
+    on_hub = "/" in config.model.path and not resolve(config.model.path).exists()
     data = ModelCardData(
         library_name="sentence-transformers", pipeline_tag="sentence-similarity", base_model=config.model.path if on_hub else None,
         tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "sgpt", config.tuning.name],

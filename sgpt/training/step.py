@@ -26,7 +26,7 @@ def contrastive_step(encoder: Encoder, batch: Batch, config: LossConfig, *, keep
     rows, places = distinct([*batch.queries, *batch.documents])
     made = list(encoder.packs(rows))
     parts = _embed(encoder, made, keep_bytes)
-    embeddings = encoder.in_order(made, [part.embeddings.detach() for part in parts], len(rows)).requires_grad_()  # [distinct, D]
+    embeddings = encoder.restore_order(made, [part.embeddings.detach() for part in parts], len(rows)).requires_grad_()  # [distinct, D]
     loss, outcome = objective(*embeddings[places].split([len(batch.queries), len(batch.documents)]), batch, config)
     (loss * weight).backward()
     after = _random_state(encoder.device)

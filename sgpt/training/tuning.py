@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from sgpt.decoder.families import is_norm
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import BELOW_ONE, COUNT, check_ranges
 
@@ -41,7 +42,7 @@ def bitfit(trunk: nn.Module, config: TuningConfig) -> nn.Module:
 
 def bitfit_norm(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     """Biases and the gains of every normalisation; works on bias-free families (Llama, Qwen3) too."""
-    norms = {name for name, module in trunk.named_modules() if "norm" in type(module).__name__.lower()}
+    norms = {name for name, module in trunk.named_modules() if is_norm(module)}
     _learn_only(trunk, lambda name: name.endswith("bias") or name.rpartition(".")[0] in norms)
     return trunk
 
@@ -78,7 +79,7 @@ def tune(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     """
     tuned = TUNINGS[config.name](trunk, config)
     if trunk.dtype.itemsize < 4:
-        norms = [module for module in tuned.modules() if "norm" in type(module).__name__.lower()]
+        norms = [module for module in tuned.modules() if is_norm(module)]
         for parameter in (*learning(tuned).values(), *(parameter for norm in norms for parameter in norm.parameters())):
             parameter.data = parameter.data.float()
         if any(parameter.dtype == torch.float16 for parameter in tuned.parameters()):
