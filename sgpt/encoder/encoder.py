@@ -28,7 +28,7 @@ from sgpt.decoder.trunk import (
 )
 from sgpt.encoder import contract as contracts
 from sgpt.encoder import sentence_transformers as sentence_transformers_format
-from sgpt.encoder.adapter import check_tokenizer, convert, open_trunk
+from sgpt.encoder.adapter import check_tokenizer, open_trunk
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.model_folder import find_model
 from sgpt.encoder.pooling import POOLINGS
@@ -200,7 +200,8 @@ class Encoder(nn.Module):
             return self
         with self.weights:
             trunk = copy.deepcopy(self.trunk)
-        convert(trunk, dtype)
+        for parameter in trunk.parameters():
+            parameter.data = parameter.data.to(dtype)
         return type(self)(trunk, self.tokenizer, self.contract, tokens_per_pack=self.tokens_per_pack)
 
     def encode_in(self, dtype: torch.dtype) -> Encode:
