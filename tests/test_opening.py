@@ -20,6 +20,7 @@ from sgpt.data.formats.beir import RetrievalSet
 from sgpt.data.formats.scored_pairs import PairSet
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.model_folder import ModelFolder, find_model
 from sgpt.evaluation.evaluate import Sets, evaluate
 from sgpt.mining.rules import cross_encoder
 from sgpt.runtime.errors import InputError
@@ -420,3 +421,18 @@ def test_thousands_of_damaged_folders_open_or_are_refused(family, tiny_base, tmp
 
     check()
     print(family, count)
+
+
+def test_what_a_path_holds_is_said_in_one_place(tmp_path):
+    """An export before an adapter, both before what lies in the folder itself."""
+    assert find_model(tmp_path) == ModelFolder(tmp_path, "base")
+    (tmp_path / "modules.json").write_text("[]")
+    assert find_model(tmp_path) == ModelFolder(tmp_path, "sentence-transformers")
+    assert not find_model(tmp_path).is_ours
+    for part, others in (("adapter", ["sgpt.json", "sgpt_delta.json"]), ("export", ["sgpt.json", "modules.json"])):
+        (tmp_path / part).mkdir()
+        for name in others:
+            (tmp_path / part / name).write_text("{}")
+        for path in (tmp_path, tmp_path / part):
+            assert find_model(path) == ModelFolder(tmp_path / part, part)
+    assert find_model(tmp_path, ("adapter",)).kind == "adapter"
