@@ -54,7 +54,7 @@ def save_tuned(given: Setting) -> None:
     with torch.no_grad():
         for value in learning(encoder.trunk).values():
             value.add_(0.02 * torch.randn_like(value))
-    save_adapter(encoder, base, Path(given.folder, "run", "adapter"))
+    save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, base, Path(given.folder, "run", "adapter"))
 
 
 def work(setting: dict, variant: dict) -> dict:

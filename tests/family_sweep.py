@@ -2,9 +2,10 @@
 
     PYTHONPATH=. python tests/family_sweep.py [family …]
 
-Each family is built at random from its own config class, saved with a tokenizer, opened by `Encoder.from_pretrained`, and
-its embeddings of texts of different lengths are compared with plain transformers: each text alone, without any mask. Printed
-for comparison: how far plain transformers itself is from that in a batch padded on the right and on the left.
+Each family is built at random from its own config class, saved with a tokenizer, opened by `Encoder.from_pretrained`,
+and its embeddings of texts of different lengths are compared with plain transformers: each text alone, without any
+mask. Printed for comparison: how far plain transformers itself is from that in a batch padded on the right and on the
+left.
 """
 
 import contextlib

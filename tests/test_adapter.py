@@ -21,6 +21,10 @@ IDS = torch.arange(1, 19).reshape(2, 9)
 IN_PEFT = [family for family in FAMILIES if family not in ("gpt2", "qwen2", "qwen3")]  # Conv1D; too few biases; none
 
 
+def saved(encoder: Encoder, base: dict[str, torch.Tensor], folder: Path) -> Path:
+    return save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, base, folder)
+
+
 def trained(encoder: Encoder, tuning: str = "bitfit") -> dict[str, torch.Tensor]:
     """Changes what `tuning` trains and returns the values before. 1e-10 is lost in base + (trained - base)."""
     encoder.trunk = tune(encoder.trunk, TuningConfig(tuning))
@@ -45,25 +49,35 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 def test_stock_peft_reproduces_the_tuned_trunk(family, tiny_encoder, tmp_path):
     encoder = tiny_encoder(family)
     untuned = hidden(encoder.trunk)
-    folder = save_adapter(encoder, trained(encoder), tmp_path / "adapter")
+    folder = saved(encoder, trained(encoder), tmp_path / "adapter")
     stock = AutoPeftModelForFeatureExtraction.from_pretrained(folder).eval()
     assert stock.peft_config["default"].peft_type == "BEFT"
     norms = {name for name, module in encoder.trunk.named_modules() if "Norm" in type(module).__name__}
-    assert set(stock.peft_config["default"].modules_to_save or ()) == {name for name in norms if f"{name}.bias" in learning(encoder.trunk)}
+    assert set(stock.peft_config["default"].modules_to_save or ()) == {
+        name for name in norms if f"{name}.bias" in learning(encoder.trunk)
+    }
     assert (hidden(stock) - untuned).abs().max() > 0.1
-    assert torch.allclose(hidden(stock), hidden(encoder.trunk), atol=5e-6)  # base + change rounds once more; GPT-Neo runs eagerly there
+    # base + change rounds once more; GPT-Neo runs eagerly there
+    assert torch.allclose(hidden(stock), hidden(encoder.trunk), atol=5e-6)
     merged = stock.merge_and_unload()
     assert {name for name, _ in merged.named_parameters()} == {name for name, _ in encoder.trunk.named_parameters()}
 
 
 @pytest.mark.parametrize(
     ("family", "tuning"),
-    [("gpt_neo", "bitfit"), ("gpt_neo", "bitfit_norm"), ("gpt2", "bitfit"), ("llama", "bitfit_norm"), ("qwen3", "bitfit_norm"), ("gpt2", "full")],
+    [
+        ("gpt_neo", "bitfit"),
+        ("gpt_neo", "bitfit_norm"),
+        ("gpt2", "bitfit"),
+        ("llama", "bitfit_norm"),
+        ("qwen3", "bitfit_norm"),
+        ("gpt2", "full"),
+    ],
 )
 def test_our_reader_restores_every_bit(family, tuning, tiny_encoder, tmp_path):
     encoder = tiny_encoder(family)
     run = tmp_path / "run"
-    save_adapter(encoder, trained(encoder, tuning), run / "adapter")
+    saved(encoder, trained(encoder, tuning), run / "adapter")
     opened = Encoder.from_pretrained(run)
     assert same(opened.trunk, encoder.trunk)
     assert opened.contract == encoder.contract
@@ -74,19 +88,26 @@ def test_change_is_kilobytes_and_says_its_form(tiny_encoder, tmp_path):
     """A bias of a Linear is stored once, as a change in a row, under PEFT's name."""
     encoder = tiny_encoder("gptj")
     base = trained(encoder)
-    folder = save_adapter(encoder, base, tmp_path / "adapter")
+    folder = saved(encoder, base, tmp_path / "adapter")
     stored, name = load_file(folder / "adapter_model.safetensors"), "h.1.mlp.fc_in.bias"
     change = dict(encoder.trunk.named_parameters())[name].detach() - base[name]
     assert torch.equal(stored["base_model.model.h.1.mlp.fc_in.beft_bias"], change.unsqueeze(0))
     stated = json.loads((folder / "adapter_config.json").read_text())
-    assert (stated["base_model_name_or_path"], stated["task_type"], stated["peft_type"]) == (encoder.contract.base, "FEATURE_EXTRACTION", "BEFT")
-    assert sum(file.stat().st_size for file in folder.iterdir()) < (Path(encoder.contract.base) / "model.safetensors").stat().st_size / 10
+    assert (stated["base_model_name_or_path"], stated["task_type"], stated["peft_type"]) == (
+        encoder.contract.base,
+        "FEATURE_EXTRACTION",
+        "BEFT",
+    )
+    assert (
+        sum(file.stat().st_size for file in folder.iterdir())
+        < (Path(encoder.contract.base) / "model.safetensors").stat().st_size / 10
+    )
 
 
 def test_conv1d_has_no_form_in_peft_and_says_so(tiny_encoder, tmp_path):
     encoder = tiny_encoder("gpt2")
     base = trained(encoder)
-    folder = save_adapter(encoder, base, tmp_path / "adapter")
+    folder = saved(encoder, base, tmp_path / "adapter")
     assert not (folder / "adapter_config.json").exists()
     assert json.loads((folder / "sgpt_delta.json").read_text())["form"] == "plain"
     change = load_file(folder / "adapter_model.safetensors")
@@ -97,7 +118,7 @@ def test_conv1d_has_no_form_in_peft_and_says_so(tiny_encoder, tmp_path):
 
 def test_low_rank_is_saved_and_opened_by_peft(tiny_encoder, tmp_path):
     encoder = tiny_encoder("llama")
-    folder = save_adapter(encoder, trained(encoder, "lora"), tmp_path / "adapter")
+    folder = saved(encoder, trained(encoder, "lora"), tmp_path / "adapter")
     stock = AutoPeftModelForFeatureExtraction.from_pretrained(folder).eval()
     assert torch.equal(hidden(stock), hidden(encoder.trunk))
     opened = Encoder.from_pretrained(folder)
@@ -107,7 +128,7 @@ def test_low_rank_is_saved_and_opened_by_peft(tiny_encoder, tmp_path):
 
 def test_another_base_is_refused(tiny_encoder, tmp_path):
     encoder = tiny_encoder("gpt_neo")
-    folder = save_adapter(encoder, trained(encoder), tmp_path / "adapter")
+    folder = saved(encoder, trained(encoder), tmp_path / "adapter")
     vocabulary = encoder.trunk.config.vocab_size
     load_adapter(load_trunk(ModelConfig(encoder.contract.base)), folder)  # the right one
     with pytest.raises(InputError, match="values of its weights differ"):
@@ -120,7 +141,7 @@ def test_another_base_is_refused(tiny_encoder, tmp_path):
 
 def test_adapter_over_bfloat16_opens_in_float32_with_the_values_it_was_trained_over(tiny_encoder, tmp_path):
     encoder = tiny_encoder("opt", dtype="bfloat16")
-    folder = save_adapter(encoder, trained(encoder), tmp_path / "adapter")
+    folder = saved(encoder, trained(encoder), tmp_path / "adapter")
     opened = Encoder.from_pretrained(folder)
     assert opened.trunk.dtype == torch.float32
     assert same(opened.trunk, encoder.trunk.float())
@@ -132,9 +153,9 @@ def test_only_an_adapter_of_ours_is_replaced(tiny_encoder, tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="no adapter"):
-        save_adapter(encoder, base, tmp_path / "foreign")
+        saved(encoder, base, tmp_path / "foreign")
     for _ in range(2):
-        save_adapter(encoder, base, tmp_path / "ours")
+        saved(encoder, base, tmp_path / "ours")
     assert {path.name for path in tmp_path.iterdir()} == {"foreign", "ours"}
 
 
@@ -142,4 +163,4 @@ def test_adapter_without_a_named_base_is_refused(tiny_encoder, tmp_path):
     encoder = tiny_encoder("gpt_neo")
     encoder.contract = Contract(markers=encoder.contract.markers)
     with pytest.raises(InputError, match="no base"):
-        save_adapter(encoder, trained(encoder), tmp_path / "adapter")
+        saved(encoder, trained(encoder), tmp_path / "adapter")

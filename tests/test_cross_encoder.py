@@ -21,7 +21,8 @@ G = 'Documents are searched to find matches with the same content.\nThe document
 
 @torch.inference_mode()
 def as_the_original(folder, query: str, document: str, prompt: str = G, max_tokens: int = POSITIONS) -> float:
-    """One pair at a time, the whole vocabulary at every position (crossencoder/beir/sgptce.py); `{}` is the document."""
+    """One pair at a time, the whole vocabulary at every position (crossencoder/beir/sgptce.py); `{}` is the document.
+    """
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     tokens = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     start = tokenizer("")["input_ids"]  # the models of the original have no start token
@@ -58,7 +59,9 @@ def test_a_query_with_its_prompt_fills_the_model_to_the_last_position(language_m
     room = POSITIONS + 1 - ranker.instruction_tokens - len(ranker.tokenizer(ranker.prompt.tail)["input_ids"])
     fits = ranker.tokenizer.decode([ranker.tokenizer(" a")["input_ids"][-1]] * room)
     assert np.isfinite(ranker.score([fits], ["document"])).all()
-    with pytest.raises(InputError, match=r"query ' a a.*of the model's 128 positions the instruction leaves \d+; shorten"):
+    with pytest.raises(
+        InputError, match=r"query ' a a.*of the model's 128 positions the instruction leaves \d+; shorten"
+    ):
         ranker.score([fits + " a"], ["document"])
 
 
@@ -73,7 +76,12 @@ def test_every_prompt_of_the_original_scores_as_its_loop(language_model, name):
     assert ranker.tokenizer.decode(text.ids) == template.instruction + document + template.tail + query
     if len(text.ids) <= POSITIONS:
         assert ranker.score([query], [document]).tolist() == pytest.approx(
-            [as_the_original(language_model("gpt_neo"), query, document, template.instruction + "{}" + template.tail, 10_000)], abs=1e-4
+            [
+                as_the_original(
+                    language_model("gpt_neo"), query, document, template.instruction + "{}" + template.tail, 10_000
+                )
+            ],
+            abs=1e-4,
         )
 
 
@@ -81,7 +89,8 @@ def test_the_prompts_of_the_paper_read_as_they_are_printed():
     written = {
         "A": "DOC QUERY",
         "C": "Document:\nDOC\n\nQuery:\nQUERY",
-        "G": 'Documents are searched to find matches with the same content.\nThe document "DOC" is a good search result for "QUERY',
+        "G": "Documents are searched to find matches with the same content.\n"
+        'The document "DOC" is a good search result for "QUERY',
         "K": "Document:\nd\nQuery:\nq\nDocument:\nDOC\nQuery:\nQUERY",
         "quoraD": "Question Body: DOC Question Title:QUERY",
     }
@@ -114,7 +123,9 @@ def test_answers_that_begin_alike_are_told_apart_by_their_first_difference(langu
     shared = tokenizer("parser ")["input_ids"][:1]
     assert tokenizer(yes)["input_ids"][:1] == tokenizer(no)["input_ids"][:1] == shared
     assert tokenizer(yes)["input_ids"][1] != tokenizer(no)["input_ids"][1]
-    found = CrossEncoder.from_pretrained(folder, PromptConfig("{document} {query}", answers=[yes, no])).score(["query"], ["document"])
+    found = CrossEncoder.from_pretrained(folder, PromptConfig("{document} {query}", answers=[yes, no])).score(
+        ["query"], ["document"]
+    )
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.inference_mode():
         logits = model(torch.tensor([tokenizer("document query")["input_ids"] + shared])).logits[0, -1]
@@ -153,7 +164,10 @@ def test_bfloat16_scores_are_close(language_model):
 def test_an_example_that_holds_a_slot_is_left_as_it_is():
     shots = [["print(f'{query}')", "format {document}"], ["d", "q"]]
     prompt = build_prompt(PromptConfig("K", shots))
-    assert prompt.instruction == "Document:\nprint(f'{query}')\nQuery:\nformat {document}\nDocument:\nd\nQuery:\nq\nDocument:\n"
+    assert (
+        prompt.instruction
+        == "Document:\nprint(f'{query}')\nQuery:\nformat {document}\nDocument:\nd\nQuery:\nq\nDocument:\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,5 +200,7 @@ def test_bad_input_is_refused(language_model, tiny_base):
     with pytest.raises(InputError, match=match):
         CrossEncoder.from_pretrained(tiny_base("gpt_neox"))  # a trunk alone, whose head would be random
     with pytest.raises(InputError, match=r"cannot be told apart by one token"):
-        CrossEncoder.from_pretrained(language_model("gpt2"), PromptConfig("{document} {query}", answers=[" Yes", " Yes"]))
+        CrossEncoder.from_pretrained(
+            language_model("gpt2"), PromptConfig("{document} {query}", answers=[" Yes", " Yes"])
+        )
     assert ranker.score([], []).shape == (0,)

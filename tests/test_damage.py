@@ -1,4 +1,5 @@
-"""One byte, key or value of an export or adapter changed: refused in a sentence that names the file, or the same embeddings.
+"""One byte, key or value of an export or adapter changed: refused in a sentence that names the file, or the same
+embeddings.
 
 Expected embeddings are those of the untouched folder, equal to the bit: nothing changed may give others in silence.
 """
@@ -40,7 +41,7 @@ def folders(tiny_encoder, tmp_path_factory) -> dict[str, tuple[Path, np.ndarray]
         if kind == "export":
             export(encoder, place / "whole", card="")
         else:
-            save_adapter(encoder, base, place / "whole")
+            save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, base, place / "whole")
         made[kind] = place / "whole", Encoder.from_pretrained(place / "whole").encode_queries(TEXTS)
     return made
 
@@ -141,7 +142,17 @@ def test_many_changed_folders_are_refused_or_the_same(kind, data, folders, tmp_p
     [
         ({"pooling": 3}, r"sgpt\.json: pooling is '3', which it cannot be"),
         ({"markers": []}, r"sgpt\.json: markers is '\[\]', which it cannot be"),
-        ({"markers": {"name": "brackets", "query_max_tokens": "a", "document_max_tokens": 40, "original_limit": False}}, r"markers is .*'a'"),
+        (
+            {
+                "markers": {
+                    "name": "brackets",
+                    "query_max_tokens": "a",
+                    "document_max_tokens": 40,
+                    "original_limit": False,
+                }
+            },
+            r"markers is .*'a'",
+        ),
         ({"normalize": "yes"}, r"normalize is 'yes'"),
         ({"probes": {"texts": ["a"], "query": [["x"]], "document": [["x"]]}}, r"probes is .*which it cannot be"),
         ({"probes": {"texts": ["a"], "query": [[float("nan")]], "document": [[0.5]]}}, r"probes is .*nan"),
@@ -172,7 +183,12 @@ def test_a_contract_without_a_key_is_refused_by_it(key, folders, tmp_path):
 
 
 def test_a_missing_file_is_named(folders, tmp_path):
-    for kind, name in (("export", "model.safetensors"), ("bitfit", "trained.safetensors"), ("lora", "adapter_model.safetensors"), ("export", "tokenizer.json")):
+    for kind, name in (
+        ("export", "model.safetensors"),
+        ("bitfit", "trained.safetensors"),
+        ("lora", "adapter_model.safetensors"),
+        ("export", "tokenizer.json"),
+    ):
         folder = shutil.copytree(folders[kind][0], tmp_path / f"{kind}-{name}")
         (folder / name).unlink()
         with pytest.raises(InputError, match=rf"{name}: the file is missing"):
@@ -197,7 +213,8 @@ def test_an_adapter_over_another_tokenizer_is_refused(tiny_encoder, tmp_path):
     base = shutil.copytree(encoder.contract.base, tmp_path / "base")
     encoder.contract.base = str(base)
     encoder.trunk = tune(encoder.trunk, TuningConfig("bitfit"))
-    save_adapter(encoder, {name: value.detach().clone() for name, value in learning(encoder.trunk).items()}, tmp_path / "adapter")
+    before = {name: value.detach().clone() for name, value in learning(encoder.trunk).items()}
+    save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, before, tmp_path / "adapter")
     Encoder.from_pretrained(tmp_path / "adapter")
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-20]
@@ -215,7 +232,9 @@ def test_an_adapter_of_format_1_still_opens_and_its_damage_is_told(folders, tmp_
     (folder / "sgpt_delta.json").write_text(json.dumps(delta))
     assert np.array_equal(Encoder.from_pretrained(folder).encode_queries(TEXTS), folders["bitfit"][1])
     for key in ("form", "dtype", "base_hash"):
-        (folder / "sgpt_delta.json").write_text(json.dumps({name: value for name, value in delta.items() if name != key}))
+        (folder / "sgpt_delta.json").write_text(
+            json.dumps({name: value for name, value in delta.items() if name != key})
+        )
         with pytest.raises(InputError, match=rf"sgpt_delta\.json: key '{key}' is None, expected a text"):
             Encoder.from_pretrained(folder)
     (folder / "sgpt_delta.json").write_text(json.dumps(delta))

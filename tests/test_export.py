@@ -1,4 +1,6 @@
-"""Exports against ids and means worked out by hand from the base, and against sentence-transformers, for texts that break exports."""
+"""Exports against ids and means worked out by hand from the base, and against sentence-transformers, for texts that
+break exports.
+"""
 
 import json
 import shutil
@@ -49,10 +51,13 @@ def exported(tiny_encoder, tmp_path_factory):
 
 
 def ids_by_hand(base: str, text: str, role: str, limit: int, markers: str = "brackets") -> list[int]:
-    """Special tokens outside, markers inside of them, the text alone between, cut so that everything fits in `limit`."""
+    """Special tokens outside, markers inside of them, the text alone between, cut so that everything fits in `limit`.
+    """
     tokenizer = Tokenizer.from_file(f"{base}/tokenizer.json")
     name = Path(base).name
-    before, after = (["</s>"], []) if name.startswith("opt") else (["[CLS]"], ["[SEP]"]) if name.startswith("bert") else ([], [])
+    before, after = (
+        (["</s>"], []) if name.startswith("opt") else (["[CLS]"], ["[SEP]"]) if name.startswith("bert") else ([], [])
+    )
     if markers == "brackets":
         before, after = [*before, SUFFIX[role][0]], [SUFFIX[role][1], *after]
     content = tokenizer.encode(text, add_special_tokens=False).ids[: limit - len(before) - len(after)]
@@ -128,7 +133,10 @@ def test_without_markers_special_tokens_and_both_limits_are_kept(family, query, 
     for role in ROLES:
         rows = [ids_by_hand(encoder.contract.base, text, role, limits[f"{role}_max_tokens"], "none") for text in texts]
         assert st_ids(theirs, texts, task=role) == rows
-        assert np.abs(st_encode(theirs, texts, role) - weighted_mean_by_hand(encoder.contract.base, rows)).max() < TOLERANCE
+        assert (
+            np.abs(st_encode(theirs, texts, role) - weighted_mean_by_hand(encoder.contract.base, rows)).max()
+            < TOLERANCE
+        )
     assert not (folder / "chat_template.jinja").exists()
 
 
@@ -159,7 +167,9 @@ def test_every_pooling_and_unit_length_are_exported(pooling, exported):
     embeddings = SentenceTransformer(str(folder), device="cpu").encode_query(TEXTS)
     assert np.abs(embeddings - encoder.encode_queries(TEXTS)).max() < TOLERANCE
     assert np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
-    assert json.loads((folder / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"] == (pooling == "mean")
+    assert json.loads((folder / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"] == (
+        pooling == "mean"
+    )
 
 
 def test_export_holds_what_other_readers_ask_for(exported):
@@ -168,10 +178,18 @@ def test_export_holds_what_other_readers_ask_for(exported):
     assert (config["hidden_size"], config["num_hidden_layers"]) == (32, 2)
     assert not {"_attn_implementation", "attn_implementation"} & config.keys()
     assert json.loads((folder / "1_Pooling" / "config.json").read_text()) == {
-        "word_embedding_dimension": 32, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": False,
-        "pooling_mode_mean_sqrt_len_tokens": False, "pooling_mode_weightedmean_tokens": True, "pooling_mode_lasttoken": False, "include_prompt": True,
-    }  # fmt: skip
-    assert json.loads((folder / "config_sentence_transformers.json").read_text())["requirements"] == {"sentence-transformers": ">=6.0"}
+        "word_embedding_dimension": 32,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": False,
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+        "pooling_mode_weightedmean_tokens": True,
+        "pooling_mode_lasttoken": False,
+        "include_prompt": True,
+    }
+    assert json.loads((folder / "config_sentence_transformers.json").read_text())["requirements"] == {
+        "sentence-transformers": ">=6.0"
+    }
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert (folder / "README.md").read_text() == "# gpt_neo\n"
     assert not [*folder.glob("*.bin"), *folder.glob("*.py")]
@@ -180,7 +198,13 @@ def test_export_holds_what_other_readers_ask_for(exported):
 def test_sentence_transformers_can_save_it_anew(exported, tmp_path):
     encoder, folder = exported("gpt_neo")
     SentenceTransformer(str(folder), device="cpu").save_pretrained(str(tmp_path / "again"), create_model_card=False)
-    assert np.abs(st_encode(SentenceTransformer(str(tmp_path / "again"), device="cpu"), TEXTS, "query") - encoder.encode_queries(TEXTS)).max() < TOLERANCE
+    assert (
+        np.abs(
+            st_encode(SentenceTransformer(str(tmp_path / "again"), device="cpu"), TEXTS, "query")
+            - encoder.encode_queries(TEXTS)
+        ).max()
+        < TOLERANCE
+    )
     with pytest.raises(InputError, match="chat template"):  # our reader would leave the markers out
         Encoder.from_pretrained(tmp_path / "again")
 
@@ -197,10 +221,10 @@ def test_our_reader_gets_the_untouched_tokenizer(family, exported):
 def test_probes_tell_changed_weights(exported):
     _, folder = exported("gpt_neo")
     encoder = Encoder.from_pretrained(folder)
-    assert probe_difference(encoder) < 1e-6
+    assert probe_difference(encoder.encode, encoder.contract.probes) < 1e-6
     with torch.no_grad():
         encoder.trunk.ln_f.bias[3] += 0.01
-    assert probe_difference(encoder) > 0.001
+    assert probe_difference(encoder.encode, encoder.contract.probes) > 0.001
 
 
 def test_an_export_with_other_weights_is_refused_on_loading(exported, tmp_path):
@@ -234,11 +258,20 @@ def test_tokenizer_that_cannot_be_expressed_is_refused_and_nothing_is_left(tiny_
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.save(str(base / "tokenizer.json"))
-    encoder = Encoder(load_trunk(ModelConfig(str(base))), load_tokenizer(str(base)), Contract(markers=MarkersConfig(**LIMITS), base=str(base)))
-    with pytest.raises(InputError, match=r"sentence-transformers .* reads .* as another query .*\[.*\] instead of \[.*cannot be expressed"):
+    encoder = Encoder(
+        load_trunk(ModelConfig(str(base))),
+        load_tokenizer(str(base)),
+        Contract(markers=MarkersConfig(**LIMITS), base=str(base)),
+    )
+    with pytest.raises(
+        InputError,
+        match=r"sentence-transformers .* reads .* as another query .*\[.*\] instead of \[.*cannot be expressed",
+    ):
         export(encoder, tmp_path / "out" / "export", card="")
     assert not list((tmp_path / "out").iterdir())
-    encoder = Encoder(encoder.trunk, encoder.tokenizer, Contract(markers=MarkersConfig("none", **LIMITS), base=str(base)))
+    encoder = Encoder(
+        encoder.trunk, encoder.tokenizer, Contract(markers=MarkersConfig("none", **LIMITS), base=str(base))
+    )
     assert exported_to(tmp_path / "out" / "export", encoder).is_dir()  # without markers it can
 
 
@@ -247,7 +280,9 @@ def test_verify_names_text_and_ids_of_a_changed_template(exported, tmp_path):
     folder = shutil.copytree(folder, tmp_path / "export")
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("\\ufdd0", ""))  # the reference's failure: `?]` merges
-    merged = {text: encoder.tokenizer(f"[{text}]", add_special_tokens=False)["input_ids"] for text in hostile_texts(encoder)}
+    merged = {
+        text: encoder.tokenizer(f"[{text}]", add_special_tokens=False)["input_ids"] for text in hostile_texts(encoder)
+    }
     text, theirs = next((text, ids) for text, ids in merged.items() if ids != encoder.token_ids([text], "query")[0])
     ours = encoder.token_ids([text], "query")[0]
     with pytest.raises(InputError) as refusal:
@@ -297,9 +332,16 @@ def test_opt_that_narrows_its_hidden_states_at_the_end(tiny_base, tmp_path):
     """OPT-350m: hidden size 1024, embeddings of 512."""
     base = shutil.copytree(tiny_base("opt"), tmp_path / "base")
     random_trunk("opt", 701, word_embed_proj_dim=16).save_pretrained(base)
-    encoder = Encoder(load_trunk(ModelConfig(str(base))), load_tokenizer(str(base)), Contract(markers=MarkersConfig(**LIMITS), base=str(base)))
+    encoder = Encoder(
+        load_trunk(ModelConfig(str(base))),
+        load_tokenizer(str(base)),
+        Contract(markers=MarkersConfig(**LIMITS), base=str(base)),
+    )
     assert encoder.encode_queries(["a"]).shape == (1, 16)
-    assert SentenceTransformer(str(exported_to(tmp_path / "export", encoder)), device="cpu").get_embedding_dimension() == 16
+    assert (
+        SentenceTransformer(str(exported_to(tmp_path / "export", encoder)), device="cpu").get_embedding_dimension()
+        == 16
+    )
 
 
 def test_low_rank_adapters_are_merged_and_the_encoder_keeps_its_own(tiny_encoder, tmp_path):
@@ -311,8 +353,14 @@ def test_low_rank_adapters_are_merged_and_the_encoder_keeps_its_own(tiny_encoder
     before = {name: parameter.clone() for name, parameter in encoder.trunk.named_parameters()}
     folder = exported_to(tmp_path / "export", encoder)
     assert all(torch.equal(before[name], parameter) for name, parameter in encoder.trunk.named_parameters())
-    assert load_file(folder / "model.safetensors").keys() == load_file(Path(encoder.contract.base) / "model.safetensors").keys()
-    assert np.abs(SentenceTransformer(str(folder), device="cpu").encode_query(TEXTS) - encoder.encode_queries(TEXTS)).max() < 1e-5
+    assert (
+        load_file(folder / "model.safetensors").keys()
+        == load_file(Path(encoder.contract.base) / "model.safetensors").keys()
+    )
+    assert (
+        np.abs(SentenceTransformer(str(folder), device="cpu").encode_query(TEXTS) - encoder.encode_queries(TEXTS)).max()
+        < 1e-5
+    )
 
 
 def test_bfloat16_stays_bfloat16(tiny_encoder, tmp_path):
@@ -324,7 +372,9 @@ def test_bfloat16_stays_bfloat16(tiny_encoder, tmp_path):
 @pytest.mark.skipif(not REAL_GPT2.is_dir(), reason="no shared/models beside the repository")
 def test_sentencepiece_like_tokenizer_exports_without_markers_and_has_none_for_documents(tmp_path):
     base = str(REAL_GPT2.parent / "stories260k-zerobias")
-    encoder = Encoder(load_trunk(ModelConfig(base)), load_tokenizer(base), Contract(markers=MarkersConfig("none", 64, 64), base=base))
+    encoder = Encoder(
+        load_trunk(ModelConfig(base)), load_tokenizer(base), Contract(markers=MarkersConfig("none", 64, 64), base=base)
+    )
     folder = exported_to(tmp_path / "export", encoder)
     assert st_ids(SentenceTransformer(str(folder), device="cpu"), [" a"], task="query")[0][0] == 1  # <s>
     with pytest.raises(InputError, match="no token"):

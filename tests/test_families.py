@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from sgpt.cross_encoder.cross_encoder import load_language_model
 from sgpt.cross_encoder.likelihood import Text, log_probabilities
-from sgpt.decoder import agreement
+from sgpt.decoder import agreement, families
 from sgpt.decoder.trunk import ModelConfig, load_trunk
 from sgpt.encoder.encoder import Encoder
 from sgpt.runtime.errors import InputError
@@ -34,7 +34,8 @@ QUICK = [
 
 @pytest.mark.parametrize("family", QUICK)
 def test_embeddings_are_those_of_plain_transformers(family, tmp_path):
-    """Of Longformer, LUKE and XLM-RoBERTa-XL they were off by 0.4 to 1.1: their positions start behind the padding id."""
+    """Of Longformer, LUKE and XLM-RoBERTa-XL they were off by 0.4 to 1.1: their positions start behind the padding id.
+    """
     row = sweep(family, tmp_path)
     assert (row.outcome, row.reason) == ("right", "")
 
@@ -64,7 +65,7 @@ def test_positions_handed_in_where_they_count_otherwise_are_noticed(tmp_path):
 
 def test_a_family_that_is_right_only_when_it_counts_itself_is_left_to_do_so(tmp_path, monkeypatch):
     """Without what is known of such tables: the check at opening finds out."""
-    monkeypatch.setattr("sgpt.decoder.families.position_offset", lambda trunk: 0)
+    monkeypatch.setattr(families, "position_offset", lambda trunk: 0)
     assert sweep("longformer", tmp_path).outcome == "right"
     assert load_trunk(ModelConfig(str(tmp_path))).counts_positions_itself
 
@@ -72,7 +73,8 @@ def test_a_family_that_is_right_only_when_it_counts_itself_is_left_to_do_so(tmp_
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "mpnet"])
 def test_the_bound_is_the_rounding_of_these_weights(family, dtype, tmp_path):
-    """A right family is right in half precision too, and a thousandth of its largest number is not let pass in float32."""
+    """A right family is right in half precision too, and a thousandth of its largest number is not let pass in float32.
+    """
     build(family, 300).save_pretrained(tmp_path)
     trunk = load_trunk(ModelConfig(str(tmp_path), dtype))
     rows = agreement.probe_rows(trunk, 100)

@@ -239,9 +239,15 @@ def test_a_dense_layer_is_refused(saved, tiny_base, tmp_path):
         (lambda modules: [], r"lists no Transformer module"),
         (lambda modules: {"modules": modules}, r"holds dict where a list belongs"),
         (lambda modules: ["Transformer"], r"must state a type and a path"),
-        (lambda modules: [{**modules[0], "path": "../elsewhere"}, *modules[1:]], r"path='\.\./elsewhere' leaves the folder"),
+        (
+            lambda modules: [{**modules[0], "path": "../elsewhere"}, *modules[1:]],
+            r"path='\.\./elsewhere' leaves the folder",
+        ),
         (lambda modules: [modules[0], {**modules[1], "path": "/etc"}], r"path='/etc' leaves the folder"),
-        (lambda modules: [modules[0], {**modules[1], "kwargs": ["task"]}], r"kwargs=\['task'\] of module Pooling is not applied"),
+        (
+            lambda modules: [modules[0], {**modules[1], "kwargs": ["task"]}],
+            r"kwargs=\['task'\] of module Pooling is not applied",
+        ),
     ],
 )  # fmt: skip
 def test_a_list_of_modules_that_cannot_be_right_is_refused(edit, match, folder):

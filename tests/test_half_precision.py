@@ -1,7 +1,7 @@
 """Runs in half precision: what they leave opens everywhere with the embeddings of the same weights in float32.
 
-Reference: transformers' own trunk in float32 with the weights worked out here (the base rounded to half precision, what was
-trained as it is), pooled by hand; and sentence-transformers. The scripts are started as a user starts them.
+Reference: transformers' own trunk in float32 with the weights worked out here (the base rounded to half precision, what
+was trained as it is), pooled by hand; and sentence-transformers. The scripts are started as a user starts them.
 """
 
 import json
@@ -56,7 +56,8 @@ def trained_in_half(encoder: Encoder, tuning: str) -> dict[str, torch.Tensor]:
 
 
 def saved(encoder: Encoder, tuning: str, run: Path) -> Path:
-    save_adapter(encoder, trained_in_half(encoder, tuning), run / "adapter")
+    base = trained_in_half(encoder, tuning)
+    save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, base, run / "adapter")
     export(encoder, run / "export", card="")
     return run
 
@@ -71,28 +72,44 @@ def save_again(folder: Path, change: Callable[[dict, Contract], None]) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("family", "tuning"), [("gpt_neo", "bitfit"), ("llama", "bitfit_norm"), ("gpt2", "full")])
-def test_export_and_adapter_are_the_rounded_base_with_the_trained_tensors_unrounded(family, tuning, dtype, tiny_encoder, tmp_path):
+def test_export_and_adapter_are_the_rounded_base_with_the_trained_tensors_unrounded(
+    family, tuning, dtype, tiny_encoder, tmp_path
+):
     encoder = tiny_encoder(family, dtype=dtype)
     base, run = encoder.contract.base, saved(encoder, tuning, tmp_path / "run")
-    by_hand = {name: value.to(getattr(torch, dtype)).float() for name, value in load_file(f"{base}/model.safetensors").items()}
+    by_hand = {
+        name: value.to(getattr(torch, dtype)).float() for name, value in load_file(f"{base}/model.safetensors").items()
+    }
     by_hand |= {name: parameter.detach() for name, parameter in learning(encoder.trunk).items()}
     theirs = AutoModel.from_pretrained(run / "export")  # no dtype said: the config's
     assert theirs.dtype == torch.float32
-    for opened in (theirs, Encoder.from_pretrained(run / "export").trunk, Encoder.from_pretrained(run / "adapter").trunk):
+    for opened in (
+        theirs,
+        Encoder.from_pretrained(run / "export").trunk,
+        Encoder.from_pretrained(run / "adapter").trunk,
+    ):
         assert all(torch.equal(parameter, by_hand[name]) for name, parameter in opened.named_parameters())
     stored = load_file(run / "export" / "model.safetensors")
     assert {stored[name].dtype for name in learning(encoder.trunk)} == {torch.float32}
-    assert {value.dtype for name, value in stored.items() if name not in learning(encoder.trunk)} <= {getattr(torch, dtype)}
+    assert {value.dtype for name, value in stored.items() if name not in learning(encoder.trunk)} <= {
+        getattr(torch, dtype)
+    }
     ours, sentence = Encoder.from_pretrained(run), SentenceTransformer(str(run / "export"), device="cpu")
     rows = ours.token_ids(TEXTS, "query")
     means = weighted_mean_by_hand(str(run / "export"), rows)
-    for embeddings in (ours.encode_queries(TEXTS), sentence.encode_query(TEXTS), Encoder.from_pretrained(run / "adapter").encode_queries(TEXTS)):
+    for embeddings in (
+        ours.encode_queries(TEXTS),
+        sentence.encode_query(TEXTS),
+        Encoder.from_pretrained(run / "adapter").encode_queries(TEXTS),
+    ):
         assert np.abs(embeddings - means).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_low_rank_over_half_precision_is_merged_in_float32(family, tiny_encoder, tmp_path):
-    """Merged in bfloat16 it would lose what is below the digits of the weights; opened over the unrounded base it would be another."""
+    """Merged in bfloat16 it would lose what is below the digits of the weights; opened over the unrounded base it would
+    be another.
+    """
     run = saved(tiny_encoder(family, dtype="bfloat16"), "lora", tmp_path / "run")
     adapter = Encoder.from_pretrained(run / "adapter").encode_documents(TEXTS)
     for embeddings in (
@@ -105,7 +122,9 @@ def test_low_rank_over_half_precision_is_merged_in_float32(family, tiny_encoder,
 def test_one_trunk_for_search_and_re_ranking_is_the_rounded_base_too(language_model, tmp_path):
     base = str(language_model("gpt_neo"))
     contract = Contract(markers=MarkersConfig(**LIMITS), base=base)
-    run = saved(Encoder(load_trunk(ModelConfig(base, "bfloat16")), load_tokenizer(base), contract), "bitfit", tmp_path / "run")
+    run = saved(
+        Encoder(load_trunk(ModelConfig(base, "bfloat16")), load_tokenizer(base), contract), "bitfit", tmp_path / "run"
+    )
     both, _ = load_encoder_and_reranker(run)
     assert np.array_equal(both.encode_queries(TEXTS), Encoder.from_pretrained(run / "adapter").encode_queries(TEXTS))
 
@@ -130,13 +149,16 @@ def test_small_gradients_are_not_lost_in_float16(tuning, tiny_encoder):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_opened_in_half_precision_what_rounding_makes_is_allowed_and_a_wrong_model_is_refused(dtype, tiny_encoder, tmp_path):
+def test_opened_in_half_precision_what_rounding_makes_is_allowed_and_a_wrong_model_is_refused(
+    dtype, tiny_encoder, tmp_path
+):
     run = saved(tiny_encoder("llama", dtype=dtype), "bitfit", tmp_path / "run")
     opened = Encoder.from_pretrained(run, dtype=dtype)
     assert opened.trunk.dtype == getattr(torch, dtype)
     rounding = Contract.load(run / "export").rounding[dtype]
     assert 2**-12 < rounding < 2**-5  # a rounding is 2**-8 and 2**-11 of a number
-    assert probe_difference(opened) == pytest.approx(rounding, rel=1e-2)  # written with three digits
+    # written with three digits
+    assert probe_difference(opened.encode, opened.contract.probes) == pytest.approx(rounding, rel=1e-2)
 
     def shuffled(weights: dict, contract: Contract) -> None:
         weights["layers.0.mlp.down_proj.weight"] = weights["layers.0.mlp.down_proj.weight"].flip(0).contiguous()
@@ -156,7 +178,9 @@ def test_opened_in_half_precision_what_rounding_makes_is_allowed_and_a_wrong_mod
 
 @pytest.fixture(scope="module")
 def sensitive(tmp_path_factory, tiny_base) -> Path:
-    """A base whose attention is a maximum: one rounding turns it to another token, as massive activations do in trained models."""
+    """A base whose attention is a maximum: one rounding turns it to another token, as massive activations do in trained
+    models.
+    """
     folder = tmp_path_factory.mktemp("sensitive")
     shutil.copytree(tiny_base("llama"), folder, dirs_exist_ok=True)
     trunk = random_trunk("llama", 700, num_hidden_layers=8, hidden_size=64)
@@ -170,9 +194,13 @@ def sensitive(tmp_path_factory, tiny_base) -> Path:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_weights_that_make_much_of_a_rounding_are_exported(dtype, sensitive, tmp_path):
-    """Training ended in "the export is wrong … by 5.5e-02 where 5e-02 is allowed … LlamaModel cannot be expressed there"."""
+    """Training ended in "the export is wrong … by 5.5e-02 where 5e-02 is allowed … LlamaModel cannot be expressed
+    there".
+    """
     base = str(sensitive)
-    encoder = Encoder(load_trunk(ModelConfig(base, dtype)), load_tokenizer(base), Contract(markers=MarkersConfig(**LIMITS), base=base))
+    encoder = Encoder(
+        load_trunk(ModelConfig(base, dtype)), load_tokenizer(base), Contract(markers=MarkersConfig(**LIMITS), base=base)
+    )
     run = saved(encoder, "bitfit", tmp_path / "run")
     embeddings = Encoder.from_pretrained(run).encode_queries(TEXTS)
     rounded = np.abs(encoder.encode_queries(TEXTS) - embeddings).max() / np.abs(embeddings).max()
@@ -183,18 +211,30 @@ def test_weights_that_make_much_of_a_rounding_are_exported(dtype, sensitive, tmp
 
 def test_a_wrong_export_of_such_weights_is_told_from_rounding(sensitive, tmp_path):
     base = str(sensitive)
-    encoder = Encoder(load_trunk(ModelConfig(base)), load_tokenizer(base), Contract(markers=MarkersConfig(**LIMITS), base=base))
+    encoder = Encoder(
+        load_trunk(ModelConfig(base)), load_tokenizer(base), Contract(markers=MarkersConfig(**LIMITS), base=base)
+    )
     export(encoder, tmp_path / "export", card="")
     pooling = tmp_path / "export" / "1_Pooling" / "config.json"
-    pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"pooling_mode_weightedmean_tokens": False, "pooling_mode_mean_tokens": True}))
-    with pytest.raises(InputError, match=r"sentence-transformers .* embeds .* both in float32, by .* It is not rounding, which comes to \d\.\de-0[3-7] with"):
+    pooling.write_text(
+        json.dumps(
+            json.loads(pooling.read_text())
+            | {"pooling_mode_weightedmean_tokens": False, "pooling_mode_mean_tokens": True}
+        )
+    )
+    with pytest.raises(
+        InputError,
+        match=r"sentence-transformers .* embeds .* both in float32, by .* "
+        r"It is not rounding, which comes to \d\.\de-0[3-7] with",
+    ):
         verify(tmp_path / "export", encoder)
 
 
 def test_weights_that_overflow_float16_are_said_to(tiny_encoder, tmp_path):
     encoder = tiny_encoder("opt")
     with torch.no_grad():
-        encoder.trunk.decoder.final_layer_norm.weight[:] = 6e4  # float16 ends at 65504, and normalised numbers are often above 1.1
+        # float16 ends at 65504, and normalised numbers are often above 1.1
+        encoder.trunk.decoder.final_layer_norm.weight[:] = 6e4
     export(encoder, tmp_path / "export", card="")
     assert Contract.load(tmp_path / "export").rounding["float16"] is None
     with pytest.raises(InputError, match=r"(NaN or infinite|no) numbers in (torch\.)?float16"):
@@ -209,7 +249,9 @@ def test_an_export_of_format_1_still_opens_and_its_rounding_is_measured_then(tin
     stored = json.loads(file.read_text())
     old = {"format": 1, **{key: stored[key] for key in ("pooling", "markers", "normalize", "base", "probes")}}
     file.write_text(json.dumps(old))
-    assert np.array_equal(Encoder.from_pretrained(tmp_path / "export").encode_queries(TEXTS), encoder.encode_queries(TEXTS))
+    assert np.array_equal(
+        Encoder.from_pretrained(tmp_path / "export").encode_queries(TEXTS), encoder.encode_queries(TEXTS)
+    )
     assert Encoder.from_pretrained(tmp_path / "export", dtype="bfloat16").trunk.dtype == torch.bfloat16
     file.write_text(json.dumps(old | {"pooling": "mean"}))
     for dtype in ("float32", "bfloat16"):
@@ -223,8 +265,10 @@ def test_an_export_of_format_1_still_opens_and_its_rounding_is_measured_then(tin
 # --- the scripts, for a group that may read (umask 027) ---
 
 TRAIN = [
-    "data.path=train.jsonl", "data.num_hard_negatives=1", "markers.query_max_tokens=24", "markers.document_max_tokens=40", "data.cache=cache",
-    "trainer.queries_per_process=8", "trainer.max_steps=2", "trainer.threads=1", "optim.learning_rate=1e-2", "evaluation.retrieval=[toy]",
+    "data.path=train.jsonl", "data.num_hard_negatives=1", "data.cache=cache",
+    "markers.query_max_tokens=24", "markers.document_max_tokens=40",
+    "trainer.queries_per_process=8", "trainer.max_steps=2", "trainer.threads=1",
+    "optim.learning_rate=1e-2", "evaluation.retrieval=[toy]",
 ]  # fmt: skip
 RUNS = {"bfloat16": "bitfit", "float16": "lora"}
 QUERY = "how to sort every path of the folder"
@@ -238,9 +282,12 @@ def project(language_model, tiny_base, tmp_path_factory) -> Path:
     (folder / "toy" / "qrels").mkdir(parents=True)
     lines(folder / "toy" / "corpus.jsonl", *({"_id": f"d{n}", "text": row["positive"]} for n, row in enumerate(ROWS)))
     lines(folder / "toy" / "queries.jsonl", *({"_id": f"q{n}", "text": row["query"]} for n, row in enumerate(ROWS)))
-    (folder / "toy" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{n}\td{n}\t1\n" for n in range(len(ROWS))))
+    (folder / "toy" / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n" + "".join(f"q{n}\td{n}\t1\n" for n in range(len(ROWS)))
+    )
     (folder / "toy" / "qrels" / "train.tsv").write_text((folder / "toy" / "qrels" / "test.tsv").read_text())
-    shutil.copytree(tiny_base("gpt2"), folder / "spaced")  # its tokenizer puts a blank before every piece: no export with markers
+    # its tokenizer puts a blank before every piece: no export with markers
+    shutil.copytree(tiny_base("gpt2"), folder / "spaced")
     tokenizer = Tokenizer.from_file(str(folder / "spaced" / "tokenizer.json"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.save(str(folder / "spaced" / "tokenizer.json"))
@@ -257,18 +304,45 @@ def private() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def starts(project, private) -> dict[str, Ended]:
     refused = ["biencoder", *TRAIN, "name=refused", "model.path=spaced", "evaluation.retrieval=[]"]
-    named = {"refused": refused, "refused again": [*refused, "resume=true"], "refused export": ["export", "run=runs/refused"]}
+    named = {
+        "refused": refused,
+        "refused again": [*refused, "resume=true"],
+        "refused export": ["export", "run=runs/refused"],
+    }
     for dtype, tuning in RUNS.items():
         run = f"runs/{dtype}"
         training = ["biencoder", *TRAIN, f"name={dtype}", "model.path=base", f"model.dtype={dtype}", f"tuning={tuning}"]
         named |= {
             f"train {dtype}": training,
-            f"evaluate {dtype}": ["evaluate", f"model={run}", "retrieval=[toy]", f"output=out/{dtype}.json", "fuse=false", "bm25=false"],
+            f"evaluate {dtype}": [
+                "evaluate",
+                f"model={run}",
+                "retrieval=[toy]",
+                f"output=out/{dtype}.json",
+                "fuse=false",
+                "bm25=false",
+            ],
             f"search {dtype}": ["search", f"run={run}", "corpus=toy", f"query={QUERY}", "top=3"],
             f"export {dtype}": ["export", f"run={run}", f"output=again/{dtype}"],
         }
-    named["mine"] = ["mine", "data=toy", "source=model", "model=runs/bfloat16", "output=out/mined.jsonl", "first_rank=1", "threads=1"]
-    named["re-rank"] = ["search", "run=runs/bfloat16", "corpus=toy", f"query={QUERY}", "top=3", "rerank=true", "depth=3"]
+    named["mine"] = [
+        "mine",
+        "data=toy",
+        "source=model",
+        "model=runs/bfloat16",
+        "output=out/mined.jsonl",
+        "first_rank=1",
+        "threads=1",
+    ]
+    named["re-rank"] = [
+        "search",
+        "run=runs/bfloat16",
+        "corpus=toy",
+        f"query={QUERY}",
+        "top=3",
+        "rerank=true",
+        "depth=3",
+    ]
     return dict(zip(named, all_started(project, list(named.values())), strict=True))
 
 
@@ -280,16 +354,24 @@ def test_every_script_takes_the_run(dtype, project, starts):
     documents = encoder.encode_documents([row["positive"] for row in ROWS], normalize=True)
     best = np.argsort(-(documents @ encoder.encode_queries([QUERY], normalize=True)[0]))[:3]
     assert re.findall(r"\b0\.\d{3}\D+(d\d+)\b", starts[f"search {dtype}"].out) == [f"d{row}" for row in best]
-    ranks = np.argsort(np.argsort(-(encoder.encode_queries([row["query"] for row in ROWS], normalize=True) @ documents.T), axis=1), axis=1)
+    ranks = np.argsort(
+        np.argsort(-(encoder.encode_queries([row["query"] for row in ROWS], normalize=True) @ documents.T), axis=1),
+        axis=1,
+    )
     gains = [1 / np.log2(rank + 2) if rank < 10 else 0.0 for rank in np.diag(ranks)]
-    assert json.loads((project / "out" / f"{dtype}.json").read_text())["toy"]["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-6)
+    assert json.loads((project / "out" / f"{dtype}.json").read_text())["toy"]["ndcg@10"] == pytest.approx(
+        np.mean(gains), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", RUNS)
 def test_card_and_manifest_say_what_is_held_in_which_precision(dtype, project, starts):
     manifest = json.loads((project / "runs" / dtype / "manifest.json").read_text())
     assert manifest["precision"] == {"frozen": dtype, "trained": "float32", "computed": dtype}
-    assert f"({RUNS[dtype]}, in float32 over a trunk in {dtype})" in (project / "runs" / dtype / "export" / "README.md").read_text()
+    assert (
+        f"({RUNS[dtype]}, in float32 over a trunk in {dtype})"
+        in (project / "runs" / dtype / "export" / "README.md").read_text()
+    )
 
 
 def test_mining_and_re_ranking_take_the_run(project, starts):
@@ -310,8 +392,9 @@ def test_a_refused_export_leaves_a_finished_run_and_the_command_that_makes_it_ag
         assert starts[name].code == 2
         sentence = starts[name].err.splitlines()[-1]
         assert re.fullmatch(
-            r"error: runs/refused has its adapter, results and report, and no export: the export is wrong: sentence-transformers .* cannot be "
-            r"expressed there; use the adapter, or train with markers=none\. To export it again: python train/export\.py run=runs/refused",
+            r"error: runs/refused has its adapter, results and report, and no export: the export is wrong: "
+            r"sentence-transformers .* cannot be expressed there; use the adapter, or train with markers=none\. "
+            r"To export it again: python train/export\.py run=runs/refused",
             sentence,
         ), starts[name].err
     for name in ("refused", "refused again"):
@@ -320,7 +403,8 @@ def test_a_refused_export_leaves_a_finished_run_and_the_command_that_makes_it_ag
     assert "learning " in starts["refused"].err
     assert starts["refused again"].err.count("\n") == 1  # nothing was trained again
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "checkpoints", "adapter", "results.json", "analysis.json", "report.html", "manifest.json",
+        "config.yaml", "metrics.jsonl", "checkpoints", "adapter", "results.json", "analysis.json", "report.html",
+        "manifest.json",
     }  # fmt: skip
     assert not list(run.glob(".*"))
 

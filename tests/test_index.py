@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from sgpt.encoder.encoder import Encoder
-from sgpt.retrieval.index import IndexConfig, fingerprint, open_index
+from sgpt.retrieval.index import IndexConfig, open_index
 from sgpt.retrieval.searcher import Searcher
 from sgpt.retrieval.stored import Stored, read_description
 from sgpt.runtime.errors import InputError
@@ -63,7 +63,7 @@ def test_exact_search_by_memory_map_finds_what_one_product_in_memory_finds(encod
     torch.testing.assert_close(scores, product.sort(dim=1, descending=True).values[:, :7], rtol=0, atol=tolerance)
     torch.testing.assert_close(product.gather(1, rows), scores, rtol=0, atol=tolerance)
     assert np.load(tmp_path / "index" / "embeddings.npy", mmap_mode="r").dtype == dtype
-    expected = {"fingerprint": fingerprint(encoder, CORPUS), "documents": 100, "dtype": dtype, "kind": "exact", "encoded": 100}
+    expected = {"fingerprint": encoder.fingerprint(CORPUS), "documents": 100, "dtype": dtype, "kind": "exact", "encoded": 100}
     description = read_description(tmp_path / "index")
     assert description.pop("environment")["threads"] == torch.get_num_threads()
     assert description == {**expected, "documents_per_block": 16}
@@ -171,7 +171,7 @@ def test_an_index_is_used_again_until_a_text_a_weight_or_the_dtype_changes(encod
     assert not encodes({**CORPUS, "d3": "another text"}, dtype="float16")
     with torch.no_grad():
         bias -= 1
-    (folder / "index.json").write_text(json.dumps({"fingerprint": fingerprint(encoder, CORPUS), "documents": 100}))  # as before there were dtypes
+    (folder / "index.json").write_text(json.dumps({"fingerprint": encoder.fingerprint(CORPUS), "documents": 100}))  # as before there were dtypes
     assert encodes(CORPUS)
 
 

@@ -22,7 +22,9 @@ def models(family: str, dtype: torch.dtype = torch.float32, **changed):
     name, shape = FAMILIES[family]
     made = []
     for _ in range(2):
-        config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, **{**shape, **changed})
+        config = getattr(transformers, f"{name}Config")(
+            vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, **{**shape, **changed}
+        )
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         with torch.no_grad():
@@ -49,7 +51,12 @@ def texts(groups: int = 5, queries: int = 4, prefix: int = 9, seed: int = 0) -> 
     drawn = random.Random(seed)
     ids = lambda count: tuple(drawn.randrange(1, VOCABULARY) for _ in range(count))  # noqa: E731
     start, asked = ids(prefix), [ids(1 + 5 * number) for number in range(queries)]
-    return [Text(start + document + query, len(query), group) for group in range(groups) for document in [ids(1 + 17 * group)] for query in asked]
+    return [
+        Text(start + document + query, len(query), group)
+        for group in range(groups)
+        for document in [ids(1 + 17 * group)]
+        for query in asked
+    ]
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -85,13 +92,17 @@ def test_no_budget_and_no_threshold_changes_a_score(tokens_per_pack, share_from,
 def test_every_token_is_computed_once(monkeypatch):
     """10 queries over 3 documents: the instruction once, each document once, each query's own tokens once."""
     computed = []
-    real = likelihood.continued_token_embeddings
+    real = likelihood.forward_with_prefix
     counting = lambda trunk, pack, *rest, **options: computed.append(len(pack)) or real(trunk, pack, *rest, **options)  # noqa: E731
-    monkeypatch.setattr(likelihood, "continued_token_embeddings", counting)
+    monkeypatch.setattr(likelihood, "forward_with_prefix", counting)
     _, ours = models("gpt_neo")
     drawn = random.Random(3)
     ids = lambda count, first: (first, *(drawn.randrange(1, 50) for _ in range(count - 1)))  # noqa: E731
-    start, documents, queries = ids(9, 1), [ids(30, first) for first in (2, 3, 4)], [ids(6, 50 + first) for first in range(10)]
+    start, documents, queries = (
+        ids(9, 1),
+        [ids(30, first) for first in (2, 3, 4)],
+        [ids(6, 50 + first) for first in range(10)],
+    )
     given = [Text(start + document + query, 6, group) for group, document in enumerate(documents) for query in queries]
     log_probabilities(ours, given * 2, tokens_per_pack=100)
     last = 1  # of the document: its hidden state predicts the query's first token, so each query computes it
@@ -101,27 +112,37 @@ def test_every_token_is_computed_once(monkeypatch):
 def test_one_document_alone_shares_its_beginning():
     plain, ours = models("gpt2")
     given = texts(groups=4)[-4:]
-    assert log_probabilities(ours, given, tokens_per_pack=128).tolist() == pytest.approx([reference(plain, text) for text in given], abs=1e-4)
+    assert log_probabilities(ours, given, tokens_per_pack=128).tolist() == pytest.approx(
+        [reference(plain, text) for text in given], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "bloom"])
 def test_a_single_text_of_two_tokens(family):
     plain, ours = models(family)
     text = Text((5, 6), 1)
-    assert log_probabilities(ours, [text], tokens_per_pack=8).tolist() == pytest.approx([reference(plain, text)], abs=1e-5)
+    assert log_probabilities(ours, [text], tokens_per_pack=8).tolist() == pytest.approx(
+        [reference(plain, text)], abs=1e-5
+    )
 
 
 def test_choices_share_out_the_probability():
     plain, ours = models("gpt2")
-    given = [Text((*text.ids[: len(text.ids) - text.targets], choice), 1, text.group) for text in texts() for choice in (7, 11)]
+    given = [
+        Text((*text.ids[: len(text.ids) - text.targets], choice), 1, text.group)
+        for text in texts()
+        for choice in (7, 11)
+    ]
     found = log_probabilities(ours, given, tokens_per_pack=128, choices=(7, 11))
     assert found.tolist() == pytest.approx([reference(plain, text, (7, 11)) for text in given], abs=1e-4)
     assert found.exp().view(-1, 2).sum(1).tolist() == pytest.approx([1.0] * len(texts()))
 
 
 def test_a_family_that_takes_no_packs_is_padded():
-    config = transformers.PhiConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                                    max_position_embeddings=128, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    config = transformers.PhiConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=128, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.PhiForCausalLM(config).eval()
     given = texts()
@@ -134,4 +155,6 @@ def test_opt_with_the_norm_behind_attention():
     """OPT-350m's order of norms: the last block cannot be cut there."""
     plain, ours = models("opt", do_layer_norm_before=False)
     given = texts()
-    assert log_probabilities(ours, given, tokens_per_pack=128).tolist() == pytest.approx([reference(plain, text) for text in given], abs=1e-4)
+    assert log_probabilities(ours, given, tokens_per_pack=128).tolist() == pytest.approx(
+        [reference(plain, text) for text in given], abs=1e-4
+    )

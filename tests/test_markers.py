@@ -10,11 +10,27 @@ from sgpt.text.markers import MarkersConfig, frames
 from sgpt.text.tokens import marked
 
 # byte-level BPE (Ġ is the blank): `?]` merges into 9 and ` a` into 10, as GPT-2's vocabulary would merge them
-VOCABULARY = {"</s>": 0, "[": 1, "]": 2, "{": 3, "}": 4, "?": 5, "a": 6, "b": 7, "Ġ": 8, "?]": 9, "Ġa": 10, "[CLS]": 11, "[SEP]": 12}
+VOCABULARY = {
+    "</s>": 0,
+    "[": 1,
+    "]": 2,
+    "{": 3,
+    "}": 4,
+    "?": 5,
+    "a": 6,
+    "b": 7,
+    "Ġ": 8,
+    "?]": 9,
+    "Ġa": 10,
+    "[CLS]": 11,
+    "[SEP]": 12,
+}
 MERGES = [("?", "]"), ("Ġ", "a")]
 
 
-def tokenizer(vocabulary: dict[str, int] = VOCABULARY, around: str | None = None, **tokens: str) -> PreTrainedTokenizerFast:
+def tokenizer(
+    vocabulary: dict[str, int] = VOCABULARY, around: str | None = None, **tokens: str
+) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[pair for pair in MERGES if "".join(pair) in vocabulary]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     if around:
@@ -105,13 +121,16 @@ def test_the_ids_of_gpt2s_own_vocabulary():
         pytest.skip(f"no GPT-2 tokenizer at {REAL_GPT2}")
     gpt2 = PreTrainedTokenizerFast.from_pretrained(REAL_GPT2)
     config = MarkersConfig(query_max_tokens=5, document_max_tokens=5)
-    assert ids("a a a a a", "query", config, gpt2) == [58, 64, 257, 257, 60]  # the first 94 ids are the ASCII bytes from `!`
+    # the first 94 ids are the ASCII bytes from `!`
+    assert ids("a a a a a", "query", config, gpt2) == [58, 64, 257, 257, 60]
     assert ids("a a a a a", "document", config, gpt2) == [90, 64, 257, 257, 92]
 
 
 @pytest.mark.parametrize("unknown", [{}, {"unk_token": "b"}])
 def test_a_vocabulary_without_the_marker_is_refused(unknown):
-    chosen = tokenizer({key: value for key, value in VOCABULARY.items() if key not in ("[", "?]", "[CLS]", "[SEP]")}, **unknown)
+    chosen = tokenizer(
+        {key: value for key, value in VOCABULARY.items() if key not in ("[", "?]", "[CLS]", "[SEP]")}, **unknown
+    )
     with pytest.raises(InputError, match=r"query marker '\[' is no token .* use markers=none"):
         frames(MarkersConfig(), chosen)
     assert frames(MarkersConfig("none"), chosen)["query"].before == ()

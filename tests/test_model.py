@@ -1,4 +1,6 @@
-"""Trunks of every family: padding changes nothing, our attention is the family's own, and bases that cannot work are refused."""
+"""Trunks of every family: padding changes nothing, our attention is the family's own, and bases that cannot work are
+refused.
+"""
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import sgpt.encoder.encoder
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk, token_embeddings
 from sgpt.runtime.errors import InputError
 
-# Entries are about 1. Padding changes the shapes of the matrix products, hence the order of float32 sums, over two layers.
+# Entries are about 1. Padding changes the shapes of the matrix products, hence the order of float32 sums, over two
+# layers.
 TOLERANCE = {"rtol": 0, "atol": 5e-6}
 LENGTHS = (3, 45, 20)  # 45 and 20 are past GPT-Neo's local window of 16
 
@@ -39,7 +42,8 @@ def test_left_padding_right_padding_and_no_padding_give_the_same_embeddings(fami
     for side in ("right", "left"):
         # the pad id is also a token of the text's own vocabulary: only the mask tells
         torch.testing.assert_close(encoder.embed(*padded(rows, side, pad_id=7)), alone, **TOLERANCE)
-    torch.testing.assert_close(encoder(rows), alone, **TOLERANCE)  # the road of training: length groups, no mask where causal
+    # the path of training: length groups, no mask where causal
+    torch.testing.assert_close(encoder(rows), alone, **TOLERANCE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,9 +62,16 @@ def test_only_the_mask_and_not_the_padding_token_changes_the_result(family, tiny
 def test_sdpa_gives_the_embeddings_and_gradients_of_the_familys_eager_attention(family, mask, tiny_base):
     """GPT-Neo has a global and a local layer here, whose window of 16 is smaller than the text."""
     folder = tiny_base(family)
-    ours, theirs = load_trunk(ModelConfig(str(folder))), AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    ours, theirs = (
+        load_trunk(ModelConfig(str(folder))),
+        AutoModel.from_pretrained(folder, attn_implementation="eager").eval(),
+    )
     assert theirs.config._attn_implementation == "eager"
-    ids, attention_mask = padded(some_rows(theirs.config.vocab_size), mask, 0) if mask != "none" else (torch.arange(60).view(2, 30) + 5, None)
+    ids, attention_mask = (
+        padded(some_rows(theirs.config.vocab_size), mask, 0)
+        if mask != "none"
+        else (torch.arange(60).view(2, 30) + 5, None)
+    )
     real = attention_mask.bool() if attention_mask is not None else torch.ones_like(ids).bool()
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(*ids.shape, 32, generator=generator)
@@ -73,8 +84,10 @@ def test_sdpa_gives_the_embeddings_and_gradients_of_the_familys_eager_attention(
     for name, parameter in ours.named_parameters():
         largest = expected[name].grad.abs().max()
         assert largest > 0, name
-        # float32 sums in another order: 1e-5 of the tensor's largest gradient (a key's bias has none at all but rounding)
-        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0, atol=max(1e-5 * float(largest), 1e-8), msg=name)
+        # float32 sums in another order: 1e-5 of the tensor's largest gradient (a key's bias has none but rounding)
+        torch.testing.assert_close(
+            parameter.grad, expected[name].grad, rtol=0, atol=max(1e-5 * float(largest), 1e-8), msg=name
+        )
 
 
 def test_the_local_layer_of_gpt_neo_sees_its_window_only(tiny_base):
@@ -100,7 +113,9 @@ def test_gradients_of_sdpa_are_finite_on_rows_of_padding_only(tiny_encoder):
 def test_a_hub_id_without_a_network_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for load in (lambda path: load_trunk(ModelConfig(path)), load_tokenizer):
-        with pytest.raises(InputError, match=r"nobody/nothing: no such local folder, and .* give the local folder") as caught:
+        with pytest.raises(
+            InputError, match=r"nobody/nothing: no such local folder, and .* give the local folder"
+        ) as caught:
             load("nobody/nothing")
         assert "\n" not in str(caught.value)
 
@@ -114,7 +129,10 @@ def test_a_path_that_can_be_no_hub_id_is_not_asked_of_the_hub(path):
 
 def test_a_folder_that_is_no_model_is_a_clear_error(tmp_path):
     for load in (lambda path: load_trunk(ModelConfig(path)), load_tokenizer):
-        with pytest.raises(InputError, match=r"the folder cannot be loaded .* it needs config\.json, model\.safetensors and tokenizer files"):
+        with pytest.raises(
+            InputError,
+            match=r"the folder cannot be loaded .* it needs config\.json, model\.safetensors and tokenizer files",
+        ):
             load(str(tmp_path))
 
 
@@ -128,7 +146,11 @@ def test_pickled_weights_are_refused(tiny_base, tmp_path):
 
 def test_limits_beyond_the_position_table_are_refused(tiny_encoder):
     tiny_encoder("gpt_neo", query_max_tokens=POSITIONS)
-    with pytest.raises(InputError, match=rf"markers\.query_max_tokens={POSITIONS + 1} is more than the {POSITIONS} positions of GPTNeoModel; lower it"):
+    with pytest.raises(
+        InputError,
+        match=rf"markers\.query_max_tokens={POSITIONS + 1} is more than the {POSITIONS} positions of GPTNeoModel; "
+        "lower it",
+    ):
         tiny_encoder("gpt_neo", query_max_tokens=POSITIONS + 1)
     tiny_encoder("bloom", query_max_tokens=100_000)  # ALiBi: no table
 
@@ -149,7 +171,9 @@ def test_an_encoder_decoder_is_refused(tmp_path):
         load_trunk(ModelConfig(str(tmp_path)))
 
 
-def test_any_number_of_texts_at_a_time_gives_the_same_embeddings_also_into_a_memory_map(tiny_encoder, tmp_path, monkeypatch):
+def test_any_number_of_texts_at_a_time_gives_the_same_embeddings_also_into_a_memory_map(
+    tiny_encoder, tmp_path, monkeypatch
+):
     encoder = tiny_encoder("gpt_neo", markers="none")
     texts = [" ".join(["word"] * length) for length in (3, 1, 12, 0, 7, 2, 9)]
     at_once = encoder.encode(texts, "document", normalize=True)

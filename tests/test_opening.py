@@ -20,6 +20,7 @@ from sgpt.data.formats.beir import RetrievalSet
 from sgpt.data.formats.scored_pairs import PairSet
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.model_folder import ModelFolder, find_model
 from sgpt.evaluation.evaluate import Sets, evaluate
 from sgpt.mining.rules import cross_encoder
 from sgpt.runtime.errors import InputError
@@ -65,7 +66,16 @@ OPENERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize(
     "prefix",
-    ["_orig_mod.", "module.", "module._orig_mod.", "base_model.model.", "0.auto_model.", "model.", "model.module.", "transformer."],
+    [
+        "_orig_mod.",
+        "module.",
+        "module._orig_mod.",
+        "base_model.model.",
+        "0.auto_model.",
+        "model.",
+        "model.module.",
+        "transformer.",
+    ],
 )
 def test_prefixes_of_wrappers_are_taken_off_and_said(prefix, base, caplog):
     """Opened at random before: the trunk, without a word, so two openings gave two results."""
@@ -197,9 +207,18 @@ def test_damaged_weights_are_refused(opener, edit, match, base):
         ({"layer_norm_epsilon": "small"}, r"the folder cannot be loaded"),
         ({"model_type": "mine"}, r"config\.json: model_type='mine' is no family of transformers"),
         ({"model_type": None}, r"config\.json: model_type=None is no family"),
-        ({"model_type": "mine", "auto_map": {"AutoModel": "modeling.Mine"}}, r"config\.json: auto_map='modeling\.Mine' asks for Python code"),
-        ({"auto_map": {"AutoModel": "someone/code--modeling.Mine"}}, r"auto_map='someone/code--modeling\.Mine' asks for Python code"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantization_config \(awq\) says quantised weights"),
+        (
+            {"model_type": "mine", "auto_map": {"AutoModel": "modeling.Mine"}},
+            r"config\.json: auto_map='modeling\.Mine' asks for Python code",
+        ),
+        (
+            {"auto_map": {"AutoModel": "someone/code--modeling.Mine"}},
+            r"auto_map='someone/code--modeling\.Mine' asks for Python code",
+        ),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4}},
+            r"quantization_config \(awq\) says quantised weights",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config \(gptq\)"),
         ({"quantization_config": {"load_in_4bit": True}}, r"quantization_config \(None\)"),
     ],
@@ -214,7 +233,8 @@ def test_a_config_that_cannot_be_right_is_refused(opener, values, match, base, m
 
 @pytest.mark.parametrize(
     "values",
-    [{"attn_implementation": "flash_attention_2"}, {"_attn_implementation": "flash_attention_2"}, {"return_dict": False}, {"use_cache": False},
+    [{"attn_implementation": "flash_attention_2"}, {"_attn_implementation": "flash_attention_2"},
+     {"return_dict": False}, {"use_cache": False},
      {"auto_map": {"AutoModel": "modeling_gpt2.GPT2Model"}}, {"dtype": "float16"}, {"output_hidden_states": True}],
 )  # fmt: skip
 def test_a_config_that_says_what_does_not_matter_opens(values, base):
@@ -280,7 +300,11 @@ def test_a_tokenizer_whose_unknown_token_is_gone_is_refused_before_an_unknown_wo
         ("tokenizer.json", "{}", "the folder cannot be loaded"),
         ("tokenizer.json", POINTER.decode(), r"tokenizer\.json: is a Git LFS pointer"),
         ("tokenizer_config.json", "[", r"tokenizer_config\.json: cannot be read as JSON"),
-        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["tok.Mine", null]}}', r"tokenizer_config\.json: auto_map='tok\.Mine' asks for Python code"),
+        (
+            "tokenizer_config.json",
+            '{"auto_map": {"AutoTokenizer": ["tok.Mine", null]}}',
+            r"tokenizer_config\.json: auto_map='tok\.Mine' asks for Python code",
+        ),
     ],
 )  # fmt: skip
 def test_a_broken_tokenizer_is_one_sentence(name, text, match, base, monkeypatch):
@@ -397,3 +421,18 @@ def test_thousands_of_damaged_folders_open_or_are_refused(family, tiny_base, tmp
 
     check()
     print(family, count)
+
+
+def test_what_a_path_holds_is_said_in_one_place(tmp_path):
+    """An export before an adapter, both before what lies in the folder itself."""
+    assert find_model(tmp_path) == ModelFolder(tmp_path, "base")
+    (tmp_path / "modules.json").write_text("[]")
+    assert find_model(tmp_path) == ModelFolder(tmp_path, "sentence-transformers")
+    assert not find_model(tmp_path).is_ours
+    for part, others in (("adapter", ["sgpt.json", "sgpt_delta.json"]), ("export", ["sgpt.json", "modules.json"])):
+        (tmp_path / part).mkdir()
+        for name in others:
+            (tmp_path / part / name).write_text("{}")
+        for path in (tmp_path, tmp_path / part):
+            assert find_model(path) == ModelFolder(tmp_path / part, part)
+    assert find_model(tmp_path, ("adapter",)).kind == "adapter"

@@ -19,7 +19,9 @@ def test_every_row_with_a_token_is_whole_in_exactly_one_pack(rows, budget):
         assert len(pack) <= budget or len(pack.rows) == 1
         members = [row for block in pack.split(pack.input_ids) for row in block]
         assert [row.tolist() for row in members] == [rows[row] for row in pack.rows]
-        assert [position.tolist() for block in pack.split(pack.position_ids) for position in block] == [list(range(len(row))) for row in members]
+        assert [position.tolist() for block in pack.split(pack.position_ids) for position in block] == [
+            list(range(len(row))) for row in members
+        ]
 
 
 @given(ROWS, st.integers(1, 60))
@@ -30,7 +32,9 @@ def test_for_padding_the_positions_are_counted(rows, budget):
         input_ids, attention_mask = pack.padded(77)
         assert input_ids.numel() == attention_mask.numel() == pack.padded_tokens
         assert pack.padded_tokens <= budget or len(pack.rows) == 1
-        assert [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)] == [rows[row] for row in pack.rows]
+        assert [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)] == [
+            rows[row] for row in pack.rows
+        ]
         assert (input_ids[attention_mask == 0] == 77).all()
 
 

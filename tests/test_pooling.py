@@ -16,12 +16,23 @@ BY_HAND = {
     "cls": [1.0, 2.0],
     "max": [5.0, 9.0],
 }
-IN_SENTENCE_TRANSFORMERS = {"weighted_mean": "weightedmean", "mean": "mean", "last_token": "lasttoken", "cls": "cls", "max": "max"}
+IN_SENTENCE_TRANSFORMERS = {
+    "weighted_mean": "weightedmean",
+    "mean": "mean",
+    "last_token": "lasttoken",
+    "cls": "cls",
+    "max": "max",
+}
 
 
-def padded(rows: list[list[list[float]]], side: str, width: int, rubbish: float = 77.0) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(
+    rows: list[list[list[float]]], side: str, width: int, rubbish: float = 77.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """token embeddings with rubbish on the padding, and the mask"""
-    hidden, mask = torch.full((len(rows), width, len(rows[0][0])), rubbish), torch.zeros(len(rows), width, dtype=torch.long)
+    hidden, mask = (
+        torch.full((len(rows), width, len(rows[0][0])), rubbish),
+        torch.zeros(len(rows), width, dtype=torch.long),
+    )
     for number, row in enumerate(rows):
         place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         hidden[number, place], mask[number, place] = torch.tensor(row), 1
@@ -42,8 +53,11 @@ def test_pooling_equals_sentence_transformers(name):
     torch.manual_seed(0)
     lengths = [1, 7, 12, 3]
     hidden, mask = padded([torch.randn(length, 8).tolist() for length in lengths], "right", width=12)
-    theirs = Pooling(8, pooling_mode=IN_SENTENCE_TRANSFORMERS[name])({"token_embeddings": hidden, "attention_mask": mask})["sentence_embedding"]
-    torch.testing.assert_close(POOLINGS[name](hidden, mask), theirs, rtol=0, atol=1e-6)  # the order of twelve float32 additions
+    theirs = Pooling(8, pooling_mode=IN_SENTENCE_TRANSFORMERS[name])(
+        {"token_embeddings": hidden, "attention_mask": mask}
+    )["sentence_embedding"]
+    # the order of twelve float32 additions
+    torch.testing.assert_close(POOLINGS[name](hidden, mask), theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", POOLINGS)
@@ -83,7 +97,8 @@ def test_weighted_mean_in_float64_against_the_formula():
     torch.manual_seed(0)
     hidden, mask = torch.randn(1, 9, 3, dtype=torch.float64), torch.ones(1, 9, dtype=torch.long)
     expected = sum((i + 1) * hidden[0, i] for i in range(9)) / (9 * 10 / 2)
-    torch.testing.assert_close(POOLINGS["weighted_mean"](hidden, mask)[0], expected, rtol=0, atol=1e-6)  # weights are float32
+    # weights are float32
+    torch.testing.assert_close(POOLINGS["weighted_mean"](hidden, mask)[0], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", POOLINGS)
@@ -100,5 +115,7 @@ def test_gradient_reaches_real_tokens_only_and_inputs_are_not_changed(name):
 
 
 def test_an_unknown_pooling_is_refused_with_the_others_named():
-    with pytest.raises(InputError, match=r"pooling\.name='median' is unknown; choose one of weighted_mean, mean, last_token, cls, max"):
+    with pytest.raises(
+        InputError, match=r"pooling\.name='median' is unknown; choose one of weighted_mean, mean, last_token, cls, max"
+    ):
         PoolingConfig("median")

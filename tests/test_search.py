@@ -30,7 +30,7 @@ def tuned_run(base, folder, seed: int = 0) -> Encoder:
     with torch.no_grad():
         for value in learning(trunk).values():
             value.add_(torch.randn_like(value) * 0.3)
-    save_adapter(encoder, before, folder / "adapter")
+    save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, before, folder / "adapter")
     return encoder
 
 

@@ -1,4 +1,5 @@
-"""The one-kernel attention of a GPU. What is asked of the kernel is checked by a loop that does what its documentation says;
+"""The one-kernel attention of a GPU. What is asked of the kernel is checked by a loop that does what its documentation
+says;
 
 it stands in for the kernel on this processor, below torch's own function. On a GPU the kernel itself is run.
 """
@@ -12,7 +13,7 @@ from conftest import FAMILIES, random_trunk
 from torch import Tensor
 
 from sgpt.decoder import varlen
-from sgpt.decoder.attention import _Borders, _by_blocks, prepare
+from sgpt.decoder.attention import PackContext, _by_blocks, prepare
 from sgpt.decoder.families import PACKED_FAMILIES
 from sgpt.decoder.packing import packs
 from sgpt.decoder.trunk import packed_token_embeddings
@@ -20,7 +21,9 @@ from sgpt.decoder.trunk import packed_token_embeddings
 ROWS = [[1] * length for length in (1, 40, 7, 23, 7, 2, 23, 5)]
 
 
-def one_text(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, left: int, right: int) -> Tensor:
+def one_text(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, left: int, right: int
+) -> Tensor:
     """query [T, heads, size]: a loop over heads, with every position that may be seen named by its number."""
     places = torch.arange(len(query))
     back = places[:, None] - places[None]
@@ -51,7 +54,10 @@ class Kernel:
         sizes = ends.diff().tolist()
         assert longest == max(sizes)
         wide = [tensor.double().split(sizes) for tensor in (query, key, value)]
-        texts = [one_text(*text, causal, scale, -1 if left is None else left, -1 if right is None else right) for text in zip(*wide, strict=True)]
+        texts = [
+            one_text(*text, causal, scale, -1 if left is None else left, -1 if right is None else right)
+            for text in zip(*wide, strict=True)
+        ]
         return torch.cat(texts)
 
     def forward(
@@ -59,18 +65,48 @@ class Kernel:
         scale=None, window_size_left=None, window_size_right=None, **others,
     ):  # fmt: skip
         self.calls += 1
-        found = self.compute(query, key, value, ends, ends_of_keys, longest, causal, scale, window_size_left, window_size_right)
+        found = self.compute(
+            query, key, value, ends, ends_of_keys, longest, causal, scale, window_size_left, window_size_right
+        )
         nothing = torch.empty(0)
-        return (found * self.wrong).to(query.dtype), torch.zeros(query.shape[1], len(query)), torch.empty(0, dtype=torch.uint64), nothing, nothing
+        return (
+            (found * self.wrong).to(query.dtype),
+            torch.zeros(query.shape[1], len(query)),
+            torch.empty(0, dtype=torch.uint64),
+            nothing,
+            nothing,
+        )
 
     def backward(
-        self, gradient, query, key, value, out, lse, ends, ends_of_keys, longest, longest_of_keys, dropout, causal, state, unused, *,
-        scale=None, window_size_left=None, window_size_right=None,
-    ):  # fmt: skip
+        self,
+        gradient,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        ends,
+        ends_of_keys,
+        longest,
+        longest_of_keys,
+        dropout,
+        causal,
+        state,
+        unused,
+        *,
+        scale=None,
+        window_size_left=None,
+        window_size_right=None,
+    ):
         with torch.inference_mode(False), torch.enable_grad():
             leaves = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
-            found = self.compute(*leaves, ends, ends_of_keys, longest, causal, scale, window_size_left, window_size_right)
-            return tuple((part * self.wrong_backward).to(query.dtype) for part in torch.autograd.grad(found, leaves, gradient.double()))
+            found = self.compute(
+                *leaves, ends, ends_of_keys, longest, causal, scale, window_size_left, window_size_right
+            )
+            return tuple(
+                (part * self.wrong_backward).to(query.dtype)
+                for part in torch.autograd.grad(found, leaves, gradient.double())
+            )
 
 
 @pytest.fixture
@@ -95,16 +131,18 @@ def with_gradients(attention, inputs: list[Tensor], gradient: Tensor) -> list[Te
 @pytest.mark.parametrize("heads_of_keys", [4, 2])
 def test_it_is_asked_for_what_the_blocks_compute(kernel, causal, window, heads_of_keys):
     (pack,) = packs(ROWS, 1000)
-    borders = _Borders(pack)
+    context = PackContext(pack)
     torch.manual_seed(0)
     inputs = [torch.randn(1, heads, len(pack), 8, dtype=torch.float64) for heads in (4, heads_of_keys, heads_of_keys)]
     gradient = torch.randn(1, 4, len(pack), 8, dtype=torch.float64)
 
     def in_one(*tensors: Tensor) -> Tensor:
         first = [tensor[0].transpose(0, 1) for tensor in tensors]
-        return varlen.attend(*first, borders.ends, 40, scale=0.7, window=window, causal=causal).transpose(0, 1)[None]
+        return varlen.attend(*first, context.ends, 40, scale=0.7, window=window, causal=causal).transpose(0, 1)[None]
 
-    blocks = with_gradients(lambda *tensors: _by_blocks(*tensors, borders, scale=0.7, window=window, causal=causal), inputs, gradient)
+    blocks = with_gradients(
+        lambda *tensors: _by_blocks(*tensors, context, scale=0.7, window=window, causal=causal), inputs, gradient
+    )
     for left, right in zip(blocks, with_gradients(in_one, inputs, gradient), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
     assert kernel.calls == 1
@@ -118,7 +156,8 @@ def test_a_trunk_in_half_precision_attends_by_it(kernel, family):
     asked = kernel.calls
     varlen.DEVICES.clear()
     blocks = packed_token_embeddings(trunk, pack)
-    assert asked == (0 if family == "bloom" else 1 + trunk.config.num_hidden_layers)  # the first to see that it agrees; ALiBi is a bias on the scores
+    # the first to see that it agrees; ALiBi is a bias on the scores
+    assert asked == (0 if family == "bloom" else 1 + trunk.config.num_hidden_layers)
     assert kernel.calls == asked
     torch.testing.assert_close(in_one, blocks, rtol=0, atol=0.04 * blocks.abs().max().item())
 
@@ -146,7 +185,10 @@ def test_what_it_cannot_do_is_left_to_the_blocks(kernel):
     assert not varlen.takes(half[..., :4], 0.0)
 
 
-@pytest.mark.parametrize(("wrong", "backward", "told"), [(1.1, 1.0, "off by 10."), (1.0, 1.2, "off by 20."), (math.nan, 1.0, "nan"), (1.0, math.nan, "nan")])
+@pytest.mark.parametrize(
+    ("wrong", "backward", "told"),
+    [(1.1, 1.0, "off by 10."), (1.0, 1.2, "off by 20."), (math.nan, 1.0, "nan"), (1.0, math.nan, "nan")],
+)
 def test_a_kernel_that_is_wrong_is_not_used(kernel, caplog, wrong, backward, told):
     kernel.wrong, kernel.wrong_backward = wrong, backward
     with caplog.at_level(logging.WARNING):
@@ -178,7 +220,9 @@ def test_on_a_gpu_the_gradient_is_that_of_the_blocks(family):
         varlen.DEVICES.update(devices)
         trunk.zero_grad()
         packed_token_embeddings(trunk, pack).float().square().sum().backward()
-        found.append({name: parameter.grad.float() for name, parameter in trunk.named_parameters() if parameter.grad is not None})
+        found.append(
+            {name: parameter.grad.float() for name, parameter in trunk.named_parameters() if parameter.grad is not None}
+        )
     varlen.DEVICES.add("cuda")
     for name, gradient in found[1].items():
         torch.testing.assert_close(found[0][name], gradient, rtol=0, atol=0.05 * gradient.abs().max().item() + 1e-3)

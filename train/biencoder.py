@@ -81,7 +81,7 @@ def main(composed: DictConfig) -> None:
 
     if accelerator.is_main_process:
         remove_folder(run.folder / "export")  # of an earlier checkpoint, where somebody looked in between
-        save_adapter(encoder, base, run.folder / "adapter")
+        save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, base, run.folder / "adapter")
         record_after(run, encoder, sets, base, state)
         write_report(run.folder)
         finish_run(run)

@@ -21,9 +21,13 @@ def main(composed: DictConfig) -> None:
 
     config = typed(ExportConfig, composed)
     run = RunFolder(Path(config.run))
-    if not config.run or not (run.folder / "config.yaml").is_file():
-        raise InputError(f"run={config.run}: no run folder; give one that holds config.yaml, for example run=runs/pydocs")
-    trained = typed(TrainConfig, OmegaConf.create(literal(yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8")))))
+    recorded = run.folder / "config.yaml"
+    if not config.run or not recorded.is_file():
+        raise InputError(
+            f"run={config.run}: no run folder; give one that holds config.yaml, for example run=runs/pydocs"
+        )
+    stated = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+    trained = typed(TrainConfig, OmegaConf.create(literal(stated)))
     encoder, newest = outcome.reopen(run, trained)
     folder = Path(config.output) if config.output else run.folder / "export"
     if run.finished and not config.output:

@@ -17,8 +17,8 @@ def main(composed: DictConfig) -> None:
     from sgpt.cli.compose import typed
     from sgpt.data.formats.beir import read_documents
     from sgpt.data.readers import default_corpus
-    from sgpt.encoder import contract as contracts
     from sgpt.encoder.encoder import Encoder
+    from sgpt.encoder.model_folder import find_model
     from sgpt.retrieval.searcher import SearchConfig, Searcher, load_encoder_and_reranker
     from sgpt.runtime.errors import InputError
     from sgpt.runtime.interrupt import exit_code, keeping
@@ -32,7 +32,7 @@ def main(composed: DictConfig) -> None:
     else:
         encoder, ranker = Encoder.from_pretrained(config.run).to(device), None
     path = Path(config.corpus) if config.corpus else default_corpus()
-    ours = any((Path(config.run) / part / contracts.FILE).is_file() for part in ("", "export", "adapter"))
+    ours = Path(config.run).is_dir() and find_model(config.run).is_ours
     folder = Path(config.run) if ours else Path("runs/search") / Path(config.run).name  # nothing is written into a base
     index = folder / "index" / path.name
     documents = read_documents(path)

@@ -9,7 +9,7 @@ __all__ = ["CrossEncoder"]
 
 
 def __getattr__(name: str) -> object:
-    """`from sgpt.cross_encoder import CrossEncoder`, without loading torch for those who only want a module of this folder."""
+    """`from sgpt.cross_encoder import CrossEncoder` works, without loading torch for those who want another module."""
     if name == "CrossEncoder":
         from sgpt.cross_encoder.cross_encoder import CrossEncoder
 

@@ -1,9 +1,10 @@
 """Log-probabilities of the ends of many texts under a decoder, each token computed once.
 
-What texts have in common at their beginning is computed once and kept as keys and values: an instruction for all of them, a
-document for every query that meets it. Which part that is, is read from the token ids, so nothing depends on how a prompt is
-written. The rest is packed without padding; the last block and the vocabulary are computed where something is scored only, and
-of the logits [positions, V] a chunk exists at a time. Memory is bounded by the token budget, whatever the number of texts.
+What texts have in common at their beginning is computed once and kept as keys and values: an instruction for all of
+them, a document for every query that meets it. Which part that is, is read from the token ids, so nothing depends on
+how a prompt is written. The rest is packed without padding; the last block and the vocabulary are computed where
+something is scored only, and of the logits [positions, V] a chunk exists at a time. Memory is bounded by the token
+budget, whatever the number of texts.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgpt.decoder.attention import Layers
-from sgpt.decoder.continuation import continued_token_embeddings
-from sgpt.decoder.packing import Pack, Past, packs
+from sgpt.decoder.continuation import forward_with_prefix
+from sgpt.decoder.packing import Pack, PrefixCache, packs
 from sgpt.decoder.trunk import takes_packs
 from sgpt.text.tokens import Rows
 
 POSITIONS_AT_A_TIME = 256  # whose logits exist: 51 MB for GPT-2's vocabulary
-PREFIX_FROM = 0.15  # of all tokens: a past costs attention its causal kernel, more than a short instruction costs (benchmarks/rerank.py)
+# Share of all tokens from which a prefix is cached: a cache costs attention its causal kernel, which is more than a
+# short instruction costs (benchmarks/rerank.py).
+PREFIX_FROM = 0.15
 SHARE_FROM = 16  # tokens that a group must save: with fewer, a pass of its own costs more (benchmarks/rerank.py)
 BRANCH_TOKENS = 512  # of a group at a time: the mask between its texts is square
 
@@ -49,33 +52,77 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Branches:
-    """Texts that go on from one beginning of `start` tokens."""
+class SharedPrefix:
+    """Texts, by their indices, whose first `start` tokens are the same."""
 
     members: tuple[int, ...]
     start: int
 
 
-Scored = Iterator[tuple[list[int], Tensor]]  # places of texts, and their sums
+@dataclass(frozen=True)
+class _Task:
+    """What is scored, and how."""
+
+    model: nn.Module
+    texts: list[Text]
+    tokens_per_pack: int
+    choices: tuple[int, ...]
+
+    def members(self, indices: Iterable[int]) -> list[Text]:
+        return [self.texts[index] for index in indices]
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """Keys and values of the `length` tokens with which all texts begin; none, if it is 0."""
+
+    layers: Layers
+    length: int
+
+    def cache(self, blocks: int) -> PrefixCache | None:
+        """For a pack of so many blocks, all of which follow it."""
+        return PrefixCache(self.layers, [(slice(0, self.length),)] * blocks) if self.length else None
+
+    def moved(self, pack: Pack) -> Pack:
+        """The pack at its positions behind the prefix."""
+        return Pack(pack.rows, pack.blocks, pack.input_ids, pack.position_ids + self.length)
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Some texts of a group, which are one block of a pack. spans: where the keys and values are that they follow."""
+
+    members: tuple[int, ...]
+    start: int
+    spans: tuple[slice, ...]
+
+
+Scored = Iterator[tuple[list[int], Tensor]]  # indices of texts, and their sums
 
 
 @torch.inference_mode()
 def log_probabilities(
-    model: nn.Module, texts: Sequence[Text], *, tokens_per_pack: int, choices: Sequence[int] = (), share: bool = True,
+    model: nn.Module,
+    texts: Sequence[Text],
+    *,
+    tokens_per_pack: int,
+    choices: Sequence[int] = (),
+    share: bool = True,
     advance: Callable[[int], None] = lambda texts: None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Summed natural log-probability of each text's targets: [texts], float64, on the CPU.
 
     model: a causal language model whose `base_model` is prepared (sgpt/decoder/attention.py); others are padded, with
-    logits at every position. Equal texts are computed once. choices: the vocabulary is these ids alone. share=False reads every text from its beginning.
-    advance: told of numbers of texts as they are done.
+    logits at every position. Equal texts are computed once. choices: the vocabulary is these ids alone. share=False
+    reads every text from its beginning. advance: called with numbers of texts as they are done.
     """
-    different = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    sums = torch.zeros(len(different), dtype=torch.float64)
-    for places, values in _scored(model, list(different), tokens_per_pack, tuple(choices), share):
-        sums[places] = values
-        advance(len(places))
-    return sums[torch.tensor([different[text] for text in texts], dtype=torch.long)]
+    indices = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    task = _Task(model, list(indices), tokens_per_pack, tuple(choices))
+    sums = torch.zeros(len(indices), dtype=torch.float64)
+    for members, values in _scored(task, share):
+        sums[members] = values
+        advance(len(members))
+    return sums[torch.tensor([indices[text] for text in texts], dtype=torch.long)]
 
 
 def target_log_probabilities(model: nn.Module, hidden: Tensor, targets: Tensor, choices: Sequence[int] = ()) -> Tensor:
@@ -86,132 +133,160 @@ def target_log_probabilities(model: nn.Module, hidden: Tensor, targets: Tensor, 
     head = model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
     if choices:
-        chosen = torch.tensor(choices, device=hidden.device)
-        weight, bias = weight[chosen], None if bias is None else bias[chosen]
-        targets = (targets[:, None] == chosen).int().argmax(1)
-    chunks = zip(hidden.split(POSITIONS_AT_A_TIME), targets.split(POSITIONS_AT_A_TIME), strict=True)
-    return torch.cat([-F.cross_entropy(F.linear(states, weight, bias).float(), wanted, reduction="none") for states, wanted in chunks])
+        vocabulary = torch.tensor(choices, device=hidden.device)
+        weight, bias = weight[vocabulary], None if bias is None else bias[vocabulary]
+        targets = (targets[:, None] == vocabulary).int().argmax(1)
+    values = []
+    for states, wanted in zip(hidden.split(POSITIONS_AT_A_TIME), targets.split(POSITIONS_AT_A_TIME), strict=True):
+        logits = F.linear(states, weight, bias).float()  # [positions, V]
+        values.append(-F.cross_entropy(logits, wanted, reduction="none"))
+    return torch.cat(values)
 
 
-def _scored(model: nn.Module, texts: list[Text], tokens_per_pack: int, choices: tuple[int, ...], share: bool) -> Scored:
-    if not takes_packs(model.base_model):
-        yield from _padded(model, texts, tokens_per_pack, choices)
+def _scored(task: _Task, share: bool) -> Scored:
+    """Chooses what is computed once: the prefix of all texts, and that of each group where it saves enough."""
+    if not takes_packs(task.model.base_model):
+        yield from _padded(task)
         return
     groups: dict[int, list[int]] = {}
-    for place, text in enumerate(texts):
-        groups.setdefault(text.group if share else place, []).append(place)
-    prefix = _common_start(texts) if len(groups) > 1 else 0  # else it is the group's
-    if prefix * len(groups) < PREFIX_FROM * sum(len(texts[members[0]].read) for members in groups.values()):
-        prefix = 0
-    beginning = _kept(model, [texts[0].read[:prefix]], [], 0)[0] if prefix else []
-    shared, alone = [], []
+    for index, text in enumerate(task.texts):
+        groups.setdefault(text.group if share else index, []).append(index)
+    length = _common_start(task.texts) if len(groups) > 1 else 0  # of a single group it is the group's prefix
+    tokens = sum(len(task.texts[members[0]].read) for members in groups.values())  # of a text of each group
+    if length * len(groups) < PREFIX_FROM * tokens:
+        length = 0
+    prefix = _Prefix([], 0)
+    if length:
+        layers, _ = _computed(task.model, [task.texts[0].read[:length]], prefix)
+        prefix = _Prefix(layers, length)
+    shared: list[SharedPrefix] = []
+    alone: list[int] = []
     for members in groups.values():
-        start = _common_start([texts[place] for place in members])
-        if (start - prefix) * (len(members) - 1) >= SHARE_FROM:
-            shared.append(Branches(tuple(members), start))
+        start = _common_start(task.members(members))
+        if (start - prefix.length) * (len(members) - 1) >= SHARE_FROM:
+            shared.append(SharedPrefix(tuple(members), start))
         else:
             alone += members
-    yield from _from_beginning(model, texts, alone, beginning, prefix, tokens_per_pack, choices)
-    yield from _from_groups(model, texts, shared, beginning, prefix, tokens_per_pack, choices)
+    yield from _from_prefix(task, alone, prefix)
+    yield from _from_groups(task, shared, prefix)
 
 
-def _from_beginning(
-    model: nn.Module, texts: list[Text], places: list[int], beginning: Layers, prefix: int, tokens_per_pack: int, choices: tuple[int, ...]
-) -> Scored:  # fmt: skip
+def _from_prefix(task: _Task, indices: list[int], prefix: _Prefix) -> Scored:
     """Texts one by one, after the prefix."""
-    rows = [list(texts[place].read[prefix:]) for place in places]
+    rows = [list(text.read[prefix.length :]) for text in task.members(indices)]
     tokens = sum(map(len, rows))
     # every row has keys of its own for the prefix: they count
-    budget = tokens_per_pack * tokens // max(1, tokens + prefix * len(rows))
+    budget = task.tokens_per_pack * tokens // max(1, tokens + prefix.length * len(rows))
     for pack in packs(rows, budget):
-        past = Past(beginning, [(slice(0, prefix),)] * len(pack.blocks)) if prefix else None
-        moved = Pack(pack.rows, pack.blocks, pack.input_ids, pack.position_ids + prefix)
-        chosen = [places[row] for row in pack.rows]
-        yield chosen, _ends(model, moved, past, [texts[place] for place in chosen], [len(rows[row]) for row in pack.rows], choices)
+        members = [indices[row] for row in pack.rows]
+        lengths = [len(rows[row]) for row in pack.rows]
+        yield members, _sums(task, prefix.moved(pack), prefix.cache(len(pack.blocks)), members, lengths)
 
 
-def _from_groups(
-    model: nn.Module, texts: list[Text], groups: list[Branches], beginning: Layers, prefix: int, tokens_per_pack: int, choices: tuple[int, ...]
-) -> Scored:  # fmt: skip
-    """Beginnings of groups, as many as fit the budget at a time; then what goes on from them."""
-    for chosen in _budgeted(sorted(groups, key=lambda group: -group.start), lambda group: group.start - prefix, tokens_per_pack):
-        layers, spans = _kept(model, [texts[group.members[0]].read[prefix : group.start] for group in chosen], beginning, prefix)
-        blocks = [
-            (branches, group.start, (slice(0, prefix), span))
-            for group, span in zip(chosen, spans, strict=True)
-            for branches in _budgeted(group.members, lambda place, group=group: len(texts[place].read) - group.start, BRANCH_TOKENS)
-        ]
-        for part in _budgeted(blocks, lambda block: sum(len(texts[place].read) - block[1] for place in block[0]), tokens_per_pack):
-            rows = [list(texts[place].read[start:]) for branches, start, _ in part for place in branches]
-            starts = [start for branches, start, _ in part for _ in branches]
-            places = [place for branches, _, _ in part for place in branches]
-            sizes = [sum(len(texts[place].read) - start for place in branches) for branches, start, _ in part]
-            positions = torch.cat([torch.arange(start, start + len(row)) for start, row in zip(starts, rows, strict=True)])
-            pack = Pack(places, tuple((1, size) for size in sizes), _joined(rows), positions)
-            numbers = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows])).to(model.device)
-            past = Past(layers, [span for _, _, span in part], numbers)
-            yield places, _ends(model, pack, past, [texts[place] for place in places], [len(row) for row in rows], choices)
+def _from_groups(task: _Task, groups: list[SharedPrefix], prefix: _Prefix) -> Scored:
+    """Prefixes of groups, as many as fit the budget at a time; then what follows them."""
+    longest_first = sorted(groups, key=lambda group: -group.start)
+    for some in _budgeted(longest_first, lambda group: group.start - prefix.length, task.tokens_per_pack):
+        rows = [task.texts[group.members[0]].read[prefix.length : group.start] for group in some]
+        layers, spans = _computed(task.model, rows, prefix)
+        branches: list[_Branch] = []
+        for group, span in zip(some, spans, strict=True):
+            behind = {index: len(task.texts[index].read) - group.start for index in group.members}
+            for members in _budgeted(group.members, behind.__getitem__, BRANCH_TOKENS):
+                branches.append(_Branch(tuple(members), group.start, (slice(0, prefix.length), span)))
+        for part in _budgeted(branches, lambda branch: sum(map(len, _rows(task, branch))), task.tokens_per_pack):
+            yield _branch_sums(task, part, layers)
 
 
-def _ends(model: nn.Module, pack: Pack, past: Past | None, texts: Sequence[Text], lengths: Sequence[int], choices: tuple[int, ...]) -> Tensor:
+def _branch_sums(task: _Task, branches: Sequence[_Branch], layers: Layers) -> tuple[list[int], Tensor]:
+    """The branches as one pack, a block each, whose texts do not see each other."""
+    members, rows, positions, blocks = [], [], [], []
+    for branch in branches:
+        of_branch = _rows(task, branch)
+        members += branch.members
+        rows += of_branch
+        positions += [torch.arange(branch.start, branch.start + len(row)) for row in of_branch]
+        blocks.append((1, sum(map(len, of_branch))))
+    lengths = [len(row) for row in rows]
+    pack = Pack(members, tuple(blocks), _joined(rows), torch.cat(positions))
+    text_of_token = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths)).to(task.model.device)
+    cache = PrefixCache(layers, [branch.spans for branch in branches], text_of_token)
+    return members, _sums(task, pack, cache, members, lengths)
+
+
+def _rows(task: _Task, branch: _Branch) -> Rows:
+    """What of its texts is behind the group's prefix."""
+    return [list(text.read[branch.start :]) for text in task.members(branch.members)]
+
+
+def _sums(task: _Task, pack: Pack, cache: PrefixCache | None, members: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """Sums of the texts, whose last `lengths` tokens lie in the pack one after the other; float64 [texts]."""
-    selected = torch.cat([torch.arange(end - text.targets, end) for text, end in zip(texts, accumulate(lengths), strict=True)])
-    targets = _joined([text.ids[-text.targets :] for text in texts])
-    hidden, _ = continued_token_embeddings(model.base_model, pack.to(model.device), past, selected=selected.to(model.device))
-    values = target_log_probabilities(model, hidden, targets.to(model.device), choices).double().cpu()
+    texts = task.members(members)
+    # the targets are the last tokens of a text, and each is predicted one position before: so are the last ones read
+    ranges = [torch.arange(end - text.targets, end) for text, end in zip(texts, accumulate(lengths), strict=True)]
+    selected = torch.cat(ranges).to(task.model.device)
+    targets = _joined([text.ids[-text.targets :] for text in texts]).to(task.model.device)
+    hidden, _ = forward_with_prefix(task.model.base_model, pack.to(task.model.device), cache, selected=selected)
+    values = target_log_probabilities(task.model, hidden, targets, task.choices).double().cpu()
     return torch.stack([part.sum() for part in values.split([text.targets for text in texts])])
 
 
-def _kept(model: nn.Module, rows: Sequence[Sequence[int]], beginning: Layers, prefix: int) -> tuple[Layers, list[slice]]:
+def _computed(model: nn.Module, rows: Sequence[Sequence[int]], prefix: _Prefix) -> tuple[Layers, list[slice]]:
     """Keys and values of the prefix and, behind it, of `rows` that follow it; and where each row's are."""
     (pack,) = packs([list(row) for row in rows], sum(map(len, rows)))
-    past = Past(beginning, [(slice(0, prefix),)] * len(pack.blocks)) if prefix else None
-    moved = Pack(pack.rows, pack.blocks, pack.input_ids, pack.position_ids + prefix).to(model.device)
-    nothing = torch.zeros(0, dtype=torch.long, device=model.device)
-    _, layers = continued_token_embeddings(model.base_model, moved, past, selected=nothing, keep=True)
-    if prefix:
-        layers = [(torch.cat([old[0], new[0]], 1), torch.cat([old[1], new[1]], 1)) for old, new in zip(beginning, layers, strict=True)]
-    ends = list(accumulate((len(rows[row]) for row in pack.rows), initial=prefix))
+    nothing = torch.zeros(0, dtype=torch.long, device=model.device)  # hidden states are not asked for
+    moved = prefix.moved(pack).to(model.device)
+    cache = prefix.cache(len(pack.blocks))
+    _, layers = forward_with_prefix(model.base_model, moved, cache, selected=nothing, keep=True)
+    if prefix.length:
+        joined = []
+        for (old_keys, old_values), (keys, values) in zip(prefix.layers, layers, strict=True):
+            joined.append((torch.cat([old_keys, keys], 1), torch.cat([old_values, values], 1)))
+        layers = joined
+    ends = list(accumulate((len(rows[row]) for row in pack.rows), initial=prefix.length))
     spans = {row: slice(start, end) for row, start, end in zip(pack.rows, ends, ends[1:], strict=False)}
     return layers, [spans[row] for row in range(len(rows))]
 
 
-def _padded(model: nn.Module, texts: list[Text], tokens_per_pack: int, choices: tuple[int, ...]) -> Scored:
-    """For families that cannot be told where a text ends: the model's own logits over right-padded rows."""
-    rows: Rows = [list(text.read) for text in texts]
-    for pack in packs(rows, tokens_per_pack, padded=True):
-        input_ids, attention_mask = pack.to(model.device).padded(0)
-        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+def _padded(task: _Task) -> Scored:
+    """For families that do not take packs: the model's own logits over right-padded rows."""
+    rows: Rows = [list(text.read) for text in task.texts]
+    for pack in packs(rows, task.tokens_per_pack, padded=True):
+        input_ids, attention_mask = pack.to(task.model.device).padded(0)
+        logits = task.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
         sums = []
-        for place, row in zip(pack.rows, logits, strict=True):
-            text = texts[place]
+        for index, row in zip(pack.rows, logits, strict=True):
+            text = task.texts[index]
             scored = row[text.unscored : len(text.read)]
-            if choices:
-                scored = torch.full_like(scored, float("-inf")).index_copy(1, torch.tensor(choices, device=row.device), scored[:, list(choices)])
+            if task.choices:
+                choices = torch.tensor(task.choices, device=row.device)
+                nothing = torch.full_like(scored, float("-inf"))
+                scored = nothing.index_copy(1, choices, scored[:, list(task.choices)])
             targets = torch.tensor(text.ids[-text.targets :], device=row.device)
             sums.append(-F.cross_entropy(scored, targets, reduction="sum").double().cpu())
         yield pack.rows, torch.stack(sums)
 
 
-def _common_start(texts: Iterable[Text]) -> int:
+def _common_start(texts: Sequence[Text]) -> int:
     """Number of leading tokens that all texts share and of which none predicts a target."""
     read = [text.read for text in texts]
     pairs = zip(min(read), max(read), strict=False)  # what the first and the last in order share, all share
-    return min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)), *(text.unscored for text in texts))
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return min(common, *(text.unscored for text in texts))
 
 
 def _budgeted(items: Iterable, size: Callable[..., int], budget: int) -> Iterator[list]:
     """Consecutive items whose sizes sum up to the budget at most; an item that is larger comes alone."""
-    chosen: list = []
+    batch: list = []
     total = 0
     for item in items:
-        if chosen and total + size(item) > budget:
-            yield chosen
-            chosen, total = [], 0
-        chosen.append(item)
+        if batch and total + size(item) > budget:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
         total += size(item)
-    if chosen:
-        yield chosen
+    if batch:
+        yield batch
 
 
 def _joined(rows: Iterable[Sequence[int]]) -> Tensor:

@@ -1,9 +1,9 @@
-"""Whether a family that nobody has proved here is computed as plain transformers computes it.
+"""Whether a family that no test proves is computed here as plain transformers computes it.
 
 Texts are put in rows of one length, with a mask and, for most families, with position ids. Families differ in what they
 make of these: some count positions behind the padding id, some look at padding, some cut rows into windows. So rows of
-different lengths are computed once padded as we do it and once each alone, with no mask at all. The difference is judged
-against the rounding of these very weights: what comes out otherwise when each result is changed in its last bit.
+different lengths are computed once padded as we do it and once each alone, with no mask at all. The difference is
+judged against the rounding of these very weights: what comes out otherwise when each result is changed in its last bit.
 """
 
 from collections.abc import Callable
@@ -45,30 +45,29 @@ def check_agreement(
     allowed = ROUNDINGS * (rounding(trunk, rows, alone) + torch.finfo(alone[0].dtype).eps)
 
     def difference(padded: Tensor, expected: list[Tensor]) -> float:
-        if padded.shape[1] < len(expected[-1]):  # a family that makes fewer of them
+        """padded [rows, T, D]; expected: the real tokens of each row, [length, D]."""
+        if padded.shape[1] < len(expected[-1]):  # a family that gives fewer hidden states than tokens
             return float("inf")
-        return max(float((one[: len(row)] - row).abs().max()) for one, row in zip(padded, expected, strict=True)) / max(
-            largest, 1e-30
-        )
+        by_row = [(one[: len(row)] - row).abs().max() for one, row in zip(padded, expected, strict=True)]
+        return max(float(row) for row in by_row) / max(largest, 1e-30)
 
     padded = difference(embed(ids, mask), alone)
     if not padded <= allowed:  # NaN is refused too
         raise InputError(
             f"{path}: rows of different lengths are not computed as each alone by {type(trunk).__name__} ({family}): "
-            f"they differ by {padded:.1e} of the "
-            f"largest number where rounding explains {allowed:.1e}; this family cannot be used here, choose another "
-            "base"
+            f"they differ by {padded:.1e} of the largest number where rounding explains {allowed:.1e}; this family "
+            "cannot be used here, choose another base"
         )
     if causal:
-        halves = [row[: len(row) // 2] for row in rows]
-        ahead = max(
-            difference(whole[None], [_hidden(trunk, half[None])[0]]) for whole, half in zip(alone, halves, strict=True)
-        )
+        ahead = 0.0
+        for row, whole in zip(rows, alone, strict=True):
+            half = row[: len(row) // 2]
+            ahead = max(ahead, difference(whole[None], [_hidden(trunk, half[None])[0]]))
         if not ahead <= allowed:
             raise InputError(
                 f"{path}: {type(trunk).__name__} ({family}) looks at tokens behind the one it reads, by {ahead:.1e} "
-                "of the largest number, so it "
-                "predicts no next token; re-rank with a decoder such as EleutherAI/gpt-neo-125m"
+                "of the largest number, so it predicts no next token; re-rank with a decoder such as "
+                "EleutherAI/gpt-neo-125m"
             )
 
 
@@ -76,9 +75,8 @@ def probe_rows(trunk: nn.Module, limit: int | None) -> list[Tensor]:
     """Token ids of two lengths, the same each time, from the upper part of the table, where no special tokens are."""
     size = trunk.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    special = {
-        value for name, value in trunk.config.to_dict().items() if name.endswith("token_id") and isinstance(value, int)
-    }
+    stated = trunk.config.to_dict().items()
+    special = {value for key, value in stated if key.endswith("token_id") and isinstance(value, int)}
     usual = torch.tensor([token for token in range(size // 2, size) if token not in special] or [0])
     device = trunk.get_input_embeddings().weight.device
     lengths = (max(1, min(length, limit or length)) for length in LENGTHS)
@@ -87,7 +85,7 @@ def probe_rows(trunk: nn.Module, limit: int | None) -> list[Tensor]:
 
 @torch.inference_mode()
 def rounding(trunk: nn.Module, rows: list[Tensor], alone: list[Tensor]) -> float:
-    """The largest change, as a share of the largest number, when every operation's result is changed in its last bit."""
+    """The largest change, as a share of the largest number, when each operation's result is changed in its last bit."""
     generator = torch.Generator().manual_seed(1)
 
     def nudge(module: nn.Module, inputs, output):
@@ -103,7 +101,8 @@ def rounding(trunk: nn.Module, rows: list[Tensor], alone: list[Tensor]) -> float
         for hook in hooks:
             hook.remove()
     largest = max(float(row.abs().max()) for row in alone)
-    return max(float((one - other).abs().max()) for one, other in zip(again, alone, strict=True)) / max(largest, 1e-30)
+    change = max(float((one - other).abs().max()) for one, other in zip(again, alone, strict=True))
+    return change / max(largest, 1e-30)
 
 
 def _hidden(trunk: nn.Module, ids: Tensor) -> Tensor:
@@ -112,6 +111,5 @@ def _hidden(trunk: nn.Module, ids: Tensor) -> Tensor:
 
 def _padded(rows: list[Tensor], pad_id: int | None) -> tuple[Tensor, Tensor]:
     pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, batch_first=True, padding_value=max(pad_id or 0, 0)), pad(
-        [torch.ones_like(row) for row in rows], batch_first=True
-    )
+    masks = [torch.ones_like(row) for row in rows]
+    return pad(rows, batch_first=True, padding_value=max(pad_id or 0, 0)), pad(masks, batch_first=True)

@@ -1,35 +1,93 @@
-"""The facts that differ by family of models, in one table."""
+"""The facts that differ by family of models, in one table.
+
+To add a family, write its row: what a row does not say is as in `Family`, and families without a row are causal, padded
+and compared with plain transformers before they are used (sgpt/decoder/agreement.py). `packed` is promised only for
+families that tests/test_gradient_parity.py proves.
+"""
 
 import inspect
+from dataclasses import dataclass
 
 from torch import nn
 
-PACKED_FAMILIES = {"gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "llama", "qwen2", "qwen3", "bert"}  # proved by tests/test_gradient_parity.py
-# family -> its list of blocks; in a block, the norm that must see all tokens, and the modules that are given selected ones
-BLOCKS = {
-    "gpt2": ("h", "ln_1", ("attn.c_proj",)),
-    "gpt_neo": ("h", "ln_1", ("attn.attention.out_proj",)),
-    "gptj": ("h", "ln_1", ("attn.out_proj", "mlp")),  # its MLP reads the same norm
-    "gpt_neox": ("layers", "input_layernorm", ("attention.dense",)),
-    "opt": ("decoder.layers", "self_attn_layer_norm", ("self_attn.out_proj",)),
-    "bloom": ("h", "input_layernorm", ("self_attention.dense",)),
-    "llama": ("layers", "input_layernorm", ("self_attn.o_proj",)),
-    "qwen2": ("layers", "input_layernorm", ("self_attn.o_proj",)),
-    "qwen3": ("layers", "input_layernorm", ("self_attn.o_proj",)),
-}
+
+@dataclass(frozen=True)
+class Family:
+    """What has to be known of a family, by transformers' `model_type`."""
+
+    packed: bool = False
+    """Its attention takes packs of texts (sgpt/decoder/attention.py); otherwise texts are padded."""
+    causal: bool = True
+    """Tokens see what stands before them only; otherwise they look both ways."""
+    position_table: bool = True
+    """Positions are rows of a table that a text could outgrow, counted in config.json; otherwise any length works."""
+    blocks: str = ""
+    """Path of the list of blocks in the trunk; with the next two, for causal packed families."""
+    first_norm: str = ""
+    """Path in a block of the norm that must see all tokens, as the keys and values are made of what it gives."""
+    narrowed: tuple[str, ...] = ()
+    """Paths in the last block of the modules that need the selected tokens alone (sgpt/decoder/continuation.py)."""
+
+
+_LLAMA = Family(packed=True, blocks="layers", first_norm="input_layernorm", narrowed=("self_attn.o_proj",))
+_BIDIRECTIONAL = Family(causal=False)
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(packed=True, blocks="h", first_norm="ln_1", narrowed=("attn.c_proj",)),
+    "gpt_neo": Family(packed=True, blocks="h", first_norm="ln_1", narrowed=("attn.attention.out_proj",)),
+    # the MLP of GPT-J reads the same norm as its attention
+    "gptj": Family(packed=True, blocks="h", first_norm="ln_1", narrowed=("attn.out_proj", "mlp")),
+    "gpt_neox": Family(packed=True, blocks="layers", first_norm="input_layernorm", narrowed=("attention.dense",)),
+    "opt": Family(
+        packed=True, blocks="decoder.layers", first_norm="self_attn_layer_norm", narrowed=("self_attn.out_proj",)
+    ),
+    "bloom": Family(
+        packed=True, position_table=False,
+        blocks="h", first_norm="input_layernorm", narrowed=("self_attention.dense",),
+    ),
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "bert": Family(packed=True, causal=False),
+    "roberta": _BIDIRECTIONAL,
+    "distilbert": _BIDIRECTIONAL,
+    "mpnet": _BIDIRECTIONAL,
+    "xlm-roberta": _BIDIRECTIONAL,
+    "electra": _BIDIRECTIONAL,
+    "albert": _BIDIRECTIONAL,
+    "camembert": _BIDIRECTIONAL,
+    "modernbert": _BIDIRECTIONAL,
+    "t5": Family(position_table=False),
+}  # fmt: skip
+PACKED_FAMILIES = {name for name, family in FAMILIES.items() if family.packed}
 LENGTH_WITHOUT_TABLE = 2048  # BLOOM's training length: ALiBi has no limit of its own
-# Families whose tokens look both ways; every other one is taken to be causal.
-BIDIRECTIONAL = {"bert", "roberta", "distilbert", "mpnet", "xlm-roberta", "electra", "albert", "camembert", "modernbert"}
-POSITION_TABLES = ("max_position_embeddings", "n_positions")
-RELATIVE_POSITIONS = {"bloom", "t5"}  # no table that a text could outgrow
+POSITION_TABLES = ("max_position_embeddings", "n_positions")  # keys of config.json
+
+
+def family_of(model_type: str) -> Family:
+    """Its row, or the defaults."""
+    return FAMILIES.get(model_type, Family())
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it normalises. By the class's name: LayerNorm, LlamaRMSNorm and their like share no base class."""
+    return "norm" in type(module).__name__.lower()
+
+
+def is_post_norm(trunk: nn.Module) -> bool:
+    """Whether a block's residual is what its norm gives. Models of one family differ: OPT-350m is, the other OPTs are
+    not.
+    """
+    config = trunk.config
+    opt_like = not getattr(config, "do_layer_norm_before", True)
+    return opt_like or getattr(config, "apply_residual_connection_post_layernorm", False)
 
 
 def position_limit(trunk: nn.Module) -> int | None:
     """Number of positions the trunk knows; None where any length works."""
-    config = trunk.config
-    if config.model_type in RELATIVE_POSITIONS:
+    if not family_of(trunk.config.model_type).position_table:
         return None
-    limit = next((value for name in POSITION_TABLES if (value := getattr(config, name, None))), None)
+    stated = (getattr(trunk.config, key, None) for key in POSITION_TABLES)
+    limit = next((value for value in stated if value), None)
     return limit - position_offset(trunk) if isinstance(limit, int) and limit > 0 else None
 
 
@@ -44,13 +102,13 @@ def takes_position_ids(trunk: nn.Module) -> bool:
     BLOOM's ALiBi counts the mask itself; RoBERTa's start behind the padding id.
     """
     base = trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
-    if getattr(base, "counts_positions_itself", False):  # found by `check_family`
+    if getattr(base, "counts_positions_itself", False):  # set by `check_family`
         return False
     return "position_ids" in inspect.signature(base.forward).parameters and not position_offset(base)
 
 
 def position_offset(trunk: nn.Module) -> int:
-    """Rows of the position table that no text uses: in RoBERTa and its kin the first position follows the padding id."""
+    """Rows of the position table that no text uses: RoBERTa's first position, and its kin's, follows the padding id."""
     for name, module in trunk.named_modules():
         padding_id = getattr(module, "padding_idx", None)  # I-BERT's table is no nn.Embedding
         if name.endswith("position_embeddings") and isinstance(padding_id, int):

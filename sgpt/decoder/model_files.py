@@ -28,26 +28,27 @@ FETCHED = [  # from the hub
     "special_tokens_map.json", "added_tokens.json", "chat_template*", "sgpt.json", "modules.json",
     "config_sentence_transformers.json", "sentence_*_config.json", "*Pooling/config.json",
 ]  # fmt: skip
+NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")  # weights of other forms: opening a pickle runs its code
 LFS_POINTER = b"version https://git-lfs"
-INSIDE = (
-    "_orig_mod.",
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-)  # of modules that were wrapped one by one
+# of modules that were wrapped one by one
+INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 AROUND = ("module.", "base_model.model.", "0.auto_model.", "auto_model.")  # DDP, PEFT, sentence-transformers
-OUTER = (
-    "model.",
-    "transformer.",
-    "encoder.",
-    "backbone.",
-    "trunk.",
-)  # tried where names do not fit: some families have them by themselves
+# tried where names do not fit: some families have them by themselves
+OUTER = ("model.", "transformer.", "encoder.", "backbone.", "trunk.")
+
+
+def resolve(path: str) -> Path:
+    """A local path as it is, or below this project when it is not in the working directory.
+
+    Need not exist: a hub id.
+    """
+    below_project = Path(__file__).parents[2] / path
+    return below_project if not Path(path).exists() and below_project.exists() else Path(path)
 
 
 def local_folder(path: str) -> Path:
     """The folder itself, or where the hub's files were put. InputError when there is neither."""
-    beside_project = Path(__file__).parents[2] / path
-    folder = beside_project if not Path(path).exists() and beside_project.exists() else Path(path)
+    folder = resolve(path)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -70,9 +71,12 @@ def unloadable(path: str | Path, reason: str) -> InputError:
 
 
 def first_line(error: BaseException) -> str:
+    """Its first line of text, after the error's type where that says more than the text."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    said = lines[0].strip()[:200] if lines else ""
-    return said if isinstance(error, (OSError, ValueError)) and said else f"{type(error).__name__}: {said}".rstrip(": ")
+    text = lines[0].strip()[:200] if lines else ""
+    if isinstance(error, (OSError, ValueError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def read_json(file: Path, kind: type = dict):
@@ -134,14 +138,15 @@ def refuse_foreign_code(file: Path, stated: Mapping, *, known: bool) -> None:
     auto_map = stated.get("auto_map")
     if not auto_map:
         return
-    named = [one for value in (auto_map.values() if isinstance(auto_map, dict) else [auto_map])
-             for one in (value if isinstance(value, (list, tuple)) else [value]) if one is not None]  # fmt: skip
+    named: list[object] = []  # "module.Class", of which a value may list a slow and a fast one
+    for value in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
+        named += value if isinstance(value, (list, tuple)) else [value]
+    named = [one for one in named if one is not None]
     foreign = [one for one in named if not isinstance(one, str) or not hasattr(transformers, one.rsplit(".", 1)[-1])]
     if foreign or not known:
         raise InputError(
             f"{file}: auto_map={foreign[0] if foreign else named[0]!r} asks for Python code from the model's folder, "
-            "which is never run here; "
-            "give a model whose class is in transformers"
+            "which is never run here; give a model whose class is in transformers"
         )
 
 
@@ -151,17 +156,11 @@ def stored_tensors(folder: Path, path: str) -> dict[str, Path]:
     if whole.is_file():
         return dict.fromkeys(_names(whole), whole)
     if not index.is_file():
-        pickled = next(
-            (
-                file.name
-                for file in sorted(folder.glob("*"))
-                if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-            ),
-            None,
-        )
+        pickled = [file.name for file in sorted(folder.glob("*")) if file.suffix in NOT_READ]
         if pickled:
             raise unloadable(
-                path, f"only safetensors are read, and its weights are {pickled}: save the model again as safetensors"
+                path,
+                f"only safetensors are read, and its weights are {pickled[0]}: save the model again as safetensors",
             )
         raise unloadable(path, f"there is no {WEIGHTS}")
     shards = read_json(index).get("weight_map")
@@ -221,7 +220,8 @@ def _shared(names: Collection[str], prefixes: tuple[str, ...]) -> str | None:
 
 
 def _some(names: Collection[str]) -> str:
-    return ", ".join(list(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    first = ", ".join(list(names)[:3])
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
 
 
 # Of old checkpoints: masks, numbers of positions and frequencies, which every class makes itself.
@@ -235,8 +235,7 @@ def check_names(path: str, model: torch.nn.Module, report: Mapping) -> None:
     if missing:
         raise InputError(
             f"{path}: {_some(missing)} is missing, so it is no whole {type(model).__name__}, and would be filled "
-            "with random numbers; "
-            "give the model's whole folder, or the base it was made from"
+            "with random numbers; give the model's whole folder, or the base it was made from"
         )
     if report["mismatched_keys"]:
         name, stored, wanted = sorted(report["mismatched_keys"], key=str)[0]
@@ -246,14 +245,15 @@ def check_names(path: str, model: torch.nn.Module, report: Mapping) -> None:
         )
     if failures := [*report.get("error_msgs", ()), *(report.get("conversion_errors") or {}).values()]:
         raise unloadable(path, first_line(ValueError(str(failures[0]))))
+    # tensors that no part of the trunk could be meant for are another head's, and have no effect
     base = model.base_model
     parts = {name for name, _ in base.named_children()} | {name for name, _ in base.named_parameters(recurse=False)}
     prefix = f"{model.base_model_prefix}."
-    left = sorted(
-        name
-        for name in report["unexpected_keys"]
-        if name.removeprefix(prefix).split(".")[0] in parts and not CONSTANTS.search(name)
-    )
+    left = []
+    for name in sorted(report["unexpected_keys"]):
+        part = name.removeprefix(prefix).split(".")[0]
+        if part in parts and not CONSTANTS.search(name):
+            left.append(name)
     if left:
         raise InputError(
             f"{path}: the weights hold {_some(left)}, for which {CONFIG} leaves no place in {type(base).__name__}; "
@@ -266,17 +266,16 @@ def check_numbers(path: str, model: torch.nn.Module, stored: Mapping[str, Path])
     for name, value in model.state_dict().items():
         if not value.is_floating_point() or value.sum().isfinite() or value.isfinite().all():
             continue
+        # finite as it is stored, it overflowed when it was read in the dtype
         dtype = str(value.dtype).removeprefix("torch.")
         for key, file in stored.items():
-            if (
-                (key.endswith(name) or name.endswith(key))
-                and (original := read_tensor(file, key)).shape == value.shape
-                and original.isfinite().all()
-            ):
+            if not (key.endswith(name) or name.endswith(key)):  # a head's prefix may be in either name
+                continue
+            original = read_tensor(file, key)
+            if original.shape == value.shape and original.isfinite().all():
                 raise InputError(
                     f"{path}: {name} holds {original.abs().max():.6g}, and {dtype} ends at "
-                    f"{torch.finfo(value.dtype).max:.6g}; "
-                    "set dtype to float32 or bfloat16"
+                    f"{torch.finfo(value.dtype).max:.6g}; set dtype to float32 or bfloat16"
                 )
         number = "NaN" if value.isnan().any() else "an infinite number"
         raise InputError(

@@ -2,7 +2,8 @@
 
 On real text a batch padded to its longest row is two to three times its real tokens. A linear layer, a norm or an
 activation does not care where one text ends, so a trunk runs over the tokens of many texts laid end to end; attention
-alone must know the borders, and rows of equal length stand together, so that it sees them as one dense block.
+alone must know where texts end, and rows of equal length are next to each other, so that it sees them as one dense
+block.
 """
 
 from collections.abc import Iterator
@@ -19,8 +20,8 @@ from sgpt.text.tokens import Rows
 class Pack:
     """Some rows of a batch laid end to end, longest first. N tokens in all.
 
-    rows: their places in the batch. blocks: (number of rows, tokens of each) of every run of equally long rows, in order.
-    input_ids, position_ids: [N]; positions count from 0 in every row.
+    rows: their indices in the batch. blocks: (number of rows, tokens of each) of every run of equally long rows, in
+    order. input_ids, position_ids: [N]; positions count from 0 in every row.
     """
 
     rows: list[int]
@@ -43,23 +44,25 @@ class Pack:
         return [part.unflatten(0, block) for part, block in zip(parts, self.blocks, strict=True)]
 
     def padded(self, pad_id: int) -> tuple[Tensor, Tensor]:
-        """input_ids and attention_mask [rows, T], padded on the right, for trunks that cannot be told the borders."""
+        """input_ids and attention_mask [rows, T], padded on the right, for trunks that do not take packs."""
         ids = [row for block in self.split(self.input_ids) for row in block]
         masks = [torch.ones_like(row) for row in ids]
         pad = torch.nn.utils.rnn.pad_sequence
         return pad(ids, batch_first=True, padding_value=pad_id), pad(masks, batch_first=True)
 
     def to(self, device: torch.device | str) -> "Pack":
-        return Pack(self.rows, self.blocks, self.input_ids.to(device, non_blocking=True), self.position_ids.to(device, non_blocking=True))
+        input_ids = self.input_ids.to(device, non_blocking=True)
+        position_ids = self.position_ids.to(device, non_blocking=True)
+        return Pack(self.rows, self.blocks, input_ids, position_ids)
 
 
 @dataclass(frozen=True)
-class Past:
-    """What the texts of a pack go on from: the keys and values of M tokens that were computed before.
+class PrefixCache:
+    """A KV cache of M tokens that were computed before, which the texts of a pack follow.
 
-    layers: of each layer keys and values [heads, M, head size]. spans: of each block of the pack, the slices of the M tokens
-    that stand before it, together at positions 0, 1, …. rows [N]: where a block of one row holds several texts, which one a
-    token belongs to; tokens of different texts do not see each other.
+    layers: of each layer keys and values [heads, M, head size]. spans: of each block of the pack, the slices of the M
+    tokens that stand before it, together at positions 0, 1, …. rows [N]: where a block of one row holds several texts,
+    which one a token belongs to; tokens of different texts do not see each other.
     """
 
     layers: list[tuple[Tensor, Tensor]]
@@ -69,41 +72,47 @@ class Past:
     def of(self, layer: int, block: int) -> tuple[Tensor, Tensor]:
         """Keys and values [heads, tokens, head size] that stand before a block."""
         keys, values = self.layers[layer]
-        return (torch.cat([keys[:, span] for span in self.spans[block]], 1), torch.cat([values[:, span] for span in self.spans[block]], 1))
+        spans = self.spans[block]
+        before = torch.cat([keys[:, span] for span in spans], 1)
+        return before, torch.cat([values[:, span] for span in spans], 1)
 
 
 def packs(rows: Rows, tokens_per_pack: int, *, padded: bool = False) -> Iterator[Pack]:
-    """Every row with a token is in exactly one pack of at most `tokens_per_pack` tokens (one row, if that alone is longer).
+    """Every row with a token is in exactly one pack of at most `tokens_per_pack` tokens (one row, if that alone is
+    longer).
 
     padded: they will be padded, so count that, and let no pack hold rows much shorter than its longest.
     """
-    chosen: list[int] = []
+    members: list[int] = []
     tokens = longest = 0
-    for row in sorted((row for row in range(len(rows)) if rows[row]), key=lambda row: -len(rows[row])):
+    with_tokens = [row for row in range(len(rows)) if rows[row]]
+    for row in sorted(with_tokens, key=lambda row: -len(rows[row])):
         length = len(rows[row])
-        full = longest * (len(chosen) + 1) > tokens_per_pack if padded else tokens + length > tokens_per_pack
-        unlike = padded and length < 0.8 * longest and longest * len(chosen) >= tokens_per_pack // 8
-        if chosen and (full or unlike):
-            yield _pack(rows, chosen)
-            chosen, tokens = [], 0
-        longest = length if not chosen else longest
-        chosen.append(row)
+        size = longest * (len(members) + 1) if padded else tokens + length
+        full = size > tokens_per_pack
+        # padding of a fifth is accepted, and more in packs so small that another pass would cost more than it
+        unlike = padded and length < 0.8 * longest and longest * len(members) >= tokens_per_pack // 8
+        if members and (full or unlike):
+            yield _pack(rows, members)
+            members, tokens = [], 0
+        longest = length if not members else longest
+        members.append(row)
         tokens += length
-    if chosen:
-        yield _pack(rows, chosen)
+    if members:
+        yield _pack(rows, members)
 
 
 def distinct(rows: Rows) -> tuple[Rows, list[int]]:
-    """The different rows, and for each given row its place among them: equal texts are computed once."""
-    places: dict[tuple[int, ...], int] = {}
-    numbers = [places.setdefault(tuple(row), len(places)) for row in rows]
-    return [list(row) for row in places], numbers
+    """The different rows, and for each given row its index among them: equal texts are computed once."""
+    numbers: dict[tuple[int, ...], int] = {}
+    indices = [numbers.setdefault(tuple(row), len(numbers)) for row in rows]
+    return [list(row) for row in numbers], indices
 
 
-def _pack(rows: Rows, chosen: list[int]) -> Pack:
-    blocks = tuple((sum(1 for _ in equal), length) for length, equal in groupby(len(rows[row]) for row in chosen))
-    return Pack(
-        chosen, blocks,
-        torch.tensor([token for row in chosen for token in rows[row]]),
-        torch.cat([torch.arange(length).repeat(number) for number, length in blocks]),
-    )
+def _pack(rows: Rows, members: list[int]) -> Pack:
+    """members: indices of rows, longest first."""
+    lengths = [len(rows[row]) for row in members]
+    blocks = tuple((sum(1 for _ in equal), length) for length, equal in groupby(lengths))
+    input_ids = torch.tensor([token for row in members for token in rows[row]])
+    position_ids = torch.cat([torch.arange(length).repeat(number) for number, length in blocks])
+    return Pack(members, blocks, input_ids, position_ids)

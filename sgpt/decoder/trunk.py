@@ -19,7 +19,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from sgpt.decoder.agreement import check_agreement
 from sgpt.decoder.attention import NAME, packed, prepare
-from sgpt.decoder.families import PACKED_FAMILIES, embedding_size, position_limit, takes_position_ids
+from sgpt.decoder.families import embedding_size, family_of, position_limit, takes_position_ids
 from sgpt.decoder.model_files import (
     CONFIG,
     OUTER,
@@ -42,17 +42,20 @@ from sgpt.runtime.errors import InputError
 from sgpt.text.template import unwrap
 
 log = logging.getLogger(__name__)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
 class ModelConfig:
-    """path: local folder, or a hub id such as EleutherAI/gpt-neo-125m. dtype of the frozen weights: float32 or bfloat16."""
+    """Which base is opened, and how its weights are held."""
 
     path: str = "data/nano"
+    """Local folder, or a hub id such as EleutherAI/gpt-neo-125m."""
     dtype: str = "float32"
+    """Of the frozen weights: float32, bfloat16 or float16. What learns is float32 in any case."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16"):
+        if self.dtype not in DTYPES:
             raise InputError(f"model.dtype={self.dtype!r} is unknown; choose float32, bfloat16 or float16")
 
 
@@ -66,18 +69,19 @@ def load_trunk(config: ModelConfig) -> nn.Module:
 def open_model(config: ModelConfig, auto: type = AutoModel) -> nn.Module:
     """The model as it lies on disk, in evaluation mode, with transformers' own attention; or InputError.
 
-    auto: by which class. Weights that are missing, left over, of another shape, NaN or too large for the dtype are refused
-    by name; prefixes of wrappers (torch.compile, DDP, PEFT, sentence-transformers) are taken off, and said to be.
+    auto: by which class. Weights that are missing, left over, of another shape, NaN or too large for the dtype are
+    refused by name; prefixes of wrappers (torch.compile, DDP, PEFT, sentence-transformers) are taken off, and said to
+    be.
     """
     path, folder = config.path, local_folder(config.path)
     check_config(folder, path)
-    with told(path):
+    with describe_errors(path):
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if architecture.is_encoder_decoder:
             raise InputError(f"{path}: {architecture.model_type} is an encoder-decoder; use a decoder or an encoder")
         architecture.return_dict = True  # a config may say otherwise, and its forward would give a tuple
     stored = stored_tensors(folder, path)
-    with told(path):
+    with describe_errors(path):
         model, report = _loaded(path, folder, architecture, auto, config.dtype, stored)
     check_names(path, model, report)
     check_numbers(path, model, stored)
@@ -93,9 +97,10 @@ def open_model(config: ModelConfig, auto: type = AutoModel) -> nn.Module:
 def check_family(path: str, trunk: nn.Module, *, causal: bool = False) -> None:
     """Refuses a trunk that does not compute padded rows as each alone, unless its family is proved by tests.
 
-    causal: no token may see what follows, either. A family that is right only when it counts positions itself is left to.
+    causal: no token may see what follows, either. A family that is right only when it counts positions itself is left
+    to do so.
     """
-    if trunk.config.model_type in PACKED_FAMILIES:
+    if family_of(trunk.config.model_type).packed:
         return
     if takes_position_ids(trunk):
         try:
@@ -108,19 +113,20 @@ def check_family(path: str, trunk: nn.Module, *, causal: bool = False) -> None:
 
 
 def _check_agreement(path: str, trunk: nn.Module, causal: bool) -> None:
-    with told(path, running=trunk):
+    with describe_errors(path, running=trunk):
         embed, width, limit = partial(token_embeddings, trunk), embedding_size(trunk), position_limit(trunk)
         check_agreement(path, trunk, embed, width, limit, causal=causal)
 
 
 @contextmanager
-def told(path: str, *, read: Path | None = None, running: nn.Module | None = None) -> Iterator[None]:
-    """Whatever transformers raises inside over a user's files is one sentence that names the folder.
+def describe_errors(path: str, *, read: Path | None = None, running: nn.Module | None = None) -> Iterator[None]:
+    """Whatever transformers raises inside over a user's files becomes an InputError of one sentence that names the
+    folder.
 
     read: a file that is named if it is no JSON. running: the model, where it is opened already and run.
     """
     quieted = [logging.getLogger(name) for name in ("transformers.modeling_utils", "transformers.configuration_utils")]
-    for logger in quieted:  # their table of missing weights: what matters of it is refused here by name
+    for logger in quieted:  # they print a table of missing weights: what matters of it is refused here by name
         logger.disabled = True
     try:
         yield
@@ -133,10 +139,10 @@ def told(path: str, *, read: Path | None = None, running: nn.Module | None = Non
         if read is not None and read.is_file():
             read_json(read)
         if running is not None:
+            family = running.config.model_type
             raise InputError(
-                f"{path}: {type(running).__name__} ({running.config.model_type}) cannot be run over the tokens of a "
-                f"text ({first_line(error)}); "
-                f"a value in {CONFIG} is wrong, or this family cannot be used here"
+                f"{path}: {type(running).__name__} ({family}) cannot be run over the tokens of a text "
+                f"({first_line(error)}); a value in {CONFIG} is wrong, or this family cannot be used here"
             ) from error
         raise unloadable(path, first_line(error)) from error
     finally:
@@ -146,7 +152,7 @@ def told(path: str, *, read: Path | None = None, running: nn.Module | None = Non
 
 def _loaded(
     path: str, folder: Path, architecture, auto: type, dtype: str, stored: dict[str, Path]
-) -> tuple[nn.Module, dict]:  # fmt: skip
+) -> tuple[nn.Module, dict]:
     """The model and what transformers reports of missing, left-over and misshaped weights."""
     model_class = _get_model_class(architecture, auto._model_mapping)
     options = {
@@ -161,6 +167,7 @@ def _loaded(
         prefix = _taken_off(own)
         log.warning("%s: its weights were saved from within a wrapper; prefixes such as %r are taken off", path, prefix)
         model, report = model_class.from_pretrained(None, state_dict=_renamed(stored, own), **options)
+    # names that still do not fit may have an outer prefix, which is tried: some families' own names begin with "model."
     bare = without_wrappers(stored, also=OUTER)
     if bare != own and any(not UNUSED.search(name) for name in report["missing_keys"]):
         again, second = model_class.from_pretrained(None, state_dict=_renamed(stored, bare), **options)
@@ -172,6 +179,7 @@ def _loaded(
 
 
 def _renamed(stored: dict[str, Path], own: dict[str, str]) -> dict[str, Tensor]:
+    """All stored tensors by the model's own names."""
     tensors: dict[str, Tensor] = {}
     for file in dict.fromkeys(stored.values()):
         tensors |= {own[name]: tensor for name, tensor in load_file(file).items()}
@@ -179,6 +187,7 @@ def _renamed(stored: dict[str, Path], own: dict[str, str]) -> dict[str, Tensor]:
 
 
 def _taken_off(own: dict[str, str]) -> str:
+    """The prefix, of the first name that has one; a wrapper in the middle of a name is shown by the whole name."""
     stored, name = next((stored, name) for stored, name in own.items() if stored != name)
     return stored.removesuffix(name) if stored.endswith(name) else stored
 
@@ -186,7 +195,7 @@ def _taken_off(own: dict[str, str]) -> str:
 @torch.no_grad()
 def _try(path: str, model: nn.Module) -> None:
     """A few tokens: some values of a config fail, or give NaN, only when the model runs."""
-    with told(path, running=model):
+    with describe_errors(path, running=model):
         ids = torch.arange(8)[None] % model.get_input_embeddings().weight.shape[0]
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     if not output[0].isfinite().all():
@@ -197,20 +206,26 @@ def _try(path: str, model: nn.Module) -> None:
 
 
 def load_tokenizer(path: str, **options):
-    """The fast tokenizer, without the markers of an export; where it has no pad token the end token serves, as in SGPT."""
+    """The fast tokenizer, without the markers of an export; the end token pads where there is no pad token, as in SGPT.
+
+    Raises InputError for foreign code, for a missing vocabulary, and for ids beyond the embedding table.
+    """
     folder = local_folder(path)
     if (folder / TOKENIZER_CONFIG).is_file():
         refuse_foreign_code(folder / TOKENIZER_CONFIG, read_json(folder / TOKENIZER_CONFIG), known=True)
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     refuse_foreign_code(folder / CONFIG, config, known=True)
-    with told(path, read=folder / TOKENIZER):
+    with describe_errors(path, read=folder / TOKENIZER):
         tokenizer = unwrap(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options))
         _refuse_without_vocabulary(path, folder, tokenizer)
-        if isinstance(rows := config.get("vocab_size"), int):  # of the table, known before it is opened or data are read
+        rows = config.get("vocab_size")  # of the embedding table, known before weights are opened or data are read
+        if isinstance(rows, int):
             _check_ids(tokenizer, rows)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise InputError(f"{path}: the tokenizer has neither a pad token nor an end token; set one in its tokenizer_config.json")
+            raise InputError(
+                f"{path}: the tokenizer has neither a pad token nor an end token; set one in its tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = int(1e30)  # limits are ours (markers.*_max_tokens); no second one that warns
     return tokenizer
@@ -219,14 +234,17 @@ def load_tokenizer(path: str, **options):
 def _refuse_without_vocabulary(path: str, folder: Path, tokenizer) -> None:
     """transformers makes a tokenizer that knows no word where the vocabulary's files are missing."""
     files = {kind: name for kind, name in tokenizer.vocab_files_names.items() if kind != "tokenizer_file"}
-    whole = (folder / TOKENIZER).is_file() or (files and all((folder / name).is_file() for name in files.values()))
+    slow_files = files and all((folder / name).is_file() for name in files.values())
+    whole = (folder / TOKENIZER).is_file() or slow_files
     byte_level = not tokenizer.vocab_files_names  # ByT5 and CANINE need none
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = len(tokenizer) if backend is None else backend.get_vocab_size(with_added_tokens=False)
     if not (whole or byte_level) or not words:
-        wanted = " or ".join(dict.fromkeys([TOKENIZER, " and ".join(files.values())] if files else [TOKENIZER]))
+        forms = [TOKENIZER, " and ".join(files.values())] if files else [TOKENIZER]
+        wanted = " or ".join(dict.fromkeys(forms))
         raise InputError(f"{path}: the tokenizer has no vocabulary; the folder lacks {wanted}, fetch it again whole")
-    tokenizer("a b 東 \U0010fffd")  # some settings fail only now, a missing unknown token only with what no vocabulary has
+    # some settings fail only now, and a missing unknown token only with a character that no vocabulary has
+    tokenizer("a b 東 \U0010fffd")
 
 
 def check_vocabulary(tokenizer, model: nn.Module) -> None:
@@ -242,8 +260,8 @@ def _check_ids(tokenizer, size: int) -> None:
         more = f" ({len(beyond) - 1} more are beyond it)" if len(beyond) > 1 else ""
         raise InputError(
             f"{tokenizer.name_or_path}: the text {text!r} has token id {number}, and the embedding table ends after "
-            f"{size} rows{more}; the tokenizer is of another model, or tokens were added to it alone: take them out, or "
-            "resize the table and train it"
+            f"{size} rows{more}; the tokenizer is of another model, or tokens were added to it alone: take them out, "
+            "or resize the table and train it"
         )
     around = [number for number in tokenizer("a")["input_ids"] if not 0 <= number < size]
     if around:
@@ -253,17 +271,12 @@ def _check_ids(tokenizer, size: int) -> None:
         )
 
 
-def located(path: str) -> str:
-    """A local path as it is, or below this project when it is not in the working directory; anything else is a hub id."""
-    beside_project = Path(__file__).parents[2] / path
-    return str(beside_project) if not Path(path).exists() and beside_project.exists() else path
-
-
 def token_embeddings(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Last hidden state [rows, T, D].
 
-    attention_mask [rows, T] with padding on either side: positions count real tokens, so both sides give the same result.
-    None says: right-padded rows of a causal trunk, where no real token ever sees padding and no mask need be computed.
+    attention_mask [rows, T] with padding on either side: positions count real tokens, so both sides give the same
+    result. None says: right-padded rows of a causal trunk, where no real token ever sees padding and no mask need be
+    computed.
     """
     inputs = {"input_ids": input_ids}
     if attention_mask is not None:
@@ -274,8 +287,8 @@ def token_embeddings(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor
 
 
 def takes_packs(trunk: nn.Module) -> bool:
-    """Whether its attention can be told where texts end: of a known family, and prepared (sgpt/decoder/attention.py)."""
-    return trunk.config.model_type in PACKED_FAMILIES and trunk.config._attn_implementation == NAME
+    """Whether its attention knows where texts of a pack end: a packed family, prepared (sgpt/decoder/attention.py)."""
+    return family_of(trunk.config.model_type).packed and trunk.config._attn_implementation == NAME
 
 
 def packed_token_embeddings(trunk: nn.Module, pack: Pack) -> Tensor:

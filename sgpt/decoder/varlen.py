@@ -1,12 +1,15 @@
-"""Attention over all texts of a pack in one kernel, where a GPU has one: FlashAttention for sequences of various lengths (Dao 2023).
+"""Attention over all texts of a pack in one kernel, where a GPU has one: FlashAttention for sequences of various
+lengths (Dao 2023).
 
-torch.nn.attention.varlen calls it: half precision only, no dropout, no bias on the scores. Before its first use on a device it
-has to agree there with plain attention in float32, forwards and backwards. Where it does not, or cannot run, a warning says so,
-and attention stays with one call for each length (sgpt/decoder/attention.py).
+torch.nn.attention.varlen calls it: half precision only, no dropout, no bias on the scores. Before its first use on a
+device it has to agree there with plain attention in float32, forwards and backwards. Where it does not, or cannot run,
+a warning says so, and attention stays with one call for each length (sgpt/decoder/attention.py).
 """
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -24,40 +27,81 @@ def takes(query: Tensor, dropout: float) -> bool:
     return fits and head_size % 8 == 0 and head_size <= 256 and _agrees(query.device, query.dtype, head_size)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, *, scale: float | None, window: int | None, causal: bool) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    longest: int,
+    *,
+    scale: float | None,
+    window: int | None,
+    causal: bool,
+) -> Tensor:
     """query [N, heads, head size], key and value with as many heads or fewer; as query out.
 
-    ends: int32 [texts + 1] on the device, 0 and where each text ends. longest: tokens of the longest. window: the last positions that a token sees.
+    ends: int32 [texts + 1] on the device, 0 and where each text ends. longest: tokens of the longest. window: the last
+    positions that a token sees.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    sees = (-1 if window is None else window - 1, 0 if causal else -1)
-    return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=sees, enable_gqa=key.shape[1] < query.shape[1])
+    left = -1 if window is None else window - 1  # positions before a token's own that it sees; -1 is all
+    right = 0 if causal else -1
+    options = {"scale": scale, "window_size": (left, right), "enable_gqa": key.shape[1] < query.shape[1]}
+    return varlen_attn(query, key, value, ends, ends, longest, longest, **options)
 
 
 @lru_cache
 def _agrees(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """On two heads of queries and one of keys, causal, within a window of 3."""
-    lengths, window = (6, 4, 1), 3
-    numbers = torch.Generator().manual_seed(0)
-    wide = [torch.randn(sum(lengths), heads, head_size, generator=numbers).to(dtype).float().to(device) for heads in (2, 1, 1, 2)]
+    """Whether results and gradients are right, with two heads of queries and one of keys, causal, in a window of 3."""
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            ends = torch.tensor([0, 6, 10, 11], dtype=torch.int32, device=device)
-            *inputs, gradient = [tensor.clone() for tensor in wide]
-            expected = _with_gradients(lambda q, k, v: _plain(q, k, v, lengths, window), inputs, gradient)
-            halves = [tensor.to(dtype) for tensor in inputs]
-            found = _with_gradients(lambda q, k, v: attend(q, k, v, ends, 6, scale=None, window=window, causal=True), halves, gradient.to(dtype))
-            worst = torch.stack([(right.float() - left).abs().max() / left.abs().max() for left, right in zip(expected, found, strict=True)]).max().item()
-    except (ImportError, RuntimeError, TypeError) as error:  # torch before 2.10, a GPU before Ampere, a build without the kernel
-        log.warning("no variable-length attention on %s (%s); texts of each length are attended to by a call of their own", device, str(error).splitlines()[0])
+            worst = _largest_difference(device, dtype, head_size)
+    except (ImportError, RuntimeError, TypeError) as error:
+        # torch before 2.10, a GPU before Ampere, a build without the kernel
+        log.warning(
+            "no variable-length attention on %s (%s); texts of each length are attended to by a call of their own",
+            device,
+            str(error).splitlines()[0],
+        )
         return False
-    if not (agrees := worst <= AGREEMENT):  # nor is NaN
-        log.warning("variable-length attention on %s is off by %.1f %%; texts of each length are attended to by a call of their own", device, 100 * worst)
+    agrees = worst <= AGREEMENT  # NaN is not
+    if not agrees:
+        log.warning(
+            "variable-length attention on %s is off by %.1f %%; texts of each length are attended to by a call of "
+            "their own",
+            device,
+            100 * worst,
+        )
     return agrees
 
 
-def _with_gradients(attention, inputs: list[Tensor], gradient: Tensor) -> list[Tensor]:
+def _largest_difference(device: torch.device, dtype: torch.dtype, head_size: int) -> float:
+    """Of the result and the three gradients to plain attention in float32, as a share of the largest number of each."""
+    lengths, window = (6, 4, 1), 3
+    generator = torch.Generator().manual_seed(0)
+    wide = []  # query, key, value and the result's gradient: in float32, and exact in the half type
+    for heads in (2, 1, 1, 2):
+        numbers = torch.randn(sum(lengths), heads, head_size, generator=generator)
+        wide.append(numbers.to(dtype).float().to(device))
+    *inputs, gradient = wide
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, ends, max(lengths), scale=None, window=window, causal=True)
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _plain(query, key, value, lengths, window)
+
+    expected = _with_gradients(plain, inputs, gradient)
+    computed = _with_gradients(kernel, [tensor.to(dtype) for tensor in inputs], gradient.to(dtype))
+    differences = []
+    for right, other in zip(expected, computed, strict=True):
+        differences.append((other.float() - right).abs().max() / right.abs().max())
+    return torch.stack(differences).max().item()  # of torch, whose max of NaN is NaN
+
+
+def _with_gradients(attention: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor) -> list[Tensor]:
     """The result and the gradients of query, key and value."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     result = attention(*leaves)
@@ -67,7 +111,10 @@ def _with_gradients(attention, inputs: list[Tensor], gradient: Tensor) -> list[T
 def _plain(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], window: int) -> Tensor:
     """Text by text."""
     texts = []
-    for q, k, v in zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True):
-        seen = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        texts.append(scaled_dot_product_attention(*(tensor.transpose(0, 1) for tensor in (q, k, v)), attn_mask=seen, enable_gqa=True).transpose(0, 1))
+    by_text = (tensor.split(lengths) for tensor in (query, key, value))
+    for q, k, v in zip(*by_text, strict=True):
+        mask = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        heads_first = (tensor.transpose(0, 1) for tensor in (q, k, v))
+        attended = scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)
+        texts.append(attended.transpose(0, 1))
     return torch.cat(texts)

@@ -9,7 +9,7 @@ __all__ = ["Encoder"]
 
 
 def __getattr__(name: str) -> object:
-    """`from sgpt.encoder import Encoder`, without loading torch for those who only want a module of this folder."""
+    """`from sgpt.encoder import Encoder` works, without loading torch for those who want another module."""
     if name == "Encoder":
         from sgpt.encoder.encoder import Encoder
 

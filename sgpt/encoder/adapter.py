@@ -6,10 +6,10 @@
               sgpt_delta.json             which form, and by what the right base and tokenizer are known
               sgpt.json                   the contract, with the hashes of the others
 
-Form "beft": biases of nn.Linear are a BEFT adapter (an added bias; PEFT 0.20 or newer), normalisations are `modules_to_save`.
-Where the base is stored in a half type and was trained in float32, give PEFT dtype=torch.float32 as well.
-Form "plain": PEFT has no form for the tensors (the Conv1D of GPT-2, for one), so the change is stored by parameter name.
-Form "peft": low-rank adapters are saved and opened by PEFT alone.
+Form "beft": biases of nn.Linear are a BEFT adapter (an added bias; PEFT 0.20 or newer), normalisations are
+`modules_to_save`. Where the base is stored in a half type and was trained in float32, give PEFT dtype=torch.float32 as
+well. Form "plain": PEFT has no form for the tensors (the Conv1D of GPT-2, for one), so the change is stored by
+parameter name. Form "peft": low-rank adapters are saved and opened by PEFT alone.
 """
 
 import hashlib
@@ -24,26 +24,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sgpt.decoder.trunk import ModelConfig, load_trunk
+from sgpt.decoder.families import is_norm
+from sgpt.decoder.trunk import DTYPES, ModelConfig, load_trunk
 from sgpt.encoder import contract as contracts
-from sgpt.encoder.contract import Contract, EncoderLike
+from sgpt.encoder.contract import Contract
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import replace_folder
 
-DTYPES = ("float32", "bfloat16", "float16")
-DELTA, TRAINED, CHANGE, PEFT = "sgpt_delta.json", "trained.safetensors", "adapter_model.safetensors", "adapter_config.json"
+DELTA, TRAINED = "sgpt_delta.json", "trained.safetensors"
+CHANGE, PEFT = "adapter_model.safetensors", "adapter_config.json"
 FORMAT = 2  # 1, which has no tokenizer_hash and leaves low-rank adapters out, is still read
 FORMS = ("plain", "beft", "peft")
 SAMPLE = 256  # numbers a tensor that go into the base's hash
 
 
-def save_adapter(encoder: EncoderLike, base: Mapping[str, Tensor], folder: Path) -> Path:
-    """Writes `folder` and returns it. base: values before training of all trained tensors, by parameter name of `encoder.trunk`.
+def save_adapter(trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[str, Tensor], folder: Path) -> Path:
+    """Writes `folder` and returns it. base: values before training of all trained tensors, by parameter name of
+    `trunk`.
 
-    Replaces an adapter of ours; raises InputError for any other folder that is not empty, or when the contract names no base.
+    Replaces an adapter of ours; raises InputError for any other folder that is not empty, or when the contract names no
+    base.
     """
-    folder, trunk = Path(folder), encoder.trunk
-    if not encoder.contract.base:
+    folder = Path(folder)
+    if not contract.base:
         raise InputError("the contract names no base model, without which an adapter has no effect; set contract.base")
     if folder.exists() and not is_adapter(folder) and any(folder.iterdir()):
         raise InputError(f"{folder} exists and is no adapter of this framework; choose another folder or remove it")
@@ -52,19 +55,25 @@ def save_adapter(encoder: EncoderLike, base: Mapping[str, Tensor], folder: Path)
     temporary.mkdir(parents=True)
     if _by_peft(trunk):
         trunk.save_pretrained(temporary)
-        stated = json.loads((temporary / PEFT).read_text()) | {"base_model_name_or_path": encoder.contract.base}
+        stated = json.loads((temporary / PEFT).read_text()) | {"base_model_name_or_path": contract.base}
         (temporary / PEFT).write_text(json.dumps(stated, indent=2) + "\n")
         form, note = "peft", f"{CHANGE} is a low-rank adapter of PEFT"
     else:
-        form, note = _write_delta(trunk, base, temporary, encoder.contract.base)
+        form, note = _write_delta(trunk, base, temporary, contract.base)
     untuned = _frozen(trunk) if form == "peft" else {**_frozen(trunk), **base}
     dtype = str(trunk.config.dtype).removeprefix("torch.")  # as it was opened: what learns is float32 since
-    (temporary / DELTA).write_text(json.dumps({
-        "format": FORMAT, "form": form, "base": encoder.contract.base, "dtype": dtype, "base_hash": base_hash(untuned, dtype),
-        "tokenizer_hash": _tokenizer_hash(encoder.tokenizer), "note": note,
-    }, indent=2) + "\n")  # fmt: skip
+    delta = {
+        "format": FORMAT,
+        "form": form,
+        "base": contract.base,
+        "dtype": dtype,
+        "base_hash": base_hash(untuned, dtype),
+        "tokenizer_hash": _rules_hash(tokenizer),
+        "note": note,
+    }
+    (temporary / DELTA).write_text(json.dumps(delta, indent=2) + "\n")
     files = [file.name for file in temporary.iterdir() if file.name != "README.md"]  # PEFT writes one
-    replace(encoder.contract, probes={}).save(temporary, files)  # probes belong to merged weights
+    replace(contract, probes={}).save(temporary, files)  # probes belong to merged weights
     replace_folder(temporary, folder)
     return folder
 
@@ -96,11 +105,15 @@ def open_trunk(folder: Path, dtype: str) -> nn.Module:
     try:
         return PeftModel.from_pretrained(trunk, folder).eval()
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: PEFT cannot open the adapter ({str(error).splitlines()[0]:.160}); save it again") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder}: PEFT cannot open the adapter ({reason:.160}); save it again") from error
 
 
 def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
-    """InputError when the trunk, not tuned yet, is not the one that the adapter was trained over. What one without DELTA has, is not known."""
+    """InputError when the trunk, not tuned yet, is not the one that the adapter was trained over.
+
+    An adapter without DELTA, of PEFT alone, does not say what it was trained over, and is not checked.
+    """
     if not (folder / DELTA).is_file():
         return
     stated, parameters = read_delta(folder), dict(trunk.named_parameters())
@@ -108,8 +121,8 @@ def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
         return
     trained = {} if stated["form"] == "peft" else load_file(folder / TRAINED)
     raise InputError(
-        f"{folder}: made from {stated['base']} in {stated['dtype']}, and this {type(trunk).__name__} in {trunk.dtype} is another: "
-        f"{_first_difference(parameters, trained)}; load that base, untuned"
+        f"{folder}: made from {stated['base']} in {stated['dtype']}, and this {type(trunk).__name__} in {trunk.dtype} "
+        f"is another: {_first_difference(parameters, trained)}; load that base, untuned"
     )
 
 
@@ -119,7 +132,10 @@ def trained_dtype(folder: Path) -> str:
 
 
 def convert(model: nn.Module, dtype: str) -> None:
-    """Parameters only: rotary frequencies are buffers, and are float32 in a model that is opened in half precision, too."""
+    """To the dtype, in place.
+
+    Parameters only: rotary frequencies, which are buffers, stay float32 as after opening in it.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
 
@@ -127,12 +143,19 @@ def convert(model: nn.Module, dtype: str) -> None:
 def check_tokenizer(tokenizer, folder: Path) -> None:
     """InputError when the base's tokenizer is no longer the one that the adapter was trained with."""
     stated = read_delta(folder) if (folder / DELTA).is_file() else {}
-    if stated.get("tokenizer_hash", "") not in ("", _tokenizer_hash(tokenizer)):
-        raise InputError(f"{folder}: trained with another tokenizer than {stated['base']} has now, so its texts would get other ids; restore that")
+    if stated.get("tokenizer_hash", "") not in ("", _rules_hash(tokenizer)):
+        raise InputError(
+            f"{folder}: trained with another tokenizer than {stated['base']} has now, so its texts would get other "
+            "ids; restore that"
+        )
 
 
-def _tokenizer_hash(tokenizer) -> str:
-    """Of how a text becomes ids: of the whole tokenizer.json as it is in use, padding and truncation aside. Empty without one."""
+def _rules_hash(tokenizer) -> str:
+    """Of how a text becomes ids: of the whole tokenizer.json as it is in use, padding and truncation aside.
+
+    Empty without one. `provenance.tokenizer_hash`, by which runs and indexes are known, holds padding, truncation and
+    the special tokens too; adapters are opened elsewhere, where those may be set otherwise.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return ""
@@ -141,7 +164,11 @@ def _tokenizer_hash(tokenizer) -> str:
 
 
 def base_hash(values: Mapping[str, Tensor], dtype: str) -> str:
-    """Of names, shapes and some numbers of every tensor, read in `dtype`: a float32 copy of bfloat16 weights is the same base."""
+    """Of names, shapes and some numbers of every tensor, read in `dtype`.
+
+    So a float32 copy of bfloat16 weights is the same base, which `provenance.weights_hash`, of every bit, would deny;
+    and SAMPLE numbers of a tensor tell two models from each other in a fraction of a second.
+    """
     digest = hashlib.sha256()
     for name in sorted(values):
         value = values[name].detach().flatten()
@@ -155,7 +182,10 @@ def _write_delta(trunk: nn.Module, base: Mapping[str, Tensor], folder: Path, bas
     parameters = dict(trunk.named_parameters())
     assert base.keys() <= parameters.keys(), sorted(base.keys() - parameters.keys())
     trained = {name: parameters[name].detach().cpu().clone() for name in base}
-    change = {name: (value.double() - base[name].detach().cpu().double()).float() for name, value in trained.items()}
+    change: dict[str, Tensor] = {}
+    for name, value in trained.items():
+        before = base[name].detach().cpu()
+        change[name] = (value.double() - before.double()).float()  # in float32 the difference would be rounded twice
     peft_form = _beft_form(trunk, trained, change)
     if peft_form is None:
         save_file(change, folder / CHANGE)
@@ -164,7 +194,10 @@ def _write_delta(trunk: nn.Module, base: Mapping[str, Tensor], folder: Path, bas
         tensors, targets, saved = peft_form
         save_file(tensors, folder / CHANGE, metadata={"format": "pt"})
         _write_beft_config(folder, targets, saved, base_path)
-        note = f"{CHANGE} is a BEFT adapter of PEFT with modules_to_save; {TRAINED} restores the trained tensors bit for bit"
+        note = (
+            f"{CHANGE} is a BEFT adapter of PEFT with modules_to_save; {TRAINED} restores the trained tensors bit for "
+            "bit"
+        )
     save_file(trained, folder / TRAINED)
     return "plain" if peft_form is None else "beft", note
 
@@ -177,19 +210,28 @@ def _frozen(trunk: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): value for name, value in wrapped if ".lora_" not in name}
 
 
-def _beft_form(trunk: nn.Module, trained: Mapping[str, Tensor], change: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]] | None:
-    """PEFT's tensors, its target modules and its modules to save; None where a tensor is neither bias of a Linear nor of a norm."""
-    modules, tensors, targets, saved = dict(trunk.named_modules()), {}, [], []
+def _beft_form(
+    trunk: nn.Module, trained: Mapping[str, Tensor], change: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str], list[str]] | None:
+    """PEFT's tensors, its target modules and its modules to save, as paths.
+
+    None where a tensor is neither bias of a Linear nor of a norm.
+    """
+    modules = dict(trunk.named_modules())
+    tensors: dict[str, Tensor] = {}
+    targets: list[str] = []
+    saved: list[str] = []
     for name in trained:
-        place, _, leaf = name.rpartition(".")
-        module = modules[place]
+        path, _, leaf = name.rpartition(".")
+        module = modules[path]
         if isinstance(module, nn.Linear) and leaf == "bias":
-            tensors[f"base_model.model.{place}.beft_bias"] = change[name].unsqueeze(0)
-            targets.append(place)
-        elif "norm" in type(module).__name__.lower():
+            tensors[f"base_model.model.{path}.beft_bias"] = change[name].unsqueeze(0)
+            targets.append(path)
+        elif is_norm(module):
             for part, value in module.named_parameters():
-                tensors[f"base_model.model.{place}.{part}"] = value.detach().cpu().clone()
-            saved += [place] if place not in saved else []
+                tensors[f"base_model.model.{path}.{part}"] = value.detach().cpu().clone()
+            if path not in saved:
+                saved.append(path)
         else:
             return None
     return (tensors, targets, saved) if targets else None  # PEFT refuses an adapter without target modules
@@ -209,7 +251,7 @@ def _by_peft(trunk: nn.Module) -> bool:
 
 
 def read_delta(folder: Path) -> dict:
-    """What DELTA states; InputError when it is not all there."""
+    """What DELTA states; InputError when some of it is missing or unknown."""
     file = folder / DELTA
     try:
         stated = json.loads(file.read_text(encoding="utf-8"))
@@ -217,12 +259,17 @@ def read_delta(folder: Path) -> dict:
         raise InputError(f"{file}: cannot be read ({error}); give an adapter folder of this framework") from error
     if not isinstance(stated, dict) or type(stated.get("format")) is not int or stated["format"] not in (1, FORMAT):
         raise InputError(f"{file}: made by another version of this framework; save the adapter again")
-    keys = ("form", "base", "dtype", "base_hash", *(("tokenizer_hash",) if stated["format"] > 1 else ()))
-    if wrong := next((key for key in keys if not isinstance(stated.get(key), str)), None):
-        raise InputError(f"{file}: key {wrong!r} is {stated.get(wrong)!r}, expected a text; save the adapter again")
+    keys = ["form", "base", "dtype", "base_hash"]
+    if stated["format"] > 1:
+        keys.append("tokenizer_hash")
+    for key in keys:
+        if not isinstance(stated.get(key), str):
+            raise InputError(f"{file}: key {key!r} is {stated.get(key)!r}, expected a text; save the adapter again")
     for key, known in (("form", FORMS), ("dtype", DTYPES)):
         if stated[key] not in known:
-            raise InputError(f"{file}: {key} {stated[key]!r} is unknown; it is one of {', '.join(known)}. Save the adapter again")
+            raise InputError(
+                f"{file}: {key} {stated[key]!r} is unknown; it is one of {', '.join(known)}. Save the adapter again"
+            )
     return stated
 
 
@@ -232,10 +279,13 @@ def read_trained(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
     try:
         trained = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); copy the adapter again, or make it again from its run") from error
+        raise InputError(
+            f"{file}: cannot be read ({error}); copy the adapter again, or make it again from its run"
+        ) from error
     for name, value in trained.items():
         if name not in parameters or parameters[name].shape != value.shape:
-            raise InputError(f"{file}: {_first_difference(parameters, {name: value})}; give the base that it was trained over")
+            difference = _first_difference(parameters, {name: value})
+            raise InputError(f"{file}: {difference}; give the base that it was trained over")
     return trained
 
 

@@ -1,25 +1,21 @@
-"""The contract of a model: everything that must be equal at training and at use, kept beside the weights in `sgpt.json`.
+"""The contract of a model: everything that must be equal at training and at use, kept next to the weights in
+`sgpt.json`.
 
-It also knows the files that it belongs to by their hashes, and itself by its own: what was changed after it was written is
-named, and not opened.
+It also knows the files that it belongs to by their hashes, and itself by its own: what was changed after it was written
+is named, and not opened.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from torch import nn
 
 from sgpt.encoder.pooling import POOLINGS
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import hash_of
-from sgpt.text.markers import ROLES, Frame, MarkersConfig, Role
+from sgpt.text.markers import ROLES, MarkersConfig
 
 FILE = "sgpt.json"
 FORMAT = 2  # 1, without hashes and rounding, is still read
@@ -29,31 +25,34 @@ MAY_CHANGE = ("base", "hash")  # a base can be moved; an adapter knows it by its
 
 @dataclass
 class Contract:
-    """How texts become embeddings with these weights.
-
-    base: path or hub id of the frozen trunk. normalize: embeddings are of length 1. prompts: by role, what stands before every
-    text and is tokenised with it, as some sentence-transformers models were trained. probes: texts and their embeddings by
-    role, as the weights gave them in float32 when they were saved; whoever loads the model can check that it still does.
-    rounding: dtype -> how far the probes were from that with the weights in this dtype, null where they were no numbers.
-    files: name -> hash of each file next to the contract that the embeddings depend on.
-    """
+    """How texts become embeddings with these weights."""
 
     pooling: str = "weighted_mean"
+    """A row of POOLINGS."""
     markers: MarkersConfig = field(default_factory=MarkersConfig)
+    """What stands around queries and documents, and how long they may be."""
     normalize: bool = False
+    """Embeddings are of length 1."""
     base: str = ""
+    """Path or hub id of the frozen trunk."""
     probes: dict[str, list] = field(default_factory=dict)
+    """Texts and their embeddings by role, as the weights gave them in float32 when they were saved; whoever opens the
+    model can check that it still gives them."""
     prompts: dict[str, str] = field(default_factory=dict)
+    """By role, what stands before every text and is tokenised with it, as some sentence-transformers models expect."""
     rounding: dict[str, float | None] = field(default_factory=dict, compare=False)
+    """dtype -> how far the probes were off with the weights in this dtype, null where they were no numbers."""
     files: dict[str, str] = field(default_factory=dict, compare=False)
+    """Name -> hash of each file next to the contract that the embeddings depend on."""
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             raise InputError(f"pooling {self.pooling!r} is unknown; choose one of {', '.join(POOLINGS)}")
 
     def save(self, folder: Path, files: Iterable[str] = ()) -> None:
-        """Last of all: `files`, names in the folder, are there already."""
-        stated = {"format": FORMAT, **asdict(replace(self, files={name: hash_of(folder / name) for name in sorted(files)}))}
+        """Written last of all: `files`, names in the folder, are there already."""
+        hashes = {name: hash_of(folder / name) for name in sorted(files)}
+        stated = {"format": FORMAT, **asdict(replace(self, files=hashes))}
         text = json.dumps({**stated, "hash": _hash(stated)}, indent=2, ensure_ascii=False)
         (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -68,32 +67,22 @@ class Contract:
         stated = _checked(stored, file)
         for name, expected in stated.get("files", {}).items():
             if not (folder / name).is_file():
-                raise InputError(f"{folder / name}: the file is missing; copy the whole folder, or make it again from its run")
+                raise InputError(
+                    f"{folder / name}: the file is missing; copy the whole folder, or make it again from its run"
+                )
             if hash_of(folder / name) != expected:
                 raise InputError(
-                    f"{folder / name}: its hash differs from the one in {FILE} that it was saved with; copy the folder again, "
-                    "or make it again from its run"
+                    f"{folder / name}: its hash differs from the one in {FILE} that it was saved with; copy the folder "
+                    "again, or make it again from its run"
                 )
         return cls(**{**stated, "markers": MarkersConfig(**stated["markers"])})
 
     def fingerprint(self) -> str:
         """Of everything but what was measured; equal contracts give equal token ids and pooling."""
-        stated = {key: value for key, value in asdict(self).items() if key not in MEASURED and (key != "prompts" or value)}
+        stated = {key: value for key, value in asdict(self).items() if key not in MEASURED}
+        if not stated["prompts"]:  # as contracts were hashed before there were prompts
+            del stated["prompts"]
         return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class EncoderLike(Protocol):
-    """An encoder, to the modules that it imports itself."""
-
-    trunk: nn.Module
-    tokenizer: Any
-    contract: Contract
-    frames: Mapping[Role, Frame]
-    tokens_per_pack: int
-    weights: AbstractContextManager
-    embedding_size: int
-
-    def encode(self, texts: Sequence[str], role: Role) -> np.ndarray: ...
 
 
 def _hash(stated: dict) -> str:
@@ -106,7 +95,10 @@ def _checked(stored: object, file: Path) -> dict:
     if not isinstance(stored, dict) or "format" not in stored:
         raise InputError(f"{file}: not a contract (it has no key 'format'); export the run again")
     if stored["format"] not in (1, FORMAT) or isinstance(stored["format"], bool | float):
-        raise InputError(f"{file}: format {stored['format']!r} is of another version of this framework; use that, or export the run again")
+        raise InputError(
+            f"{file}: format {stored['format']!r} is of another version of this framework; use that, or export the run "
+            "again"
+        )
     old = stored["format"] == 1
     known = {one.name for one in fields(Contract)}
     required = {"pooling", "markers", "normalize", "base", "probes"} if old else known | {"hash"}
@@ -126,18 +118,28 @@ def _checked(stored: object, file: Path) -> dict:
 
 def _is_markers(value: object) -> bool:
     types = {one.name: type(one.default) for one in fields(MarkersConfig)}
-    return isinstance(value, dict) and value.keys() == types.keys() and all(type(value[key]) is kind for key, kind in types.items())
+    if not isinstance(value, dict) or value.keys() != types.keys():
+        return False
+    return all(type(value[key]) is kind for key, kind in types.items())
 
 
 def _is_probes(value: object) -> bool:
     """None, or as many rows of finite numbers for each role as there are texts."""
     if value == {}:
         return True
-    if not isinstance(value, dict) or value.keys() != {"texts", *ROLES} or not _all(value["texts"], str) or not value["texts"]:
+    if not isinstance(value, dict) or value.keys() != {"texts", *ROLES}:
         return False
-    rows = [value[role] for role in ROLES]
-    whole = all(isinstance(some, list) and len(some) == len(value["texts"]) and all(_all(row, float) for row in some) for some in rows)
-    return whole and len({len(row) for some in rows for row in some}) == 1 and all(math.isfinite(x) for some in rows for row in some for x in row)
+    texts = value["texts"]
+    if not _all(texts, str) or not texts:
+        return False
+    rows: list[list[float]] = []
+    for role in ROLES:
+        of_role = value[role]
+        if not isinstance(of_role, list) or len(of_role) != len(texts) or not all(_all(row, float) for row in of_role):
+            return False
+        rows += of_role
+    one_length = len({len(row) for row in rows}) == 1
+    return one_length and all(math.isfinite(number) for row in rows for number in row)
 
 
 def _all(values: object, kind: type) -> bool:
@@ -148,6 +150,10 @@ def _is_rounding(value: object) -> bool:
     if not isinstance(value, dict):
         return False
     return all(number is None or (type(number) is float and 0 <= number < math.inf) for number in value.values())
+
+
+def _is_prompts(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() <= {*ROLES} and _all([*value.values()], str)
 
 
 def _is_files(value: object) -> bool:
@@ -164,6 +170,6 @@ TYPES: dict[str, Callable[[object], bool]] = {
     "base": lambda value: isinstance(value, str),
     "probes": _is_probes,
     "rounding": _is_rounding,
-    "prompts": lambda value: isinstance(value, dict) and value.keys() <= {*ROLES} and _all([*value.values()], str),
+    "prompts": _is_prompts,
     "files": _is_files,
 }

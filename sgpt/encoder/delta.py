@@ -2,26 +2,32 @@
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from sgpt.encoder.adapter import DELTA, read_delta, read_trained, refuse_other_base
 from sgpt.runtime.errors import InputError
 
 
 class Delta:
-    """The trained tensors of an adapter beside the frozen trunk that others use, too: inside of `with delta:` the trunk has them.
+    """The trained tensors of an adapter next to a frozen trunk that others use too: inside `with delta:` the trunk has
+    them.
 
-    Nothing is copied on entering: each parameter is given other storage, and its own again on leaving. Raises InputError for
-    another base, and for low-rank adapters, which change the modules themselves.
+    Nothing is copied on entering: each parameter is given other storage, and its own again on leaving. Raises
+    InputError for another base, and for low-rank adapters, which change the modules themselves.
     """
 
     def __init__(self, trunk: nn.Module, folder: Path) -> None:
         if not (folder / DELTA).is_file() or read_delta(folder)["form"] == "peft":
-            raise InputError(f"{folder} is no bias delta, so it cannot share a trunk; open it by itself, or train with tuning=bitfit")
+            raise InputError(
+                f"{folder} is no bias delta, so it cannot share a trunk; open it by itself, or train with tuning=bitfit"
+            )
         refuse_other_base(trunk, folder)
         parameters = dict(trunk.named_parameters())
         self.inside = False
-        self.pairs = [(parameters[name], value.to(parameters[name].device)) for name, value in read_trained(folder, parameters).items()]
+        self.pairs: list[tuple[nn.Parameter, Tensor]] = []  # each with what it does not have now
+        for name, value in read_trained(folder, parameters).items():
+            parameter = parameters[name]
+            self.pairs.append((parameter, value.to(parameter.device)))
 
     def __enter__(self) -> None:
         assert not self.inside, "entered twice, the trunk would be the base again"

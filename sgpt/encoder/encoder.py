@@ -1,10 +1,11 @@
-"""The encoder: tokenizer, markers, trunk and pooling joined. One road for training, encoding and evaluation.
+"""The encoder: tokenizer, markers, trunk and pooling joined. One path for training, encoding and evaluation.
 
     encoder = Encoder.from_pretrained("runs/pydocs/export")
     encoder.encode_queries(["parse a date from a string"])  # [1, D]
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +16,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgpt.decoder.families import embedding_size, position_limit
-from sgpt.decoder.model_files import local_folder
 from sgpt.decoder.packing import Pack, packs
-from sgpt.decoder.trunk import ModelConfig, check_vocabulary, load_tokenizer, load_trunk, packed_token_embeddings, takes_packs, token_embeddings
+from sgpt.decoder.trunk import (
+    ModelConfig,
+    check_vocabulary,
+    load_tokenizer,
+    load_trunk,
+    packed_token_embeddings,
+    takes_packs,
+    token_embeddings,
+)
 from sgpt.encoder import contract as contracts
 from sgpt.encoder import sentence_transformers as sentence_transformers_format
-from sgpt.encoder.adapter import check_tokenizer, is_adapter, open_trunk
+from sgpt.encoder.adapter import check_tokenizer, open_trunk
 from sgpt.encoder.contract import Contract
+from sgpt.encoder.model_folder import find_model
 from sgpt.encoder.pooling import POOLINGS
-from sgpt.encoder.probes import check
+from sgpt.encoder.probes import Encode, check_probes
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import progress_bar
-from sgpt.text.markers import Frame, MarkersConfig, Role, frames
+from sgpt.runtime.provenance import content_hash, tokenizer_hash, weights_hash
+from sgpt.text.markers import ROLES, Frame, MarkersConfig, Role, frames
 from sgpt.text.tokens import Rows, content_ids, marked
 
 TOKENS_PER_PACK = 4096
@@ -36,12 +46,19 @@ TEXTS_AT_A_TIME = 16_384  # whose token ids exist
 class Encoder(nn.Module):
     """trunk: any decoder or BERT-like encoder. contract: markers, limits, pooling. `forward` is what training calls.
 
-    delta: where others use the trunk as well, what makes it this encoder's (sgpt/encoder/adapter.py); `encode` puts it on and off.
+    delta: where others use the trunk as well, what makes it this encoder's (sgpt/encoder/delta.py); `encode` puts it on
+    and off.
     """
 
     def __init__(
-        self, trunk: nn.Module, tokenizer, contract: Contract, *, tokens_per_pack: int = TOKENS_PER_PACK, delta: AbstractContextManager | None = None
-    ) -> None:  # fmt: skip
+        self,
+        trunk: nn.Module,
+        tokenizer,
+        contract: Contract,
+        *,
+        tokens_per_pack: int = TOKENS_PER_PACK,
+        delta: AbstractContextManager | None = None,
+    ) -> None:
         super().__init__()
         self.weights = nullcontext() if delta is None else delta
         self.trunk, self.tokenizer, self.contract = trunk, tokenizer, contract
@@ -56,28 +73,36 @@ class Encoder(nn.Module):
 
         A row without any token gives zeros.
         """
-        made = list(self.packs(rows))
-        return self.in_order(made, [self.embed_pack(pack) for pack in made], len(rows))
+        packs = list(self.packs(rows))
+        return self.restore_order(packs, [self.embed_pack(pack) for pack in packs], len(rows))
 
     def packs(self, rows: Rows) -> Iterator[Pack]:
         """The rows in packs of `tokens_per_pack`, longest first, on this encoder's device."""
-        return (pack.to(self.device) for pack in packs(rows, self.tokens_per_pack, padded=not takes_packs(self.trunk)))
+        padded = not takes_packs(self.trunk)
+        return (pack.to(self.device) for pack in packs(rows, self.tokens_per_pack, padded=padded))
 
     def embed_pack(self, pack: Pack) -> Tensor:
-        """[rows of the pack, D], with gradient. No padding is computed, except for trunks that cannot be told the borders."""
-        assert getattr(self.weights, "inside", True), "the trunk is the base here: call this inside of `with encoder.weights:`"
+        """[rows of the pack, D], with gradient. No padding is computed, except for trunks that do not take packs."""
+        inside = getattr(self.weights, "inside", True)
+        assert inside, "the trunk is the base here: call this inside of `with encoder.weights:`"
         with self._precision():
             if not takes_packs(self.trunk):
                 return self.embed(*pack.padded(self.tokenizer.pad_token_id))
             hidden = packed_token_embeddings(self.trunk, pack)  # [N, D]
             pool = POOLINGS[self.contract.pooling]
-            return torch.cat([pool(block, block.new_ones(block.shape[:2], dtype=torch.long)) for block in pack.split(hidden)])
+            pooled = []
+            for block in pack.split(hidden):  # [rows, T, D], every token real
+                mask = block.new_ones(block.shape[:2], dtype=torch.long)
+                pooled.append(pool(block, mask))
+            return torch.cat(pooled)
 
-    def in_order(self, made: Sequence[Pack], embeddings: Sequence[Tensor], num_rows: int) -> Tensor:
-        """The packs' embeddings as [num_rows, D], in the order of the rows."""
-        order = torch.tensor([row for pack in made for row in pack.rows], dtype=torch.long, device=self.device)
-        found = torch.cat([*embeddings, torch.zeros(0, self.embedding_size, device=self.device, dtype=embeddings[0].dtype if embeddings else None)])
-        return found.new_zeros(num_rows, self.embedding_size).index_copy(0, order, found)
+    def restore_order(self, packs: Sequence[Pack], embeddings: Sequence[Tensor], num_rows: int) -> Tensor:
+        """The packs' embeddings as [num_rows, D], in the order of the rows; zeros for rows that are in no pack."""
+        order = torch.tensor([row for pack in packs for row in pack.rows], dtype=torch.long, device=self.device)
+        dtype = embeddings[0].dtype if embeddings else None
+        nothing = torch.zeros(0, self.embedding_size, device=self.device, dtype=dtype)  # for `cat`, where no pack is
+        by_pack = torch.cat([*embeddings, nothing])
+        return by_pack.new_zeros(num_rows, self.embedding_size).index_copy(0, order, by_pack)
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[rows, T] with padding on either side -> [rows, D]."""
@@ -107,15 +132,17 @@ class Encoder(nn.Module):
     ) -> np.ndarray | Tensor:  # fmt: skip
         """Embeddings [texts, D] in float32, on the CPU, in the order given.
 
-        normalize: length 1; None takes the contract's word. out: a tensor to fill and return, a memory map for what memory cannot
-        hold; beside it the memory taken does not grow with the texts. progress: a bar; None shows one when the work is longer
-        than a few seconds and the output is a terminal. A text without any token (empty, without markers) gives zeros.
+        normalize: length 1; None takes the contract's word. out: a tensor to fill and return, a memory map for what
+        memory cannot hold; besides it the memory taken does not grow with the texts. progress: a bar; None shows one
+        when the work is longer than a few seconds and the output is a terminal. A text without any token (empty,
+        without markers) gives zeros. Raises InputError for anything but a list of strings, and for embeddings that are
+        not finite.
         """
         if isinstance(texts, str):
             raise InputError(f"encode takes a list of texts, got one string {texts!r:.60}; put it in a list")
-        for place, text in enumerate(texts):
+        for number, text in enumerate(texts):
             if not isinstance(text, str):
-                raise InputError(f"encode: text {place} is {type(text).__name__} {text!r:.60}; give strings")
+                raise InputError(f"encode: text {number} is {type(text).__name__} {text!r:.60}; give strings")
         was_training = self.training
         self.eval()
         embeddings = torch.empty(len(texts), self.embedding_size) if out is None else out
@@ -124,18 +151,18 @@ class Encoder(nn.Module):
             for start in range(0, len(texts), TEXTS_AT_A_TIME):
                 part = embeddings[start : start + TEXTS_AT_A_TIME].zero_()
                 for pack in self.packs(self.token_ids(texts[start : start + TEXTS_AT_A_TIME], role)):
-                    made = self.embed_pack(pack).float()
-                    made = (F.normalize(made, dim=1) if unit else made).cpu()
-                    if not made.isfinite().all():
-                        self._refuse_not_finite(made, [start + row for row in pack.rows], texts, role)
-                    part[pack.rows] = made
+                    of_pack = self.embed_pack(pack).float()  # [rows of the pack, D]
+                    of_pack = (F.normalize(of_pack, dim=1) if unit else of_pack).cpu()
+                    if not of_pack.isfinite().all():
+                        self._refuse_not_finite(of_pack, [start + row for row in pack.rows], texts, role)
+                    part[pack.rows] = of_pack
                     advance(len(pack.rows))
         self.train(was_training)
         return embeddings if as_tensor or out is not None else embeddings.numpy()
 
-    def _refuse_not_finite(self, made: Tensor, numbers: Sequence[int], texts: Sequence[str], role: Role) -> None:
+    def _refuse_not_finite(self, embeddings: Tensor, numbers: Sequence[int], texts: Sequence[str], role: Role) -> None:
         """Names the first text, in the order given, whose embedding holds NaN or infinity."""
-        number = min(number for number, row in zip(numbers, made, strict=True) if not row.isfinite().all())
+        number = min(number for number, row in zip(numbers, embeddings, strict=True) if not row.isfinite().all())
         raise InputError(
             f"encode: the embedding of {role} {number} ({texts[number]!r:.60}) holds NaN or infinity; "
             f"{type(self.trunk).__name__} overflows in {self.trunk.dtype} or its weights are damaged: try float32, "
@@ -152,13 +179,40 @@ class Encoder(nn.Module):
         """Share of computed positions that are padding, 0 to 1: none in packs."""
         if takes_packs(self.trunk):
             return 0.0
-        made = list(self.packs(rows))
-        return 1 - sum(map(len, made)) / max(1, sum(pack.padded_tokens for pack in made))
+        packs = list(self.packs(rows))
+        return 1 - sum(map(len, packs)) / max(1, sum(pack.padded_tokens for pack in packs))
+
+    def fingerprint(self, corpus: Mapping[str, str] | None = None) -> str:
+        """Changes with any weight, any rule of the tokenizer and any part of the contract; with a corpus, with any
+        document.
+        """
+        with self.weights:
+            weights = weights_hash(dict(self.trunk.named_parameters()))
+        parts = [self.contract.fingerprint(), weights, tokenizer_hash(self.tokenizer)]
+        return content_hash(parts, corpus or {})
+
+    def in_dtype(self, dtype: torch.dtype) -> "Encoder":
+        """A copy that holds and computes all weights in `dtype`; the encoder itself when it does so already.
+
+        Buffers are left as they are, as loading in this dtype leaves them: rotary frequencies stay float32.
+        """
+        if all(parameter.dtype == dtype for parameter in self.trunk.parameters()):
+            return self
+        with self.weights:
+            trunk = copy.deepcopy(self.trunk)
+        for parameter in trunk.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return type(self)(trunk, self.tokenizer, self.contract, tokens_per_pack=self.tokens_per_pack)
+
+    def encode_in(self, dtype: torch.dtype) -> Encode:
+        """`encode` with all weights in `dtype`."""
+        return self.in_dtype(dtype).encode
 
     def _precision(self) -> AbstractContextManager:
         """Autocast where half-precision weights meet float32 biases, which learn; else what the caller has set."""
-        half = {parameter.dtype for parameter in self.trunk.parameters()} - {torch.float32}
-        return torch.autocast(self.device.type, half.pop()) if half and len({p.dtype for p in self.trunk.parameters()}) > 1 else nullcontext()
+        dtypes = {parameter.dtype for parameter in self.trunk.parameters()}
+        half = dtypes - {torch.float32}
+        return torch.autocast(self.device.type, half.pop()) if half and len(dtypes) > 1 else nullcontext()
 
     @property
     def device(self) -> torch.device:
@@ -170,28 +224,38 @@ class Encoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, markers: MarkersConfig | None = None, pooling: str | None = None, dtype: str = "float32"
+        cls,
+        path: str | Path,
+        *,
+        markers: MarkersConfig | None = None,
+        pooling: str | None = None,
+        dtype: str = "float32",
     ) -> "Encoder":
-        """Opens an export, adapter or run of ours, a sentence-transformers folder (Transformer, Pooling, Normalize), or a bare base.
+        """Opens an export, adapter or run of ours, a folder of sentence-transformers, or a bare base.
 
-        markers, pooling: only for models that do not carry a contract; stating them against one is refused.
-        An export that no longer gives the embeddings it was saved with is refused, too.
+        Of sentence-transformers: Transformer, Pooling and, if it is there, Normalize
+        (sgpt/encoder/sentence_transformers.py). markers, pooling: only for models that do not carry a contract; stating
+        them against one is refused. An export that no longer gives the embeddings it was saved with is refused, too.
         """
-        folder = local_folder(str(path))
-        folder = next((folder / part for part in ("export", "adapter") if (folder / part / contracts.FILE).is_file()), folder)
-        if (folder / contracts.FILE).is_file():
-            if markers is not None or pooling is not None:
-                raise InputError(f"{folder} carries its markers and pooling in {contracts.FILE}; do not set them")
+        model = find_model(path)
+        folder = model.folder
+        if model.is_ours and (markers is not None or pooling is not None):
+            raise InputError(f"{folder} carries its markers and pooling in {contracts.FILE}; do not set them")
+        if model.kind == "adapter":
             contract = Contract.load(folder)
-            if is_adapter(folder):
-                tokenizer = load_tokenizer(contract.base)
-                check_tokenizer(tokenizer, folder)
-                return cls(open_trunk(folder, dtype), tokenizer, contract)
-            return check(cls(*_load(folder, dtype), contract), str(folder))
-        if (folder / "modules.json").is_file():
+            tokenizer = load_tokenizer(contract.base)
+            check_tokenizer(tokenizer, folder)
+            return cls(open_trunk(folder, dtype), tokenizer, contract)
+        if model.kind == "export":
+            contract = Contract.load(folder)
+            encoder = cls(*_load(folder, dtype), contract)
+            check_probes(contract, encoder.trunk.dtype, encoder.encode, encoder.encode_in, str(folder))
+            return encoder
+        if model.kind == "sentence-transformers":
             return cls(*_open_foreign(folder, markers, pooling, dtype))
         trunk, tokenizer = _load(path, dtype)
-        return cls(trunk, tokenizer, Contract(pooling or "weighted_mean", markers or _unmarked(position_limit(trunk)), base=str(path)))
+        markers = markers or _unmarked(position_limit(trunk))
+        return cls(trunk, tokenizer, Contract(pooling or "weighted_mean", markers, base=str(path)))
 
 
 def _load(path: str | Path, dtype: str) -> tuple[nn.Module, object]:
@@ -199,6 +263,7 @@ def _load(path: str | Path, dtype: str) -> tuple[nn.Module, object]:
 
 
 def _unmarked(limit: int | None) -> MarkersConfig:
+    """For a base that was not trained with markers: none, and as many tokens as the default where they fit."""
     tokens = min(limit or 300, 300)
     return MarkersConfig("none", tokens, tokens)
 
@@ -218,7 +283,7 @@ def _open_foreign(
 
 def _check_limits(markers: MarkersConfig, trunk: nn.Module) -> None:
     limit = position_limit(trunk)
-    for role in ("query", "document"):
+    for role in ROLES:
         if limit is not None and markers.max_tokens(role) > limit:
             raise InputError(
                 f"markers.{role}_max_tokens={markers.max_tokens(role)} is more than the {limit} positions of "

@@ -1,8 +1,8 @@
 """Token embeddings to one embedding a row.
 
-Every function takes token_embeddings [rows, T, D] and attention_mask [rows, T] (1 on real tokens, padding on either side)
-and returns [rows, D] in the input's dtype, computed in float32 or wider: bfloat16 cannot hold a position past 256.
-A row without any token gives zeros.
+Every function takes token_embeddings [rows, T, D] and attention_mask [rows, T] (1 on real tokens, padding on either
+side) and returns [rows, D] in the input's dtype, computed in float32 or wider: bfloat16 cannot hold a position past
+256. A row without any token gives zeros.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,15 @@ def weighted_mean(token_embeddings: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def mean(token_embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+    """Every real token weighs the same."""
     return _weighted(token_embeddings, attention_mask)
 
 
 def last_token(token_embeddings: Tensor, attention_mask: Tensor) -> Tensor:
-    """The last real token. (The original takes the first one in rows without padding: argmin of an all-ones mask is 0.)"""
+    """The last real token.
+
+    The original takes the first one in rows without padding, as argmin of an all-ones mask is 0.
+    """
     mask = attention_mask.long()
     return _weighted(token_embeddings, (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask)
 
@@ -40,6 +44,7 @@ def cls(token_embeddings: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def maximum(token_embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+    """Of each of the D numbers the largest over the real tokens."""
     hidden = token_embeddings.masked_fill(attention_mask.unsqueeze(-1) == 0, float("-inf")).amax(1)
     return torch.where(attention_mask.any(1, keepdim=True), hidden, torch.zeros_like(hidden))
 
@@ -54,14 +59,21 @@ def _weighted(token_embeddings: Tensor, weights: Tensor) -> Tensor:
 
 
 Pooling = Callable[[Tensor, Tensor], Tensor]
-POOLINGS: dict[str, Pooling] = {"weighted_mean": weighted_mean, "mean": mean, "last_token": last_token, "cls": cls, "max": maximum}
+POOLINGS: dict[str, Pooling] = {
+    "weighted_mean": weighted_mean,
+    "mean": mean,
+    "last_token": last_token,
+    "cls": cls,
+    "max": maximum,
+}
 
 
 @dataclass
 class PoolingConfig:
-    """`name` is a row of POOLINGS."""
+    """How token embeddings become one embedding."""
 
     name: str = "weighted_mean"
+    """A row of POOLINGS."""
 
     def __post_init__(self) -> None:
         if self.name not in POOLINGS:

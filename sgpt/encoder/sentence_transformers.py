@@ -1,5 +1,6 @@
-"""Folders of sentence-transformers made by others: what they say of reading a text, applied as version 6.2 does, or refused.
+"""The format of sentence-transformers, both directions: folders of others are read, and our exports are written.
 
+What a folder says of reading a text is applied as version 6.2 does, or refused.
 A folder lists modules (modules.json): here a Transformer, a Pooling and any number of Normalize. The Transformer's own
 file says how long texts may be, and whether they are lower-cased; config_sentence_transformers.json says what stands
 before queries and documents. A key that is neither applied nor known to change nothing is refused by its name.
@@ -17,26 +18,25 @@ from tokenizers.normalizers import Lowercase, Sequence
 from torch import nn
 
 from sgpt.decoder.families import position_limit
-from sgpt.decoder.model_files import CONFIG, TOKENIZER_CONFIG, read_json
-from sgpt.encoder.contract import Contract, EncoderLike
+from sgpt.decoder.model_files import CONFIG, TOKENIZER, TOKENIZER_CONFIG, read_json
+from sgpt.encoder.contract import Contract
 from sgpt.encoder.pooling import POOLINGS
 from sgpt.runtime.errors import InputError
-from sgpt.text.markers import ROLES, Frame, MarkersConfig
+from sgpt.text.markers import ROLES, MarkersConfig, frames
 from sgpt.text.template import wrap
 
-MODULE = "sentence_transformers.models"  # the old spelling of the types opens in sentence-transformers 2 to 6
-# Makes transformers read tokenizer.json as it stands. For qwen2, phi3 and others it would else build its own class' pre-tokenizer,
-# whatever tokenizer_class says. (Saving the model anew by sentence-transformers drops this key: then only those families break.)
-TOKENIZER_TYPE = "gpt_bigcode"
 log = logging.getLogger(__name__)
+MODULE = "sentence_transformers.models"  # the old spelling of the types opens in sentence-transformers 2 to 6
+# Makes transformers read tokenizer.json as it stands. For qwen2, phi3 and others it would else build its own class'
+# pre-tokenizer, whatever tokenizer_class says. (Saving the model anew by sentence-transformers drops this key: then
+# only those families break.)
+TOKENIZER_TYPE = "gpt_bigcode"
 MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
-TRANSFORMER_CONFIGS = [  # the first that is there; the others are of early versions
-    "sentence_bert_config.json",
-    *(
-        f"sentence_{family}_config.json"
-        for family in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-    ),
-]
+TRANSFORMER_CONFIG = "sentence_bert_config.json"
+EARLY_FAMILIES = ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # a file for each, once
+TRANSFORMER_CONFIGS = [TRANSFORMER_CONFIG, *(f"sentence_{family}_config.json" for family in EARLY_FAMILIES)]
+WRITTEN = {MODULES, SETTINGS, TRANSFORMER_CONFIG, "chat_template.jinja"}  # files that our own reader does not need
+# their name -> ours, in the form of version 6; the older form, below, is also what is written
 POOLING_MODES = {"weightedmean": "weighted_mean", "mean": "mean", "lasttoken": "last_token", "cls": "cls", "max": "max"}
 LEGACY_POOLINGS = {  # sentence-transformers before 6, and every published SGPT model
     "pooling_mode_weightedmean_tokens": "weighted_mean", "pooling_mode_mean_tokens": "mean",
@@ -45,13 +45,11 @@ LEGACY_POOLINGS = {  # sentence-transformers before 6, and every published SGPT 
 }  # fmt: skip
 SQUARE_ROOT = "pooling_mode_mean_sqrt_len_tokens"
 POOLING_KEYS = {
-    "word_embedding_dimension",
-    "embedding_dimension",
-    "include_prompt",
-    "pooling_mode",
-    SQUARE_ROOT,
-    *LEGACY_POOLINGS,
-}
+    "word_embedding_dimension", "embedding_dimension", "include_prompt", "pooling_mode", SQUARE_ROOT, *LEGACY_POOLINGS,
+}  # fmt: skip
+TRANSFORMER_KEYS = (  # which are applied
+    "max_seq_length", "do_lower_case", "query_length", "document_length", "processor_kwargs", "tokenizer_args",
+)  # fmt: skip
 PLAIN_TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
 TRANSFORMER_VALUES = {  # what each key may say where it changes nothing here
     "transformer_task": ("feature-extraction",), "module_output_name": ("token_embeddings",),
@@ -65,7 +63,10 @@ UNLIMITED = 1e6  # a model_max_length beyond it says that there is none
 
 @dataclass
 class Stated:
-    """What the folder says. limits: of query and document in tokens, None where the model's own are meant."""
+    """What the folder says.
+
+    limits: of query and document in tokens, None where the model's own are meant, and the file and key that state it.
+    """
 
     transformer: Path
     pooling: str
@@ -76,13 +77,17 @@ class Stated:
     tokenizer_options: dict[str, Any] = field(default_factory=dict)
 
 
+def is_sentence_transformers(folder: Path) -> bool:
+    return (folder / MODULES).is_file()
+
+
 def read(folder: Path) -> Stated:
     """InputError with file and key for whatever is missing, broken, or said in a way that is not applied here."""
-    places = _modules(folder)
-    transformer = places["Transformer"]
+    modules = _modules(folder)
+    transformer = modules["Transformer"]
     own = next((transformer / name for name in TRANSFORMER_CONFIGS if (transformer / name).is_file()), None)
     stated = read_json(own) if own else {}
-    file = own or transformer / TRANSFORMER_CONFIGS[0]
+    file = own or transformer / TRANSFORMER_CONFIG
     _check_transformer(file, stated)
     options = next((stated[key] for key in ("processor_kwargs", "tokenizer_args") if stated.get(key)), {})
     if not isinstance(options, dict) or set(options) - {"tokenizer_type"}:
@@ -98,9 +103,14 @@ def read(folder: Path) -> Stated:
         )
     prompts = _prompts(folder)
     return Stated(
-        transformer, _pooling(places["Pooling"] / CONFIG, prompts), "Normalize" in places,
-        bool(stated.get("do_lower_case")), _limits(file, stated, transformer, tokenizer), prompts, options,
-    )  # fmt: skip
+        transformer=transformer,
+        pooling=_pooling(modules["Pooling"] / CONFIG, prompts),
+        normalize="Normalize" in modules,
+        lower_case=bool(stated.get("do_lower_case")),
+        limits=_limits(file, stated, transformer, tokenizer),
+        prompts=prompts,
+        tokenizer_options=options,
+    )
 
 
 def contract_of(stated: Stated, trunk: nn.Module) -> Contract:
@@ -147,13 +157,10 @@ def _has_lower_case(normalizer) -> bool:
 
 def _modules(folder: Path) -> dict[str, Path]:
     """Kind -> folder of each module, in their order."""
-    file, places = folder / MODULES, {}
+    file = folder / MODULES
+    modules: dict[str, Path] = {}
     for module in read_json(file, list):
-        if (
-            not isinstance(module, dict)
-            or not isinstance(module.get("type"), str)
-            or not isinstance(module.get("path"), str)
-        ):
+        if not isinstance(module, dict) or not all(isinstance(module.get(key), str) for key in ("type", "path")):
             raise InputError(f"{file}: module {module!r:.80} must state a type and a path; fetch it again")
         kind, path = module["type"].rsplit(".", 1)[-1], Path(module["path"])
         if not module["type"].startswith("sentence_transformers."):
@@ -170,20 +177,18 @@ def _modules(folder: Path) -> dict[str, Path]:
                 f"{file}: kwargs={module['kwargs']!r} of module {kind} is not applied here; open it with "
                 "sentence-transformers"
             )
-        if kind in places and kind != "Normalize":
+        if kind in modules and kind != "Normalize":
             raise InputError(f"{file}: lists {kind} twice; one is supported")
-        places[kind] = folder / path
-    if list(places) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        missing = next((kind for kind in ("Transformer", "Pooling") if kind not in places), None)
-        problem = (
-            f"lists no {missing} module, so it makes no embedding of a text"
-            if missing
-            else f"has the order {', '.join(places)}"
-        )
+        modules[kind] = folder / path
+    if list(modules) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        problem = f"has the order {', '.join(modules)}"
+        for kind in ("Pooling", "Transformer"):
+            if kind not in modules:
+                problem = f"lists no {kind} module, so it makes no embedding of a text"
         raise InputError(
             f"{file}: {problem}; Transformer, Pooling and, if wanted, Normalize must be there in this order"
         )
-    return places
+    return modules
 
 
 def _check_transformer(file: Path, stated: dict) -> None:
@@ -192,17 +197,8 @@ def _check_transformer(file: Path, stated: dict) -> None:
             f"{file.parent}: its texts go through a chat template, which only sentence-transformers reads; open our "
             "own export of it"
         )
-    known = {
-        "max_seq_length",
-        "do_lower_case",
-        "query_length",
-        "document_length",
-        "processor_kwargs",
-        "tokenizer_args",
-        *TRANSFORMER_VALUES,
-    }
     for key, value in stated.items():
-        if key not in known:
+        if key not in TRANSFORMER_KEYS and key not in TRANSFORMER_VALUES:
             raise InputError(
                 f"{file}: key {key!r} is not known here, so it cannot be applied; remove it if it has no effect, or "
                 "open it with sentence-transformers"
@@ -221,27 +217,23 @@ def _limits(file: Path, stated: dict, transformer: Path, tokenizer: dict) -> dic
     if stated.get("max_seq_length") is not None:
         general = _count(file, "max_seq_length", stated["max_seq_length"]), f"{file}: max_seq_length"
     else:
-        length, where = tokenizer.get("model_max_length"), f"{transformer / TOKENIZER_CONFIG}: model_max_length"
-        length = (
-            None
-            if length is None or (isinstance(length, (int, float)) and length > UNLIMITED)
-            else _count(transformer / TOKENIZER_CONFIG, "model_max_length", length)
-        )
-        general = length, where
+        source = transformer / TOKENIZER_CONFIG
+        length = tokenizer.get("model_max_length")
+        if isinstance(length, (int, float)) and length > UNLIMITED:
+            length = None
+        if length is not None:
+            length = _count(source, "model_max_length", length)
+        general = length, f"{source}: model_max_length"
     limits = {}
-    for role in ("query", "document"):
+    for role in ROLES:
         key = f"{role}_length"
         limits[role] = general if stated.get(key) is None else (_count(file, key, stated[key]), f"{file}: {key}")
     return limits
 
 
 def _count(file: Path, key: str, value: object) -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not 1 <= value < float("inf")
-        or value != int(value)
-    ):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 1 <= value < float("inf") or value != int(value):
         raise InputError(f"{file}: {key}={value!r:.40} must be a number of tokens, 1 or more")
     return int(value)
 
@@ -265,9 +257,9 @@ def _pooling(file: Path, prompts: dict[str, str]) -> str:
         modes = stated["pooling_mode"] if isinstance(stated["pooling_mode"], list) else [stated["pooling_mode"]]
         named = [POOLING_MODES.get(mode, mode) if isinstance(mode, str) else mode for mode in modes]
     else:
-        named = [name for key, name in LEGACY_POOLINGS.items() if stated.get(key)] + (
-            ["mean_sqrt_len_tokens"] if stated.get(SQUARE_ROOT) else []
-        )
+        named = [name for key, name in LEGACY_POOLINGS.items() if stated.get(key)]
+        if stated.get(SQUARE_ROOT):
+            named.append("mean_sqrt_len_tokens")
         named = named or ["mean"]  # as sentence-transformers
     if len(named) != 1 or named[0] not in list(POOLINGS):  # a list: what stands there may not be hashable
         raise InputError(f"{file}: pooling {named} is not supported; one of {', '.join(POOLINGS)} is")
@@ -296,9 +288,9 @@ def _prompts(folder: Path) -> dict[str, str]:
     if not isinstance(prompts, dict) or not all(isinstance(text, (str, type(None))) for text in prompts.values()):
         raise InputError(f"{file}: prompts={prompts!r:.80} must give a text to each name")
     default = stated.get("default_prompt_name")
-    if default is not None and default not in ["query", "document", *prompts]:
+    if default is not None and default not in [*ROLES, *prompts]:  # a list: what stands there may not be hashable
         raise InputError(f"{file}: default_prompt_name={default!r} is none of its prompts ({', '.join(prompts)})")
-    unused = [name for name, text in prompts.items() if text and name not in ("query", "document")]
+    unused = [name for name, text in prompts.items() if text and name not in ROLES]
     if unused:
         log.warning(
             "%s: prompts %s stand before neither queries nor documents, as in sentence-transformers' encode_query "
@@ -306,47 +298,46 @@ def _prompts(folder: Path) -> dict[str, str]:
             file,
             unused,
         )
-    return {role: prompts[role] for role in ("query", "document") if prompts.get(role)}
+    return {role: prompts[role] for role in ROLES if prompts.get(role)}
 
 
-def write_tokenizer(encoder: EncoderLike, folder: Path) -> None:
-    markers, tokenizer = encoder.contract.markers, encoder.tokenizer
+def write_tokenizer(tokenizer, markers: MarkersConfig, folder: Path) -> None:
+    """The tokenizer, with the markers in it (sgpt/text/template.py), and the document's limit."""
+    document_length = frames(markers, tokenizer)["document"].length
     if markers.name != "none":
         tokenizer = wrap(tokenizer, markers.name)
     else:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = None  # of an instruct base: sentence-transformers would render texts through it
     tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config = json.loads((folder / TOKENIZER_CONFIG).read_text())
     for key in ("is_local", "local_files_only"):  # how the tokenizer was opened here
         config.pop(key, None)
-    if (folder / "tokenizer.json").is_file():
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # GPT2Tokenizer would build its own pre-tokenizer and drop ours
-    write_json(
-        folder / "tokenizer_config.json",
-        config
-        | {
-            "padding_side": "right",
-            "truncation_side": "right",
-            "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would add token_type_ids as if they were words
-            "model_max_length": _length(encoder.frames["document"]),
-        },
-    )
+    if (folder / TOKENIZER).is_file():
+        # GPT2Tokenizer would build its own pre-tokenizer and drop ours
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config |= {
+        "padding_side": "right",
+        "truncation_side": "right",
+        "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would add token_type_ids as if they were words
+        "model_max_length": document_length,
+    }
+    write_json(folder / TOKENIZER_CONFIG, config)
 
 
-def _length(frame: Frame) -> int:
-    return len(frame.before) + frame.content_tokens + len(frame.after)
-
-
-def write_modules(encoder: EncoderLike, folder: Path) -> None:
-    query_length, document_length = (_length(encoder.frames[role]) for role in ROLES)
-    marked = encoder.contract.markers.name != "none"
-    read = {"method": "forward", "method_output_name": "last_hidden_state"}
+def write_modules(contract: Contract, tokenizer, embedding_size: int, folder: Path) -> None:
+    """All files of the format but the weights and the tokenizer."""
+    role_frames = frames(contract.markers, tokenizer)
+    query_length, document_length = (role_frames[role].length for role in ROLES)
+    marked = contract.markers.name != "none"
     transformer: dict = {"max_seq_length": document_length, "do_lower_case": False}
     if marked or query_length != document_length:  # otherwise the old form, which every version reads
+        modalities: dict = {"text": PLAIN_TEXT}
+        if marked:
+            modalities["message"] = {**PLAIN_TEXT, "format": "flat"}
         transformer |= {
             "transformer_task": "feature-extraction",
-            "modality_config": {"text": read, **({"message": {**read, "format": "flat"}} if marked else {})},
+            "modality_config": modalities,
             "module_output_name": "token_embeddings",
             "processor_kwargs": {"tokenizer_type": TOKENIZER_TYPE},
             "query_length": query_length,
@@ -355,8 +346,9 @@ def write_modules(encoder: EncoderLike, folder: Path) -> None:
     settings = {
         "model_type": "SentenceTransformer",
         "__version__": {
-            name: installed_version(package)
-            for name, package in (("sentence_transformers", "sentence-transformers"), ("transformers", "transformers"), ("pytorch", "torch"))
+            "sentence_transformers": installed_version("sentence-transformers"),
+            "transformers": installed_version("transformers"),
+            "pytorch": installed_version("torch"),
         },
         "prompts": {"query": "", "document": ""},
         "default_prompt_name": None,
@@ -365,18 +357,22 @@ def write_modules(encoder: EncoderLike, folder: Path) -> None:
     if "query_length" in transformer:  # 5.6 refuses by itself, with a TypeError for these keys
         settings["requirements"] = {"sentence-transformers": ">=6.0"}
     pooling = {
-        "word_embedding_dimension": encoder.embedding_size,
-        "pooling_mode_mean_sqrt_len_tokens": False,
-        **{key: name == encoder.contract.pooling for key, name in LEGACY_POOLINGS.items()},
+        "word_embedding_dimension": embedding_size,
+        SQUARE_ROOT: False,
+        **{key: name == contract.pooling for key, name in LEGACY_POOLINGS.items()},
         "include_prompt": True,
     }
-    places = [("Transformer", ""), ("Pooling", "1_Pooling"), *([("Normalize", "2_Normalize")] if encoder.contract.normalize else [])]
-    for _, place in places[1:]:
-        (folder / place).mkdir()
-    write_json(folder / "sentence_bert_config.json", transformer)
-    write_json(folder / "config_sentence_transformers.json", settings)
-    write_json(folder / "1_Pooling" / "config.json", pooling)
-    write_json(folder / "modules.json", [{"idx": i, "name": str(i), "path": place, "type": f"{MODULE}.{kind}"} for i, (kind, place) in enumerate(places)])
+    kinds = {"Transformer": "", "Pooling": "1_Pooling"}
+    if contract.normalize:
+        kinds["Normalize"] = "2_Normalize"
+    modules = []
+    for number, (kind, path) in enumerate(kinds.items()):
+        (folder / path).mkdir(exist_ok=True)
+        modules.append({"idx": number, "name": str(number), "path": path, "type": f"{MODULE}.{kind}"})
+    write_json(folder / TRANSFORMER_CONFIG, transformer)
+    write_json(folder / SETTINGS, settings)
+    write_json(folder / kinds["Pooling"] / CONFIG, pooling)
+    write_json(folder / MODULES, modules)
 
 
 def installed_version(package: str) -> str:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from sgpt.encoder.encoder import Encoder
-from sgpt.encoder.probes import in_dtype
 from sgpt.encoder.sentence_transformers import installed_version, is_installed
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import ROLES, Role
@@ -21,13 +20,15 @@ ROUNDINGS = 2  # times what these very weights make of a rounding is allowed, wh
 
 
 def verify(folder: Path, encoder: Encoder) -> dict:
-    """Opens the folder anew with our reader, and with sentence-transformers if it is installed, and compares them with `encoder`.
+    """Opens the folder anew with our reader, and with sentence-transformers if it is installed, and compares them with
+    `encoder`.
 
-    In float32: token ids must be equal, embeddings within 1e-5 of the row's largest entry, or within what rounding comes to
-    with these weights. Raises InputError with the text and both id lists.
-    Returns {"max_difference": float, "texts": int, "readers": [names]}.
+    In float32: token ids must be equal, embeddings within 1e-5 of the row's largest entry, or within what rounding
+    comes to with these weights. Raises InputError with the text and both id lists. Returns {"max_difference": float,
+    "texts": int, "readers": [names]}.
     """
-    texts, exact = hostile_texts(encoder), in_dtype(encoder, torch.float32)
+    texts = hostile_texts(encoder)
+    exact = encoder.in_dtype(torch.float32)
     expected = {role: _with_tokens(texts, exact, role) for role in ROLES}
     del exact  # and its weights, where they are a copy
     worst, names = 0.0, []
@@ -41,11 +42,12 @@ def verify(folder: Path, encoder: Encoder) -> dict:
 
 
 def hostile_texts(encoder: Encoder) -> list[str]:
-    """Texts that have broken an export, ours or another's; some are made to measure for the tokenizer and the limits."""
+    """Texts that have broken an export, ours or another's; some are made for this tokenizer and these limits."""
     tokenizer = encoder.tokenizer
     texts = [
-        "", "[", "]", "[]", "{}", "[[1]]", "{{a}}", "[a] {b}", "what?", "what?]", "why?}", "}{", '"quoted"', "f(x)[0]", SEAM, f"[{SEAM}x{SEAM}]",
-        " leading", "trailing ", "  both  ", " ", "\n", "\n\na\nb\n\n", "\tx\r\n", "naïve café ﬁ", "e\u0301", "\u0301", "東京タワー", "🙂👩\u200d👧", "{🙂}",
+        "", "[", "]", "[]", "{}", "[[1]]", "{{a}}", "[a] {b}", "what?", "what?]", "why?}", "}{", '"quoted"', "f(x)[0]",
+        SEAM, f"[{SEAM}x{SEAM}]", " leading", "trailing ", "  both  ", " ", "\n", "\n\na\nb\n\n", "\tx\r\n",
+        "naïve café ﬁ", "e\u0301", "\u0301", "東京タワー", "🙂👩\u200d👧", "{🙂}",
         "the quick brown fox " * 500,
     ]  # fmt: skip
     for special in dict.fromkeys((tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token)):
@@ -84,7 +86,8 @@ def _sentence_transformers_reader(folder: Path, encoder: Encoder) -> _Reader:
 
     def token_ids(texts: list[str], role: Role) -> Rows:
         batch = model.preprocess(texts, task=role)
-        return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        return [ids[mask.bool()].tolist() for ids, mask in rows]
 
     def embed(texts: list[str], role: Role) -> np.ndarray:
         call = model.encode_query if role == "query" else model.encode_document
@@ -96,10 +99,11 @@ def _sentence_transformers_reader(folder: Path, encoder: Encoder) -> _Reader:
 def _compare_ids(reader: _Reader, role: Role, texts: list[str], expected: Rows, encoder: Encoder) -> None:
     for text, ours, theirs in zip(texts, expected, reader.token_ids(texts, role), strict=True):
         if ours != theirs:
+            tokenizer, markers = type(encoder.tokenizer).__name__, encoder.contract.markers.name
             raise InputError(
-                f"the export is wrong: {reader.name} reads {text!r:.80} as another {role} than the encoder, {_shown(theirs, ours)} instead of "
-                f"{_shown(ours, theirs)}. If nobody changed it, {type(encoder.tokenizer).__name__} with markers={encoder.contract.markers.name} "
-                "cannot be expressed there; use the adapter, or train with markers=none"
+                f"the export is wrong: {reader.name} reads {text!r:.80} as another {role} than the encoder, "
+                f"{_shown(theirs, ours)} instead of {_shown(ours, theirs)}. If nobody changed it, {tokenizer} with "
+                f"markers={markers} cannot be expressed there; use the adapter, or train with markers=none"
             )
 
 
@@ -112,23 +116,25 @@ def _compare_embeddings(reader: _Reader, role: Role, texts: list[str], expected:
     rounded = _rounding(encoder, role, texts, expected)
     if difference[row] <= ROUNDINGS * rounded:
         return float(difference[row])
+    (ids,) = encoder.token_ids([texts[row]], role)
     raise InputError(
-        f"the export is wrong: {reader.name} embeds {texts[row]!r:.80} as a {role} otherwise than the encoder, both in float32, by "
-        f"{difference[row]:.1e} of its largest entry, from equal token ids {_shown(encoder.token_ids([texts[row]], role)[0], [])}. It is not "
-        f"rounding, which comes to {rounded:.1e} with these weights. If nobody changed it, {type(encoder.trunk).__name__} cannot be "
-        "expressed there; use the adapter"
+        f"the export is wrong: {reader.name} embeds {texts[row]!r:.80} as a {role} otherwise than the encoder, both in "
+        f"float32, by {difference[row]:.1e} of its largest entry, from equal token ids {_shown(ids, [])}. It is not "
+        f"rounding, which comes to {rounded:.1e} with these weights. If nobody changed it, "
+        f"{type(encoder.trunk).__name__} cannot be expressed there; use the adapter"
     )
 
 
 @torch.no_grad()
 def _rounding(encoder: Encoder, role: Role, texts: list[str], expected: np.ndarray) -> float:
-    """What rounding in float32 can come to with these weights: the largest difference, of three, after moving each by as much.
+    """What rounding in float32 can come to with these weights, which are moved by as much, three times at random.
 
     A sum of D products is rounded D times, up or down, so its error grows as the root of D.
     """
-    last_digit, worst = torch.finfo(torch.float32).eps, 0.0
+    last_digit = torch.finfo(torch.float32).eps
+    worst = 0.0
     for seed in range(3):
-        moved = copy.deepcopy(in_dtype(encoder, torch.float32))
+        moved = copy.deepcopy(encoder.in_dtype(torch.float32))
         random = torch.Generator(encoder.device).manual_seed(seed)
         for weight in moved.trunk.parameters():
             noise = torch.rand(weight.shape, generator=random, device=weight.device)
@@ -151,9 +157,13 @@ def _with_tokens(texts: list[str], encoder: Encoder, role: Role) -> tuple[list[s
 def _around(limit: int, tokenizer) -> list[str]:
     """Texts of limit - 1, limit and limit + 1 tokens, as far as a repeated word of the tokenizer makes them."""
     for word in (" a", " the", "a", "1"):
-        by_length = {len(tokenizer(word * n, add_special_tokens=False)["input_ids"]): word * n for n in range(max(1, limit - 3), limit + 3)}
-        if found := [by_length[n] for n in (limit - 1, limit, limit + 1) if n in by_length]:
-            return found
+        by_length: dict[int, str] = {}
+        for times in range(max(1, limit - 3), limit + 3):
+            text = word * times
+            by_length[len(tokenizer(text, add_special_tokens=False)["input_ids"])] = text
+        texts = [by_length[length] for length in (limit - 1, limit, limit + 1) if length in by_length]
+        if texts:
+            return texts
     return []
 
 
@@ -161,5 +171,10 @@ def _shown(ids: list[int], other: list[int]) -> str:
     """A long list is shown from shortly before the first difference."""
     if len(ids) <= 40:
         return str(ids)
-    start = max(0, next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other))) - 5)
+    difference = min(len(ids), len(other))
+    for index, (one, another) in enumerate(zip(ids, other, strict=False)):
+        if one != another:
+            difference = index
+            break
+    start = max(0, difference - 5)
     return f"{len(ids)} ids, from place {start}: {ids[start : start + 20]}"

@@ -20,8 +20,8 @@ import numpy as np
 from sgpt.cross_encoder.cross_encoder import CrossEncoder
 from sgpt.encoder.adapter import base_hash
 from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.model_folder import OF_A_RUN
 from sgpt.evaluation.evaluate import Results
-from sgpt.retrieval.index import fingerprint
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.overrides import argument
 from sgpt.runtime.progress import under_way
@@ -64,7 +64,7 @@ class MtebEncoder:
         markers = encoder.contract.markers
         self.encoder = encoder
         self.mteb_model_meta = _meta(
-            name, fingerprint(encoder, {}), encoder.trunk, max(markers.max_tokens(role) for role in ROLES), "dense",
+            name, encoder.fingerprint(), encoder.trunk, max(markers.max_tokens(role) for role in ROLES), "dense",
             embed_dim=encoder.embedding_size, similarity_fn_name="cosine", use_instructions=markers.name != "none",
         )  # fmt: skip
 
@@ -143,7 +143,7 @@ def run(model: MtebEncoder | MtebReranker, tasks: Sequence[Any], output: Path) -
 
 def name_of(path: str) -> str:
     """<organisation>/<model> of a hub id, a run or an export."""
-    parts = [part for part in Path(path).parts if part not in ("export", "adapter")]
+    parts = [part for part in Path(path).parts if part not in OF_A_RUN]
     return path if not Path(path).exists() and path.count("/") == 1 else f"sgpt/{parts[-1] if parts else 'model'}"
 
 

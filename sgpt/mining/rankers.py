@@ -14,7 +14,6 @@ from sgpt.encoder.encoder import Encoder
 from sgpt.mining.task import Query, Task
 from sgpt.retrieval.bm25 import bm25_index, bm25_words
 from sgpt.retrieval.dense import search
-from sgpt.retrieval.index import fingerprint
 from sgpt.runtime.embed import EmbeddingsFile, embed_blocks
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.jobs import Blocks
@@ -97,7 +96,7 @@ class Model:
         self.task = task
         encoder = Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling)
         self.encoder = encoder.to(task.device)
-        self.digest = fingerprint(self.encoder, {})
+        self.digest = self.encoder.fingerprint()
 
     def prepare(self, blocks: Blocks) -> None:
         texts, size = self.task.pool.texts, self.task.config.documents_per_block

@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from sgpt.cross_encoder.cross_encoder import CrossEncoder as SgptCrossEncoder
 from sgpt.decoder.model_files import CONFIG, check_config, read_json
-from sgpt.decoder.trunk import ModelConfig, check_vocabulary, load_tokenizer, open_model, told
+from sgpt.decoder.trunk import ModelConfig, check_vocabulary, describe_errors, load_tokenizer, open_model
+from sgpt.encoder.sentence_transformers import is_sentence_transformers
 from sgpt.mining.config import MineConfig
 from sgpt.mining.rankers import Candidate, Ranker, Ranking
 from sgpt.mining.task import Pool, Query, Task
@@ -139,7 +140,7 @@ def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()
     heads = [head for head in read_json(path / CONFIG).get("architectures") or [] if isinstance(head, str)]
     if any(head.endswith(("ForCausalLM", "LMHeadModel")) for head in heads):
         return _by_decoder(folder, device, queries)
-    if not (path / "modules.json").is_file() and not any("SequenceClassification" in head for head in heads):
+    if not is_sentence_transformers(path) and not any("SequenceClassification" in head for head in heads):
         kind = ", ".join(heads) or "a model without a head"
         raise InputError(f"rescore={folder}: {kind} is no cross-encoder; its scores would come from random weights")
     try:
@@ -147,10 +148,10 @@ def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()
     except ImportError:
         remedy = "pip install 'sgpt-framework[st]'"
         raise InputError(f"rescore={folder}: sentence-transformers is not installed; {remedy}") from None
-    if not (path / "modules.json").is_file():
+    if not is_sentence_transformers(path):
         # Is all of it there? sentence-transformers would fill what is missing at random.
         check_vocabulary(load_tokenizer(folder), open_model(ModelConfig(folder), AutoModelForSequenceClassification))
-    with told(f"rescore={folder}"):
+    with describe_errors(f"rescore={folder}"):
         options = {"local_files_only": True, "trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
         model = CrossEncoder(folder, device=str(device), **options)
     if model.num_labels != 1:

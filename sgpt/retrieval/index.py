@@ -33,7 +33,7 @@ from sgpt.retrieval.stored import Find, Stored, exact_search, is_described, read
 from sgpt.runtime.embed import EmbeddingsFile, embed_blocks
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import make_once, replace_folder
-from sgpt.runtime.provenance import changed_environment, content_hash, environment, tokenizer_hash, weights_hash
+from sgpt.runtime.provenance import changed_environment, environment
 from sgpt.runtime.values import COUNT, check_ranges
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: I
         raise InputError(f"{folder}: there are no documents to index; give a corpus that has some")
     if config.kind == "faiss":
         import_faiss()  # before hours of encoding
-    wanted = {"fingerprint": fingerprint(encoder, corpus), "documents": len(corpus), "dtype": config.dtype}
+    wanted = {"fingerprint": encoder.fingerprint(corpus), "documents": len(corpus), "dtype": config.dtype}
     whole = {**wanted, "encoded": len(corpus)}
     texts = list(corpus.values())
     make_once(
@@ -82,13 +82,6 @@ def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: I
         return find
     make_once(folder, lambda: is_described(folder, {"kind": "faiss"}), lambda: build_graphs(folder, stored))
     return Graphs(folder, find)
-
-
-def fingerprint(encoder: Encoder, corpus: dict[str, str]) -> str:
-    """Changes with any weight, any rule of the tokenizer, any part of the contract, any document."""
-    with encoder.weights:
-        weights = weights_hash(dict(encoder.trunk.named_parameters()))
-    return content_hash([encoder.contract.fingerprint(), weights, tokenizer_hash(encoder.tokenizer)], corpus)
 
 
 def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, Any], size: int) -> None:

@@ -13,11 +13,11 @@ import torch
 from sgpt.cross_encoder.cross_encoder import CrossEncoder, load_language_model
 from sgpt.cross_encoder.prompts import PromptConfig
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer
-from sgpt.encoder import contract as contracts
 from sgpt.encoder.adapter import DELTA, check_tokenizer, convert, trained_dtype
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.model_folder import find_model
 from sgpt.retrieval.index import IndexConfig, open_index
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import COUNT, check_ranges
@@ -68,10 +68,10 @@ def load_encoder_and_reranker(
     Raises InputError where there is no bias delta to put on and off, as for a run with tuning=full.
     """
     remedy = "so there is no base to re-rank with; give the run's folder, or search without rerank"
-    folders = [folder for folder in (Path(path) / "adapter", Path(path)) if (folder / contracts.FILE).is_file()]
-    if not folders:
+    model_folder = find_model(path, ("adapter",))
+    folder = model_folder.folder
+    if not model_folder.is_ours:
         raise InputError(f"{path} holds no adapter/, {remedy}")
-    folder = folders[0]
     contract = Contract.load(folder)
     if not (folder / DELTA).is_file():
         raise InputError(f"{folder} holds no {DELTA}, {remedy}")

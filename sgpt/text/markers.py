@@ -24,12 +24,16 @@ MARKERS: dict[str, dict[Role, tuple[str, str]]] = {
 
 @dataclass
 class MarkersConfig:
-    """`name` is a row of MARKERS; the limits count every token of the sequence, markers and special tokens included."""
+    """What stands around queries and documents, and how long they may be."""
 
     name: str = "brackets"
+    """A row of MARKERS."""
     query_max_tokens: int = 300
+    """Of the whole sequence, markers and special tokens included."""
     document_max_tokens: int = 300
+    """Of the whole sequence, markers and special tokens included."""
     original_limit: bool = False
+    """One token less of content, as the original cuts it."""
 
     def __post_init__(self) -> None:
         if self.name not in MARKERS:
@@ -37,7 +41,9 @@ class MarkersConfig:
         check_ranges(self, "markers.", query_max_tokens=COUNT, document_max_tokens=COUNT)
         for role in ROLES:
             if self.max_tokens(role) < 4:
-                raise InputError(f"markers.{role}_max_tokens={self.max_tokens(role)} leaves no room for text; use 4 or more")
+                raise InputError(
+                    f"markers.{role}_max_tokens={self.max_tokens(role)} leaves no room for text; use 4 or more"
+                )
 
     def max_tokens(self, role: Role) -> int:
         return self.query_max_tokens if role == "query" else self.document_max_tokens
@@ -45,11 +51,16 @@ class MarkersConfig:
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around the content of one role: ids before, ids after, and how many content tokens fit between them."""
+    """What stands around the content of one role: ids before and after it, and how many tokens of it fit between."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
     content_tokens: int
+
+    @property
+    def length(self) -> int:
+        """Most ids of a sequence, frame included."""
+        return len(self.before) + self.content_tokens + len(self.after)
 
     def put_around(self, content: list[int]) -> list[int]:
         """content: ids of the bare text, any length. Returns at most `max_tokens` ids; the markers are always there."""
@@ -62,34 +73,45 @@ def frames(config: MarkersConfig, tokenizer) -> dict[Role, Frame]:
     Raises InputError when a marker is not exactly one token, as then it would not be the marker that was meant.
     """
     special_before, special_after = special_tokens(tokenizer)
-    made: dict[Role, Frame] = {}
+    by_role: dict[Role, Frame] = {}
     for role in ROLES:
         opening, closing = (_marker_id(text, role, tokenizer) for text in MARKERS[config.name][role])
-        before, after = (*special_before, *opening), (*closing, *special_after)
-        room = config.max_tokens(role) - len(before) - len(after) - (config.original_limit and bool(opening))
+        before = (*special_before, *opening)
+        after = (*closing, *special_after)
+        around = len(before) + len(after)
+        room = config.max_tokens(role) - around
+        if config.original_limit and opening:
+            room -= 1
         if room < 1:
             raise InputError(
-                f"markers.{role}_max_tokens={config.max_tokens(role)} leaves no room next to {len(before) + len(after)} "
-                "markers and special tokens; raise it"
+                f"markers.{role}_max_tokens={config.max_tokens(role)} leaves no room next to {around} markers and "
+                "special tokens; raise it"
             )
-        made[role] = Frame(before, after, room)
-    return made
+        by_role[role] = Frame(before, after, room)
+    return by_role
 
 
 def special_tokens(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids that the tokenizer puts before and after every text: none for GPT, [CLS] and [SEP] for BERT, </s> first for OPT."""
+    """Ids that the tokenizer puts before and after every text: none for GPT, [CLS] and [SEP] for BERT, </s> first for
+    OPT.
+    """
     probe = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(whole) - len(probe) + 1):
         if whole[start : start + len(probe)] == probe:
             return tuple(whole[:start]), tuple(whole[start + len(probe) :])
-    raise InputError(f"{type(tokenizer).__name__}: the special tokens change the text's own tokens; such a tokenizer is not supported")
+    raise InputError(
+        f"{type(tokenizer).__name__}: the special tokens change the text's own tokens; such a tokenizer is not "
+        "supported"
+    )
 
 
 def _marker_id(text: str, role: Role, tokenizer) -> tuple[int, ...]:
+    """The marker's id; none for an empty marker."""
     if not text:
         return ()
-    token = tokenizer.convert_tokens_to_ids(text)  # a vocabulary look-up: sentencepiece would add a blank when encoding
+    # a vocabulary look-up, as sentencepiece would add a blank when encoding
+    token = tokenizer.convert_tokens_to_ids(text)
     if token is None or token == tokenizer.unk_token_id:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         raise InputError(

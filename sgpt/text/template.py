@@ -1,10 +1,11 @@
-"""The markers as sentence-transformers 6 can read them: a chat template and one pre-tokenizer in front of the tokenizer's own.
+"""The markers as sentence-transformers 6 can read them: a chat template and one pre-tokenizer in front of the
+tokenizer's own.
 
 The template writes opening marker, seam, text, seam, closing marker; the pre-tokenizer removes both seams and so cuts
-there: markers become tokens of their own, and the text is tokenised exactly as if it stood alone. Without the cut `?` + `]`
-merges. The seam is U+FDD0, a Unicode noncharacter, and it cuts only beside a marker at an end of the text: a text with
-brackets, end tokens or even U+FDD0 in it keeps its ids. (A cut at the first and last bracket, without a seam, is wrong for a
-bracket beside an end token's text.)
+there: markers become tokens of their own, and the text is tokenised exactly as if it stood alone. Without the cut `?` +
+`]` merges. The seam is U+FDD0, a Unicode noncharacter, and it cuts only next to a marker at an end of the text: a text
+with brackets, end tokens or even U+FDD0 in it keeps its ids. (A cut at the first and last bracket, without a seam, is
+wrong for a bracket next to an end token's text.)
 """
 
 import copy
@@ -21,13 +22,16 @@ SEAM_PATTERN = r"\x{FDD0}"  # tokenizer.json stays ASCII, and the cut can be rec
 
 
 def wrap(tokenizer, markers: str):
-    """A copy whose chat template, given `task`, puts the markers around the text. `markers` is a row of MARKERS, not "none".
+    """A copy whose chat template, given `task`, puts the markers around the text. `markers` is a row of MARKERS, not
+    "none".
 
     Without a task (plain `encode`) a text gets the tokenizer's own special tokens only.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise InputError(f"{type(tokenizer).__name__} has no tokenizer.json, which an export with markers needs; use markers=none")
+        raise InputError(
+            f"{type(tokenizer).__name__} has no tokenizer.json, which an export with markers needs; use markers=none"
+        )
     wrapped = copy.deepcopy(tokenizer)
     parts = [pre_tokenizers.Split(Regex(_cut(markers)), "removed"), wrapped.backend_tokenizer.pre_tokenizer]
     wrapped.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([part for part in parts if part is not None])
@@ -56,10 +60,12 @@ def _cut(markers: str) -> str:
 def _chat_template(tokenizer, markers: str) -> str:
     """Special tokens are written out, as sentence-transformers adds none to a rendered template."""
     before, after = ("".join(tokenizer.convert_ids_to_tokens(list(ids))) for ids in special_tokens(tokenizer))
-    text, branches = "{{ texts[-1]['content'] }}", ""
+    text = "{{ texts[-1]['content'] }}"
+    branches = ""
     for role, branch in zip(ROLES, ("if", "elif"), strict=True):
         opening, closing = MARKERS[markers][role]
-        branches += f"{{%- {branch} task == '{role}' %}}{_literal(before + opening + SEAM)}{text}{_literal(SEAM + closing + after)}\n"
+        left, right = _literal(before + opening + SEAM), _literal(SEAM + closing + after)
+        branches += f"{{%- {branch} task == '{role}' %}}{left}{text}{right}\n"
     return (
         "{%- set texts = messages | rejectattr('role', 'equalto', 'system') | list %}\n"
         f"{branches}{{%- else %}}{_literal(before)}{text}{_literal(after)}\n{{%- endif %}}"
@@ -67,4 +73,5 @@ def _chat_template(tokenizer, markers: str) -> str:
 
 
 def _literal(text: str) -> str:
+    """As Jinja writes it; JSON keeps the template in ASCII."""
     return f"{{{{ {json.dumps(text)} }}}}" if text else ""

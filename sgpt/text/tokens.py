@@ -14,7 +14,12 @@ def marked(texts: Sequence[str], tokenizer, frame: Frame) -> Rows:
 
 
 def content_ids(texts: Sequence[str], tokenizer, limit: int | None = None) -> Iterator[list[int]]:
-    """Token ids of each text, unmarked and cut to `limit`. Whole, they are there for a few texts at a time, however long texts are."""
+    """Token ids of each text, unmarked and cut to `limit`.
+
+    Uncut ids exist for WHOLE_TEXTS texts at a time, so memory is bounded however many texts there are.
+    """
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     for start in range(0, len(texts), WHOLE_TEXTS):
         part = list(texts[start : start + WHOLE_TEXTS])
-        yield from (ids[:limit] for ids in tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+        for ids in tokenizer(part, **options)["input_ids"]:
+            yield ids[:limit]

@@ -1,8 +1,6 @@
 """The model card of an export: what it is, how to open it and what it was trained on."""
 
-from pathlib import Path
-
-from sgpt.decoder.trunk import located
+from sgpt.decoder.model_files import resolve
 from sgpt.training.config import TrainConfig
 from sgpt.training.run_folder import RunFolder
 
@@ -11,7 +9,7 @@ def card(run: RunFolder, config: TrainConfig) -> str:
     """The text of the export's README.md."""
     from huggingface_hub import ModelCardData
 
-    on_hub = "/" in config.model.path and not Path(located(config.model.path)).exists()
+    on_hub = "/" in config.model.path and not resolve(config.model.path).exists()
     data = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",

@@ -17,9 +17,8 @@ from sgpt.data.feed.grouping import Walk, nearness, walk
 from sgpt.data.feed.sampling import Feed, Source
 from sgpt.data.feed.store import key_of
 from sgpt.data.readers import DataConfig
-from sgpt.encoder import contract as contracts
 from sgpt.encoder.encoder import Encoder
-from sgpt.retrieval.index import fingerprint
+from sgpt.encoder.model_folder import find_model
 from sgpt.runtime.distributed import barrier, world
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import make_once
@@ -99,8 +98,7 @@ def _frozen(path: str, key: str, device: torch.device | str) -> tuple[Encoder, s
             f"{key}={path}: no such folder; give a run, an export or a sentence-transformers folder, "
             "downloaded if it is from the hub"
         )
-    model_folders = (folder, folder / "export", folder / "adapter")
-    if not any((one / file).is_file() for one in model_folders for file in (contracts.FILE, "modules.json")):
+    if find_model(folder).kind == "base":
         raise InputError(
             f"{key}={path}: a bare base knows no similarity of texts; "
             "give a run, an export or a sentence-transformers folder"
@@ -109,4 +107,4 @@ def _frozen(path: str, key: str, device: torch.device | str) -> tuple[Encoder, s
         encoder = Encoder.from_pretrained(folder)
     except InputError as error:
         raise InputError(f"{key}={path}: {error}") from error
-    return encoder.to(device), key_of(fingerprint(encoder, {}), computing_versions())
+    return encoder.to(device), key_of(encoder.fingerprint(), computing_versions())

@@ -19,7 +19,7 @@ from sgpt.encoder.adapter import check_tokenizer, is_adapter, refuse_other_base
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
-from sgpt.encoder.probes import HALVES, in_dtype, probes
+from sgpt.encoder.probes import HALVES, probes
 from sgpt.evaluation import evaluate
 from sgpt.evaluation.evaluate import Sets
 from sgpt.runtime.errors import InputError
@@ -110,7 +110,7 @@ def record_after(run: RunFolder, encoder: Encoder, sets: Sets, base: Mapping[str
         seconds=state.seconds,
         steps=state.step,
         processes=state.processes,
-        probes=probes(in_dtype(encoder, torch.float32)),
+        probes=probes(encoder.in_dtype(torch.float32).encode),
         bytes={"adapter": adapter.stat().st_size},
     )
     run.update("results.json", after=evaluate.evaluate(encoder, sets))

@@ -34,7 +34,7 @@ def contrastive_step(
     embedded = _embed(encoder, packs, keep_bytes)
     # The loss has a graph of its own, which begins at the embeddings: its gradient there is all that the packs need.
     parts = [pack.embeddings.detach() for pack in embedded]
-    embeddings = encoder.in_order(packs, parts, len(rows)).requires_grad_()  # [distinct, D]
+    embeddings = encoder.restore_order(packs, parts, len(rows)).requires_grad_()  # [distinct, D]
     queries, documents = embeddings[numbers].split([len(batch.queries), len(batch.documents)])
     loss, result = objective(queries, documents, batch, config)
     (loss * weight).backward()

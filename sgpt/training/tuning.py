@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from sgpt.decoder.families import is_norm
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import BELOW_ONE, COUNT, check_ranges
 
@@ -50,7 +51,7 @@ def bitfit(trunk: nn.Module, config: TuningConfig) -> nn.Module:
 
 def bitfit_norm(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     """Biases and the gains of every normalisation; works on bias-free families (Llama, Qwen3) too."""
-    norms = {name for name, module in trunk.named_modules() if _is_norm(module)}
+    norms = {name for name, module in trunk.named_modules() if is_norm(module)}
     _learn_only(trunk, lambda name: name.endswith("bias") or name.rpartition(".")[0] in norms)
     return trunk
 
@@ -103,16 +104,12 @@ def tune(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     for parameter in learning(tuned).values():
         parameter.data = parameter.data.float()
     for module in tuned.modules():
-        if _is_norm(module):
+        if is_norm(module):
             for parameter in module.parameters():
                 parameter.data = parameter.data.float()
     if any(parameter.dtype == torch.float16 for parameter in tuned.parameters()):
         _scale_gradients(tuned)
     return tuned
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
 
 
 class _EnlargeGradient(torch.autograd.Function):

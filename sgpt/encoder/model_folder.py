@@ -1,0 +1,37 @@
+"""What a path holds: a run, an export, an adapter, a folder of sentence-transformers, or a bare base."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sgpt.decoder.model_files import local_folder
+from sgpt.encoder import contract as contracts
+from sgpt.encoder.adapter import is_adapter
+from sgpt.encoder.sentence_transformers import is_sentence_transformers
+
+OF_A_RUN = ("export", "adapter")  # folders of a run that hold its model, the one that needs no base first
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """folder: where the model itself lies, which of a run is one of its folders."""
+
+    folder: Path
+    kind: Literal["export", "adapter", "sentence-transformers", "base"]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it carries a contract."""
+        return self.kind in OF_A_RUN
+
+
+def find_model(path: str | Path, of_a_run: tuple[str, ...] = OF_A_RUN) -> ModelFolder:
+    """The model of a local path or hub id. of_a_run: what to look for in a run, in this order.
+
+    Raises InputError where there is no folder; what is in a folder is checked when it is opened.
+    """
+    root = local_folder(str(path))
+    for folder in (*(root / part for part in of_a_run), root):
+        if (folder / contracts.FILE).is_file():
+            return ModelFolder(folder, "adapter" if is_adapter(folder) else "export")
+    return ModelFolder(root, "sentence-transformers" if is_sentence_transformers(root) else "base")
