@@ -446,8 +446,8 @@ def test_the_share_of_a_source_is_told_and_kept(weights, told, batches, tmp_path
     ("weights", "options", "message"),
     [
         ({"a": 2.0}, {}, r"^data\.sources: .*b\.jsonl has no weight and others have; give each one a weight, or none$"),
-        ({}, {"num_hard_negatives": 1, "on_error": "skip"}, r"^data\.num_hard_negatives, data\.on_error: set beside data\.sources, where nothing reads it"),
-        ({}, {"path": "else.jsonl"}, r"^data\.path: set beside data\.sources, where nothing reads it; set it in each of the sources"),
+        ({}, {"num_hard_negatives": 1, "on_error": "skip"}, r"^data\.num_hard_negatives, data\.on_error: set next to data\.sources, where nothing reads it"),
+        ({}, {"path": "else.jsonl"}, r"^data\.path: set next to data\.sources, where nothing reads it; set it in each of the sources"),
     ],
 )
 def test_what_stands_beside_sources_and_weights_of_some_are_refused(weights, options, message, tmp_path):

@@ -13,14 +13,14 @@ import torch
 import transformers
 from conftest import SIZES, byte_level
 
-import sgpt.evaluation.evaluate
+import sgpt.retrieval.dense
 from sgpt.data.formats.beir import read_retrieval
 from sgpt.data.formats.scored_pairs import read_pairs
 from sgpt.data.formats.trec import ranked
-from sgpt.data.test_sets.beir_sets import AVERAGES, BEIR_SETS, FORUMS, Place, averages, places, read_place
+from sgpt.data.test_sets.beir_sets import AVERAGES, BEIR_SETS, FORUMS, BeirFolder, averages, find_beir_folders, read_beir_folder
 from sgpt.evaluation import compare
 from sgpt.evaluation.evaluate import EvaluateConfig, EvaluationConfig, read_sets
-from sgpt.evaluation.table import beir_averages, table, with_cqadupstack
+from sgpt.evaluation.table import beir_averages, systems_table, with_cqadupstack
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.dense import retrieve, search
 from sgpt.retrieval.fusion import interpolated, reciprocal_rank_fusion
@@ -67,7 +67,7 @@ def shared_words(chosen, run, depth):
 @pytest.fixture(scope="module")
 def compared(toy, tiny_encoder):
     encoder, chosen = tiny_encoder(), read_retrieval(toy, "test")
-    dev, reason = compare.tuning_set(Place("toy", toy, "test", None), chosen, "dev")
+    dev, reason = compare.tuning_set(BeirFolder("toy", toy, "test", None), chosen, "dev")
     assert reason == ""
     systems = compare.rank(encoder, chosen, dev, rescore=shared_words, depth=20)
     return encoder, chosen, dev, systems, compare.measured(chosen, systems, depth=20)
@@ -113,9 +113,9 @@ def test_of_equal_weights_the_one_nearest_to_one_half_is_taken():
 def test_without_a_split_to_tune_on_the_fusion_by_scores_is_left_out_and_the_reason_is_given(toy, compared, tmp_path):
     encoder, chosen, *_ = compared
     alone = beir(tmp_path / "alone", {"d": "a text"}, {"q": "a text"}, {"test": {"q": {"d": 1}}})
-    assert compare.tuning_set(Place("alone", alone, "test", None), chosen, "dev")[1].endswith("alone has: test; no other split is there to tune it on")
+    assert compare.tuning_set(BeirFolder("alone", alone, "test", None), chosen, "dev")[1].endswith("alone has: test; no other split is there to tune it on")
     for split, reason in (("train", r"on split 'train', and .*toy has: dev, test; set dev_split=dev$"), ("test", r"on split 'test', which is what is scored")):
-        dev, said = compare.tuning_set(Place("toy", toy, "test", None), chosen, split)
+        dev, said = compare.tuning_set(BeirFolder("toy", toy, "test", None), chosen, split)
         assert dev is None
         assert re.search(reason, said), said
     assert list(compare.rank(encoder, chosen)) == ["bm25", "model", "reciprocal_rank"]
@@ -177,7 +177,7 @@ def test_differences_stand_against_bm25_and_the_first_stage(compared):
 
 def test_the_table_has_a_column_for_each_system_and_a_dash_for_what_is_not_there(compared):
     *_, found = compared
-    made = table({"toy": found, "stsb": {"model": {"metrics": {"spearman_cosine": 0.5}}}}, "title")
+    made = systems_table({"toy": found, "stsb": {"model": {"metrics": {"spearman_cosine": 0.5}}}}, "title")
     assert [column.header for column in made.columns] == ["set", "metric", *compare.SYSTEMS.values()]
     rows = dict(zip(made.columns[1].cells, zip(*(list(column.cells) for column in made.columns[2:]), strict=True), strict=True))
     assert rows["ndcg@10"] == tuple(f"{100 * found[system]['metrics']['ndcg@10']:.2f}" for system in compare.SYSTEMS)
@@ -202,7 +202,7 @@ def test_a_full_disk_is_told_of_before_anything_is_encoded(toy, tiny_encoder, mo
     def full(*arguments) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sgpt.evaluation.evaluate, "IN_MEMORY", 0)
+    monkeypatch.setattr(sgpt.retrieval.dense, "IN_MEMORY", 0)
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(InputError, match=r"TMPDIR can name: no room for 0\.00 GB of embeddings \(No space left on device\)"):
         retrieve(tiny_encoder("gpt_neo"), read_retrieval(toy, "test"))
@@ -211,7 +211,7 @@ def test_a_full_disk_is_told_of_before_anything_is_encoded(toy, tiny_encoder, mo
 def test_many_queries_are_searched_for_some_at_a_time(monkeypatch):
     queries, documents = (torch.randn(number, 16, generator=torch.Generator().manual_seed(number)) for number in (23, 500))
     expected, rows = (queries @ documents.T).topk(20, dim=1)
-    monkeypatch.setattr(sgpt.evaluation.evaluate, "QUERIES_AT_A_TIME", 5)
+    monkeypatch.setattr(sgpt.retrieval.dense, "QUERIES_AT_A_TIME", 5)
     found = search(queries, documents, 20, chunk=64)
     torch.testing.assert_close(found[0], expected)
     assert torch.equal(found[1], rows)
@@ -221,7 +221,7 @@ def test_many_queries_are_searched_for_some_at_a_time(monkeypatch):
 def test_embeddings_in_a_file_give_the_same_results(toy, tiny_encoder, monkeypatch):
     chosen, encoder = read_retrieval(toy, "test"), tiny_encoder("gpt_neo")
     in_memory = retrieve(encoder, chosen)
-    monkeypatch.setattr(sgpt.evaluation.evaluate, "IN_MEMORY", 0)
+    monkeypatch.setattr(sgpt.retrieval.dense, "IN_MEMORY", 0)
     assert retrieve(encoder, chosen) == in_memory
 
 
@@ -241,17 +241,17 @@ def beir_root(tmp_path) -> Path:
 def test_the_query_itself_is_no_result_where_beir_says_so(beir_root, tiny_encoder):
     encoder = tiny_encoder()
     for name, own in (("arguana", False), ("other", True)):
-        [place] = places([str(beir_root / name)], None, beir_root)
-        chosen = read_place(place)
+        [place] = find_beir_folders([str(beir_root / name)], None, beir_root)
+        chosen = read_beir_folder(place)
         for run in (bm25_run(chosen, 2), retrieve(encoder, chosen, 2)):
             assert {query in documents for query, documents in run.items()} == {own}, name
             assert {len(documents) for documents in run.values()} == {2}
 
 
 def test_msmarco_counts_on_dev_unless_a_split_is_named(beir_root):
-    assert [place.split for place in places(["msmarco", "arguana"], None, beir_root)] == ["dev", "test"]
-    assert [place.split for place in places(["msmarco"], "test", beir_root)] == ["test"]
-    assert [place.folder for place in places(["other"], None, beir_root)] == [beir_root / "other"]  # any folder of the root
+    assert [place.split for place in find_beir_folders(["msmarco", "arguana"], None, beir_root)] == ["dev", "test"]
+    assert [place.split for place in find_beir_folders(["msmarco"], "test", beir_root)] == ["test"]
+    assert [place.folder for place in find_beir_folders(["other"], None, beir_root)] == [beir_root / "other"]  # any folder of the root
     [chosen] = read_sets(EvaluationConfig([str(beir_root / "msmarco")], split=None)).retrieval
     assert list(chosen.qrels) == ["r"]
 
@@ -259,16 +259,16 @@ def test_msmarco_counts_on_dev_unless_a_split_is_named(beir_root):
 def test_documents_with_an_empty_text_are_no_candidates_in_a_set_of_beir(tmp_path):
     for name, kept in (("trec-covid", ["d"]), ("mine", ["d", "e"])):
         folder = beir(tmp_path / name, {"d": "a text", "e": ""}, {"q": "text"}, {"test": {"q": {"d": 1, "e": 1}}})
-        [place] = places([str(folder)], None, tmp_path)
-        chosen = read_place(place)
+        [place] = find_beir_folders([str(folder)], None, tmp_path)
+        chosen = read_beir_folder(place)
         assert list(chosen.corpus) == kept
         assert chosen.qrels == {"q": {"d": 1, "e": 1}}  # a relevant document that cannot be found costs, as in the original
 
 
 def test_cqadupstack_is_the_mean_of_its_twelve_forums(beir_root):
-    there = places(["cqadupstack"], None, beir_root)
+    there = find_beir_folders(["cqadupstack"], None, beir_root)
     assert [place.name for place in there] == [f"cqadupstack/{forum}" for forum in FORUMS]
-    assert read_place(there[0]).corpus == {"d": "of android"}
+    assert read_beir_folder(there[0]).corpus == {"d": "of android"}
     sets = {place.name: {"model": {"metrics": {"ndcg@10": number / 100}, "reranking": {}, "cost": {}}} for number, place in enumerate(there)}
     assert with_cqadupstack(sets)["cqadupstack"]["model"]["metrics"]["ndcg@10"] == pytest.approx(0.055)
     del sets["cqadupstack/tex"]
@@ -302,11 +302,11 @@ def test_what_is_not_there_is_refused_with_what_to_do(beir_root):
     }
     for entry, message in cases.items():
         with pytest.raises(InputError, match=message):
-            places([entry], None, beir_root)
+            find_beir_folders([entry], None, beir_root)
     with pytest.raises(InputError, match=r"arguana/qrels/dev\.tsv: no such file; .*arguana has the splits: test; set split="):
-        places(["arguana"], "dev", beir_root)
+        find_beir_folders(["arguana"], "dev", beir_root)
     with pytest.raises(InputError, match=r"two evaluation sets are called 'arguana'"):
-        places(["arguana", str(beir_root / "arguana")], None, beir_root)
+        find_beir_folders(["arguana", str(beir_root / "arguana")], None, beir_root)
 
 
 # --- similarity of pairs by year ---

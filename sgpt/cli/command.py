@@ -32,12 +32,14 @@ PATIENCE = 5  # seconds
 OPTIONAL = ("experiment", "debug")  # groups that may be null
 
 
-def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = ()) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def script(
+    config_name: str, *, groups: bool = True, verbatim: Sequence[str] = ()
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Makes `main(composed)` a script whose configuration is `configs/<config_name>.yaml`.
 
-    groups: its keys can be groups, folders of `configs/`. Without, `model=x` sets the key of that name and chooses no YAML.
-    verbatim: keys of texts for people and models, where \\n is a line's end and not even ${ means something to Hydra. In all texts and
-    paths commas, braces and blanks are letters (sgpt/runtime/overrides.py).
+    groups: its keys can be groups, folders of `configs/`. Without, `model=x` sets the key of that name and chooses no
+    YAML. verbatim: keys of texts for people and models, where \\n is a line's end and not even ${ means something to
+    Hydra. In all texts and paths commas, braces and blanks are letters (sgpt/runtime/overrides.py).
     """
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -55,13 +57,17 @@ def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = (
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a trunk without its head is what we ask for
             try:
                 guarded = _ending_in_words(main, config_name)
-                hydra.main(version_base="1.3", config_path=_search_path(config_name, groups), config_name=config_name)(guarded)()
+                hydra.main(version_base="1.3", config_path=_search_path(config_name, groups), config_name=config_name)(
+                    guarded
+                )()
             except (HydraException, OmegaConfBaseException) as error:
                 _refuse(explain(error, config_name, [argument for argument in given if "=" in argument], groups=groups))
             except KeyboardInterrupt:  # before there was anything to keep
                 sys.exit(interrupt.exit_code())
             except Exception as error:  # of Hydra's own work, before and after that of `main`
-                _refuse_or_report(error, dict(argument.lstrip("+").split("=", 1) for argument in given if "=" in argument))
+                _refuse_or_report(
+                    error, dict(argument.lstrip("+").split("=", 1) for argument in given if "=" in argument)
+                )
 
         return run
 
@@ -69,7 +75,9 @@ def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = (
 
 
 def _without_empty_groups(arguments: list[str]) -> list[str]:
-    """Without `experiment=null`, which is what it is anyway; a group that must be something is refused when it is null."""
+    """Without `experiment=null`, which is what it is anyway; a group that must be something is refused when it is
+    null.
+    """
     kept = []
     for argument in arguments:
         group, _, option = argument.partition("=")
@@ -84,7 +92,8 @@ def _without_empty_groups(arguments: list[str]) -> list[str]:
 def _search_path(config_name: str, groups: bool) -> str | None:
     if groups:
         return str(CONFIGS)
-    ConfigStore.instance().store(config_name, OmegaConf.load(CONFIGS / f"{config_name}.yaml"))  # found without `configs/` being searched
+    # found without `configs/` being searched
+    ConfigStore.instance().store(config_name, OmegaConf.load(CONFIGS / f"{config_name}.yaml"))
     return None
 
 
@@ -95,19 +104,28 @@ def explain(error: Exception, config_name: str, overrides: list[str], *, groups:
         key, equals, value = override.partition("=")
         if not equals or not re.fullmatch(r"[+~]{0,2}[\w./@:-]+", key):
             return f"{override}: not of the form key=value; see --help for the keys"
-        return f"{override}: what the value holds means something to Hydra; put it into quotes: {shlex.quote(f'{key}={quoted(value)}')}"
+        return (
+            f"{override}: what the value holds means something to Hydra; put it into quotes: "
+            f"{shlex.quote(f'{key}={quoted(value)}')}"
+        )
     if isinstance(error.__cause__, InputError):  # of what Hydra constructs
         return str(error.__cause__)
     if missing := re.search(r"Could not find '([\w/]+)/([^/']+)'", message):
         group, option = missing.groups()
         options = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
-        return f"{group}={option}: there is no {option!r} in configs/{group}/; {_nearest(option, options, 'it has ' + ', '.join(options))}"
+        return (
+            f"{group}={option}: there is no {option!r} in configs/{group}/; "
+            f"{_nearest(option, options, 'it has ' + ', '.join(options))}"
+        )
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
         if f"'{key}'" in message or re.search(rf"Key '{re.escape(key.split('.')[-1])}' is not in struct", message):
             keys = known_keys(config_name, [other for other in overrides if other != override], groups=groups)
             if key in keys:
-                return f"{override}: {key} has other keys; they are {', '.join(name for name in keys if name.startswith(f'{key}.'))}"
+                return (
+                    f"{override}: {key} has other keys; they are "
+                    f"{', '.join(name for name in keys if name.startswith(f'{key}.'))}"
+                )
             return f"{override}: there is no key {key!r}; {_nearest(key, keys, 'see --help for the keys')}"
     return message
 
@@ -125,7 +143,9 @@ def known_keys(config_name: str, overrides: list[str], *, groups: bool = True) -
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for kept in (overrides, []):
             try:
-                return sorted({*names, *_flat(OmegaConf.to_container(compose(config_name, overrides=kept), resolve=False))})
+                return sorted(
+                    {*names, *_flat(OmegaConf.to_container(compose(config_name, overrides=kept), resolve=False))}
+                )
             except (HydraException, OmegaConfBaseException):
                 continue
     return names
@@ -146,7 +166,9 @@ def _flat(tree: dict, prefix: str = "") -> list[str]:
 
 
 def _ending_in_words(main: Callable[[DictConfig], None], config_name: str) -> Callable[[DictConfig], None]:
-    """Refuses and interrupts inside of Hydra's job: an exception that reaches Hydra makes it print a line of its own first."""
+    """Refuses and interrupts inside of Hydra's job: an exception that reaches Hydra makes it print a line of its own
+    first.
+    """
 
     @functools.wraps(main)
     def guarded(composed: DictConfig) -> None:
@@ -160,7 +182,9 @@ def _ending_in_words(main: Callable[[DictConfig], None], config_name: str) -> Ca
         except KeyboardInterrupt as error:
             _end_interrupted(error, resume="resume" in composed)
         except SystemExit as error:  # rich's, when nobody reads its output any more
-            _refuse_or_report(error.__context__, {}) if isinstance(error.__context__, BrokenPipeError) else sys.exit(error.code)
+            _refuse_or_report(error.__context__, {}) if isinstance(error.__context__, BrokenPipeError) else sys.exit(
+                error.code
+            )
         except Exception as error:
             _refuse_or_report(error, OmegaConf.to_container(composed))
 
@@ -195,13 +219,18 @@ def _refuse_or_report(error: BaseException, config: dict) -> None:
     if sentence := told(error, config):
         _refuse(sentence)
     traceback.print_exception(error)
-    print("This is a fault of sgpt and not of your input. Please report it with the lines above and the command.", file=sys.stderr)
+    print(
+        "This is a fault of sgpt and not of your input. Please report it with the lines above and the command.",
+        file=sys.stderr,
+    )
     _end(1)
 
 
 def _refuse(message: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    if rank:  # the sentence once, not once a process: when the first process ends it takes the others along, unless it has nothing to say
+    # the sentence once, not once a process: when the first process ends it takes the others along, unless it has
+    # nothing to say
+    if rank:
         time.sleep(PATIENCE)
     print(f"error: {LONG.sub(lambda word: f'{word[0][:200]}…{word[0][-50:]}', message)}", file=sys.stderr)
     _end(2)
@@ -224,7 +253,9 @@ def _working_directory() -> Path | None:
 
 
 def _check_streams() -> None:
-    """Any letter can be printed on any terminal; where a stream was closed nobody reads, and there is nothing to read."""
+    """Any letter can be printed on any terminal; where a stream was closed nobody reads, and there is nothing to
+    read.
+    """
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for name in ("stdout", "stderr"):

@@ -23,7 +23,11 @@ def typed(schema: type[Config], composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
-        advice = " (for the characters themselves write \\${ in place of ${)" if isinstance(error, InterpolationResolutionError | GrammarParseError) else ""
+        advice = (
+            " (for the characters themselves write \\${ in place of ${)"
+            if isinstance(error, InterpolationResolutionError | GrammarParseError)
+            else ""
+        )
         raise InputError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}{advice}") from error
     check_texts(config)
     return config

@@ -1,7 +1,7 @@
 """Every way to search one set, side by side: BM25, the bi-encoder, both fused, both re-ranked by a cross-encoder.
 
-Beside the metrics each system has its speed, its index's size, the interval of its difference to BM25 and to its first stage,
-and each first stage the score that a perfect re-ranker would reach: what re-ranking could gain, and what it did.
+Beside the metrics each system has its speed, its index's size, the interval of its difference to BM25 and to its first
+stage, and each first stage the score that a perfect re-ranker would reach: what re-ranking could gain, and what it did.
 """
 
 import time
@@ -12,7 +12,7 @@ from pathlib import Path
 from sgpt.data.formats.beir import Qrels, RetrievalSet, read_judged
 from sgpt.data.formats.row import same_split
 from sgpt.data.formats.trec import Run, write_run
-from sgpt.data.test_sets.beir_sets import Place, splits
+from sgpt.data.test_sets.beir_sets import BeirFolder, splits
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.table import FIRST_STAGES, SYSTEMS, Systems
 from sgpt.retrieval.bm25 import bm25_index, bm25_run
@@ -28,8 +28,8 @@ Rescore = Callable[[RetrievalSet, Run, int], Run]  # scores of the best `depth` 
 class Ranked:
     """One system's results on one set.
 
-    seconds: for all queries, from their texts on, with the documents indexed before. index_bytes: a document, None if not measured.
-    scores: of the re-ranked documents. weight: of the bi-encoder, where it was tuned.
+    seconds: for all queries, from their texts on, with the documents indexed before. index_bytes: a document, None if
+    not measured. scores: of the re-ranked documents. weight: of the bi-encoder, where it was tuned.
     """
 
     run: Run
@@ -74,7 +74,7 @@ def best_weight(qrels: Qrels, first: Run, second: Run, depth: int) -> float:
     return max(WEIGHTS, key=lambda weight: (round(scores[weight], 9), -abs(weight - 0.5)))
 
 
-def tuning_set(place: Place, chosen: RetrievalSet, split: str) -> tuple[RetrievalSet | None, str]:
+def tuning_set(place: BeirFolder, chosen: RetrievalSet, split: str) -> tuple[RetrievalSet | None, str]:
     """The queries of another split of the same folder; None and the reason when there is none."""
     left_out = f"{chosen.name}: {SYSTEMS['interpolated']} is left out, for its weight is tuned"
     if same_split(split, place.split):
@@ -93,10 +93,14 @@ def tuning_set(place: Place, chosen: RetrievalSet, split: str) -> tuple[Retrieva
 def measured(chosen: RetrievalSet, systems: Mapping[str, Ranked], depth: int = DEPTH) -> Systems:
     """What there is to say of each system.
 
-    metrics: as `ranking`. reranking: nDCG@10 with fewer documents re-ranked, or with the best ones in perfect order. cost: speed,
-    size of the index, weight of the bi-encoder. differences: other system -> mean, low and high of the difference of nDCG@10, 95 %.
+    metrics: as `ranking`. reranking: nDCG@10 with fewer documents re-ranked, or with the best ones in perfect order.
+    cost: speed, size of the index, weight of the bi-encoder. differences: other system -> mean, low and high of the
+    difference of nDCG@10, 95 %.
     """
-    gains = {name: [row["ndcg@10"] for row in ranking_per_query(chosen.qrels, system.run).values()] for name, system in systems.items()}
+    gains = {
+        name: [row["ndcg@10"] for row in ranking_per_query(chosen.qrels, system.run).values()]
+        for name, system in systems.items()
+    }
     found: Systems = {}
     top = min(SHALLOW, depth)
     for name, system in systems.items():
@@ -106,7 +110,11 @@ def measured(chosen: RetrievalSet, systems: Mapping[str, Ranked], depth: int = D
         else:
             bounds = sorted({depth, top}) if name in FIRST_STAGES.values() else []
             shallow = {f"ndcg@10_perfect_top_{bound}": perfect(chosen.qrels, system.run, bound) for bound in bounds}
-        cost = {"queries_per_second": len(chosen.queries) / max(system.seconds, 1e-9), "bytes_per_document": system.index_bytes, "weight": system.weight}
+        cost = {
+            "queries_per_second": len(chosen.queries) / max(system.seconds, 1e-9),
+            "bytes_per_document": system.index_bytes,
+            "weight": system.weight,
+        }
         others = dict.fromkeys(other for other in ("bm25", first) if other in systems and other != name)
         found[name] = {
             "metrics": ranking(chosen.qrels, system.run),
@@ -124,8 +132,12 @@ def write_runs(folder: Path, chosen: RetrievalSet, systems: Mapping[str, Ranked]
 
 
 def index_bytes(index) -> int:
-    """What bm25s holds in memory for its scores, and the words; the map from word to number counts with the word's own bytes only."""
-    return sum(part.nbytes for part in index.scores.values() if hasattr(part, "nbytes")) + sum(len(word.encode()) for word in index.vocab_dict)
+    """What bm25s holds in memory for its scores, and the words; the map from word to number counts with the word's own
+    bytes only.
+    """
+    return sum(part.nbytes for part in index.scores.values() if hasattr(part, "nbytes")) + sum(
+        len(word.encode()) for word in index.vocab_dict
+    )
 
 
 def _timed(work: Callable[[], Run]) -> tuple[Run, float]:

@@ -34,19 +34,30 @@ def beir_averages(sets: Mapping[str, Systems]) -> dict[str, Systems]:
     return made
 
 
-def table(sets: Mapping[str, Systems], title: str):
-    """A rich table: a row for each set and number, a column for each system. The forums of CQADupStack are left to the files."""
+def systems_table(sets: Mapping[str, Systems], title: str):
+    """A rich table: a row for each set and number, a column for each system. The forums of CQADupStack are left to the
+    files.
+    """
     from rich.table import Table
 
     columns = [system for system in SYSTEMS if any(system in systems for systems in sets.values())]
     made = Table("set", "metric", *(SYSTEMS[system] for system in columns), title=title)
     for name in (name for name in sets if not name.startswith("cqadupstack/") or "cqadupstack" not in sets):
-        numbers = {system: {metric: number for group in GROUPS for metric, number in found.get(group, {}).items()} for system, found in sets[name].items()}
+        numbers = {
+            system: {metric: number for group in GROUPS for metric, number in found.get(group, {}).items()}
+            for system, found in sets[name].items()
+        }
         for metric in dict.fromkeys(metric for found in numbers.values() for metric in found):
             label = metric.replace("_per_", " per ").replace("@10_", "@10, ").replace("_top_", " of top ")
             made.add_row(name, label, *(_shown(metric, numbers.get(system, {}).get(metric)) for system in columns))
-        for label, other in (("ndcg@10 − BM25's", dict.fromkeys(columns, "bm25")), ("ndcg@10 − first stage's", FIRST_STAGES)):
-            cells = [_interval(sets[name].get(system, {}).get("differences", {}).get(other.get(system))) for system in columns]
+        for label, other in (
+            ("ndcg@10 − BM25's", dict.fromkeys(columns, "bm25")),
+            ("ndcg@10 − first stage's", FIRST_STAGES),
+        ):
+            cells = [
+                _interval(sets[name].get(system, {}).get("differences", {}).get(other.get(system)))
+                for system in columns
+            ]
             if set(cells) != {"–"}:
                 made.add_row(name, label, *cells)
         made.add_section()
@@ -68,4 +79,6 @@ def _shown(metric: str, number: float | None) -> str:
 def _interval(found: Mapping[str, float | None] | None) -> str:
     if found is None:
         return "–"
-    return f"{100 * found['mean']:+.2f}" + (f" ({100 * found['low']:+.2f} … {100 * found['high']:+.2f})" if found["low"] is not None else "")
+    return f"{100 * found['mean']:+.2f}" + (
+        f" ({100 * found['low']:+.2f} … {100 * found['high']:+.2f})" if found["low"] is not None else ""
+    )

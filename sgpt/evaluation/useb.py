@@ -1,7 +1,7 @@
 """USEB's results: average precision in four tasks, and their mean (Wang, Reimers, Gurevych 2021; SGPT, section 4.1).
 
-Texts of one kind are compared, so both sides are encoded as queries, of length 1, newlines as blanks. Average precision is
-trec_eval's: equal cosines rank by id, where the original's tools leave their order to chance or count them together.
+Texts of one kind are compared, so both sides are encoded as queries, of length 1, newlines as blanks. Average precision
+is trec_eval's: equal cosines rank by id, where the original's tools leave their order to chance or count them together.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,8 @@ from sgpt.evaluation.evaluate import Results
 from sgpt.retrieval.dense import DEPTH, as_run, naming, search
 from sgpt.retrieval.metrics import correlations
 
-MAIN = {"askubuntu": "map", "cqadupstack": "map@100", "twitterpara": "ap", "scidocs": "map"}  # of each task, all average precision
+# of each task, all average precision
+MAIN = {"askubuntu": "map", "cqadupstack": "map@100", "twitterpara": "ap", "scidocs": "map"}
 
 
 def useb(encoder: Encoder, tasks: Sequence[UsebTask]) -> Results:
@@ -29,7 +30,10 @@ def useb(encoder: Encoder, tasks: Sequence[UsebTask]) -> Results:
             results[f"useb_{task.name}"] = SCORERS[task.name](encoder, task.parts)
     if len(results) < len(MAIN):
         return results
-    return {**results, "useb": {"average_precision": mean(results[f"useb_{name}"][metric] for name, metric in MAIN.items())}}
+    return {
+        **results,
+        "useb": {"average_precision": mean(results[f"useb_{name}"][metric] for name, metric in MAIN.items())},
+    }
 
 
 def _askubuntu(encoder: Encoder, parts: Sequence[CandidateSet]) -> dict[str, float]:
@@ -58,7 +62,9 @@ def _cqadupstack(encoder: Encoder, forums: Sequence[RetrievalSet]) -> dict[str, 
         run = as_run(queries, documents, *rows)
         hits = {query: {name: 1 for name in names if name in forum.qrels[query]} for query, names in run.items()}
         judged = {query: relevant for query, relevant in forum.qrels.items() if relevant}
-        found.append({"map@100": _trec(hits, run, "map")["map"], "ndcg@10": _trec(judged, run, "ndcg_cut_10")["ndcg_cut_10"]})
+        found.append(
+            {"map@100": _trec(hits, run, "map")["map"], "ndcg@10": _trec(judged, run, "ndcg_cut_10")["ndcg_cut_10"]}
+        )
     return {metric: mean(metrics[metric] for metrics in found) for metric in ("map@100", "ndcg@10")}
 
 
@@ -70,7 +76,9 @@ def _twitterpara(encoder: Encoder, sources: Sequence[PairSet]) -> dict[str, floa
         spearmans.append(correlations(pairs.scores, cosines)["spearman_cosine"])
         decided = {f"{place:06}": place for place, score in enumerate(pairs.scores) if score != NEITHER}
         qrels = {"pairs": {name: int(pairs.scores[place] > NEITHER) for name, place in decided.items()}}
-        aps[f"ap_{pairs.name}"] = _trec(qrels, {"pairs": {name: cosines[place] for name, place in decided.items()}}, "map")["map"]
+        aps[f"ap_{pairs.name}"] = _trec(
+            qrels, {"pairs": {name: cosines[place] for name, place in decided.items()}}, "map"
+        )["map"]
     return {"ap": mean(aps.values()), "spearman": mean(spearmans), **aps}
 
 
@@ -82,7 +90,11 @@ SCORERS: dict[str, Callable[[Encoder, Sequence], dict[str, float]]] = {
 def _scored(encoder: Encoder, chosen: CandidateSet) -> Run:
     """Cosines of each query with its candidates. A text that several queries need is encoded once."""
     names = list(dict.fromkeys(name for query, documents in chosen.candidates.items() for name in (query, *documents)))
-    rows, embeddings = {name: row for row, name in enumerate(names)}, _embedded(encoder, (chosen.texts[name] for name in names))  # [names, D]
+    # [names, D]
+    rows, embeddings = (
+        {name: row for row, name in enumerate(names)},
+        _embedded(encoder, (chosen.texts[name] for name in names)),
+    )
     return {
         query: dict(zip(documents, (embeddings[[rows[name] for name in documents]] @ embeddings[rows[query]]).tolist(), strict=True))
         for query, documents in chosen.candidates.items() if documents
@@ -99,5 +111,11 @@ def _trec(qrels: Qrels, run: Run, *measures: str) -> dict[str, float]:
 
     judged = {query: dict(qrels[query]) for query in run if qrels.get(query)}
     names = {measure.replace("_cut_", "_cut.").replace("P_", "P.") for measure in measures}
-    found = pytrec_eval.RelevanceEvaluator(judged, names).evaluate({query: dict(run[query]) for query in judged}) if judged else {}
-    return {measure: mean(found.get(query, {}).get(measure, 0.0) for query in run if query in qrels) for measure in measures}
+    found = (
+        pytrec_eval.RelevanceEvaluator(judged, names).evaluate({query: dict(run[query]) for query in judged})
+        if judged
+        else {}
+    )
+    return {
+        measure: mean(found.get(query, {}).get(measure, 0.0) for query in run if query in qrels) for measure in measures
+    }

@@ -20,11 +20,11 @@ LIST_TYPES = {field.name: field.type for schema in (TEXTS, EXAMPLES, TOKENS) for
 class Counts:
     """Of one source, over all of its examples; equal texts are known by their hashes.
 
-    repeated_*: those that have the text of an earlier one. queries_by_positives: different queries with 1, 2, 3, 4 or more
-    different positives, over all rows that have the query. hard_negatives: fewest, median and most an example.
-    positives_asked: positives that are the query of another example. contrary_negatives: hard negatives that are a positive of
-    the same query. short_of_negatives: examples with fewer than H. short_texts: of one character or none. tokens: an epoch's,
-    markers included (expected, where an epoch draws).
+    repeated_*: those that have the text of an earlier one. queries_by_positives: different queries with 1, 2, 3, 4 or
+    more different positives, over all rows that have the query. hard_negatives: fewest, median and most an example.
+    positives_asked: positives that are the query of another example. contrary_negatives: hard negatives that are a
+    positive of the same query. short_of_negatives: examples with fewer than H. short_texts: of one character or none.
+    tokens: an epoch's, markers included (expected, where an epoch draws).
     """
 
     examples: int
@@ -47,11 +47,19 @@ def count(source: Source) -> Counts:
     with progress_bar(f"counting {source.name}", 2 * len(source.examples) + len(source.examples.texts)) as advance:
         positives, negatives, texts = census.positives(advance), census.hard_negatives(advance), census.texts(advance)
     repeated = len(source.examples) - int(census.asked.sum())
-    return Counts(examples=len(source.examples), repeated_queries=repeated, tokens=float(census.tokens), **positives, **negatives, **texts)
+    return Counts(
+        examples=len(source.examples),
+        repeated_queries=repeated,
+        tokens=float(census.tokens),
+        **positives,
+        **negatives,
+        **texts,
+    )
 
 
 class _Census:
-    """What is known of one source so far. Texts are told apart by their hashes and numbered anew: equal texts share one number.
+    """What is known of one source so far. Texts are told apart by their hashes and numbered anew: equal texts share one
+    number.
 
     numbers [texts of the store]. queries [N]. lengths: by role, [different texts], in the frame and cut. asked, used:
     [different texts], is it a query, is it of any example. pairs: query and positive as one number each, sorted.
@@ -63,7 +71,10 @@ class _Census:
         self.queries = self.numbers[_whole("query", source.examples.queries)]
         content = np.zeros(len(different), dtype=np.int64)
         content[self.numbers] = _list_lengths("ids", source.tokens.ids)
-        self.lengths = {role: np.minimum(content, frame.content_tokens) + marker_counts(frame) for role, frame in source.frames.items()}
+        self.lengths = {
+            role: np.minimum(content, frame.content_tokens) + marker_counts(frame)
+            for role, frame in source.frames.items()
+        }
         self.asked = np.zeros(len(different), dtype=bool)
         self.asked[self.queries] = True
         self.used, self.pairs = self.asked.copy(), np.zeros(0, dtype=np.int64)
@@ -82,7 +93,12 @@ class _Census:
         self.pairs = np.unique(np.concatenate(pairs))
         each = np.unique(self.pairs // len(self.used), return_counts=True)[1].clip(max=POSITIVES_TOLD_APART)
         by_positives = tuple(np.bincount(each, minlength=POSITIVES_TOLD_APART + 1)[1:].tolist())
-        return {"positives": total, "repeated_positives": total - int(answering.sum()), "positives_asked": asked, "queries_by_positives": by_positives}
+        return {
+            "positives": total,
+            "repeated_positives": total - int(answering.sum()),
+            "positives_asked": asked,
+            "queries_by_positives": by_positives,
+        }
 
     def hard_negatives(self, advance: Callable[[float], None]) -> dict:
         contrary, tokens = 0, 0.0
@@ -102,19 +118,28 @@ class _Census:
         short, first, start = np.zeros_like(self.used), None, 0
         for part in _parts("text", self.examples.texts):
             numbers = self.numbers[start : start + len(part)]
-            places = np.flatnonzero(pc.less_equal(pc.utf8_length(pc.utf8_trim_whitespace(part)), 1).to_numpy(zero_copy_only=False) & self.used[numbers])
+            places = np.flatnonzero(
+                pc.less_equal(pc.utf8_length(pc.utf8_trim_whitespace(part)), 1).to_numpy(zero_copy_only=False)
+                & self.used[numbers]
+            )
             short[numbers[places]] = True
             first = part[int(places[0])].as_py() if first is None and len(places) else first
             start += len(part)
             advance(len(part))
         return {"texts": int(self.used.sum()), "short_texts": int(short.sum()), "short_text": first}
 
-    def _links(self, name: str, column: Sequence, advance: Callable[[float], None]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _links(
+        self, name: str, column: Sequence, advance: Callable[[float], None]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(query, linked text, 1 / texts linked to its example) of every link, some examples at a time."""
         start = 0
         for part in _parts(name, column):
             each = pc.list_value_length(part).to_numpy()
-            yield self.queries[start : start + len(part)].repeat(each), self.numbers[part.flatten().to_numpy()], np.repeat(1 / each.clip(min=1), each)
+            yield (
+                self.queries[start : start + len(part)].repeat(each),
+                self.numbers[part.flatten().to_numpy()],
+                np.repeat(1 / each.clip(min=1), each),
+            )
             start += len(part)
             advance(len(part))
 

@@ -1,7 +1,8 @@
-"""Training data, looked at before compute is spent on it: counts, lengths, scripts, and the first batches as the model will see them.
+"""Training data, looked at before compute is spent on it: counts, lengths, scripts, and the first batches as the model
+will see them.
 
-What needs numbers and hashes only is counted over all examples, from the columns of the store and some rows at a time: a
-few arrays of one number an example are all that memory has to hold. What needs the texts themselves (lengths before
+What needs numbers and hashes only is counted over all examples, from the columns of the store and some rows at a time:
+a few arrays of one number an example are all that memory has to hold. What needs the texts themselves (lengths before
 truncation, scripts, vocabulary) is measured on a sample of examples, each drawn as its first epoch would draw it.
 """
 
@@ -30,7 +31,9 @@ PLURAL: dict[Role, str] = {"query": "queries", "document": "documents"}
 
 @dataclass(frozen=True)
 class SeenQuery:
-    """Decoded as the model gets them, with their tokens: the query, its positive, its hard negatives. ignored: candidates that are no negatives."""
+    """Decoded as the model gets them, with their tokens: the query, its positive, its hard negatives. ignored:
+    candidates that are no negatives.
+    """
 
     query: tuple[int, str]
     documents: list[tuple[int, str]]
@@ -41,7 +44,8 @@ class SeenQuery:
 class SeenBatch:
     """queries: the first of them. left_out: pairs of a query and an in-batch negative that are none, being duplicates.
 
-    tokens: of all texts; computed: of the different ones; padded: when queries and documents are each padded to the longest.
+    tokens: of all texts; computed: of the different ones; padded: when queries and documents are each padded to the
+    longest.
     """
 
     number: int
@@ -67,7 +71,9 @@ class Inspection:
     vocabulary: int
 
 
-def inspect_feed(feed: Feed, tokenizer, *, num_examples: int, num_batches: int, steps: int, batches_per_step: int = 1) -> Inspection:
+def inspect_feed(
+    feed: Feed, tokenizer, *, num_examples: int, num_batches: int, steps: int, batches_per_step: int = 1
+) -> Inspection:
     """num_examples: of each source's sample. num_batches: shown. The feed's seed is the sample's."""
     return Inspection(
         feed, [count(source) for source in feed.sources], [sample(source, tokenizer, num_examples, feed.seed) for source in feed.sources],
@@ -79,12 +85,25 @@ def see(number: int, batch: Batch, tokenizer) -> SeenBatch:
     ignored = [row for part in _ignored(batch) for row in part]
     r = batch.documents_per_query
     queries = [
-        SeenQuery(_decoded(batch.queries[q], tokenizer), [_decoded(ids, tokenizer) for ids in batch.documents[q * r : (q + 1) * r]], ignored[q])
+        SeenQuery(
+            _decoded(batch.queries[q], tokenizer),
+            [_decoded(ids, tokenizer) for ids in batch.documents[q * r : (q + 1) * r]],
+            ignored[q],
+        )
         for q in range(min(len(batch.queries), QUERIES_ON_PAGE))
     ]
     padded = sum(len(rows) * max(map(len, rows)) for rows in (batch.queries, batch.documents))
     computed = sum(map(len, distinct([*batch.queries, *batch.documents])[0]))
-    return SeenBatch(number, len(batch.queries), len(batch.documents), queries, sum(map(len, ignored)), batch.num_tokens, computed, padded)
+    return SeenBatch(
+        number,
+        len(batch.queries),
+        len(batch.documents),
+        queries,
+        sum(map(len, ignored)),
+        batch.num_tokens,
+        computed,
+        padded,
+    )
 
 
 def _ignored(batch: Batch) -> Iterator[list[list[int]]]:
@@ -97,17 +116,23 @@ def _ignored(batch: Batch) -> Iterator[list[list[int]]]:
 def _decoded(ids: list[int], tokenizer) -> tuple[int, str]:
     """(tokens, text on one line)."""
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return len(ids), "".join(character if character.isprintable() else "⏎" if character == "\n" else "·" for character in text)
+    return len(ids), "".join(
+        character if character.isprintable() else "⏎" if character == "\n" else "·" for character in text
+    )
 
 
 def table_lines(seen: SeenBatch, most: int, columns: int) -> Iterator[str]:
-    """Of the first `most` queries, none wider than `columns`: tokens, role, text, and which candidates are no negatives of the query."""
+    """Of the first `most` queries, none wider than `columns`: tokens, role, text, and which candidates are no negatives
+    of the query.
+    """
     for place, query in enumerate(seen.queries[:most]):
         yield _line(f"query {place}", *query.query, columns)
         for number, document in enumerate(query.documents):
             yield _line(f"  d{place * len(query.documents) + number} {'−' if number else '+'}", *document, columns)
         if query.ignored:
-            yield _cut(f"  no negatives of query {place}: {', '.join(f'd{candidate}' for candidate in query.ignored)}", columns)
+            yield _cut(
+                f"  no negatives of query {place}: {', '.join(f'd{candidate}' for candidate in query.ignored)}", columns
+            )
 
 
 def _line(name: str, tokens: int, text: str, columns: int) -> str:
@@ -124,9 +149,16 @@ def _cut(text: str, columns: int) -> str:
 
 def warnings(found: Inspection) -> list[str]:
     """What looks wrong, what it does to training, and what to do."""
-    told = [warning for of_source in zip(found.feed.sources, found.counts, found.samples, strict=True) for warning in _warnings(found.feed, *of_source)]
+    told = [
+        warning
+        for of_source in zip(found.feed.sources, found.counts, found.samples, strict=True)
+        for warning in _warnings(found.feed, *of_source)
+    ]
     if found.feed.queries_in_total == 1 and not all(source.num_hard_negatives for source in found.feed.sources):
-        told.append("a batch has one query and no hard negative, so there is nothing to learn from: raise trainer.queries_per_process")
+        told.append(
+            "a batch has one query and no hard negative, so there is nothing to learn from: "
+            "raise trainer.queries_per_process"
+        )
     return told
 
 
@@ -149,7 +181,10 @@ def _warnings(feed: Feed, source: Source, counts: Counts, sampled: Sample) -> It
                 f"raise markers.{role}_max_tokens, or split the texts"
             )
     if counts.short_texts:
-        yield f"{source.name}: texts of one character: {counts.short_texts:,}, for example {counts.short_text!r}; remove them if they are accidents"
+        yield (
+            f"{source.name}: texts of one character: {counts.short_texts:,}, for example {counts.short_text!r}; "
+            "remove them if they are accidents"
+        )
     if counts.short_of_negatives:
         yield (
             f"{source.name}: {_share(counts.short_of_negatives, counts.examples)} of the examples have fewer than {source.num_hard_negatives} hard negatives, "
@@ -165,16 +200,25 @@ def _warnings(feed: Feed, source: Source, counts: Counts, sampled: Sample) -> It
 def told_sources(found: Inspection) -> dict[str, list[str]]:
     """Label -> a value for each source."""
     feed = found.feed
-    rows = [_told_counts(counts) | _told_sample(sampled, found.vocabulary) for counts, sampled in zip(found.counts, found.samples, strict=True)]
+    rows = [
+        _told_counts(counts) | _told_sample(sampled, found.vocabulary)
+        for counts, sampled in zip(found.counts, found.samples, strict=True)
+    ]
     if len(feed.sources) > 1:
         shares = (f"{feed.share(source):.1%}" for source in feed.sources)
-        rows = [{f"share of the {'queries' if feed.mixed else 'batches'}": share} | row for share, row in zip(shares, rows, strict=True)]
+        rows = [
+            {f"share of the {'queries' if feed.mixed else 'batches'}": share} | row
+            for share, row in zip(shares, rows, strict=True)
+        ]
     return {label: [row[label] for row in rows] for label in rows[0]}
 
 
 def _told_counts(counts: Counts) -> dict[str, str]:
     fewest, median, most = counts.hard_negatives
-    each = [f"{number + 1}{'+' if number + 1 == POSITIVES_TOLD_APART else ''}: {share}" for number, share in enumerate(_shares(counts.queries_by_positives))]
+    each = [
+        f"{number + 1}{'+' if number + 1 == POSITIVES_TOLD_APART else ''}: {share}"
+        for number, share in enumerate(_shares(counts.queries_by_positives))
+    ]
     return {
         "examples": f"{counts.examples:,}",
         "different texts": f"{counts.texts:,}",
@@ -194,7 +238,9 @@ def _told_sample(sampled: Sample, vocabulary: int) -> dict[str, str]:
     for role, lengths in sampled.lengths.items():
         told[f"{role} tokens: mean / median / 95 % / most"] = str(lengths)
         told[f"{PLURAL[role]} over their limit"] = f"{lengths.truncated:.1%} over {lengths.limit}"
-    most = [f"{script} {share:.1%}" for script, share in islice(sampled.scripts.items(), SCRIPTS_TOLD) if share >= 0.0005]
+    most = [
+        f"{script} {share:.1%}" for script, share in islice(sampled.scripts.items(), SCRIPTS_TOLD) if share >= 0.0005
+    ]
     told["letters by script"] = ", ".join(most) or "no letters"
     told["vocabulary that occurs"] = _of(sampled.vocabulary, vocabulary)
     return told
@@ -212,7 +258,10 @@ def told_run(found: Inspection) -> dict[str, str]:
         "tokens an epoch, about": f"{_tokens_per_epoch(found):,.0f}",
     }
     if found.batches:
-        tokens, computed, padded, left_out = (sum(getattr(batch, name) for batch in found.batches) for name in ("tokens", "computed", "padded", "left_out"))
+        tokens, computed, padded, left_out = (
+            sum(getattr(batch, name) for batch in found.batches)
+            for name in ("tokens", "computed", "padded", "left_out")
+        )
         told |= {
             "tokens of the shown batches": f"{tokens:,}; {computed:,} without repeated texts",
             "the same, padded to the longest row": f"{padded:,}, of which packing saves {1 - computed / padded:.1%}",
@@ -224,7 +273,10 @@ def told_run(found: Inspection) -> dict[str, str]:
 def _tokens_per_epoch(found: Inspection) -> float:
     """An epoch has as many batches as the examples fill, and the sources share them by weight."""
     feed = found.feed
-    mean = sum(feed.share(source) * counts.tokens / counts.examples for source, counts in zip(feed.sources, found.counts, strict=True))
+    mean = sum(
+        feed.share(source) * counts.tokens / counts.examples
+        for source, counts in zip(feed.sources, found.counts, strict=True)
+    )
     return mean * sum(counts.examples for counts in found.counts)
 
 
@@ -273,14 +325,14 @@ def show(found: Inspection, console) -> None:
 
 @dataclass
 class InspectConfig(TrainConfig):
-    """Whatever training takes, so that the same overrides can stand here. output: the page; null is <runs>/<name>.inspection.html.
-
-    examples: drawn at random from each source for what needs the texts themselves. batches: shown as the model will see them.
-    """
+    """Whatever training takes, so that the same overrides can be given, and three keys more."""
 
     output: str | None = None
+    """The page, an HTML file; null is <runs>/<name>.inspection.html."""
     examples: int = 20_000
+    """Drawn at random from each source, for what needs the texts themselves."""
     batches: int = 2
+    """Batches that are shown as the model will see them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,8 @@
-"""Pages to look at: one file each without scripts or outside resources, for light and dark screens. Whoever hands in HTML has escaped it.
+"""Pages to look at: one file each without scripts or outside resources, for light and dark screens. Whoever hands in
+HTML has escaped it.
 
-Plots are SVG inside the page; their colours and letters are replaced by the page's CSS variables, so that one drawing serves
-both colour schemes.
+Plots are SVG inside the page; their colours and letters are replaced by the page's CSS variables, so that one drawing
+serves both colour schemes.
 """
 
 import json
@@ -66,7 +67,9 @@ def figures(plots: list[Plot]) -> str:
     drawn = []
     for position, plot in enumerate(plots):
         wide = position == 0 and len(plots) % 2 == 1
-        keys = "".join(f"<span class='key' style='--c:var(--{colour})'>{escape(key)}</span>" for key, colour in plot.keys.items())
+        keys = "".join(
+            f"<span class='key' style='--c:var(--{colour})'>{escape(key)}</span>" for key, colour in plot.keys.items()
+        )
         note = f"<p class='quiet'>{escape(plot.note)}</p>" if plot.note else ""
         drawn.append(
             f"<figure class='card{' wide' if wide else ''}'><figcaption><b>{escape(plot.title)}</b>{keys}</figcaption>"
@@ -77,10 +80,13 @@ def figures(plots: list[Plot]) -> str:
 
 def _svg(plot: Plot, width: float) -> str:
     text = StringIO()
-    with rc_context(DRAWING | {"svg.hashsalt": plot.title}):  # Figure without pyplot: no global figures, no backend chosen
+    # Figure without pyplot: no global figures, no backend chosen
+    with rc_context(DRAWING | {"svg.hashsalt": plot.title}):
         figure = Figure(figsize=(width, plot.inches), layout="constrained")
         plot.draw(figure.subplots())
-        figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(
+            text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     head, body = re.split(r"(?<=>)\n", text.getvalue().split("<svg", 1)[1], maxsplit=1)
     body = re.sub(r' id="[\w.]+_\d+"', "", body)  # figure_1, matplotlib.axis_1 …: alike in every drawing of the page
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)  # would hold for the whole page

@@ -23,7 +23,9 @@ def parquet_rows(file: Path) -> Rows:
 
 
 def arrow_rows(file: Path) -> Rows:
-    """The file format, which begins with its name, or the stream format, which datasets writes under the same ending."""
+    """The file format, which begins with its name, or the stream format, which datasets writes under the same
+    ending.
+    """
 
     def batches() -> Iterator[pa.RecordBatch]:
         with pa.memory_map(str(file)) as source:
@@ -56,27 +58,49 @@ def _batch_rows(file: Path, batches: Iterator[pa.RecordBatch]) -> Rows:
             for row in _python_rows(batch):
                 number += 1
                 where = f"{file}, row {number}"
-                yield where, InputError(f"{where}{row}; fix or remove the row") if isinstance(row, str) else attempt(sound, _with_labels(row, labels), where)
+                yield (
+                    where,
+                    InputError(f"{where}{row}; fix or remove the row")
+                    if isinstance(row, str)
+                    else attempt(sound, _with_labels(row, labels), where),
+                )
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}, row {number + 1}: cannot be read from here on ({first_line(error)}); write or copy the file again") from error
+        raise InputError(
+            f"{file}, row {number + 1}: cannot be read from here on ({first_line(error)}); "
+            "write or copy the file again"
+        ) from error
 
 
 def _class_labels(schema: pa.Schema) -> Labels:
-    """What the library `datasets` says of the columns, which it leaves in the file as JSON; nothing where that cannot be understood."""
+    """What the library `datasets` says of the columns, which it leaves in the file as JSON; nothing where that cannot
+    be understood.
+    """
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        return {column: kind["names"] for column, kind in features.items() if kind.get("_type") == "ClassLabel" and isinstance(kind["names"], list)}
+        return {
+            column: kind["names"]
+            for column, kind in features.items()
+            if kind.get("_type") == "ClassLabel" and isinstance(kind["names"], list)
+        }
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
 def _with_labels(row: dict, labels: Labels) -> dict:
-    """The names of the numbers: sets number them in different orders, and 0 is entailment in one and no duplicate in another."""
-    return row | {column: names[row[column]] if row[column] in range(len(names)) else None for column, names in labels.items() if column in row}
+    """The names of the numbers: sets number them in different orders, and 0 is entailment in one and no duplicate in
+    another.
+    """
+    return row | {
+        column: names[row[column]] if row[column] in range(len(names)) else None
+        for column, names in labels.items()
+        if column in row
+    }
 
 
 def _python_rows(batch: pa.RecordBatch) -> Iterable[dict | str]:
-    """Dicts, and what is wrong with the row where there is none. Validated first: offsets that lead out of the file would end the process."""
+    """Dicts, and what is wrong with the row where there is none. Validated first: offsets that lead out of the file
+    would end the process.
+    """
     try:
         batch.validate(full=True)
         return batch.to_pylist()
@@ -104,9 +128,14 @@ def saved_rows(folder: Path, split: str) -> Rows:
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever its parts raise: OSError, KeyError, ArrowInvalid
-        raise InputError(f"{folder}: cannot be loaded as a data set ({first_line(error)}); give a hub id or a folder written by save_to_disk") from error
+        raise InputError(
+            f"{folder}: cannot be loaded as a data set ({first_line(error)}); "
+            "give a hub id or a folder written by save_to_disk"
+        ) from error
     if isinstance(found, datasets.DatasetDict):
-        name = next((name for name in found if name == split), None) or next((name for name in found if same_split(name, split)), None)
+        name = next((name for name in found if name == split), None) or next(
+            (name for name in found if same_split(name, split)), None
+        )
         if name is None:
             raise InputError(f"{folder}: no split {split!r}; it has {listed(found)}. Set data.split=<split>")
         found = found[name]
@@ -130,11 +159,16 @@ def _dataset_rows(found, name: str) -> Rows:
     """Class labels by name."""
     import datasets
 
-    labels = {column: kind.names for column, kind in (found.features or {}).items() if isinstance(kind, datasets.ClassLabel)}
+    labels = {
+        column: kind.names for column, kind in (found.features or {}).items() if isinstance(kind, datasets.ClassLabel)
+    }
     number = 0
     try:
         for row in found:
             number += 1
             yield f"{name}, row {number}", attempt(sound, _with_labels(row, labels), f"{name}, row {number}")
     except Exception as error:  # as above
-        raise InputError(f"{name}, row {number + 1}: cannot be read from here on ({first_line(error)}); load or save the data set again") from error
+        raise InputError(
+            f"{name}, row {number + 1}: cannot be read from here on ({first_line(error)}); "
+            "load or save the data set again"
+        ) from error

@@ -10,7 +10,16 @@ Made = TypeVar("Made")
 Rows = Iterator[tuple[str, dict | InputError]]
 NOTHING = ("nan", "none", "null", "n/a", "<na>", "nat")
 LISTED = 12  # names that a message shows
-SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "eval": "dev", "test": "test"}
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "dev": "dev",
+    "val": "dev",
+    "valid": "dev",
+    "validation": "dev",
+    "eval": "dev",
+    "test": "test",
+}
 
 
 def same_split(one: str, other: str) -> bool:
@@ -39,7 +48,9 @@ def listed(names: Iterable[str]) -> str:
 
 
 def spells_nothing(text: object) -> bool:
-    """What programs write as text where there is no value. It may be meant, as in texts about Python, so it is told and not changed."""
+    """What programs write as text where there is no value. It may be meant, as in texts about Python, so it is told and
+    not changed.
+    """
     return isinstance(text, str) and text.strip().lower() in NOTHING
 
 
@@ -59,7 +70,10 @@ def sound(row: dict, where: str) -> dict:
             if "\0" in text:
                 raise InputError(f"{where}, column {shown(column)}: a NUL character in {shown(text)}; remove it")
             if not text.isascii() and not _encodes(text):
-                raise InputError(f"{where}, column {shown(column)}: half of a surrogate pair in {shown(text)}, which is no character; remove it")
+                raise InputError(
+                    f"{where}, column {shown(column)}: half of a surrogate pair in {shown(text)}, "
+                    "which is no character; remove it"
+                )
     return row
 
 
@@ -83,7 +97,10 @@ def checked_names(given: list[str], where: str) -> list[str]:
     names = [name.strip() for name in given]
     if not all(names):
         place = next(place for place, name in enumerate(names, 1) if not name)
-        raise InputError(f"{where}: column {place} of {shown(', '.join(given)[:80])} has no name; name or remove it (pandas: to_csv(index=False))")
+        raise InputError(
+            f"{where}: column {place} of {shown(', '.join(given)[:80])} has no name; name or remove it (pandas: "
+            "to_csv(index=False))"
+        )
     if len({*names}) < len(names):
         raise InputError(f"{where}: two columns are called {shown(repeated(names))}; rename or remove one")
     return names

@@ -1,8 +1,9 @@
-"""Rows as they lie in anyone's files: (place, row), where a row is a dict of Python values or the InputError that it deserves.
+"""Rows as they lie in anyone's files: (place, row), where a row is a dict of Python values or the InputError that it
+deserves.
 
-A row that cannot be used is given as a value, so that the caller may count it and go on. What makes the rest unreadable (a
-gzip stream that is cut off, a Parquet file that is none) is raised, with the place it got to. Nothing is read whole: lines
-one by one, tables some rows at a time.
+A row that cannot be used is given as a value, so that the caller may count it and go on. What makes the rest unreadable
+(a gzip stream that is cut off, a Parquet file that is none) is raised, with the place it got to. Nothing is read whole:
+lines one by one, tables some rows at a time.
 """
 
 import logging
@@ -24,9 +25,9 @@ log = logging.getLogger(__name__)
 def rows(path: Path, split: str = "train", *, subset: str | None = None, streaming: bool = False) -> Rows:
     """("<file>, line n" or "<file>, row n", row) of a file, of a folder, or of a data set of the hub.
 
-    Files: JSON lines, CSV, TSV (each also .gz), Parquet, Arrow IPC. Folders: files of one kind, read in the order of their
-    names and without those called after another split, or what datasets' save_to_disk wrote. Anything else is taken for a hub
-    id; `subset` and `streaming` are for that only.
+    Files: JSON lines, CSV, TSV (each also .gz), Parquet, Arrow IPC. Folders: files of one kind, read in the order of
+    their names and without those called after another split, or what datasets' save_to_disk wrote. Anything else is
+    taken for a hub id; `subset` and `streaming` are for that only.
     """
     count = 0
     for where, row in _source(path, split, subset, streaming):
@@ -60,7 +61,11 @@ def _source(path: Path, split: str, subset: str | None, streaming: bool) -> Rows
     if path.is_file():
         return _read_file(path)
     if path.is_dir():
-        return saved_rows(path, split) if saved_folder(path) else (row for file in _files(path, split) for row in _read_file(file))
+        return (
+            saved_rows(path, split)
+            if saved_folder(path)
+            else (row for file in _files(path, split) for row in _read_file(file))
+        )
     if not of_the_hub(path):
         raise InputError(f"{path}: no such file; check the path")
     return hub_rows(path, split, subset, streaming)
@@ -86,7 +91,10 @@ def kind_of(file: Path) -> str | None:
 def _read_file(file: Path) -> Rows:
     kind = kind_of(file)
     if kind is None:
-        raise InputError(f"{file}: the ending is unknown; the ones that are read are {', '.join(READERS)}, and .gz behind {', '.join(TEXT)}")
+        raise InputError(
+            f"{file}: the ending is unknown; the ones that are read are {', '.join(READERS)}, "
+            f"and .gz behind {', '.join(TEXT)}"
+        )
     return READERS[kind](file)
 
 
@@ -99,11 +107,20 @@ def _files(folder: Path, split: str) -> list[Path]:
         several = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise InputError(f"{folder}: holds files of several kinds ({several}); give one file, or a folder of one kind")
     if twice := next((file for file in files if file.with_name(f"{file.name}.gz") in files), None):
-        raise InputError(f"{folder}: holds both {twice.name} and {twice.name}.gz, which would be read as two; remove one, or give the file")
+        raise InputError(
+            f"{folder}: holds both {twice.name} and {twice.name}.gz, which would be read as two; "
+            "remove one, or give the file"
+        )
     chosen = [file for file in files if _of_split(file.name.lower(), split)]
     if not chosen:
-        there = ", ".join(sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())[:10]) or "nothing"
-        raise InputError(f"{folder}: no data files of the split {split!r}; it holds {there}. Give one of its files or folders, or set data.split")
+        there = (
+            ", ".join(sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())[:10])
+            or "nothing"
+        )
+        raise InputError(
+            f"{folder}: no data files of the split {split!r}; it holds {there}. "
+            "Give one of its files or folders, or set data.split"
+        )
     if left := [file.name for file in files if file not in chosen]:
         log.warning(f"{folder}: {', '.join(left)} left out; {split!r} is the split to read")
     return chosen
@@ -112,7 +129,11 @@ def _files(folder: Path, split: str) -> list[Path]:
 def _of_split(name: str, split: str) -> bool:
     """Not called after another split alone: `test-00000.parquet` and `squad_dev.jsonl` must not be trained on."""
     named = {SPLITS[word] for word in re.split(r"[-_.]", name) if word in SPLITS}
-    return not named or meaning_of_split(split) in named or re.search(rf"(^|[-_.]){re.escape(split.lower())}", name) is not None
+    return (
+        not named
+        or meaning_of_split(split) in named
+        or re.search(rf"(^|[-_.]){re.escape(split.lower())}", name) is not None
+    )
 
 
 TEXT = (".jsonl", ".json", ".csv", ".tsv")

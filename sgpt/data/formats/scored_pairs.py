@@ -26,10 +26,12 @@ class PairSet:
 
 
 def read_pairs(file: Path, split: str) -> list[PairSet]:
-    """`sentence1`, `sentence2`, `score` a row; rows of another `split` are left out. A `label` may take the place of the score.
+    """`sentence1`, `sentence2`, `score` a row; rows of another `split` are left out. A `label` may take the place of
+    the score.
 
-    The SemEval files of 2012 to 2016 hold several years and sources: with columns `year` (a number) and `part` (their word for the
-    split) the file gives a set a year, STS12, STS13 …, the sources of a year in one list as SentEval's "all" and MTEB have them.
+    The SemEval files of 2012 to 2016 hold several years and sources: with columns `year` (a number) and `part` (their
+    word for the split) the file gives a set a year, STS12, STS13 …, the sources of a year in one list as SentEval's
+    "all" and MTEB have them.
     """
     plain = file.absolute().parent.name if file.name.startswith("pairs.") else file.name.split(".")[0]
     sets: dict[str, PairSet] = {}
@@ -39,7 +41,9 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
             raise row
         named = row.get("split", row.get("part"))
         if named is not None and not isinstance(named, str):
-            raise InputError(f"{where}: split is {shown(named)}, which is no text; write train, dev or test, or leave it out")
+            raise InputError(
+                f"{where}: split is {shown(named)}, which is no text; write train, dev or test, or leave it out"
+            )
         if named is not None and not same_split(named, split):
             others[named] += 1
             continue
@@ -50,7 +54,10 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
             if sentence is not None and not isinstance(sentence, str):
                 raise InputError(f"{where}: {NEEDED}; {shown(sentence)} is no text, write it in quotes")
         if first is None or second is None or given is None:
-            raise InputError(f"{where}: {NEEDED}; it has {listed(name for name in row if row[name] is not None) or 'none'}; fix or remove the row")
+            raise InputError(
+                f"{where}: {NEEDED}; it has {listed(name for name in row if row[name] is not None) or 'none'}; "
+                "fix or remove the row"
+            )
         if score is None:
             raise InputError(f"{where}: {NEEDED}; the score is {shown(given)}; fix or remove the row")
         name = f"STS{row['year'] % 100:02}" if "part" in row and isinstance(row.get("year"), int) else plain
@@ -69,7 +76,9 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
         log.warning("%s: %d sentences are empty; fix or remove their rows", file, blank)
     if others:
         usual = all(name.strip().lower() in SPLITS for name in others)
-        log.log(logging.INFO if usual else logging.WARNING, "%s: %s left out; %r is the split to read", file, told, split)
+        log.log(
+            logging.INFO if usual else logging.WARNING, "%s: %s left out; %r is the split to read", file, told, split
+        )
     return list(sets.values())
 
 

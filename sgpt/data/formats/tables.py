@@ -17,7 +17,8 @@ SEPARATOR_LINE = re.compile(rb'"?sep=([ -~\t])"?[\r\n]*')  # how a spreadsheet n
 
 
 def csv_rows(file: Path) -> Rows:
-    """Separated by commas; by semicolons where the header has no comma, as spreadsheets write it where the comma is in numbers;
+    """Separated by commas; by semicolons where the header has no comma, as spreadsheets write it where the comma is in
+    numbers;
 
     or as a first line `sep=;` says, which is a spreadsheet's too.
     """
@@ -47,17 +48,28 @@ def _table_rows(file: Path, records: Iterator[tuple[int, list[str] | InputError]
         else:
             header = checked_names(fields, where)
             if separator == "\t" and (quoted := next((name for name in header if re.fullmatch('".*"', name)), None)):
-                raise InputError(f"{where}: the column {shown(quoted)} is in quotes, and TSV has no quoting; write the file as CSV, or without quotes")
+                raise InputError(
+                    f"{where}: the column {shown(quoted)} is in quotes, and TSV has no quoting; "
+                    "write the file as CSV, or without quotes"
+                )
             if len(header) == 1 and (other := next((mark for mark in ",;\t|" if mark in header[0]), None)):
-                remedy = f"separate the fields by {separator!r}, or end the file's name in .csv or .tsv as they are separated"
-                raise InputError(f"{where}: the header is one column with {other!r} in its name, {shown(header[0])}; {remedy}")
+                remedy = (
+                    f"separate the fields by {separator!r}, or end the file's name in .csv or .tsv as they are "
+                    "separated"
+                )
+                raise InputError(
+                    f"{where}: the header is one column with {other!r} in its name, {shown(header[0])}; {remedy}"
+                )
 
 
 def _table_row(header: list[str], fields: list[str], separator: str, where: str) -> dict:
     if len(fields) != len(header):
         mark = {",": "comma", ";": "semicolon"}.get(separator)
         remedy = f"quote texts that hold a {mark} or a line end" if mark else "take tabs and line ends out of the texts"
-        raise InputError(f"{where}: {len(fields)} fields where the header names {len(header)} columns: {shown(separator.join(fields)[:80])}; {remedy}")
+        raise InputError(
+            f"{where}: {len(fields)} fields where the header names {len(header)} columns: "
+            f"{shown(separator.join(fields)[:80])}; {remedy}"
+        )
     return dict(zip(header, fields, strict=True))
 
 
@@ -83,16 +95,21 @@ def _looks_quoted(field: str) -> bool:
 
 
 def _csv_records(file: Path, separator: str, skip: int = 0) -> Iterator[tuple[int, list[str] | InputError]]:
-    """(line where it begins, fields). Strict: a stray quote is an error of the row, where csv would join texts in silence.
+    """(line where it begins, fields). Strict: a stray quote is an error of the row, where csv would join texts in
+    silence.
 
-    Some write `"a", "b"`: where one of the first records has a quote behind a blank, blanks behind separators are none of the
-    texts'; one that comes later is an error of its row.
+    Some write `"a", "b"`: where one of the first records has a quote behind a blank, blanks behind separators are none
+    of the texts'; one that comes later is an error of its row.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # of the process; 128 KB else, and documents are longer
+    # of the process; 128 KB else, and documents are longer
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     blanks = _has_blanks_before_quotes(file, separator, skip)
     for number, fields in _csv_parsed(file, separator, skip, blanks):
         if not blanks and (odd := _quoted_behind_blanks(fields)):
-            yield number, InputError(f"{file}, line {number}: a quote behind a blank, {shown(odd)}; take the blanks between separators and quotes away")
+            yield number, InputError(
+                f"{file}, line {number}: a quote behind a blank, {shown(odd)}; "
+                "take the blanks between separators and quotes away"
+            )
         else:
             yield number, fields
 
@@ -133,13 +150,21 @@ def _csv_parsed(file: Path, separator: str, skip: int, blanks: bool) -> Iterator
 def _csv_error(error: csv.Error, where: str, last_line: int, feed: "_Feed") -> InputError:
     if str(error).startswith(("unexpected end", "field larger")):
         found = f"{where}: a quote that opens in the row {shown(feed.first)} is not closed up to line {last_line}"
-        raise InputError(f"{found}, and no row behind it can be told; close it, or double quotes within a text") from None
-    remedy = "take the blanks behind quotes away" if re.search(r'"[ \t]+\W', feed.first) else "double quotes within a text, or remove the row"
+        raise InputError(
+            f"{found}, and no row behind it can be told; close it, or double quotes within a text"
+        ) from None
+    remedy = (
+        "take the blanks behind quotes away"
+        if re.search(r'"[ \t]+\W', feed.first)
+        else "double quotes within a text, or remove the row"
+    )
     return InputError(f"{where}: not CSV up to line {last_line} ({error}): {shown(feed.first)}; {remedy}")
 
 
 class _Feed:
-    """Lines for csv.reader. A line that is no text goes in with stand-ins, so that the quotes around it still count, and is remembered."""
+    """Lines for csv.reader. A line that is no text goes in with stand-ins, so that the quotes around it still count,
+    and is remembered.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file, self.lines = file, byte_lines(file)

@@ -42,7 +42,18 @@ EVALUATION = {
              "threading", "subprocess", "pathlib", "tempfile", "shutil", "calendar", "difflib", "textwrap", "httpx",
              "huggingface_hub"),
 }
-SKIPPED = {"test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__", "_vendor", "vendor"}
+SKIPPED = {
+    "test",
+    "tests",
+    "testing",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "site-packages",
+    "__pycache__",
+    "_vendor",
+    "vendor",
+}
 MIN_SUMMARY_WORDS, MAX_SUMMARY_WORDS, MIN_BODY_WORDS = 3, 40, 8
 PROJECT = "sgpt-framework"
 
@@ -113,7 +124,10 @@ def harvest(packages: dict[str, list[Path]]) -> list[Documented]:
     seen: set[str] = set()
     kept: list[Documented] = []
     order = sorted(packages)
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool, progress_bar("reading docstrings", len(order)) as advance:
+    with (
+        ProcessPoolExecutor(mp_context=get_context("spawn")) as pool,
+        progress_bar("reading docstrings", len(order)) as advance,
+    ):
         for found_in_package in pool.map(_documented_in, order, (packages[name] for name in order)):
             advance(1)
             for found in found_in_package:
@@ -153,7 +167,9 @@ def _key() -> str:
 
 
 def split_of(package: str) -> str:
-    """"train", "dev" or "test": a package is wholly in one of them, with its twin in Python: datetime's source is _pydatetime since 3.12."""
+    """"train", "dev" or "test": a package is wholly in one of them, with its twin in Python: datetime's source is
+    _pydatetime since 3.12.
+    """
     return next((split for split, packages in EVALUATION.items() if package.removeprefix("_py") in packages), "train")
 
 
@@ -173,7 +189,9 @@ def installed_packages() -> dict[str, list[Path]]:
 
 
 def documented_objects(file: Path, package: str) -> Iterator[Documented]:
-    """The public documented objects of one source file, in the order of the file. A file that is not Python 3 has none."""
+    """The public documented objects of one source file, in the order of the file. A file that is not Python 3 has
+    none.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's "\\d" outside of raw strings
@@ -199,7 +217,9 @@ def content_hash(documented: list[Documented]) -> str:
     return digest.hexdigest()
 
 
-def _public_nodes(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
+def _public_nodes(
+    node: ast.AST, prefix: str
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not child.name.startswith("_"):
             yield prefix, child
@@ -211,7 +231,8 @@ def _public_nodes(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.Functio
 
 def _summary_and_body(docstring: str, name: str) -> tuple[str, str] | None:
     """The first paragraph and the rest; None when either is too thin to search with."""
-    paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring).replace("\0", ""), maxsplit=1)  # some write "\0" for "\\0"
+    # some write "\0" for "\\0"
+    paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring).replace("\0", ""), maxsplit=1)
     if len(paragraphs) < 2:
         return None
     summary, body = (" ".join(part.split()) for part in paragraphs)
