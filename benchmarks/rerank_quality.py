@@ -87,7 +87,7 @@ def results(name: str, encoder: Encoder, options: argparse.Namespace) -> dict:
     return found
 
 
-def scorer(ranker: str, prompt: str, dtype: str = "float32") -> compare.Rescore:
+def scorer(ranker: str, prompt: str, dtype: str = "float32") -> compare.RescoreRun:
     return partial(rerank, CrossEncoder.from_pretrained(ranker, prompt, dtype=dtype))
 
 

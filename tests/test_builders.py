@@ -52,7 +52,7 @@ def original_triplets(pairs: list[tuple[str, str, str]], seed: int) -> list[tupl
 
 
 def triplets(path: Path, seed: int = 0) -> list[tuple[str, str, str]]:
-    found = list(nli.read_examples(path, seed))
+    found = list(nli.nli_examples(path, seed))
     assert not any(example.other_positives for example in found)
     return [(example.query, example.positive, *example.hard_negatives) for example in found]
 

@@ -354,10 +354,10 @@ def test_a_batch_is_query_major_and_knows_equal_texts(tiny_encoder):
 
 
 def test_qrels_and_triples_without_a_header_lose_no_row(folder):
-    with_header = beir.read_qrels(folder, "test"), len(list(beir.read_examples(folder, "test", "triples.tsv", 1)))
+    with_header = beir.read_qrels(folder, "test"), len(list(beir.beir_examples(folder, "test", "triples.tsv", 1)))
     for file in (folder / "qrels" / "test.tsv", folder / "triples.tsv"):
         file.write_text(file.read_text().split("\n", 1)[1])
-    assert (beir.read_qrels(folder, "test"), len(list(beir.read_examples(folder, "test", "triples.tsv", 1)))) == with_header
+    assert (beir.read_qrels(folder, "test"), len(list(beir.beir_examples(folder, "test", "triples.tsv", 1)))) == with_header
 
 
 # --- from a configuration to batches ---

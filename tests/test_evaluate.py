@@ -18,8 +18,9 @@ from sgpt.data.formats.beir import read_retrieval
 from sgpt.data.formats.scored_pairs import read_pairs
 from sgpt.data.formats.trec import ranked
 from sgpt.data.test_sets.beir_sets import AVERAGES, BEIR_SETS, FORUMS, BeirFolder, averages, find_beir_folders, read_beir_folder
-from sgpt.evaluation import compare
+from sgpt.evaluation import compare, systems
 from sgpt.evaluation.evaluate import EvaluateConfig, EvaluationConfig, read_sets
+from sgpt.evaluation.systems import find_sets
 from sgpt.evaluation.table import beir_averages, systems_table, with_cqadupstack
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.dense import retrieve, search
@@ -398,3 +399,19 @@ def test_the_script_refuses_in_one_sentence(arguments, message, project):
     *log, error = ended.stderr.splitlines()
     assert re.match(f"error: .*{message}", error)
     assert not [line for line in log if "error" in line or "Traceback" in line]
+
+
+def test_a_broken_corpus_is_refused_before_any_set_is_scored_and_large_ones_are_read_twice(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        beir(tmp_path / name, {"d": f"text of {name}"}, {"q": "text"}, {"test": {"q": {"d": 1}}})
+    config = EvaluateConfig(model="base", retrieval=[str(tmp_path / "one"), str(tmp_path / "two")])
+    folders, reasons = find_sets(config).retrieval, []
+    for kept in (systems.KEPT_CHARACTERS, 0):
+        monkeypatch.setattr(systems, "KEPT_CHARACTERS", kept)
+        texts = [tuned.dataset.corpus["d"] for _, tuned in systems.read_retrieval_sets(folders, config, reasons.append)]
+        assert texts == ["text of one", "text of two"]
+    assert len(reasons) == 4  # one a set, each time before anything is scored: there is no split to tune on
+    with (tmp_path / "two" / "corpus.jsonl").open("a") as corpus:
+        corpus.write("{]\n")
+    with pytest.raises(InputError, match=r"two/corpus\.jsonl, line 2: not JSON"):
+        systems.read_retrieval_sets(folders, config, reasons.append)

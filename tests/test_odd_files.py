@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from sgpt.data.feed.example import Example
 from sgpt.data.formats import beir
-from sgpt.data.formats.beir import read_documents
+from sgpt.data.formats.beir import read_search_corpus
 from sgpt.data.formats.scored_pairs import read_pairs
 from sgpt.data.formats.trec import read_run
 from sgpt.data.readers import DataConfig, SourceConfig, read_examples
@@ -140,7 +140,7 @@ def test_what_a_limit_leaves_nothing_of_is_refused(tmp_path):
         read_sets(EvaluationConfig(sts=[str(file)], limit=2))
 
 
-@pytest.mark.parametrize("reader", [beir.read_corpus, read_documents])
+@pytest.mark.parametrize("reader", [beir.read_corpus, read_search_corpus])
 def test_a_title_that_is_no_value_is_no_title_and_one_that_is_no_text_is_refused(reader, tmp_path):
     folder = tmp_path / "b"
     json_lines(folder / "corpus.jsonl", '{"_id": "1", "title": NaN, "text": "Put the egg"}', '{"_id": "2", "title": null, "text": "in"}')
@@ -164,7 +164,7 @@ def test_words_for_no_value_and_lists_in_cells_are_told(tmp_path, caplog):
     assert "a.csv, line 2: 'nan' is a word for no value and is read as a text, in 2 rows; leave such cells empty" in caplog.text
     assert "a.csv, line 4: \"['p', 'r']\" is a list written as text and is read as a text, in 1 rows" in caplog.text
     json_lines(tmp_path / "corpus.jsonl", {"_id": "1", "title": "nan", "text": "a"})
-    read_documents(tmp_path / "corpus.jsonl")
+    read_search_corpus(tmp_path / "corpus.jsonl")
     assert "corpus.jsonl, line 1: 'nan' is a word for no value and is read as a text or title, in 1 rows" in caplog.text
 
 

@@ -26,15 +26,15 @@ def main(composed: DictConfig) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False)
     # cheap refusals first, then the models, then every corpus; only then is anything scored
     check_request(config)
-    found = find_sets(config)
+    sets = find_sets(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling).to(device)
     log = logging.getLogger("sgpt.evaluation.evaluate")
-    log.info("%s is evaluated on %s, on %s", config.model, ", ".join(found.names), device)
+    log.info("%s is evaluated on %s, on %s", config.model, ", ".join(sets.names), device)
     rescore = load_rescore(config, device)
-    retrieval = read_retrieval_sets(found.retrieval, config, console.print)
+    retrieval = read_retrieval_sets(sets.retrieval, config, console.print)
 
-    results = score_all(encoder, found, retrieval, config, rescore)
+    results = score_all(encoder, sets, retrieval, config, rescore)
     title = f"{config.split or 'test'}, results × 100, differences with 95 % intervals"
     console.print(systems_table(results | beir_averages(results), title))
 

@@ -21,13 +21,13 @@ def main(composed: DictConfig) -> None:
     from sgpt.decoder.trunk import load_tokenizer
     from sgpt.inspection import inspect as inspection
     from sgpt.inspection.inspect import InspectConfig
-    from sgpt.inspection.page import free_place, write_page
+    from sgpt.inspection.page import check_output, write_inspection
     from sgpt.training.guide import grouped
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sgpt").setLevel(logging.INFO)
     config = typed(InspectConfig, composed)
-    page = free_place(Path(config.output or f"{config.runs}/{config.name}.inspection.html"))
+    page = check_output(Path(config.output or f"{config.runs}/{config.name}.inspection.html"))
     tokenizer = load_tokenizer(config.model.path)
     feed = build_feed(
         config.data,
@@ -46,8 +46,8 @@ def main(composed: DictConfig) -> None:
         steps=steps,
         batches_per_step=config.trainer.gradient_accumulation,
     )
-    inspection.show(found, Console())
-    write_page(found, page, config.name, plain(config))
+    inspection.print_inspection(found, Console())
+    write_inspection(found, page, config.name, plain(config))
     print(f"page  {page}")
 
 

@@ -15,7 +15,7 @@ def main(composed: DictConfig) -> None:
     from rich.markup import escape
 
     from sgpt.cli.compose import typed
-    from sgpt.data.formats.beir import read_documents
+    from sgpt.data.formats.beir import read_search_corpus
     from sgpt.data.readers import default_corpus
     from sgpt.encoder import contract as contracts
     from sgpt.encoder.encoder import Encoder
@@ -31,7 +31,7 @@ def main(composed: DictConfig) -> None:
     path = Path(config.corpus) if config.corpus else default_corpus()
     ours = any((Path(config.run) / part / contracts.FILE).is_file() for part in ("", "export", "adapter"))
     place = Path(config.run) if ours else Path("runs/search") / Path(config.run).name  # nothing is written into a base
-    documents = read_documents(path)
+    documents = read_search_corpus(path)
     with keeping("the documents that were indexed are kept"):
         searcher = Searcher(encoder, documents, place / "index" / path.name, config.index, ranker=ranker, depth=config.depth)
     console = Console()

@@ -13,7 +13,7 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.provenance import set_threads
 from sgpt.training.config import TrainConfig
 
-PATIENCE = timedelta(hours=6)  # the others wait while one process evaluates, harvests or exports
+PROCESS_TIMEOUT = timedelta(hours=6)  # the others wait while one process evaluates, harvests or exports
 
 
 def start(config: TrainConfig, recorded_threads: int | None = None) -> Accelerator:
@@ -33,7 +33,7 @@ def accelerate(
     """Everything that is global to a process, set once."""
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no", log_with=tracker, project_dir=folder,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
     _check_processes(accelerator.num_processes)
     if accelerator.device.type == "cpu":

@@ -18,7 +18,7 @@ from sgpt.data.formats.rows import kind_of, of_split, of_the_hub, rows, saved_fo
 from sgpt.data.sources import columns as columns_of
 from sgpt.data.sources import msmarco, nli, pairs, pydocs
 from sgpt.data.sources.bad_rows import accepted
-from sgpt.data.sources.columns import ROLES
+from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import files_below
 from sgpt.runtime.values import COUNT, COUNT_OR_NONE, FINITE, MOST, POSITIVE, SEED, SHARE, Range, check_ranges
@@ -46,7 +46,7 @@ class SourceConfig:
     """Of a data set of the hub: rows are read while they are downloaded, and the whole is never on the disk."""
     triples: str | None = None
     """Of a BEIR folder: a TSV in it of query-id, positive-id, negative-id …; null takes the positives of the qrels."""
-    columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(ROLES))
+    columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(COLUMN_ROLES))
     """The file's names for query, positive, negative, label and score; null guesses by the usual names, and says so."""
     labels: list[str] = field(default_factory=list)
     """What numbers in the column of labels mean, in their order from 0: [entailment, neutral, contradiction]."""
@@ -86,9 +86,9 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if self.name not in READERS:
             raise InputError(f"data.name={self.name!r} is unknown; choose one of {', '.join(READERS)}")
-        self.columns = dict.fromkeys(ROLES) | self.columns
-        if odd := self.columns.keys() - {*ROLES}:
-            raise InputError(f"data.columns has the unknown key {sorted(odd)[0]!r}; it maps {', '.join(ROLES)}")
+        self.columns = dict.fromkeys(COLUMN_ROLES) | self.columns
+        if odd := self.columns.keys() - {*COLUMN_ROLES}:
+            raise InputError(f"data.columns has the unknown key {sorted(odd)[0]!r}; it maps {', '.join(COLUMN_ROLES)}")
         self._check_numbers()
         if self.num_hard_negatives > 1 and self.name == "nli":
             raise InputError(
@@ -320,7 +320,7 @@ class Reader:
     fill: Callable[[SourceConfig, Writer, Path], None]
     """fill(config, writer, rejected) writes all of a source; bad rows that are skipped are listed in `rejected`."""
     keys: tuple[str, ...]
-    """Keys of SourceConfig that it reads, besides EVERY_READER's; they alone enter the cache's name, others are refused."""
+    """Keys of SourceConfig that it reads, besides EVERY_READER's; they enter the cache's name, others are refused."""
     fingerprint: Callable[[SourceConfig], str] = files_fingerprint
     """Of the source's content, so that a changed one is read again."""
 
@@ -363,12 +363,12 @@ def _fill_pydocs(config: SourceConfig, writer: Writer, rejected: Path) -> None:
 
 
 def _fill_beir(config: SourceConfig, writer: Writer, rejected: Path) -> None:
-    candidates = beir.read_examples(Path(config.path), config.split, config.triples, config.num_hard_negatives)
+    candidates = beir.beir_examples(Path(config.path), config.split, config.triples, config.num_hard_negatives)
     _write_accepted(candidates, config, writer, rejected)
 
 
 def _fill_nli(config: SourceConfig, writer: Writer, rejected: Path) -> None:
-    _write(nli.read_examples(Path(config.path), config.seed), config, writer)
+    _write(nli.nli_examples(Path(config.path), config.seed), config, writer)
 
 
 def _fill_msmarco(config: SourceConfig, writer: Writer, rejected: Path) -> None:

@@ -1,6 +1,7 @@
 """Evaluation of an encoder: retrieval over BEIR folders, similarity of sentence pairs, and BM25 next to it.
 
-Exact search in chunks, and embeddings beyond a gigabyte in a file: besides the texts, memory is bounded whatever the corpus.
+Exact search in chunks, and embeddings beyond a gigabyte in a file: besides the texts, memory is bounded whatever the
+corpus.
 """
 
 import logging
@@ -53,9 +54,12 @@ class Sets:
 
 def read_sets(config: EvaluationConfig) -> Sets:
     """Reads every file now: what is missing or cannot be scored must stop a run before it trains, not after."""
-    retrieval = [read_beir_folder(place) for place in find_beir_folders(config.retrieval, config.split, Path(BEIR_ROOT))]
-    pairs = [chosen for file in config.sts for chosen in read_pairs(Path(file), config.split or "test")]
-    names = [chosen.name for chosen in (*retrieval, *pairs)]
+    folders = find_beir_folders(config.retrieval, config.split, Path(BEIR_ROOT))
+    retrieval = [read_beir_folder(folder) for folder in folders]
+    pairs: list[PairSet] = []
+    for file in config.sts:
+        pairs += read_pairs(Path(file), config.split or "test")  # SemEval's files give a set a year
+    names = [dataset.name for dataset in (*retrieval, *pairs)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(
             f"two evaluation sets are called {twice!r}, and results are kept by name; "
@@ -64,23 +68,23 @@ def read_sets(config: EvaluationConfig) -> Sets:
     if config.limit is None:
         return Sets(retrieval, pairs)
     sets = Sets(
-        [fewer_documents(chosen, config.limit) for chosen in retrieval],
-        [fewer_pairs(chosen, config.limit) for chosen in pairs],
+        [fewer_documents(dataset, config.limit) for dataset in retrieval],
+        [fewer_pairs(dataset, config.limit) for dataset in pairs],
     )
-    for chosen in sets.retrieval:
+    for dataset in sets.retrieval:
         if not any(
-            score > 0 and document in chosen.corpus
-            for judged in chosen.qrels.values()
+            score > 0 and document in dataset.corpus
+            for judged in dataset.qrels.values()
             for document, score in judged.items()
         ):
             raise InputError(
-                f"evaluation.limit={config.limit}: the first queries of {chosen.name} have no relevant document; "
+                f"evaluation.limit={config.limit}: the first queries of {dataset.name} have no relevant document; "
                 "raise it"
             )
-    for chosen in sets.sts:
-        if len(set(chosen.scores)) < 2:
+    for dataset in sets.sts:
+        if len(set(dataset.scores)) < 2:
             raise InputError(
-                f"evaluation.limit={config.limit}: the first pairs of {chosen.name} have one score, "
+                f"evaluation.limit={config.limit}: the first pairs of {dataset.name} have one score, "
                 "nothing to correlate; raise it"
             )
     return sets
@@ -89,11 +93,11 @@ def read_sets(config: EvaluationConfig) -> Sets:
 def evaluate(encoder: Encoder, sets: Sets) -> Results:
     """Set name -> metrics."""
     results: Results = {}
-    for chosen in sets.retrieval:
+    for dataset in sets.retrieval:
         with under_way(
-            f"evaluating on {chosen.name}, {len(chosen.qrels):,} queries and {len(chosen.corpus):,} documents"
+            f"evaluating on {dataset.name}, {len(dataset.qrels):,} queries and {len(dataset.corpus):,} documents"
         ):
-            results[chosen.name] = ranking(chosen.qrels, retrieve(encoder, chosen))
+            results[dataset.name] = ranking(dataset.qrels, retrieve(encoder, dataset))
     for pairs in sets.sts:
         with under_way(f"evaluating on {pairs.name}, {len(pairs.scores):,} pairs"):
             results[pairs.name] = correlations(pairs.scores, cosines(encoder, pairs))
@@ -111,9 +115,9 @@ def cosines(encoder: Encoder, pairs: PairSet) -> list[float]:
 def bm25(sets: Sets) -> Results:
     """BM25 (bm25s, Lucene's variant, English stop words) on the retrieval sets."""
     results: Results = {}
-    for chosen in sets.retrieval:
-        with under_way(f"BM25 on {chosen.name}, {len(chosen.corpus):,} documents"):
-            results[chosen.name] = ranking(chosen.qrels, bm25_run(chosen))
+    for dataset in sets.retrieval:
+        with under_way(f"BM25 on {dataset.name}, {len(dataset.corpus):,} documents"):
+            results[dataset.name] = ranking(dataset.qrels, bm25_run(dataset))
     return results
 
 
@@ -121,18 +125,14 @@ def metrics_table(columns: Mapping[str, Results], title: str):
     """A rich table: a row for each set and metric, a column for each system."""
     from rich.table import Table
 
-    made = Table("set", "metric", *columns, title=title)
-    for name in dict.fromkeys(name for results in columns.values() for name in results):
-        for metric in dict.fromkeys(metric for results in columns.values() for metric in results.get(name, {})):
-            made.add_row(
-                name,
-                metric,
-                *(
-                    f"{100 * results[name][metric]:.2f}" if metric in results.get(name, {}) else "–"
-                    for results in columns.values()
-                ),
-            )
-    return made
+    rows = Table("set", "metric", *columns, title=title)
+    names = dict.fromkeys(name for results in columns.values() for name in results)
+    for name in names:
+        of_systems = [results.get(name, {}) for results in columns.values()]
+        for metric in dict.fromkeys(metric for metrics in of_systems for metric in metrics):
+            cells = (f"{100 * metrics[metric]:.2f}" if metric in metrics else "–" for metrics in of_systems)
+            rows.add_row(name, metric, *cells)
+    return rows
 
 
 def similarity_sample(encoder: Encoder, queries: Sequence[str], positives: Sequence[str]) -> dict[str, list[float]]:

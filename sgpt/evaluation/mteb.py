@@ -3,9 +3,9 @@
     import mteb
     mteb.evaluate(MtebEncoder(Encoder.from_pretrained("runs/pydocs")), mteb.get_task("SciFact"))
 
-Texts go down our own road: markers by role, packs, no tokenisation by mteb. The role is what mteb says a text is. Where
-it says nothing a task compares equals, and both sides are queries; so are those of the four re-ranking tasks of the
-first MTEB, because the paper's numbers were made so (Muennighoff 2022, SGPT; MTEB then knew no roles outside of
+Texts are encoded as everywhere here: markers by role, packs, no tokenisation by mteb. The role is what mteb says a text
+is. Where it says nothing a task compares equals, and both sides are queries; so are those of the four re-ranking tasks
+of the first MTEB, because the paper's numbers were made so (Muennighoff 2022, SGPT; MTEB then knew no roles outside of
 retrieval).
 """
 
@@ -29,9 +29,17 @@ from sgpt.runtime.progress import under_way
 from sgpt.text.markers import ROLES, MarkersConfig, Role
 
 SYMMETRIC = {"AskUbuntuDupQuestions", "MindSmallReranking", "SciDocsRR", "StackOverflowDupQuestions"}
-UNKNOWN = (  # what mteb wants to be told, and these models do not know of themselves
-    "loader", "release_date", "languages", "memory_usage_mb", "license", "open_weights", "public_training_code", "public_training_data", "training_datasets",
-)  # fmt: skip
+UNKNOWN = (  # what mteb asks for, and these models do not know of themselves
+    "loader",
+    "release_date",
+    "languages",
+    "memory_usage_mb",
+    "license",
+    "open_weights",
+    "public_training_code",
+    "public_training_data",
+    "training_datasets",
+)
 
 
 @dataclass
@@ -66,8 +74,9 @@ class MtebConfig:
 
 
 class MtebEncoder:
-    """mteb's EncoderProtocol. Embeddings are float32 [texts, D], of length 1 where the contract says so; similarity is
-    the cosine.
+    """mteb's EncoderProtocol.
+
+    Embeddings are float32 [texts, D], of length 1 where the contract says so; similarity is the cosine.
     """
 
     def __init__(self, encoder: Encoder, name: str = "sgpt/encoder") -> None:
@@ -81,8 +90,9 @@ class MtebEncoder:
     def encode(
         self, inputs: Iterable[dict[str, Any]], *, task_metadata: Any, prompt_type: str | None = None, **options
     ) -> np.ndarray:
-        """inputs: batches with a list `text`. The other options are sizes and bars of other models' encoders, and not
-        read.
+        """inputs: batches with a list `text`.
+
+        The other options are sizes and bars of other models' encoders, and not read.
         """
         return self.encoder.encode(_texts(inputs), role_of(task_metadata.name, prompt_type))
 
@@ -119,29 +129,31 @@ def role_of(task: str, prompt_type: str | None) -> Role:
 
 
 def read_tasks(names: Sequence[str]) -> list[Any]:
-    """mteb's tasks of these names, and those of benchmarks, each once. Raises InputError for a name that mteb does not
-    know.
+    """mteb's tasks of these names, and those of benchmarks, each once.
+
+    Raises InputError for a name that mteb does not know.
     """
     mteb = _mteb()
     tasks: dict[str, Any] = {}
     for name in names:
         try:
-            found = [mteb.get_task(name)]
+            named = [mteb.get_task(name)]
         except KeyError as unknown:
             try:
-                found = mteb.get_benchmark(name).tasks
+                named = mteb.get_benchmark(name).tasks
             except KeyError:
                 raise InputError(
                     "tasks: mteb has no task and no benchmark of this name: "
                     f"{str(unknown.args[0]).removeprefix('KeyError: ')}"
                 ) from None
-        tasks |= {task.metadata.name: task for task in found}
+        tasks |= {task.metadata.name: task for task in named}
     return list(tasks.values())
 
 
 def run(model: MtebEncoder | MtebReranker, tasks: Sequence[Any], output: Path) -> Results:
-    """Task -> its main score, by mteb's name for it, 0 to 1. mteb's files go to
-    <output>/results/<model>/<revision>/<task>.json.
+    """Task -> its main score, by mteb's name for it, 0 to 1.
+
+    mteb's files go to <output>/results/<model>/<revision>/<task>.json.
 
     The revision is made of the weights and of all that decides an embedding or a score, so results of other weights are
     not taken for these. Raises InputError for a data set that is neither in the cache nor reachable; finished tasks
@@ -161,8 +173,9 @@ def run(model: MtebEncoder | MtebReranker, tasks: Sequence[Any], output: Path) -
                 ).task_results
         except (ConnectionError, DatasetNotFoundError) as error:
             raise InputError(
-                f"tasks={task.metadata.name}: its data set {task.metadata.dataset['path']} is not in the cache of Hugging Face's datasets, and the hub "
-                f"cannot give it ({error}); run this once where there is a network, or leave the task out. What is finished is in {output}"
+                f"tasks={task.metadata.name}: its data set {task.metadata.dataset['path']} is not in the cache of "
+                f"Hugging Face's datasets, and the hub cannot give it ({error}); "
+                f"run this once where there is a network, or leave the task out. What is finished is in {output}"
             ) from error
         results[task.metadata.name] = {task.metadata.main_score: float(result.get_score())}
     return results
@@ -180,9 +193,15 @@ def _texts(inputs: Iterable[dict[str, Any]]) -> list[str]:
 
 def _meta(name: str, revision: str, trunk: Any, max_tokens: int, kind: str, **stated) -> Any:
     return _mteb().models.ModelMeta(
-        name=name, revision=revision[:16], n_parameters=sum(parameter.numel() for parameter in trunk.parameters()), max_tokens=max_tokens,
-        framework=["PyTorch"], model_type=[kind], **dict.fromkeys(UNKNOWN), **stated,
-    )  # fmt: skip
+        name=name,
+        revision=revision[:16],
+        n_parameters=sum(parameter.numel() for parameter in trunk.parameters()),
+        max_tokens=max_tokens,
+        framework=["PyTorch"],
+        model_type=[kind],
+        **dict.fromkeys(UNKNOWN),
+        **stated,
+    )
 
 
 def _mteb() -> Any:

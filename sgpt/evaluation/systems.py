@@ -1,9 +1,9 @@
 """What train/evaluate.py asks for: all test sets are found and read, then every system is scored on each of them.
 
-A broken set is refused before the first one is scored, as that may take hours: find_sets reads scored pairs and USEB whole
-and finds the split of each retrieval set; read_retrieval_sets then parses every corpus once. Texts stay in memory up to
-KEPT_CHARACTERS in all; a set beyond that is dropped and parsed again when its turn comes. Parsing MS MARCO's 8.8 million
-passages takes about a minute, encoding them hours.
+A broken set is refused before the first one is scored, as that may take hours: find_sets reads scored pairs and USEB
+whole and finds the split of each retrieval set; read_retrieval_sets then parses every corpus once. Texts stay in memory
+up to KEPT_CHARACTERS in all; a set beyond that is dropped and parsed again when its turn comes. Parsing MS MARCO's 8.8
+million passages takes about a minute, encoding them hours.
 """
 
 import json
@@ -17,7 +17,7 @@ from sgpt.data.test_sets.beir_sets import BeirFolder, find_beir_folders, read_be
 from sgpt.data.test_sets.useb import UsebTask, read_useb
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation import compare
-from sgpt.evaluation.compare import Rescore
+from sgpt.evaluation.compare import RescoreRun
 from sgpt.evaluation.evaluate import EvaluateConfig, EvaluationConfig, Results, Sets, evaluate, read_sets
 from sgpt.evaluation.table import Systems, beir_averages, with_cqadupstack
 from sgpt.evaluation.useb import useb
@@ -66,7 +66,7 @@ def check_request(config: EvaluateConfig) -> None:
 
 
 def find_sets(config: EvaluateConfig) -> FoundSets:
-    """What can be told without reading a corpus. Names of BEIR's sets are downloaded here."""
+    """What can be known without reading a corpus. Names of BEIR's sets are downloaded here."""
     retrieval = find_beir_folders(config.retrieval, config.split, Path(config.beir_root))
     pairs = read_sets(EvaluationConfig(sts=config.sts, split=config.split))
     tasks = read_useb(Path(config.useb), config.split or "test") if config.useb else []
@@ -78,7 +78,7 @@ def find_sets(config: EvaluateConfig) -> FoundSets:
     return FoundSets(retrieval, pairs, tasks)
 
 
-def load_rescore(config: EvaluateConfig, device: str) -> Rescore | None:
+def load_rescore(config: EvaluateConfig, device: str) -> RescoreRun | None:
     """The re-ranker as a function of a set and a run; None without `rerank`."""
     if not config.rerank:
         return None
@@ -120,10 +120,10 @@ def _read(folder: BeirFolder, config: EvaluateConfig) -> tuple[TunedSet, str]:
 
 def score_all(
     encoder: Encoder,
-    found: FoundSets,
+    sets: FoundSets,
     retrieval: Iterator[tuple[BeirFolder, TunedSet]],
     config: EvaluateConfig,
-    rescore: Rescore | None = None,
+    rescore: RescoreRun | None = None,
 ) -> dict[str, Systems]:
     """Set -> system -> results. What is finished is recorded after every set: a killed evaluation keeps what it has."""
     results: dict[str, Systems] = {}
@@ -132,14 +132,14 @@ def score_all(
             results[folder.name] = _score(encoder, folder.name, tuned, config, rescore)
         record(config, results)
     results = with_cqadupstack(results)
-    results |= _of_the_model(evaluate(encoder, found.pairs))
+    results |= _of_the_model(evaluate(encoder, sets.pairs))
     record(config, results)
-    results |= _of_the_model(useb(encoder, found.tasks))
+    results |= _of_the_model(useb(encoder, sets.tasks))
     record(config, results)
     return results
 
 
-def _score(encoder: Encoder, name: str, tuned: TunedSet, config: EvaluateConfig, rescore: Rescore | None) -> Systems:
+def _score(encoder: Encoder, name: str, tuned: TunedSet, config: EvaluateConfig, rescore: RescoreRun | None) -> Systems:
     dataset = tuned.dataset
     title = f"evaluating on {name}, {len(dataset.qrels):,} queries and {len(dataset.corpus):,} documents"
     with under_way(title):

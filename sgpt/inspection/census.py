@@ -12,7 +12,7 @@ from sgpt.data.feed.store import EXAMPLES, TEXTS, TOKENS, Column
 from sgpt.runtime.progress import progress_bar
 from sgpt.text.markers import Frame
 
-POSITIVES_TOLD_APART = 4  # 1, 2, 3, and so many or more
+MOST_POSITIVES_COUNTED = 4  # 1, 2, 3, and so many or more
 LIST_TYPES = {field.name: field.type for schema in (TEXTS, EXAMPLES, TOKENS) for field in schema}
 
 
@@ -42,7 +42,7 @@ class Counts:
     tokens: float
 
 
-def count(source: Source) -> Counts:
+def count_source(source: Source) -> Counts:
     census = _Census(source)
     with progress_bar(f"counting {source.name}", 2 * len(source.examples) + len(source.examples.texts)) as advance:
         positives, negatives, texts = census.positives(advance), census.hard_negatives(advance), census.texts(advance)
@@ -58,8 +58,9 @@ def count(source: Source) -> Counts:
 
 
 class _Census:
-    """What is known of one source so far. Texts are told apart by their hashes and numbered anew: equal texts share one
-    number.
+    """What is known of one source so far.
+
+    Texts are known by their hashes and numbered anew: equal texts share one number.
 
     numbers [texts of the store]. queries [N]. lengths: by role, [different texts], in the frame and cut. asked, used:
     [different texts], is it a query, is it of any example. pairs: query and positive as one number each, sorted.
@@ -91,8 +92,8 @@ class _Census:
         self.used |= answering
         self.tokens += self.positive_tokens
         self.pairs = np.unique(np.concatenate(pairs))
-        each = np.unique(self.pairs // len(self.used), return_counts=True)[1].clip(max=POSITIVES_TOLD_APART)
-        by_positives = tuple(np.bincount(each, minlength=POSITIVES_TOLD_APART + 1)[1:].tolist())
+        each = np.unique(self.pairs // len(self.used), return_counts=True)[1].clip(max=MOST_POSITIVES_COUNTED)
+        by_positives = tuple(np.bincount(each, minlength=MOST_POSITIVES_COUNTED + 1)[1:].tolist())
         return {
             "positives": total,
             "repeated_positives": total - int(answering.sum()),
@@ -108,10 +109,15 @@ class _Census:
             tokens += (np.minimum(1, self.num_hard_negatives * shares) * self.lengths["document"][texts]).sum()
         each = _list_lengths("hard_negatives", self.examples.hard_negatives)
         missing = (self.num_hard_negatives - each).clip(min=0)
-        tokens += missing.mean() * self.positive_tokens  # where an example has too few, positives of others stand in
+        # where an example has too few, positives of others are used instead
+        tokens += missing.mean() * self.positive_tokens
         self.tokens += tokens
-        told = (int(each.min()), float(np.median(each)), int(each.max()))
-        return {"hard_negatives": told, "contrary_negatives": contrary, "short_of_negatives": int((missing > 0).sum())}
+        lengths = (int(each.min()), float(np.median(each)), int(each.max()))
+        return {
+            "hard_negatives": lengths,
+            "contrary_negatives": contrary,
+            "short_of_negatives": int((missing > 0).sum()),
+        }
 
     def texts(self, advance: Callable[[float], None]) -> dict:
         """After the others: only texts that an example uses count."""

@@ -17,8 +17,9 @@ EXAMPLES_AT_A_TIME = 64  # of the sample; their texts are tokenised whole, howev
 
 @dataclass(frozen=True)
 class Lengths:
-    """tokens [texts]: of sampled texts of one role before truncation, markers included. limit: what of them the model
-    sees.
+    """tokens [texts]: of sampled texts of one role before truncation, markers included.
+
+    limit: what of them the model sees.
     """
 
     tokens: np.ndarray
@@ -36,8 +37,9 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Sample:
-    """Of one source. scripts: share of the letters, largest first. vocabulary: entries that occur in what the model
-    sees of the texts.
+    """Of one source. scripts: share of the letters, largest first.
+
+    vocabulary: entries that occur in what the model sees of the texts.
     """
 
     examples: int
@@ -48,17 +50,16 @@ class Sample:
 
 def sample(source: Source, tokenizer, num_examples: int, seed: int) -> Sample:
     """The texts are tokenised again: those in the store are cut."""
-    chosen = np.random.default_rng(seed).choice(
+    sampled = np.random.default_rng(seed).choice(
         len(source.examples), min(num_examples, len(source.examples)), replace=False
     )
     lengths: dict[Role, list[int]] = {role: [] for role in ROLES}
     characters: Counter[str] = Counter()
     occurs = np.zeros(len(tokenizer), dtype=bool)
-    with progress_bar(f"measuring {source.name}", len(chosen)) as advance:
-        for start in range(0, len(chosen), EXAMPLES_AT_A_TIME):
-            drawn = [
-                source.draw(number, 0, seed) for number in np.sort(chosen)[start : start + EXAMPLES_AT_A_TIME].tolist()
-            ]
+    with progress_bar(f"measuring {source.name}", len(sampled)) as advance:
+        for start in range(0, len(sampled), EXAMPLES_AT_A_TIME):
+            part = np.sort(sampled)[start : start + EXAMPLES_AT_A_TIME].tolist()
+            drawn = [source.draw(number, 0, seed) for number in part]
             numbers = {
                 "query": [one.query for one in drawn],
                 "document": [text for one in drawn for text in one.documents],
@@ -75,7 +76,7 @@ def sample(source: Source, tokenizer, num_examples: int, seed: int) -> Sample:
         role: Lengths(np.array(lengths[role]) + around[role], source.frames[role].content_tokens + around[role])
         for role in ROLES
     }
-    return Sample(len(chosen), measured, scripts(characters), int(occurs.sum()))
+    return Sample(len(sampled), measured, scripts(characters), int(occurs.sum()))
 
 
 def scripts(characters: Counter[str]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from sgpt.data.sources.columns import ROLES
+from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import COUNT, NOT_NEGATIVE, SEED, SHARE, THREADS, Range, check_choice, check_ranges
 from sgpt.text.markers import MarkersConfig
@@ -34,7 +34,7 @@ class MineConfig:
 
     data: str = ""
     split: str = "train"
-    columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(ROLES))
+    columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(COLUMN_ROLES))
     labels: list[str] = field(default_factory=list)
     on_error: str = "stop"
     max_error_share: float = 0.01

@@ -1,5 +1,6 @@
-"""Pages to look at: one file each without scripts or outside resources, for light and dark screens. Whoever hands in
-HTML has escaped it.
+"""Pages to look at: one file each without scripts or outside resources, for light and dark screens.
+
+Whoever hands in HTML has escaped it.
 
 Plots are SVG inside the page; their colours and letters are replaced by the page's CSS variables, so that one drawing
 serves both colour schemes.
@@ -26,10 +27,12 @@ COLOURS = {  # CSS variable: light, dark. Plots are drawn in the light ones, so 
 LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 SIDES = {"positive": "teal", "negative": "amber"}
 DRAWING: Any = {  # matplotlib settings
-    "svg.fonttype": "none", "text.parse_math": False, "font.size": 8.5, "lines.linewidth": 1.6, "axes.formatter.limits": (-3, 5),
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": LIGHT["grid"],
-    "axes.edgecolor": LIGHT["grey"], "xtick.color": LIGHT["grey"], "ytick.color": LIGHT["grey"], "text.color": LIGHT["quiet"],
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 8.5, "lines.linewidth": 1.6,
+    "axes.formatter.limits": (-3, 5), "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": LIGHT["grid"],
+    "axes.edgecolor": LIGHT["grey"], "xtick.color": LIGHT["grey"], "ytick.color": LIGHT["grey"],
     "axes.labelcolor": LIGHT["quiet"], "xtick.labelcolor": LIGHT["ink"], "ytick.labelcolor": LIGHT["ink"],
+    "text.color": LIGHT["quiet"],
 }  # fmt: skip
 
 
@@ -137,7 +140,8 @@ PAGE = """<!DOCTYPE html>
 """
 STYLE = """
 *{box-sizing:border-box} p{margin:0}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:var(--paper);color:var(--ink);
+  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:48px 20px 80px}
 h1{font-size:2.3rem;line-height:1.15;margin:.1em 0 .35em;letter-spacing:-.02em;overflow-wrap:anywhere}
 h2{font-size:1.3rem;margin:48px 0 14px;letter-spacing:-.01em}
@@ -154,16 +158,19 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;whit
 th,td{padding:8px 18px;text-align:right} thead th{color:var(--quiet);font-size:.82rem;font-weight:500}
 th:first-child,thead th:nth-child(2),tr.first td:nth-child(2),tr:not(.first) td:first-child{text-align:left}
 tbody th{vertical-align:top;font-weight:600} tr.first>*{border-top:1px solid var(--grid)}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px} .scroll+.grid{margin-top:16px}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px}
+.scroll+.grid{margin-top:16px}
 .wide{grid-column:1/-1} .wide svg{min-width:760px}
 figure{margin:0;padding:14px 16px;min-width:0}
-figcaption{display:flex;flex-wrap:wrap;gap:2px 16px;align-items:baseline;margin-bottom:8px} figcaption b{margin-right:auto}
+figcaption{display:flex;flex-wrap:wrap;gap:2px 16px;align-items:baseline;margin-bottom:8px}
+figcaption b{margin-right:auto}
 .key{font-size:.82rem;color:var(--quiet);white-space:nowrap}
 .key::before{content:"";display:inline-block;width:.7em;height:.7em;margin-right:.45em;border-radius:2px;background:var(--c)}
 svg{display:block;width:100%;height:auto} svg *{stroke-linejoin:round} svg text{font-family:inherit!important}
 details{padding:12px 18px;margin-bottom:12px} summary{cursor:pointer;font-weight:600}
 pre{overflow-x:auto;margin:12px 0 4px;font:13px/1.5 ui-monospace,Consolas,monospace}
-dl dl{margin:0} details dl{display:grid;grid-template-columns:minmax(90px,max-content) 1fr;gap:3px 18px;font-size:.88rem}
+dl dl{margin:0}
+details dl{display:grid;grid-template-columns:minmax(90px,max-content) 1fr;gap:3px 18px;font-size:.88rem}
 details dt{color:var(--quiet)} details dd{margin:0;overflow-wrap:anywhere}
 @media print{figure,table{break-inside:avoid}}
 """

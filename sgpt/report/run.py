@@ -16,14 +16,15 @@ from sgpt.report.page import LIGHT, SIDES, Plot, common_bins, draw_sides, figure
 from sgpt.runtime.errors import InputError
 
 Scores = dict[str, dict[str, float | None]]  # set -> metric -> value; higher is better in all of them
-Results = dict[str, dict[str, dict[str, float | None]]]  # set -> metric -> before, after, bm25 -> value
+SetResults = dict[str, dict[str, dict[str, float | None]]]  # set -> metric -> before, after, bm25 -> value
 Values = list[float | None]
 Points = list[tuple[float, float | None]]  # step, value
 MODELS = {"before": "grey", "after": "blue", "bm25": "amber"}
 KINDS = {"norm": "teal", "attention": "blue", "mlp": "amber"}
 BARS = MODELS | KINDS | {"all": "blue"}
-LABELS = {
-    "bm25": "BM25", "mlp": "MLP", "ndcg@10": "nDCG@10", "map@100": "MAP@100", "recall@100": "Recall@100", "mrr@10": "MRR@10",
+METRIC_LABELS = {
+    "bm25": "BM25", "mlp": "MLP",
+    "ndcg@10": "nDCG@10", "map@100": "MAP@100", "recall@100": "Recall@100", "mrr@10": "MRR@10",
     "spearman_cosine": "Spearman", "pearson_cosine": "Pearson",
     "positive_cosine": "positive", "hardest_negative_cosine": "hardest negative",
 }  # fmt: skip
@@ -113,8 +114,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Log lines in step order. Of a step logged twice (a run that was killed and went on from a checkpoint) the last
-    counts.
+    """Log lines in step order.
+
+    Of a step logged twice (a run that was killed and went on from a checkpoint) the last counts.
     """
     log: dict[float, dict[str, Any]] = {}
     for number, text in enumerate(_text(path).splitlines(), start=1):
@@ -149,9 +151,9 @@ def _scores(data: dict[str, Any], block: str, path: Path, line: int | None = Non
     }
 
 
-def _by_set(data: dict[str, Any], path: Path) -> Results:
+def _by_set(data: dict[str, Any], path: Path) -> SetResults:
     models = {model: _scores(data, model, path) for model in MODELS}
-    results: Results = {}
+    results: SetResults = {}
     for scores in models.values():
         for name, metrics in scores.items():
             for metric in metrics:
@@ -160,25 +162,25 @@ def _by_set(data: dict[str, Any], path: Path) -> Results:
     return results
 
 
-def _label(name: str) -> str:
-    return LABELS.get(name, name)
+def _metric_label(name: str) -> str:
+    return METRIC_LABELS.get(name, name)
 
 
 def _legend(colours: dict[str, str]) -> dict[str, str]:
-    return {_label(name): colour for name, colour in colours.items()}
+    return {_metric_label(name): colour for name, colour in colours.items()}
 
 
 def _main_metric(metrics: Iterable[str]) -> str:
     return next(metric for metric in ("ndcg@10", "spearman_cosine", *metrics) if metric in metrics)
 
 
-def _headline(results: Results) -> str:
+def _headline(results: SetResults) -> str:
     if not results:
         return "This run was not evaluated."
     name, metrics = next(iter(results.items()))
     metric = _main_metric(metrics)
     before, after, bm25 = metrics[metric].values()
-    what = f"{escape(_label(metric))} on {escape(name)}"
+    what = f"{escape(_metric_label(metric))} on {escape(name)}"
     if before is None or after is None:
         known = {"before training": before, "after training": after, "for BM25": bm25}
         parts = [f"<b>{value:.3f}</b> {when}" for when, value in known.items() if value is not None]
@@ -209,13 +211,13 @@ def _tiles(log: list[dict[str, Any]], manifest: dict[str, Any], path: Path) -> s
     return f"<dl class='tiles'>{shown}</dl>"
 
 
-def _table(results: Results) -> str:
+def _table(results: SetResults) -> str:
     rows = []
     for name, metrics in results.items():
         head = f"<th rowspan='{len(metrics)}'>{escape(name)}</th>"
         for metric, values in metrics.items():
             best = max((value for value in values.values() if value is not None), default=None)
-            cells = [f"<td>{escape(_label(metric))}</td>"]
+            cells = [f"<td>{escape(_metric_label(metric))}</td>"]
             for value in values.values():
                 cells.append(
                     "<td>–</td>" if value is None else f"<td{' class=best' if value == best else ''}>{value:.4f}</td>"
@@ -240,12 +242,12 @@ def _difference(value: float | None, reference: float | None) -> str:
     return f"<td class='{colour}'>{value - reference:+.4f}</td>".replace("-", "−")
 
 
-def _score_plots(results: Results) -> list[Plot]:
+def _score_plots(results: SetResults) -> list[Plot]:
     plots = []
     for name, metrics in results.items():
         models = [model for model in MODELS if any(values[model] is not None for values in metrics.values())]
         bars = {model: [values[model] for values in metrics.values()] for model in models}
-        draw = partial(_draw_bars, rows=[_label(metric) for metric in metrics], bars=bars)
+        draw = partial(_draw_bars, rows=[_metric_label(metric) for metric in metrics], bars=bars)
         plots.append(Plot(name, draw, _legend({model: MODELS[model] for model in models})))
     return plots
 
@@ -279,7 +281,7 @@ def _curve_plots(log: list[dict[str, Any]]) -> list[Plot]:
     for line in log:
         for name, metrics in line["dev"].items():
             metric = _main_metric(metrics)
-            curves.setdefault(f"{_label(metric)} on {name}", {metric: []})[metric].append(
+            curves.setdefault(f"{_metric_label(metric)} on {name}", {metric: []})[metric].append(
                 (line["step"], metrics[metric])
             )
     plots = []
@@ -348,8 +350,9 @@ def _similarity_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
 
 
 def _change_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
-    """Relative L2 change, mean over the tensors of a row. A tensor that was zero before has none, and is counted
-    below.
+    """Relative L2 change, mean over the tensors of a row.
+
+    A tensor that was zero before has none, and is counted below.
     """
     change = analysis.get("change") or {}
     if not isinstance(change, dict):

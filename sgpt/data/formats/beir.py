@@ -69,8 +69,9 @@ def _check_judgements(qrels: Qrels, corpus: dict[str, str], folder: Path, file: 
             f"{file}: no judgement is above 0, so no document is relevant to any query; "
             "judge those that are by 1 or more"
         )
-    lost = sum(1 for documents in relevant if documents and not any(document in corpus for document in documents))
-    if lost == sum(map(bool, relevant)):
+    answerable = [documents for documents in relevant if documents]
+    lost = sum(1 for documents in answerable if not any(document in corpus for document in documents))
+    if lost == len(answerable):
         raise InputError(
             f"{file}: every relevant document has an empty text, and those are no candidates; "
             f"give them texts in {folder}/corpus.jsonl"
@@ -109,8 +110,9 @@ def read_corpus(path: Path) -> dict[str, str]:
 
     Titles are optional; a document may be empty, as some are in the old test collections.
     """
-    found = (rows if kind_of(path) else json_rows)(path) if path.is_file() else rows(_table(path, "corpus"))
-    return {identifier: _document(row) for identifier, row in _by_id(found).items()}
+    file = path if path.is_file() else _table(path, "corpus")
+    table = rows(file) if kind_of(file) else json_rows(file)  # any other ending is taken for JSON lines
+    return {identifier: _document(row) for identifier, row in _by_id(table).items()}
 
 
 def split_files(folder: Path) -> list[Path]:
@@ -119,29 +121,32 @@ def split_files(folder: Path) -> list[Path]:
 
 
 def qrels_file(folder: Path, split: str) -> Path:
-    """The split's file by its name, or the one whose name means the same, as `validation` and `dev` do. InputError
-    without one.
+    """The split's file by its name, or the one whose name means the same, as `validation` and `dev` do.
+
+    InputError without one.
     """
-    there = split_files(folder)
-    found = [file for file in there if file.stem == split] or [file for file in there if same_split(file.stem, split)]
-    if not found:
-        has = listed(file.stem for file in there) or "none"
+    files = split_files(folder)
+    of_split = [file for file in files if file.stem == split]
+    of_split = of_split or [file for file in files if same_split(file.stem, split)]
+    if not of_split:
+        has = listed(file.stem for file in files) or "none"
         raise InputError(
             f"{folder / 'qrels' / split}.tsv: no such file; {folder} has the splits: {has}; set split=<one of them>"
         )
-    if len(found) > 1:
+    if len(of_split) > 1:
         raise InputError(
-            f"{folder}/qrels: {listed(file.name for file in found)} are names of one split; "
+            f"{folder}/qrels: {listed(file.name for file in of_split)} are names of one split; "
             "set split=<one of them>, as it is written"
         )
-    return found[0]
+    return of_split[0]
 
 
 def read_qrels(
     folder: Path, split: str, bad: Bad | None = None, known: Collection[str] = ()
 ) -> dict[str, dict[str, int]]:
-    """query id -> document id -> relevance. bad: see `_refuse`. known: ids of queries; a line that begins with one is
-    no header.
+    """query id -> document id -> relevance.
+
+    bad: see `_reject`. known: ids of queries; a line that begins with one is no header.
     """
     file = qrels_file(folder, split)
     qrels: dict[str, dict[str, int]] = {}
@@ -149,21 +154,21 @@ def read_qrels(
         file, lambda fields: len(fields) == 3 and not _is_number(fields[2]) and fields[0] not in known
     ):
         if len(fields) != 3:
-            found = (
+            counts = (
                 f"{len(fields)} tab-separated fields, 3 are needed (query-id, corpus-id, score): "
                 f"{shown(' '.join(fields))}"
             )
-            _refuse(bad, where, f"{found}; write these three, with tabs between them")
+            _reject(bad, where, f"{counts}; write these three, with tabs between them")
             continue
         query, document, score = fields
         if not WHOLE_NUMBER.fullmatch(score.strip()) or abs(relevance := int(score)) > MAX_RELEVANCE:
-            _refuse(bad, where, (
+            _reject(bad, where, (
                 f"relevance {shown(score)} is no whole number up to {MAX_RELEVANCE:,}; "
                 "write 0 for not relevant, 1 or more for relevant"
             ))
             continue
         if (before := qrels.setdefault(query, {}).setdefault(document, relevance)) != relevance:
-            _refuse(bad, where, (
+            _reject(bad, where, (
                 f"document {shown(document)} of query {shown(query)} was judged {before} before and is {relevance} "
                 "here; keep one line"
             ))
@@ -175,14 +180,13 @@ def read_qrels(
     return qrels
 
 
-def read_examples(
+def beir_examples(
     folder: Path, split: str, triples: str | None, num_hard_negatives: int
 ) -> Iterator[tuple[str, Example | InputError | None]]:
-    """(place, example or what is wrong there): a line of `triples` (query-id, positive-id, negative-id …) each, else a
-    query of the
+    """("file, line n", example or what is wrong there) of each line of `triples`, else of each query of the qrels.
 
-    qrels with all its positives. Before them None for each row of the corpus and the queries that is in order, and the
-    others' errors.
+    A line of triples is query-id, positive-id, negative-id …; a query of the qrels comes with all its positives. Before
+    them stand None for each row of the corpus and the queries that is in order, and the errors of the other rows.
     """
     bad: Bad = []
     corpus = {identifier: _document(row) for identifier, row in _by_id(rows(_table(folder, "corpus")), bad).items()}
@@ -257,25 +261,25 @@ def _table(folder: Path, name: str) -> Path:
 
 def _by_id(table: Rows, bad: Bad | None = None) -> dict[str, dict]:
     """Rows with text as id and text, and a title that is text or none, which null and NaN are."""
-    found: dict[str, dict] = {}
+    by_id: dict[str, dict] = {}
     nothing: list[str] = []
     for where, row in table:
         if isinstance(row, InputError):
-            _refuse(bad, where, row)
+            _reject(bad, where, row)
         elif odd := _no_text(row):
-            _refuse(bad, where, f"{odd} is {shown(row[odd])}, which is no text; {_as_text(odd, row[odd])}")
+            _reject(bad, where, f"{odd} is {shown(row[odd])}, which is no text; {_as_text(odd, row[odd])}")
         elif not row.keys() >= {"_id", "text"}:
-            _refuse(
+            _reject(
                 bad,
                 where,
                 f"needs the columns _id and text; it has {listed(row) or 'none'}; rename its columns, or fix the row",
             )
         elif not row["_id"].strip():
-            _refuse(bad, where, f"_id is {row['_id']!r:.80}; give the row an id")
-        elif row["_id"] in found:
-            _refuse(bad, where, f"id {shown(row['_id'])} was used before; ids must be unique")
+            _reject(bad, where, f"_id is {row['_id']!r:.80}; give the row an id")
+        elif row["_id"] in by_id:
+            _reject(bad, where, f"id {shown(row['_id'])} was used before; ids must be unique")
         else:
-            found[row["_id"]] = row
+            by_id[row["_id"]] = row
             if word := next(filter(spells_nothing, (row["text"], row.get("title"))), None):
                 nothing.append(f"{where}: {shown(word)}")
     if nothing:
@@ -284,7 +288,7 @@ def _by_id(table: Rows, bad: Bad | None = None) -> dict[str, dict]:
             nothing[0],
             len(nothing),
         )
-    return found
+    return by_id
 
 
 def _no_text(row: dict) -> str | None:
@@ -307,8 +311,8 @@ def _is_none(value: object) -> bool:
     return value is None or value != value
 
 
-def _refuse(bad: Bad | None, where: str, problem: str | InputError) -> None:
-    """Raised, or put on the list of what the caller counts and goes on without."""
+def _reject(bad: Bad | None, where: str, problem: str | InputError) -> None:
+    """Raised, or put on the list of what the caller counts and leaves out."""
     error = problem if isinstance(problem, InputError) else InputError(f"{where}: {problem}")
     if bad is None:
         raise error
@@ -336,20 +340,20 @@ def _tsv(file: Path, is_header: Callable[[list[str]], bool]) -> Iterator[tuple[s
         first = False
 
 
-def fewer_queries(chosen: RetrievalSet, limit: int | None) -> RetrievalSet:
+def fewer_queries(dataset: RetrievalSet, limit: int | None) -> RetrievalSet:
     """The first `limit` queries, all if None, over the whole corpus."""
-    qrels = dict(islice(chosen.qrels.items(), limit))
-    return replace(chosen, queries={query: chosen.queries[query] for query in qrels}, qrels=qrels)
+    qrels = dict(islice(dataset.qrels.items(), limit))
+    return replace(dataset, queries={query: dataset.queries[query] for query in qrels}, qrels=qrels)
 
 
-def fewer_documents(chosen: RetrievalSet, limit: int) -> RetrievalSet:
-    few = fewer_queries(chosen, limit)
+def fewer_documents(dataset: RetrievalSet, limit: int) -> RetrievalSet:
+    few = fewer_queries(dataset, limit)
     judged = {document for documents in few.qrels.values() for document in documents}
-    kept = judged | set(islice(chosen.corpus, len(judged)))
-    return replace(few, corpus={document: text for document, text in chosen.corpus.items() if document in kept})
+    kept = judged | set(islice(dataset.corpus, len(judged)))
+    return replace(few, corpus={document: text for document, text in dataset.corpus.items() if document in kept})
 
 
-def read_documents(path: Path) -> dict[str, str]:
+def read_search_corpus(path: Path) -> dict[str, str]:
     """id -> text of a BEIR folder or of a file of rows, JSON lines for example, with `_id` and `text`."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; check the path")

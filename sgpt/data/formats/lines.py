@@ -1,12 +1,13 @@
 """Lines of text files, plain or gzipped, and the JSON in them.
 
-The one place where bytes of anyone's text file become text: gzip by the name, a byte order mark, line ends of any system, NUL and
-what is not UTF-8 are handled here, and every error names the file and the line. JSON lines, CSV, TSV, TREC, NLI, USEB and BEIR
-are read through it. (MS MARCO's gigabytes have a byte reader of their own, sgpt/data/sources/msmarco.py.)
+The one place where bytes of anyone's text file become text: gzip by the name, a byte order mark, line ends of any
+system, NUL and what is not UTF-8 are handled here, and every error names the file and the line. JSON lines, CSV, TSV,
+TREC, NLI, USEB and BEIR are read through it. (MS MARCO's gigabytes have a byte reader of their own,
+sgpt/data/sources/msmarco.py.)
 
-    byte_lines, text_lines   a line that cannot be used is given as an InputError, so that the caller may count it and continue
+    byte_lines, text_lines   a line that cannot be used is given as an InputError: the caller may count it and continue
     checked_lines            the first such line is raised, as everything behind it would be read wrongly
-    read_json                a whole file as one JSON value
+    read_json_file                a whole file as one JSON value
 """
 
 import gzip
@@ -103,7 +104,7 @@ def begins_with(file: Path, character: bytes) -> bool:
         raise _cannot_be_read_on(f"{file}, line 1", error) from error
 
 
-def read_json(file: Path, remedy: str = "write the file again") -> Any:
+def read_json_file(file: Path, remedy: str = "write the file again") -> Any:
     """The value that the whole file holds, however long its lines are: a run of a million documents is often one line.
 
     As strict as `parsed_json`. InputError with the file and, where it is known, the line. remedy: for what is not JSON.
@@ -144,7 +145,10 @@ def decoded(line: bytes, where: str) -> str:
     if "\0" in text:
         position = text.index("\0")
         raise InputError(
-            f"{where}: a NUL character at column {position + 1} in {shown(text[max(0, position - 30) :][:80])}; remove it"
+
+                f"{where}: a NUL character at column {position + 1} in {shown(text[max(0, position - 30) :][:80])}; "
+                "remove it"
+
         )
     return text.removesuffix("\n").removesuffix("\r")
 
@@ -190,7 +194,7 @@ def _constant(name: str) -> None:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
     """json.loads keeps the last of two, and the other text would be lost without a word."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         raise ValueError(f"the key {shown(repeated(key for key, _ in pairs))} is there twice")
-    return made
+    return unique

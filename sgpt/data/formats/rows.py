@@ -1,9 +1,9 @@
 """Rows as they lie in anyone's files: (place, row), where a row is a dict of Python values or the InputError that it
 deserves.
 
-A row that cannot be used is given as a value, so that the caller may count it and go on. What makes the rest unreadable
-(a gzip stream that is cut off, a Parquet file that is none) is raised, with the place it got to. Nothing is read whole:
-lines one by one, tables some rows at a time.
+A row that cannot be used is given as a value, so that the caller may count it and continue. What makes the rest
+unreadable (a gzip stream that is cut off, a Parquet file that is none) is raised, with the place it got to. Nothing is
+read whole: lines one by one, tables some rows at a time.
 """
 
 import logging
@@ -37,21 +37,21 @@ def rows(path: Path, split: str = "train", *, subset: str | None = None, streami
         raise InputError(f"{path}: no rows in it; give a file with at least one")
 
 
-def of_split(found: Rows, split: str, source: str) -> Rows:
+def of_split(all_rows: Rows, split: str, source: str) -> Rows:
     """Without the rows whose column `split` names another one; what has no such column is of every split."""
     others, kept = Counter(), 0
-    for where, row in found:
+    for where, row in all_rows:
         named = row.get("split") if isinstance(row, dict) else None
         if isinstance(named, str) and not same_split(named, split):
             others[named] += 1
         else:
             kept += 1
             yield where, row
-    told = ", ".join(f"{count:,} of {name!r}" for name, count in others.items())
+    left_out = ", ".join(f"{count:,} of {name!r}" for name, count in others.items())
     if others and not kept:
-        raise InputError(f"{source}: no row of the split {split!r}; its column split has {told}. Set data.split")
+        raise InputError(f"{source}: no row of the split {split!r}; its column split has {left_out}. Set data.split")
     if others:
-        log.warning(f"{source}: by the column split, {told} left out; {split!r} is the split to read")
+        log.warning(f"{source}: by the column split, {left_out} left out; {split!r} is the split to read")
 
 
 def _source(path: Path, split: str, subset: str | None, streaming: bool) -> Rows:
@@ -78,24 +78,24 @@ def saved_folder(path: Path) -> bool:
 
 def of_the_hub(path: Path) -> bool:
     """Not here, and named as a data set of the hub may be."""
-    return not path.exists() and path.suffix not in {*READERS, ".gz"} and may_be_hub_id(str(path))
+    return not path.exists() and path.suffix not in {*FILE_READERS, ".gz"} and may_be_hub_id(str(path))
 
 
 def kind_of(file: Path) -> str | None:
-    """By its ending: a key of READERS. Only text is read from .gz: Parquet and Arrow compress by themselves."""
+    """By its ending: a key of FILE_READERS. Only text is read from .gz: Parquet and Arrow compress by themselves."""
     name = file.name.lower()
     kind = Path(name.removesuffix(".gz")).suffix
-    return kind if kind in READERS and (not name.endswith(".gz") or kind in TEXT) else None
+    return kind if kind in FILE_READERS and (not name.endswith(".gz") or kind in TEXT) else None
 
 
 def _read_file(file: Path) -> Rows:
     kind = kind_of(file)
     if kind is None:
         raise InputError(
-            f"{file}: the ending is unknown; the ones that are read are {', '.join(READERS)}, "
+            f"{file}: the ending is unknown; the ones that are read are {', '.join(FILE_READERS)}, "
             f"and .gz behind {', '.join(TEXT)}"
         )
-    return READERS[kind](file)
+    return FILE_READERS[kind](file)
 
 
 def _files(folder: Path, split: str) -> list[Path]:
@@ -111,19 +111,19 @@ def _files(folder: Path, split: str) -> list[Path]:
             f"{folder}: holds both {twice.name} and {twice.name}.gz, which would be read as two; "
             "remove one, or give the file"
         )
-    chosen = [file for file in files if _of_split(file.name.lower(), split)]
-    if not chosen:
-        there = (
+    files_of_split = [file for file in files if _of_split(file.name.lower(), split)]
+    if not files_of_split:
+        entries = (
             ", ".join(sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())[:10])
             or "nothing"
         )
         raise InputError(
-            f"{folder}: no data files of the split {split!r}; it holds {there}. "
+            f"{folder}: no data files of the split {split!r}; it holds {entries}. "
             "Give one of its files or folders, or set data.split"
         )
-    if left := [file.name for file in files if file not in chosen]:
+    if left := [file.name for file in files if file not in files_of_split]:
         log.warning(f"{folder}: {', '.join(left)} left out; {split!r} is the split to read")
-    return chosen
+    return files_of_split
 
 
 def _of_split(name: str, split: str) -> bool:
@@ -137,6 +137,11 @@ def _of_split(name: str, split: str) -> bool:
 
 
 TEXT = (".jsonl", ".json", ".csv", ".tsv")
-READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".tsv": tsv_rows, ".parquet": parquet_rows, ".arrow": arrow_rows,
-}  # fmt: skip
+FILE_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": json_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".tsv": tsv_rows,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
+}

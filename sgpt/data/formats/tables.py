@@ -12,15 +12,14 @@ from sgpt.data.formats.row import Rows, attempt, checked_names, shown
 from sgpt.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
-FIRST_RECORDS = 100  # by which a CSV's manner of quoting is told
+FIRST_RECORDS = 100  # by which a CSV's manner of quoting is recognised
 SEPARATOR_LINE = re.compile(rb'"?sep=([ -~\t])"?[\r\n]*')  # how a spreadsheet names the separator, before the header
 
 
 def csv_rows(file: Path) -> Rows:
-    """Separated by commas; by semicolons where the header has no comma, as spreadsheets write it where the comma is in
-    numbers;
+    """Separated by commas; by semicolons where the header has no comma; or as a first line `sep=;` says.
 
-    or as a first line `sep=;` says, which is a spreadsheet's too.
+    Spreadsheets write the last two, where the comma is in numbers.
     """
     _, first = next(byte_lines(file), (1, b""))
     if named := SEPARATOR_LINE.fullmatch(first) if isinstance(first, bytes) else None:
@@ -75,16 +74,16 @@ def _table_row(header: list[str], fields: list[str], separator: str, where: str)
 
 def _tsv_records(file: Path) -> Iterator[tuple[int, list[str] | InputError]]:
     """No quoting, as in MS MARCO: a quote is a character of the text."""
-    told = False
+    warned = False
     for number, text in text_lines(file):
         if isinstance(text, InputError):
             yield number, text
         elif text:
             fields = text.split("\t")
-            if not told and (field := next(filter(_looks_quoted, fields), None)):
+            if not warned and (field := next(filter(_looks_quoted, fields), None)):
                 hint = "looks quoted, and TSV has no quoting: the quotes are read as text; write CSV if they are none"
                 log.warning(f"{file}, line {number}: {shown(field)} {hint}")
-                told = True
+                warned = True
             yield number, fields
 
 
@@ -95,8 +94,9 @@ def _looks_quoted(field: str) -> bool:
 
 
 def _csv_records(file: Path, separator: str, skip: int = 0) -> Iterator[tuple[int, list[str] | InputError]]:
-    """(line where it begins, fields). Strict: a stray quote is an error of the row, where csv would join texts in
-    silence.
+    """(line where it begins, fields).
+
+    Strict: a stray quote is an error of the row, where csv would join texts in silence.
 
     Some write `"a", "b"`: where one of the first records has a quote behind a blank, blanks behind separators are none
     of the texts'; one that comes later is an error of its row.
@@ -149,9 +149,9 @@ def _csv_parsed(file: Path, separator: str, skip: int, blanks: bool) -> Iterator
 
 def _csv_error(error: csv.Error, where: str, last_line: int, feed: "_Feed") -> InputError:
     if str(error).startswith(("unexpected end", "field larger")):
-        found = f"{where}: a quote that opens in the row {shown(feed.first)} is not closed up to line {last_line}"
+        problem = f"{where}: a quote that opens in the row {shown(feed.first)} is not closed up to line {last_line}"
         raise InputError(
-            f"{found}, and no row behind it can be told; close it, or double quotes within a text"
+            f"{problem}, and the rows behind it cannot be separated; close it, or double quotes within a text"
         ) from None
     remedy = (
         "take the blanks behind quotes away"
@@ -162,8 +162,10 @@ def _csv_error(error: csv.Error, where: str, last_line: int, feed: "_Feed") -> I
 
 
 class _Feed:
-    """Lines for csv.reader. A line that is no text goes in with stand-ins, so that the quotes around it still count,
-    and is remembered.
+    """Lines for csv.reader.
+
+    A line that is no text goes in with replacement characters, so that the quotes around it still count, and is
+    remembered.
     """
 
     def __init__(self, file: Path) -> None:
@@ -178,9 +180,9 @@ class _Feed:
 
     def __next__(self) -> str:
         number, line = next(self.lines)
-        found = line if isinstance(line, InputError) else attempt(decoded, line, f"{self.file}, line {number}")
-        if isinstance(found, InputError):
-            self.flaw = self.flaw or found
+        text_or_flaw = line if isinstance(line, InputError) else attempt(decoded, line, f"{self.file}, line {number}")
+        if isinstance(text_or_flaw, InputError):
+            self.flaw = self.flaw or text_or_flaw
         text = "\n" if isinstance(line, InputError) else line.decode(errors="replace")
         self.first = self.first or text.rstrip("\r\n")[:80]
         return text

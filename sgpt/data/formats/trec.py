@@ -1,5 +1,6 @@
-"""Runs as files: TREC's six columns, or BEIR's JSON of query id -> document id -> score; plain or .gz. Read and
-written.
+"""Runs as files: TREC's six columns, or BEIR's JSON of query id -> document id -> score; plain or .gz.
+
+Read and written.
 """
 
 import logging
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sgpt.data.formats.beir import RetrievalSet, read_queries
-from sgpt.data.formats.lines import begins_with, checked_lines, read_json
+from sgpt.data.formats.lines import begins_with, checked_lines, read_json_file
 from sgpt.data.formats.row import shown
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import write_whole
@@ -47,21 +48,22 @@ def check_ids(file: Path, run: Run) -> None:
             )
 
 
-def read_run(file: Path, data: Path, chosen: RetrievalSet, key: str) -> dict[str, dict[str, float]]:
-    """query id -> document id -> score, of the judged queries. Every id must be one of the folder `data`. key: what the
-    user named the file by.
+def read_run(file: Path, data: Path, dataset: RetrievalSet, key: str) -> dict[str, dict[str, float]]:
+    """query id -> document id -> score, of the judged queries.
+
+    Every id must be one of the folder `data`. key: what the user named the file by.
     """
     if not file.is_file():
         raise InputError(f"{key}={file}: no such file; check the path")
     queries, unjudged = read_queries(data), set()
     run: dict[str, dict[str, float]] = {}
     for where, query, document, score in _run_lines(file):
-        for kind, identifier, known in (("query", query, queries), ("document", document, chosen.corpus)):
+        for kind, identifier, known in (("query", query, queries), ("document", document, dataset.corpus)):
             if identifier not in known:
                 raise InputError(
                     f"{where}: {kind} id {shown(identifier)} is not in {data}; the run belongs to another folder"
                 )
-        if query not in chosen.qrels:
+        if query not in dataset.qrels:
             unjudged.add(query)
             continue
         if document in run.setdefault(query, {}):
@@ -85,7 +87,7 @@ def _run_lines(file: Path) -> Iterator[tuple[str, str, str, float]]:
 
 
 def _json_run(file: Path) -> Iterator[tuple[str, str, str, float]]:
-    run = read_json(file, "write the run again")
+    run = read_json_file(file, "write the run again")
     for query, scores in run.items():
         where = f"{file}, query id {shown(query)}"
         if not isinstance(scores, dict):
@@ -132,11 +134,12 @@ def _trec_run(file: Path) -> Iterator[tuple[str, str, str, float]]:
 
 def _check_scores_tell_ranks_apart(file: Path, ranked_by: Mapping[str, list[tuple[int, float, str]]]) -> None:
     """A run whose scores are all 0 has its order in the ranks alone, which nobody reads."""
-    flat = [
-        query
-        for query, rows in ranked_by.items()
-        if len(rows) > 1 and len({score for _, score, _ in rows}) == 1 and len({rank for rank, *_ in rows}) > 1
-    ]
+    flat = []
+    for query, rows in ranked_by.items():
+        ranks = {rank for rank, _, _ in rows}
+        scores = {score for _, score, _ in rows}
+        if len(scores) == 1 and len(ranks) > 1:
+            flat.append(query)
     if not flat:
         return
     problem = (

@@ -19,11 +19,11 @@ ROWS_BEFORE_SHARE, HOPELESS = 100, 0.5
 def accepted(
     candidates: Candidates, *, on_error: str = "stop", rejected: Path | None = None, max_error_share: float = 0.01
 ) -> Iterator[Example]:
-    """The examples. on_error "stop" raises the first error. "skip" writes each to `rejected` as {"where", "reason"} and
-    goes on,
+    """The examples among the candidates.
 
-    InputError when at the end more than max_error_share of the rows were errors; and as soon as, of a hundred or more,
-    half are.
+    on_error: "stop" raises the first error; "skip" writes each to `rejected` as {"where", "reason"} and leaves the row
+    out. InputError when at the end more than max_error_share of the rows were errors; and as soon as, of a hundred or
+    more, half are.
     """
     if on_error not in ("stop", "skip"):
         raise InputError(f"data.on_error={on_error!r} is unknown; choose stop or skip")
@@ -65,8 +65,9 @@ def _skipping(candidates: Candidates, rejected: Path | None, max_error_share: fl
 
 
 def _opened(rejected: Path | None):
-    """Emptied at the start: what an earlier run rejected is not this run's. Half characters of file names are
-    escaped.
+    """Emptied at the start: what an earlier run rejected is not this run's.
+
+    Half characters of file names are escaped.
     """
     if rejected is None:
         return nullcontext()

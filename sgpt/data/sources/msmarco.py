@@ -1,4 +1,4 @@
-"""MS MARCO passages with mined hard negatives, as SGPT trains on them; from a folder with
+"""MS MARCO passages with mined hard negatives, as SGPT trains on them. They are read from a folder with these files:
 
     collection.tsv                  pid, tab, passage
     queries.train.tsv               qid, tab, query
@@ -14,13 +14,15 @@ everything that could run code, in a process that can hold 160 million scores as
     import gzip, json, pickle
     class Numbers(pickle.Unpickler):
         def find_class(self, module, name):
-            if (module, name) not in {("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype")}:
+            numbers = {("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "dtype")}
+            if (module, name) not in numbers:
                 raise pickle.UnpicklingError(f"{module}.{name} is no number")
             return super().find_class(module, name)
     name = "cross-encoder-ms-marco-MiniLM-L-6-v2-scores"
     with gzip.open(f"{name}.pkl.gz") as source, gzip.open(f"{name}.jsonl.gz", "wt", compresslevel=4) as lines:
         for qid, scores in Numbers(source).load().items():
-            lines.write(json.dumps({"qid": int(qid)} | {str(pid): float(score) for pid, score in scores.items()}) + "\\n")
+            row = {"qid": int(qid)} | {str(pid): float(score) for pid, score in scores.items()}
+            lines.write(json.dumps(row) + "\\n")
 
 The rules are those of `train_bi-encoder_mnrl.py` (Muennighoff/sgpt, after sentence-transformers). The threshold of a
 query is the lowest score of its positives minus the margin. Of each mining system, in turn, its list is walked from the
@@ -73,12 +75,19 @@ log = logging.getLogger(__name__)
 
 
 def fill(
-    folder: Path, writer: Writer, *, systems: Sequence[str] = (), negatives_per_system: int = 5, score_margin: float = 3.0,
-    use_all_queries: bool = False, limit: int | None = None, seed: int = 0,
-) -> None:  # fmt: skip
-    """Writes every passage, in the order of the collection, so that its place there is its number; then the queries in
-    use and their rows.
+    folder: Path,
+    writer: Writer,
+    *,
+    systems: Sequence[str] = (),
+    negatives_per_system: int = 5,
+    score_margin: float = 3.0,
+    use_all_queries: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Writes every passage, in the order of the collection, then the queries in use and their rows.
 
+    The number of a passage in the store is its place in the collection.
     writer: an empty one. systems: take negatives of these only, in this order. limit: at most so many examples.
     """
     assert writer.texts.count == 0, "the place of a passage is its number"
@@ -142,7 +151,7 @@ def _found(folder: Path) -> _Files:
 
 
 def _plain_or_gzipped(file: Path) -> Path | None:
-    return next((found for found in (file, file.with_name(f"{file.name}.gz")) if found.is_file()), None)
+    return next((candidate for candidate in (file, file.with_name(f"{file.name}.gz")) if candidate.is_file()), None)
 
 
 def _has_scores(mined: Path) -> bool:
@@ -153,8 +162,9 @@ def _has_scores(mined: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Line:
-    """One query of the mined file. positives: each once. negatives: by system, best first. scores: of a pid, as it
-    stands in the file.
+    """One query of the mined file.
+
+    positives: each once. negatives: by system, best first. scores: of a pid, as it stands in the file.
     """
 
     where: str
@@ -176,8 +186,9 @@ class _Line:
 
 @dataclass
 class _Mining:
-    """Iterates over (line, chosen negatives) of every query in use, counting what is left out. scores: of a query, None
-    when they are in `file`.
+    """Iterates over (line, chosen negatives) of every query in use, counting what is left out.
+
+    scores: of a query, None when they are in `file`.
     """
 
     file: Path
@@ -202,7 +213,7 @@ class _Mining:
             qids.add(line.qid)
             self.systems = self.systems or tuple(line.negatives)
             self.seen |= dict.fromkeys(line.negatives)
-            negatives = self._chosen(line)
+            negatives = self._choose_negatives(line)
             if negatives or self.use_all:
                 yield line, negatives
             else:
@@ -215,18 +226,19 @@ class _Mining:
             else:
                 yield _parsed(row, where, self.scores)
 
-    def _chosen(self, line: _Line) -> list[int]:
+    def _choose_negatives(self, line: _Line) -> list[int]:
+        # of the weakest positive: what scores higher may well be a positive that nobody judged
         threshold = min(map(line.score, line.positives)) - self.margin
-        chosen: dict[int, None] = {}
+        negatives: dict[int, None] = {}
         for system in self.systems:
             fresh = (
                 pid
                 for pid in line.negatives.get(system, ())
-                if pid not in chosen and pid not in line.positives and line.score(pid) <= threshold
+                if pid not in negatives and pid not in line.positives and line.score(pid) <= threshold
             )
             for pid in islice(fresh, self.negatives_per_system):
-                chosen[pid] = None
-        return list(chosen)
+                negatives[pid] = None
+        return list(negatives)
 
     def conclude(self, num_examples: int, whole: bool) -> None:
         """Says what was read, and refuses what gave nothing. whole: the file was read to its end."""
@@ -254,10 +266,10 @@ class _Mining:
 def _parsed(row: dict, where: str, scores: Callable | None) -> _Line:
     qid, positives, negatives = (row.get(name) for name in ("qid", "pos", "neg"))
     if not _is_id(qid) or not isinstance(positives, list) or not isinstance(negatives, dict):
-        there = listed(f"{name}: {type(value).__name__}" for name, value in row.items()) or "nothing"
+        columns = listed(f"{name}: {type(value).__name__}" for name, value in row.items()) or "nothing"
         raise InputError(
             f"{where}: needs qid, a number, pos, a list of passage ids, and neg, lists of them by system; "
-            f"it has {there}"
+            f"it has {columns}"
         )
     for system, ranked in negatives.items():
         if not isinstance(ranked, list):
@@ -273,7 +285,7 @@ def _parsed(row: dict, where: str, scores: Callable | None) -> _Line:
 
 def _pids(items: list, where: str, inline: dict[int, object] | None) -> list[int]:
     """Ids as they are, or out of {"pid": …, "ce-score": …}, whose scores go to `inline` when that is given."""
-    found = items
+    pids = items
     if inline is not None:
         for item in items:
             if not isinstance(item, dict) or not {"pid", "ce-score"} <= item.keys():
@@ -281,14 +293,14 @@ def _pids(items: list, where: str, inline: dict[int, object] | None) -> list[int
                     f"{where}: expected an object with pid and ce-score, as the first query's, got {item!r:.80}; "
                     "fix or remove it"
                 )
-        found = [item["pid"] for item in items]
+        pids = [item["pid"] for item in items]
     # quicker than one by one
-    if not {*map(type, found)} <= {int} or (found and not 0 <= min(found) <= max(found) < TOO_LARGE):
-        odd = next(item for item in found if not _is_id(item))
+    if not {*map(type, pids)} <= {int} or (pids and not 0 <= min(pids) <= max(pids) < TOO_LARGE):
+        odd = next(item for item in pids if not _is_id(item))
         raise InputError(f"{where}: passage id {odd!r:.80} is no whole number; fix or remove it")
     if inline is not None:
         inline |= {item["pid"]: item["ce-score"] for item in items}
-    return found
+    return pids
 
 
 def _is_id(value: object) -> bool:
@@ -355,7 +367,7 @@ def _id_and_text(file: Path, title: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(_lines(file, title), 1):
         try:
             identifier, text = line.decode().strip().split("\t")
-            if not _is_id(found := int(identifier)):
+            if not _is_id(whole := int(identifier)):
                 raise ValueError
         except ValueError as error:  # a UnicodeDecodeError is one
             why = (
@@ -367,7 +379,7 @@ def _id_and_text(file: Path, title: str) -> Iterator[tuple[int, str]]:
                 f"{file}, line {number}: {why}, got {line[:80].decode(errors='replace').strip()!r}; "
                 "fix or remove the line"
             ) from None
-        yield found, text
+        yield whole, text
 
 
 def _lines(file: Path, title: str) -> Iterator[bytes]:
@@ -385,8 +397,9 @@ def _lines(file: Path, title: str) -> Iterator[bytes]:
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict]]:
-    """("file, line n", row) of JSON lines. Like sgpt.data.formats.jsonl's, with a progress bar: there are gigabytes of
-    them.
+    """("file, line n", row) of JSON lines.
+
+    Like sgpt.data.formats.jsonl's, with a progress bar: there are gigabytes of them.
     """
     for number, line in enumerate(_lines(file, "choosing hard negatives"), 1):
         if line.strip():
@@ -428,7 +441,7 @@ class _Scores:
 
 
 def _qid(line: bytes, where: str) -> int:
-    """By its beginning, if it can be told from that: reading all the scores here would take as long as using them."""
+    """By its beginning, if that is enough: reading all the scores here would take as long as using them."""
     if beginning := QID_FIRST.match(line):
         return int(beginning[1])
     qid = _json(line, where).get("qid")

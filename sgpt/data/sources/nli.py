@@ -3,7 +3,7 @@
     AllNLI.tsv[.gz]                        split, …, sentence1, sentence2, label: rows of the split `train`
     snli_1.0_train.jsonl, multinli_1.0_train.jsonl     gold_label, sentence1, sentence2
     the same two as .txt                   tabs, a header, no quoting
-    pairs.jsonl                            set, premise, hypothesis, label: this project's own, every set but those named `…_test`
+    pairs.jsonl                            set, premise, hypothesis, label: this project's own, without sets `…_test`
     a folder                               all of these below it; of twins that differ in form only, one is read
 
 The rules are those of `training_nli_v2.py` (Muennighoff/sgpt, after sentence-transformers): every labelled pair counts
@@ -38,15 +38,15 @@ from sgpt.data.formats.row import listed, same_split, shown
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import files_below
 
-LABELS = ("entailment", "neutral", "contradiction")
+NLI_LABELS = ("entailment", "neutral", "contradiction")
 UNLABELLED = "-"
 COLUMNS = {"label": ("gold_label", "label"), "first": ("sentence1", "premise"), "second": ("sentence2", "hypothesis")}
 TRAINING_FILE = re.compile(r"(AllNLI|(snli|multinli)_.*train|pairs)\.(jsonl|txt|tsv)(\.gz)?")
-FORMS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".tsv", ".tsv.gz")  # of twins the first one is read
+FILE_FORMS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".tsv", ".tsv.gz")  # of twins the first one is read
 log = logging.getLogger(__name__)
 
 
-def read_examples(path: Path, seed: int) -> Iterator[Example]:
+def nli_examples(path: Path, seed: int) -> Iterator[Example]:
     """Two triplets of every sentence that has both kinds of partners, in the order in which sentences first appear."""
     sentences, pairs = _numbered(training_files(path))
     triplets = np.array(list(_drawn(len(sentences), pairs, random.Random(seed))), np.int64).reshape(-1, 3)
@@ -72,25 +72,27 @@ def read_examples(path: Path, seed: int) -> Iterator[Example]:
 def training_files(path: Path) -> list[Path]:
     """`path` itself, or the training files below it by name; files that differ in form only count once."""
     if path.is_file():
-        if not path.name.endswith(FORMS):
-            raise InputError(f"{path}: pairs are read from {', '.join(FORMS)}; give a file of one of these forms")
+        if not path.name.endswith(FILE_FORMS):
+            raise InputError(f"{path}: pairs are read from {', '.join(FILE_FORMS)}; give a file of one of these forms")
         return [path]
     if not path.is_dir():
         raise InputError(
             f"{path}: no such file or folder; give AllNLI.tsv.gz, a training file of SNLI or MultiNLI, or their folder"
         )
-    found: dict[Path, list[Path]] = {}
+    by_stem: dict[Path, list[Path]] = {}
     for file in files_below(path):
         if TRAINING_FILE.fullmatch(file.name):
-            found.setdefault(file.parent / _without_form(file.name), []).append(file)
-    if not found:
-        there = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
-        raise InputError(f"{path}: no AllNLI.tsv, snli_*_train, multinli_*_train or pairs.jsonl in it; it has {there}")
-    return [min(twins, key=lambda file: FORMS.index(_form(file.name))) for _, twins in sorted(found.items())]
+            by_stem.setdefault(file.parent / _without_form(file.name), []).append(file)
+    if not by_stem:
+        entries = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
+        raise InputError(
+            f"{path}: no AllNLI.tsv, snli_*_train, multinli_*_train or pairs.jsonl in it; it has {entries}"
+        )
+    return [min(twins, key=lambda file: FILE_FORMS.index(_form(file.name))) for _, twins in sorted(by_stem.items())]
 
 
 def _form(name: str) -> str:
-    return next(form for form in FORMS if name.endswith(form))
+    return next(form for form in FILE_FORMS if name.endswith(form))
 
 
 def _without_form(name: str) -> str:
@@ -100,7 +102,7 @@ def _without_form(name: str) -> str:
 def _numbered(files: Iterable[Path]) -> tuple[list[str], dict[str, array]]:
     """Every sentence once, in the order of the pairs; and by label the numbers of each pair, one after the other."""
     numbers: dict[str, int] = {}
-    pairs = {label: array("q") for label in LABELS}
+    pairs = {label: array("q") for label in NLI_LABELS}
     for file in files:
         left_out: Counter[str] = Counter()
         count = 0
@@ -122,9 +124,12 @@ def _pairs(file: Path, left_out: Counter[str]) -> Iterator[tuple[str, str, str]]
             left_out["of test sets"] += 1
         elif (label := _value(row, "label", where)) == UNLABELLED:
             left_out["without a gold label"] += 1
-        elif label not in LABELS:
+        elif label not in NLI_LABELS:
             raise InputError(
-                f"{where}, label: {label!r:.80} is unknown; labels are {', '.join(LABELS)}, or {UNLABELLED} for none"
+
+                    f"{where}, label: {label!r:.80} is unknown; labels are {', '.join(NLI_LABELS)}, "
+                    f"or {UNLABELLED} for none"
+
             )
         else:
             yield label, _value(row, "first", where), _value(row, "second", where)

@@ -1,9 +1,10 @@
 """From raw rows to examples: which column is what, what a label or a score makes of a pair, and which rows are good.
 
-    found = rows(path)
-    names, found = with_names(found)
+    all_rows = rows(path)
+    names, all_rows = with_names(all_rows)
     columns = guess_columns(names, stated)
-    good = accepted(examples(found, columns, num_hard_negatives=1), on_error="skip", rejected=folder / "rejected.jsonl")
+    candidates = examples(all_rows, columns, num_hard_negatives=1)
+    good = accepted(candidates, on_error="skip", rejected=folder / "rejected.jsonl")
 """
 
 import logging
@@ -47,7 +48,7 @@ def examples(
     holds all their texts in memory. There, None stands for a row that is in order and went into a group; the groups
     come behind the last row. labels: what numbers in the column of labels mean, in their order from 0.
     """
-    rows = _told_of_odd_texts(
+    rows = _warned_of_odd_texts(
         rows, (columns.query, columns.positive, *(columns.negatives if num_hard_negatives else ()))
     )
     if columns.score:
@@ -76,9 +77,10 @@ def examples(
     )
 
 
-def _told_of_odd_texts(rows: Rows, columns: Sequence[str]) -> Rows:
-    """The rows; at the end a warning for texts that are most likely none: nan, None, a list as Python or JSON writes
-    it.
+def _warned_of_odd_texts(rows: Rows, columns: Sequence[str]) -> Rows:
+    """The rows, and behind the last one a warning for texts that are most likely none.
+
+    Those are nan, None, and a list as Python or JSON writes it.
     """
     kinds = {"a word for no value": spells_nothing, "a list written as text": _spells_list}
     first: dict[str, str] = {}
@@ -90,10 +92,10 @@ def _told_of_odd_texts(rows: Rows, columns: Sequence[str]) -> Rows:
                 first.setdefault(kind, f"{where}: {shown(odd)}")
                 counts[kind] += 1
         yield where, row
-    for kind, place in first.items():
+    for kind, where in first.items():
         log.warning(
             "%s is %s and is read as a text, in %d rows; leave such cells empty, or write them anew",
-            place,
+            where,
             kind,
             counts[kind],
         )
@@ -129,18 +131,18 @@ def _row_negatives(row: dict, columns: Sequence[str], where: str) -> list[object
     values = [row.get(column) for column in columns]
     if odd := next((column for column, value in zip(columns, values, strict=True) if _spells_list(value)), None):
         raise InputError(
-            f"{where}, column {odd!r}: {shown(row[odd])} is a list written as one text; write JSON lines or Parquet, which have lists, "
-            "or a column for each text: negative_1, negative_2"
+            f"{where}, column {odd!r}: {shown(row[odd])} is a list written as one text; "
+            "write JSON lines or Parquet, which have lists, or a column for each text: negative_1, negative_2"
         )
-    there = [value for value in values if value not in (None, "") and value == value]  # NaN equals nothing
-    return [text for value in there for text in (value if isinstance(value, list) else [value])]
+    given = [value for value in values if value not in (None, "") and value == value]  # NaN equals nothing
+    return [text for value in given for text in (value if isinstance(value, list) else [value])]
 
 
-def _check_enough(found: int, num_hard_negatives: int, source: str, where: str) -> None:
-    if found < num_hard_negatives:
+def _check_enough(count: int, num_hard_negatives: int, source: str, where: str) -> None:
+    if count < num_hard_negatives:
         raise InputError(
-            f"{where}: {found} hard negatives in column {source}, data.num_hard_negatives asks for {num_hard_negatives}; "
-            "lower it, or name the column by data.columns.negative=<column>"
+            f"{where}: {count} hard negatives in column {source}, data.num_hard_negatives asks for "
+            f"{num_hard_negatives}; lower it, or name the column by data.columns.negative=<column>"
         )
 
 
@@ -163,13 +165,15 @@ def _label_judge(columns: Columns, labels: Sequence[str]) -> Judge:
             return LABELS[labels[number].strip().lower()]
         if is_number and unsettled:
             raise InputError(
-                f"{where}, column {columns.label!r}: the label {shown(value)} of two sentences says nothing certain, as paraphrase data call a pair 1 that "
-                "inference data call 0; name the numbers from 0 on: data.labels=[not_duplicate,duplicate] or [entailment,neutral,contradiction]"
+                f"{where}, column {columns.label!r}: the label {shown(value)} of two sentences says nothing certain, "
+                "as paraphrase data call a pair 1 that inference data call 0; name the numbers from 0 on: "
+                "data.labels=[not_duplicate,duplicate] or [entailment,neutral,contradiction]"
             )
         if word not in LABELS or not isinstance(value, str | int | float):
             raise InputError(
-                f"{where}, column {columns.label!r}: the label {shown(value)} is none of {', '.join(LABELS)}; map it to one of them, "
-                "name scores by data.columns.score=<column>, or set data.columns.label='' to take every pair as a positive"
+                f"{where}, column {columns.label!r}: the label {shown(value)} is none of {', '.join(LABELS)}; "
+                "map it to one of them, name scores by data.columns.score=<column>, or set data.columns.label='' to "
+                "take every pair as a positive"
             )
         return LABELS[word]
 
@@ -181,13 +185,13 @@ def _score_judge(
 ) -> Judge:
     if positive_score is None:
         raise InputError(
-            f"column {column!r} scores the pairs, and from which score on a pair is a positive is not said; set data.positive_score=<score>, "
-            "or data.columns.score='' to take every pair as a positive"
+            f"column {column!r} scores the pairs, and from which score on a pair is a positive is not said; "
+            "set data.positive_score=<score>, or data.columns.score='' to take every pair as a positive"
         )
     if negative_score is None and num_hard_negatives:
         raise InputError(
-            f"data.num_hard_negatives={num_hard_negatives}, but below which score in column {column!r} a pair is a hard negative is not said; "
-            "set data.negative_score=<score>, or data.num_hard_negatives=0"
+            f"data.num_hard_negatives={num_hard_negatives}, but below which score in column {column!r} a pair is a "
+            "hard negative is not said; set data.negative_score=<score>, or data.num_hard_negatives=0"
         )
     if negative_score is not None and negative_score > positive_score:
         raise InputError(
@@ -227,10 +231,9 @@ class _Group:
 
 
 def _grouped(rows: Rows, columns: Columns, judged_by: str, judge: Judge, num_hard_negatives: int) -> Candidates:
-    """Pairs that are neither, and queries without a positive, are left out and counted: in judged data they are no
-    mistake, nor are
+    """Pairs that are neither, and queries without a positive, are left out and counted.
 
-    queries without a hard negative.
+    In judged data they are no mistake, nor are queries without a hard negative.
     """
     groups: dict[str, _Group] = {}
     pairs = neither = 0
@@ -276,8 +279,9 @@ def _judged(row: dict, columns: Columns, judged_by: str, judge: Judge, where: st
 
 
 def _add(groups: dict[str, _Group], query: str, document: str, meaning: bool | None, where: str) -> bool | None:
-    """True when the pair went into a group, None when it is neither. A query is known from its first pair on, whatever
-    that is.
+    """True when the pair went into a group, None when it is neither.
+
+    A query is known from its first pair on, whatever that is.
     """
     group = groups.setdefault(query, _Group(where))
     if meaning is None:

@@ -78,8 +78,9 @@ AVERAGES = {
 
 @dataclass(frozen=True)
 class BeirFolder:
-    """A set that is there, not yet read. name: its results' key. rules: BEIR's for this set, None for any other
-    folder.
+    """A set that is there, not yet read.
+
+    name: its results' key. rules: BEIR's for this set, None for any other folder.
     """
 
     name: str
@@ -89,40 +90,48 @@ class BeirFolder:
 
 
 def find_beir_folders(given: list[str], split: str | None, root: Path, *, address: str = ADDRESS) -> list[BeirFolder]:
-    """Folders, names of folders below `root`, or names of BEIR to be downloaded there. split None: the set's own, test
-    for any folder.
+    """Folders, names of folders below `root`, or names of BEIR to be downloaded there.
+
+    split None: the set's own, test for any folder.
 
     A folder that is called like a set of BEIR, case and all, follows that set's rules. CQADupStack gives its forums.
     InputError for what is no folder and no name, for a split that is not there, and for a set given twice.
     """
-    found: list[BeirFolder] = []
+    beir_folders: list[BeirFolder] = []
     for entry in given:
         folder = Path(entry) if Path(entry).is_dir() else _named(entry, root, address)
         name = folder.absolute().name
         rules = BEIR_SETS.get(name)
-        chosen = split or (rules.split if rules else "test")
-        parts = {f"{name}/{forum}": folder / forum for forum in FORUMS} if name == "cqadupstack" else {name: folder}
-        found += [BeirFolder(part, place, chosen, rules) for part, place in parts.items()]
-    for place in found:
-        qrels_file(place.folder, place.split)
-    names = [place.name for place in found]
+        own_split = split or (rules.split if rules else "test")
+        if name == "cqadupstack":
+            forums = (BeirFolder(f"{name}/{forum}", folder / forum, own_split, rules) for forum in FORUMS)
+            beir_folders.extend(forums)
+        else:
+            beir_folders.append(BeirFolder(name, folder, own_split, rules))
+    for one in beir_folders:
+        qrels_file(one.folder, one.split)
+    names = [one.name for one in beir_folders]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(
             f"two evaluation sets are called {twice!r}, and results are kept by name; "
             "rename a folder, or evaluate one after the other"
         )
-    return found
+    return beir_folders
 
 
 def splits(folder: Path) -> list[str]:
     return [file.stem for file in split_files(folder)]
 
 
-def read_beir_folder(place: BeirFolder) -> RetrievalSet:
-    if place.rules is None:
-        return read_retrieval(place.folder, place.split, name=place.name)
+def read_beir_folder(beir_folder: BeirFolder) -> RetrievalSet:
+    if beir_folder.rules is None:
+        return read_retrieval(beir_folder.folder, beir_folder.split, name=beir_folder.name)
     return read_retrieval(
-        place.folder, place.split, name=place.name, skip_empty=True, skip_own_id=place.rules.skip_own_id
+        beir_folder.folder,
+        beir_folder.split,
+        name=beir_folder.name,
+        skip_empty=True,
+        skip_own_id=beir_folder.rules.skip_own_id,
     )
 
 
@@ -143,7 +152,10 @@ def _named(name: str, root: Path, address: str) -> Path:
         hint = (
             f"did you mean {near[0]}?"
             if near
-            else f"a BEIR folder with corpus.jsonl, queries.jsonl and qrels/ is needed, or one of {', '.join(BEIR_SETS)}"
+            else (
+                "a BEIR folder with corpus.jsonl, queries.jsonl and qrels/ is needed, or one of "
+                f"{', '.join(BEIR_SETS)}"
+            )
         )
         raise InputError(f"{name}: no such folder, none of this name in {root}, and no name of a BEIR set; {hint}")
     if BEIR_SETS[name].md5 is None:

@@ -14,7 +14,7 @@ from sgpt.runtime.files import replace_folder
 from sgpt.runtime.progress import progress_bar
 
 BLOCK = 1 << 20
-PATIENCE_SECONDS = 30.0  # without a byte
+TIMEOUT_SECONDS = 30.0  # without a byte
 
 
 def fetch(address: str, folder: Path, *, md5: str | None, remedy: str) -> None:
@@ -41,7 +41,7 @@ def fetch(address: str, folder: Path, *, md5: str | None, remedy: str) -> None:
 def _download(address: str, archive: Path, md5: str | None, remedy: str) -> None:
     digest, size = hashlib.md5(usedforsecurity=False), 0
     try:
-        with urllib.request.urlopen(address, timeout=PATIENCE_SECONDS) as answer, archive.open("wb") as out:
+        with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as answer, archive.open("wb") as out:
             stated = int(answer.headers.get("Content-Length") or 0)
             with progress_bar(f"downloading {archive.name.strip('.')}", stated or 1) as advance:
                 while block := answer.read(BLOCK):

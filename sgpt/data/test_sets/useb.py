@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from sgpt.data.formats.beir import MAX_RELEVANCE, Qrels, RetrievalSet
-from sgpt.data.formats.lines import check_is_there, checked_lines, read_json
+from sgpt.data.formats.lines import check_is_there, checked_lines, read_json_file
 from sgpt.data.formats.row import listed, same_split, shown
 from sgpt.data.formats.scored_pairs import PairSet
 from sgpt.runtime.errors import InputError
 
-SPLITS = {"test": "test", "dev": "valid"}  # ours -> USEB's
+USEB_SPLITS = {"test": "test", "dev": "valid"}  # ours -> USEB's
 # TwitterPara's label from 0 to 5 of pairs that average precision leaves out: above it paraphrases, below it none
 NEITHER = 3
 
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """A few candidates for each query. texts: id -> text; candidates: query id -> document ids, in the source's
-    order.
+    """A few candidates for each query.
+
+    texts: id -> text; candidates: query id -> document ids, in the source's order.
     """
 
     name: str
@@ -47,15 +48,17 @@ class UsebTask:
 
 def read_useb(folder: Path, split: str) -> list[UsebTask]:
     """The tasks that are there. Names in no file, and files that are not as described, are refused."""
-    theirs = next((name for ours, name in SPLITS.items() if same_split(ours, split)), None)
+    theirs = next((name for ours, name in USEB_SPLITS.items() if same_split(ours, split)), None)
     if theirs is None:
         raise InputError(f"split={split}: USEB has test and dev; set one of them, or leave useb={folder} out")
-    there = [name for name in READERS if (folder / name).is_dir() and not (name == "twitterpara" and theirs != "test")]
-    if not there:
+    names = [
+        name for name in TASK_READERS if (folder / name).is_dir() and not (name == "twitterpara" and theirs != "test")
+    ]
+    if not names:
         raise InputError(
-            f"useb={folder}: holds none of {', '.join(READERS)}; give the folder data-eval of USEB's data-eval.zip"
+            f"useb={folder}: holds none of {', '.join(TASK_READERS)}; give the folder data-eval of USEB's data-eval.zip"
         )
-    tasks = [UsebTask(name, READERS[name](folder / name, theirs)) for name in there]
+    tasks = [UsebTask(name, TASK_READERS[name](folder / name, theirs)) for name in names]
     for task in tasks:
         if not task.parts or not all(map(_has_something, task.parts)):
             raise InputError(
@@ -67,29 +70,29 @@ def read_useb(folder: Path, split: str) -> list[UsebTask]:
 def _has_something(part: CandidateSet | RetrievalSet | PairSet) -> bool:
     if isinstance(part, PairSet):
         return len(set(part.scores)) > 1
-    return (
-        any(part.candidates.values())
-        if isinstance(part, CandidateSet)
-        else any(part.qrels.values()) and bool(part.corpus)
-    )
+    if isinstance(part, CandidateSet):
+        return any(part.candidates.values())
+    return any(part.qrels.values()) and bool(part.corpus)
 
 
 def _askubuntu(folder: Path, split: str) -> list[CandidateSet]:
-    """Twenty candidates by BM25 a query; those it judges similar are the relevant ones. Queries without any are left
-    out.
+    """Twenty candidates by BM25 a query; those it judges similar are the relevant ones.
+
+    Queries without any are left out.
     """
     titles = {fields[0].strip(): fields[1].strip() for _, fields in _lines(folder / "text_tokenized.txt", 2)}
     candidates, qrels = {}, {}
-    for where, (query, similar, found, scores) in _lines(folder / f"{'dev' if split == 'valid' else 'test'}.txt", 4):
-        names, numbers = found.split(), scores.split()
+    judged_file = folder / ("dev.txt" if split == "valid" else "test.txt")
+    for where, (query, similar, listed_names, scores) in _lines(judged_file, 4):
+        names, numbers = listed_names.split(), scores.split()
         if len(names) != len(numbers):
             raise InputError(
                 f"{where}: {len(names)} candidates and {len(numbers)} scores; there must be as many, fix the line"
             )
         # stable, as the original's
-        order = sorted(range(len(names)), key=lambda place: -_number(numbers[place], where))
+        order = sorted(range(len(names)), key=lambda index: -_number(numbers[index], where))
         if relevant := set(similar.split()) & set(names):
-            candidates[query] = [names[place] for place in order]
+            candidates[query] = [names[index] for index in order]
             qrels[query] = dict.fromkeys(sorted(relevant), 1)
         for name in (query, *names):
             if name not in titles:
@@ -120,8 +123,9 @@ def _cqadupstack(folder: Path, split: str) -> list[RetrievalSet]:
 
 
 def _scidocs(folder: Path, split: str) -> list[CandidateSet]:
-    """cite, cocite, coview, coread: some thirty papers a query, five of them related. Papers without a title are no
-    candidates.
+    """cite, cocite, coview, coread: some thirty papers a query, five of them related.
+
+    Papers without a title are no candidates.
     """
     data = _json(folder / "data.json")
     if missing := [key for key in ("corpus", split) if key not in data]:
@@ -146,9 +150,16 @@ def _scidocs(folder: Path, split: str) -> list[CandidateSet]:
                     f"judgement {shown(odd)} is no whole number up to {MAX_RELEVANCE:,}; fix it"
                 )
     return [
-        CandidateSet(kind, titles, {query: [name for name in judged if titles.get(name)] for query, judged in qrels.items() if titles.get(query)}, qrels)
+        CandidateSet(kind, titles, _with_titles(qrels, titles), qrels)
         for kind, qrels in data[split].items()
     ]  # fmt: skip
+
+
+def _with_titles(qrels: Qrels, titles: dict[str, str]) -> dict[str, list[str]]:
+    """query id -> candidates, both only where there is a title to compare."""
+    return {
+        query: [name for name in judged if titles.get(name)] for query, judged in qrels.items() if titles.get(query)
+    }
 
 
 def _twitterpara(folder: Path, split: str) -> list[PairSet]:
@@ -157,23 +168,24 @@ def _twitterpara(folder: Path, split: str) -> list[PairSet]:
     """
     pairs = {"twitterurl": PairSet("twitterurl", [], [], []), "pit": PairSet("pit", [], [], [])}
     for name, file, columns, label in (
-        ("twitterurl", "Twitter_URL_Corpus_test.txt", (0, 1, 2), r"\((\d+), *\d+\)"), ("pit", "test.data", (2, 3, 4), r"(\d+)"),
-    ):  # fmt: skip
+        ("twitterurl", "Twitter_URL_Corpus_test.txt", (0, 1, 2), r"\((\d+), *\d+\)"),
+        ("pit", "test.data", (2, 3, 4), r"(\d+)"),
+    ):
         for where, fields in _lines(folder / file, max(columns) + 1):
             first, second, given = (fields[column] for column in columns)
-            found = re.fullmatch(label, given.strip())
-            if not found:
+            match = re.fullmatch(label, given.strip())
+            if not match:
                 raise InputError(
                     f"{where}: label {shown(given)} is not of the form {'(4, 6)' if name == 'twitterurl' else '4'}; "
                     "fix it"
                 )
             pairs[name].first.append(first)
             pairs[name].second.append(second)
-            pairs[name].scores.append(float(found[1]))
+            pairs[name].scores.append(float(match[1]))
     return list(pairs.values())
 
 
-READERS = {"askubuntu": _askubuntu, "cqadupstack": _cqadupstack, "twitterpara": _twitterpara, "scidocs": _scidocs}
+TASK_READERS = {"askubuntu": _askubuntu, "cqadupstack": _cqadupstack, "twitterpara": _twitterpara, "scidocs": _scidocs}
 
 
 def _lines(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
@@ -189,7 +201,7 @@ def _lines(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
 def _json(file: Path, key: str | None = None) -> dict[str, Any]:
     """The file's object, or the one under `key` in it."""
     check_is_there(file, "the task needs it")
-    content = read_json(file, "take it from data-eval.zip again")
+    content = read_json_file(file, "take it from data-eval.zip again")
     if not isinstance(content, dict) or (key and not isinstance(content.get(key), dict)):
         raise InputError(f"{file}: expected an object{f' with {key!r} in it' if key else ''}; is it USEB's file?")
     return content[key] if key else content
