@@ -374,7 +374,7 @@ def test_turned_bytes_in_a_binary_table_end_in_rows_or_in_an_input_error(name, t
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.csv", b'query,positive\nq1,p1\n"never,p\nq3,p3\n', r"line 3: a quote that opens in the row '\"never,p' is not closed up to line 4, and no row"),
+        ("a.csv", b'query,positive\nq1,p1\n"never,p\nq3,p3\n', r"line 3: a quote that opens in the row '\"never,p' is not closed up to line 4, and the rows"),
         ("a.csv", b"query,positive,query\n", r"line 1: two columns are called 'query'; rename or remove one"),
         ("a.csv", b",query,positive\n", r"line 1: column 1 of ', query, positive' has no name; name or remove it \(pandas: to_csv\(index=False\)\)"),
         ("a.csv", b"query|positive\n", r"line 1: the header is one column with '\|' in its name, 'query\|positive'; separate the fields by ','"),
