@@ -27,7 +27,7 @@ from sgpt.data.formats.trec import Run
 from sgpt.data.test_sets.beir_sets import splits
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation import compare
-from sgpt.evaluation.table import table
+from sgpt.evaluation.table import systems_table
 from sgpt.retrieval.fusion import reordered
 from sgpt.retrieval.metrics import ranking
 from sgpt.retrieval.rerank import rerank
@@ -67,7 +67,7 @@ def results(name: str, encoder: Encoder, options: argparse.Namespace) -> dict:
     first, *others = options.rankers
     systems = compare.rank(encoder, chosen, tuning_set(name, folder, whole, options.queries), rescore=scorer(first, prompt), depth=options.depth)
     measured = compare.measured(chosen, systems, options.depth)
-    Console(width=200).print(table({name: measured}, f"{name}, {len(chosen.queries)} queries, re-ranked by {first}, prompt {prompt}"))
+    Console(width=200).print(systems_table({name: measured}, f"{name}, {len(chosen.queries)} queries, re-ranked by {first}, prompt {prompt}"))
     found = {"systems": measured, "others": {}}
     bm25 = systems["bm25"].run
     for other in others:
@@ -87,7 +87,7 @@ def results(name: str, encoder: Encoder, options: argparse.Namespace) -> dict:
     return found
 
 
-def scorer(ranker: str, prompt: str, dtype: str = "float32") -> compare.Rescore:
+def scorer(ranker: str, prompt: str, dtype: str = "float32") -> compare.RescoreRun:
     return partial(rerank, CrossEncoder.from_pretrained(ranker, prompt, dtype=dtype))
 
 

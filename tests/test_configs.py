@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from sgpt.cli.command import _without_empty_groups
 from sgpt.cli.compose import plain, typed
 from sgpt.cli.launch import _check_processes
-from sgpt.data.sources.columns import ROLES
+from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.encoder.export import ExportConfig
 from sgpt.evaluation.evaluate import EvaluateConfig
 from sgpt.evaluation.mteb import MtebConfig
@@ -190,7 +190,7 @@ def test_the_keys_that_are_taken_for_texts_are_those_of_the_dataclasses(name):
             if depth := {str: 0, list[str]: 1, list[list[str]]: 2}.get(plain, -1) + 1:
                 found[prefix + key] = Text(depth - 1, nullable)
             elif plain == dict[str, str | None]:
-                found |= {f"{prefix}{key}.{role}": Text(0, True) for role in ROLES}
+                found |= {f"{prefix}{key}.{role}": Text(0, True) for role in COLUMN_ROLES}
             elif is_dataclass(plain) and not nullable:
                 found |= keys(plain, f"{prefix}{key}.")
         return found

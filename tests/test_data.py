@@ -354,10 +354,10 @@ def test_a_batch_is_query_major_and_knows_equal_texts(tiny_encoder):
 
 
 def test_qrels_and_triples_without_a_header_lose_no_row(folder):
-    with_header = beir.read_qrels(folder, "test"), len(list(beir.read_examples(folder, "test", "triples.tsv", 1)))
+    with_header = beir.read_qrels(folder, "test"), len(list(beir.beir_examples(folder, "test", "triples.tsv", 1)))
     for file in (folder / "qrels" / "test.tsv", folder / "triples.tsv"):
         file.write_text(file.read_text().split("\n", 1)[1])
-    assert (beir.read_qrels(folder, "test"), len(list(beir.read_examples(folder, "test", "triples.tsv", 1)))) == with_header
+    assert (beir.read_qrels(folder, "test"), len(list(beir.beir_examples(folder, "test", "triples.tsv", 1)))) == with_header
 
 
 # --- from a configuration to batches ---
@@ -446,8 +446,8 @@ def test_the_share_of_a_source_is_told_and_kept(weights, told, batches, tmp_path
     ("weights", "options", "message"),
     [
         ({"a": 2.0}, {}, r"^data\.sources: .*b\.jsonl has no weight and others have; give each one a weight, or none$"),
-        ({}, {"num_hard_negatives": 1, "on_error": "skip"}, r"^data\.num_hard_negatives, data\.on_error: set beside data\.sources, where nothing reads it"),
-        ({}, {"path": "else.jsonl"}, r"^data\.path: set beside data\.sources, where nothing reads it; set it in each of the sources"),
+        ({}, {"num_hard_negatives": 1, "on_error": "skip"}, r"^data\.num_hard_negatives, data\.on_error: set next to data\.sources, where nothing reads it"),
+        ({}, {"path": "else.jsonl"}, r"^data\.path: set next to data\.sources, where nothing reads it; set it in each of the sources"),
     ],
 )
 def test_what_stands_beside_sources_and_weights_of_some_are_refused(weights, options, message, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sgpt.data.test_sets import beir_sets
-from sgpt.data.test_sets.beir_sets import places, read_place
+from sgpt.data.test_sets.beir_sets import find_beir_folders, read_beir_folder
 from sgpt.data.test_sets.download import fetch
 from sgpt.runtime.errors import InputError
 
@@ -112,12 +112,12 @@ def test_a_name_of_beir_is_downloaded_once_and_then_read_from_its_root(served, t
     content = zipped({name.replace("toy", "scifact"): text for name, text in FILES.items()})
     (folder / "scifact.zip").write_bytes(content)
     with pytest.raises(InputError, match=rf"scifact\.zip: md5 {hashlib.md5(content).hexdigest()} of {len(content)} bytes, expected 5f7d1de60b170fc8"):
-        places(["scifact"], None, tmp_path / "root", address=address)  # not the file that BEIR lists
+        find_beir_folders(["scifact"], None, tmp_path / "root", address=address)  # not the file that BEIR lists
     assert not list((tmp_path / "root").iterdir())
     monkeypatch.setitem(beir_sets.BEIR_SETS, "scifact", beir_sets.Rules(hashlib.md5(content).hexdigest(), sub_average=True))
     for _ in range(2):
-        [place] = places(["scifact"], None, tmp_path / "root", address=address)
-        assert read_place(place).corpus == {"d": "A text"}
+        [place] = find_beir_folders(["scifact"], None, tmp_path / "root", address=address)
+        assert read_beir_folder(place).corpus == {"d": "A text"}
     assert asked == ["/scifact.zip"] * 2  # the refused one and the good one
 
 
@@ -152,7 +152,7 @@ def test_without_a_network_the_sentence_says_so_and_how_to_do_without(tmp_path):
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
         message = r"nfcorpus\.zip: cannot be downloaded, is there a network\? \(.*refused\); set beir_root=<folder that holds nfcorpus/>"
         with pytest.raises(InputError, match=message):
-            places(["nfcorpus"], None, tmp_path, address=address)
+            find_beir_folders(["nfcorpus"], None, tmp_path, address=address)
     assert not list(tmp_path.iterdir())
 
 

@@ -17,10 +17,11 @@ import sgpt.retrieval.dense
 from sgpt.data.formats.beir import read_retrieval
 from sgpt.data.formats.scored_pairs import read_pairs
 from sgpt.data.formats.trec import ranked
-from sgpt.data.test_sets.beir_sets import AVERAGES, BEIR_SETS, FORUMS, Place, averages, places, read_place
-from sgpt.evaluation import compare
+from sgpt.data.test_sets.beir_sets import AVERAGES, BEIR_SETS, FORUMS, BeirFolder, averages, find_beir_folders, read_beir_folder
+from sgpt.evaluation import compare, systems
 from sgpt.evaluation.evaluate import EvaluateConfig, EvaluationConfig, read_sets
-from sgpt.evaluation.table import beir_averages, table, with_cqadupstack
+from sgpt.evaluation.systems import find_sets
+from sgpt.evaluation.table import beir_averages, systems_table, with_cqadupstack
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.dense import retrieve, search
 from sgpt.retrieval.fusion import interpolated, reciprocal_rank_fusion
@@ -67,7 +68,7 @@ def shared_words(chosen, run, depth):
 @pytest.fixture(scope="module")
 def compared(toy, tiny_encoder):
     encoder, chosen = tiny_encoder(), read_retrieval(toy, "test")
-    dev, reason = compare.tuning_set(Place("toy", toy, "test", None), chosen, "dev")
+    dev, reason = compare.tuning_set(BeirFolder("toy", toy, "test", None), chosen, "dev")
     assert reason == ""
     systems = compare.rank(encoder, chosen, dev, rescore=shared_words, depth=20)
     return encoder, chosen, dev, systems, compare.measured(chosen, systems, depth=20)
@@ -113,9 +114,9 @@ def test_of_equal_weights_the_one_nearest_to_one_half_is_taken():
 def test_without_a_split_to_tune_on_the_fusion_by_scores_is_left_out_and_the_reason_is_given(toy, compared, tmp_path):
     encoder, chosen, *_ = compared
     alone = beir(tmp_path / "alone", {"d": "a text"}, {"q": "a text"}, {"test": {"q": {"d": 1}}})
-    assert compare.tuning_set(Place("alone", alone, "test", None), chosen, "dev")[1].endswith("alone has: test; no other split is there to tune it on")
+    assert compare.tuning_set(BeirFolder("alone", alone, "test", None), chosen, "dev")[1].endswith("alone has: test; no other split is there to tune it on")
     for split, reason in (("train", r"on split 'train', and .*toy has: dev, test; set dev_split=dev$"), ("test", r"on split 'test', which is what is scored")):
-        dev, said = compare.tuning_set(Place("toy", toy, "test", None), chosen, split)
+        dev, said = compare.tuning_set(BeirFolder("toy", toy, "test", None), chosen, split)
         assert dev is None
         assert re.search(reason, said), said
     assert list(compare.rank(encoder, chosen)) == ["bm25", "model", "reciprocal_rank"]
@@ -177,7 +178,7 @@ def test_differences_stand_against_bm25_and_the_first_stage(compared):
 
 def test_the_table_has_a_column_for_each_system_and_a_dash_for_what_is_not_there(compared):
     *_, found = compared
-    made = table({"toy": found, "stsb": {"model": {"metrics": {"spearman_cosine": 0.5}}}}, "title")
+    made = systems_table({"toy": found, "stsb": {"model": {"metrics": {"spearman_cosine": 0.5}}}}, "title")
     assert [column.header for column in made.columns] == ["set", "metric", *compare.SYSTEMS.values()]
     rows = dict(zip(made.columns[1].cells, zip(*(list(column.cells) for column in made.columns[2:]), strict=True), strict=True))
     assert rows["ndcg@10"] == tuple(f"{100 * found[system]['metrics']['ndcg@10']:.2f}" for system in compare.SYSTEMS)
@@ -241,17 +242,17 @@ def beir_root(tmp_path) -> Path:
 def test_the_query_itself_is_no_result_where_beir_says_so(beir_root, tiny_encoder):
     encoder = tiny_encoder()
     for name, own in (("arguana", False), ("other", True)):
-        [place] = places([str(beir_root / name)], None, beir_root)
-        chosen = read_place(place)
+        [place] = find_beir_folders([str(beir_root / name)], None, beir_root)
+        chosen = read_beir_folder(place)
         for run in (bm25_run(chosen, 2), retrieve(encoder, chosen, 2)):
             assert {query in documents for query, documents in run.items()} == {own}, name
             assert {len(documents) for documents in run.values()} == {2}
 
 
 def test_msmarco_counts_on_dev_unless_a_split_is_named(beir_root):
-    assert [place.split for place in places(["msmarco", "arguana"], None, beir_root)] == ["dev", "test"]
-    assert [place.split for place in places(["msmarco"], "test", beir_root)] == ["test"]
-    assert [place.folder for place in places(["other"], None, beir_root)] == [beir_root / "other"]  # any folder of the root
+    assert [place.split for place in find_beir_folders(["msmarco", "arguana"], None, beir_root)] == ["dev", "test"]
+    assert [place.split for place in find_beir_folders(["msmarco"], "test", beir_root)] == ["test"]
+    assert [place.folder for place in find_beir_folders(["other"], None, beir_root)] == [beir_root / "other"]  # any folder of the root
     [chosen] = read_sets(EvaluationConfig([str(beir_root / "msmarco")], split=None)).retrieval
     assert list(chosen.qrels) == ["r"]
 
@@ -259,16 +260,16 @@ def test_msmarco_counts_on_dev_unless_a_split_is_named(beir_root):
 def test_documents_with_an_empty_text_are_no_candidates_in_a_set_of_beir(tmp_path):
     for name, kept in (("trec-covid", ["d"]), ("mine", ["d", "e"])):
         folder = beir(tmp_path / name, {"d": "a text", "e": ""}, {"q": "text"}, {"test": {"q": {"d": 1, "e": 1}}})
-        [place] = places([str(folder)], None, tmp_path)
-        chosen = read_place(place)
+        [place] = find_beir_folders([str(folder)], None, tmp_path)
+        chosen = read_beir_folder(place)
         assert list(chosen.corpus) == kept
         assert chosen.qrels == {"q": {"d": 1, "e": 1}}  # a relevant document that cannot be found costs, as in the original
 
 
 def test_cqadupstack_is_the_mean_of_its_twelve_forums(beir_root):
-    there = places(["cqadupstack"], None, beir_root)
+    there = find_beir_folders(["cqadupstack"], None, beir_root)
     assert [place.name for place in there] == [f"cqadupstack/{forum}" for forum in FORUMS]
-    assert read_place(there[0]).corpus == {"d": "of android"}
+    assert read_beir_folder(there[0]).corpus == {"d": "of android"}
     sets = {place.name: {"model": {"metrics": {"ndcg@10": number / 100}, "reranking": {}, "cost": {}}} for number, place in enumerate(there)}
     assert with_cqadupstack(sets)["cqadupstack"]["model"]["metrics"]["ndcg@10"] == pytest.approx(0.055)
     del sets["cqadupstack/tex"]
@@ -302,11 +303,11 @@ def test_what_is_not_there_is_refused_with_what_to_do(beir_root):
     }
     for entry, message in cases.items():
         with pytest.raises(InputError, match=message):
-            places([entry], None, beir_root)
+            find_beir_folders([entry], None, beir_root)
     with pytest.raises(InputError, match=r"arguana/qrels/dev\.tsv: no such file; .*arguana has the splits: test; set split="):
-        places(["arguana"], "dev", beir_root)
+        find_beir_folders(["arguana"], "dev", beir_root)
     with pytest.raises(InputError, match=r"two evaluation sets are called 'arguana'"):
-        places(["arguana", str(beir_root / "arguana")], None, beir_root)
+        find_beir_folders(["arguana", str(beir_root / "arguana")], None, beir_root)
 
 
 # --- similarity of pairs by year ---
@@ -398,3 +399,19 @@ def test_the_script_refuses_in_one_sentence(arguments, message, project):
     *log, error = ended.stderr.splitlines()
     assert re.match(f"error: .*{message}", error)
     assert not [line for line in log if "error" in line or "Traceback" in line]
+
+
+def test_a_broken_corpus_is_refused_before_any_set_is_scored_and_large_ones_are_read_twice(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        beir(tmp_path / name, {"d": f"text of {name}"}, {"q": "text"}, {"test": {"q": {"d": 1}}})
+    config = EvaluateConfig(model="base", retrieval=[str(tmp_path / "one"), str(tmp_path / "two")])
+    folders, reasons = find_sets(config).retrieval, []
+    for kept in (systems.KEPT_CHARACTERS, 0):
+        monkeypatch.setattr(systems, "KEPT_CHARACTERS", kept)
+        texts = [tuned.dataset.corpus["d"] for _, tuned in systems.read_retrieval_sets(folders, config, reasons.append)]
+        assert texts == ["text of one", "text of two"]
+    assert len(reasons) == 4  # one a set, each time before anything is scored: there is no split to tune on
+    with (tmp_path / "two" / "corpus.jsonl").open("a") as corpus:
+        corpus.write("{]\n")
+    with pytest.raises(InputError, match=r"two/corpus\.jsonl, line 2: not JSON"):
+        systems.read_retrieval_sets(folders, config, reasons.append)

@@ -17,9 +17,9 @@ from sgpt.data.feed.store import Examples, Tokens, stored
 from sgpt.data.readers import DataConfig, build_feed
 from sgpt.decoder.trunk import load_tokenizer
 from sgpt.inspection import inspect as inspection
-from sgpt.inspection.census import Counts, count
+from sgpt.inspection.census import Counts, count_source
 from sgpt.inspection.inspect import Inspection, inspect_feed, see
-from sgpt.inspection.page import free_place, write_page
+from sgpt.inspection.page import check_output, write_inspection
 from sgpt.inspection.sample import sample, scripts
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig, frames
@@ -79,7 +79,7 @@ def test_counts_are_those_that_were_made(source, tokenizer):
         + mean(length(tokenizer, text, 12) for text in one.hard_negatives)
         for one in EXAMPLES
     )
-    assert count(source) == Counts(
+    assert count_source(source) == Counts(
         examples=20, texts=len(texts), positives=21, repeated_queries=1, repeated_positives=1, queries_by_positives=(18, 0, 1, 0),
         hard_negatives=(1, 1.0, 2), positives_asked=1, contrary_negatives=1, short_of_negatives=0, short_texts=1, short_text="x",
         tokens=pytest.approx(tokens, rel=1e-9),
@@ -96,8 +96,8 @@ def test_counts_do_not_depend_on_where_the_examples_lie(source, tokenizer, tmp_p
 
     on_disk = stored(tmp_path, "key", fill)
     assert len(on_disk.queries.chunks) == 7
-    counted = count(made(tokenizer, on_disk))
-    assert counted == count(source)
+    counted = count_source(made(tokenizer, on_disk))
+    assert counted == count_source(source)
 
 
 def test_texts_that_no_example_uses_and_texts_written_twice_do_not_count(tokenizer, tmp_path):
@@ -108,7 +108,7 @@ def test_texts_that_no_example_uses_and_texts_written_twice_do_not_count(tokeniz
         writer.row(query, [positive], [])
         writer.row(again, [positive], [])
 
-    counted = count(made(tokenizer, stored(tmp_path, "key", fill), negatives=0))
+    counted = count_source(made(tokenizer, stored(tmp_path, "key", fill), negatives=0))
     assert (counted.texts, counted.repeated_queries, counted.repeated_positives, counted.short_texts) == (2, 1, 1, 0)
     assert counted.queries_by_positives == (1, 0, 0, 0)  # the same pair twice is one
 
@@ -185,13 +185,13 @@ def test_a_run_over_two_sources_is_told_by_their_weights(tokenizer):
     one = made(tokenizer, EXAMPLES, name="one")
     two = made(tokenizer, [Example(f"q {n}", f"an answer of other length {n}", ("no",)) for n in range(60)], name="two")
     found = inspected(tokenizer, one, two, queries=10, num_batches=2, batches_per_step=2)
-    told = inspection.told_run(found)
+    told = inspection.describe_run(found)
     assert told["batches an epoch"] == "8.0"
     assert told["optimizer steps an epoch"] == "4.0"
     assert told["optimizer steps of the run"] == "7"
     assert (told["queries a batch"], told["candidates a query"]) == ("10", "20")
-    assert told["tokens an epoch, about"] == f"{count(one).tokens + count(two).tokens:,.0f}"  # weights go by size here
-    assert inspection.told_sources(found)["examples"] == ["20", "60"]
+    assert told["tokens an epoch, about"] == f"{count_source(one).tokens + count_source(two).tokens:,.0f}"  # weights go by size here
+    assert inspection.describe_sources(found)["examples"] == ["20", "60"]
     computed, padded = (sum(getattr(batch, name) for batch in found.batches) for name in ("computed", "padded"))
     assert told["the same, padded to the longest row"] == f"{padded:,}, of which packing saves {100 * (padded - computed) / padded:.1f}%"
 
@@ -240,7 +240,7 @@ def page(tokenizer, tmp_path_factory) -> str:
     examples = [*EXAMPLES, Example("<script>alert(1)</script>", "https://example.org/ is an address", ("bad one",))]
     file = tmp_path_factory.mktemp("page") / "runs" / "x.inspection.html"
     of_them = made(tokenizer, examples, limits=MarkersConfig(), name="<i>hand</i>")
-    write_page(inspected(tokenizer, of_them, queries=21), file, "a & b", {"note": "<b>&"})
+    write_inspection(inspected(tokenizer, of_them, queries=21), file, "a & b", {"note": "<b>&"})
     return file.read_text(encoding="utf-8")
 
 
@@ -268,9 +268,9 @@ def test_the_page_is_self_contained_and_escapes_the_texts(page):
 def test_a_page_never_takes_the_place_of_a_run_or_of_its_files(place, tmp_path):
     (tmp_path / "runs" / "x").mkdir(parents=True)
     (tmp_path / "runs" / "x" / "config.yaml").write_text("name: x")
-    assert free_place(tmp_path / "runs" / "x.inspection.html") == tmp_path / "runs" / "x.inspection.html"
+    assert check_output(tmp_path / "runs" / "x.inspection.html") == tmp_path / "runs" / "x.inspection.html"
     with pytest.raises(InputError, match="which stays as it is; give an HTML file elsewhere"):
-        free_place(tmp_path / place)
+        check_output(tmp_path / place)
 
 
 # --- real data, and the command line ---

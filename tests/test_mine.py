@@ -423,7 +423,7 @@ BAD_RUNS = {
     "a list": ('{"q1": ["d1"]}', {}, r"run, query id 'q1': holds list, expected document ids with scores"),
     "a text": ('{"q1": {"d1": "3"}}', {}, r"run, query id 'q1': score '3' of 'd1' is no finite number"),
     "unknown in json": ('{"q1": {"x1": 3}}', {}, r"run, query id 'q1': document id 'x1' is not in"),
-    "not text": (b"\xff\xfe", {}, r"run: cannot be read .* it should be UTF-8 text"),
+    "not text": (b"\xff\xfe", {}, r"run, line 1: begins with the mark of UTF-16; save the file as UTF-8"),
 }
 
 

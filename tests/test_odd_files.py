@@ -18,11 +18,11 @@ from pyarrow import parquet
 
 from sgpt.data.feed.example import Example
 from sgpt.data.formats import beir
-from sgpt.data.formats.beir import read_documents
+from sgpt.data.formats.beir import read_search_corpus
 from sgpt.data.formats.scored_pairs import read_pairs
 from sgpt.data.formats.trec import read_run
 from sgpt.data.readers import DataConfig, SourceConfig, read_examples
-from sgpt.data.test_sets.beir_sets import places, read_place
+from sgpt.data.test_sets.beir_sets import find_beir_folders, read_beir_folder
 from sgpt.evaluation.compare import tuning_set
 from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
 from sgpt.mining.config import MineConfig
@@ -140,7 +140,7 @@ def test_what_a_limit_leaves_nothing_of_is_refused(tmp_path):
         read_sets(EvaluationConfig(sts=[str(file)], limit=2))
 
 
-@pytest.mark.parametrize("reader", [beir.read_corpus, read_documents])
+@pytest.mark.parametrize("reader", [beir.read_corpus, read_search_corpus])
 def test_a_title_that_is_no_value_is_no_title_and_one_that_is_no_text_is_refused(reader, tmp_path):
     folder = tmp_path / "b"
     json_lines(folder / "corpus.jsonl", '{"_id": "1", "title": NaN, "text": "Put the egg"}', '{"_id": "2", "title": null, "text": "in"}')
@@ -164,7 +164,7 @@ def test_words_for_no_value_and_lists_in_cells_are_told(tmp_path, caplog):
     assert "a.csv, line 2: 'nan' is a word for no value and is read as a text, in 2 rows; leave such cells empty" in caplog.text
     assert "a.csv, line 4: \"['p', 'r']\" is a list written as text and is read as a text, in 1 rows" in caplog.text
     json_lines(tmp_path / "corpus.jsonl", {"_id": "1", "title": "nan", "text": "a"})
-    read_documents(tmp_path / "corpus.jsonl")
+    read_search_corpus(tmp_path / "corpus.jsonl")
     assert "corpus.jsonl, line 1: 'nan' is a word for no value and is read as a text or title, in 1 rows" in caplog.text
 
 
@@ -233,7 +233,7 @@ def test_odd_tables_that_cannot_be_read_are_refused(name, content, message, tmp_
 @pytest.mark.parametrize("asked", ["dev", "validation"])
 def test_splits_go_by_their_usual_names(name, asked, tmp_path):
     folder = beir_folder(tmp_path / "b", {"d": "text"}, {"q": "query"}, "q\td\t1\n", split=name)
-    assert read_place(places([str(folder)], asked, tmp_path)[0]).qrels == {"q": {"d": 1}}
+    assert read_beir_folder(find_beir_folders([str(folder)], asked, tmp_path)[0]).qrels == {"q": {"d": 1}}
     assert len(read(folder, name="beir", split=asked)) == 1
     rows = [{"sentence1": "a", "sentence2": "b", "score": score, "split": split} for score, split in ((1, name), (2, f" {name} "), (3, "test"))]
     assert read_pairs(json_lines(tmp_path / "sts.jsonl", *rows), asked)[0].scores == [1, 2]
@@ -268,12 +268,12 @@ def test_scored_pairs_may_be_a_table_and_empty_sentences_are_told(tmp_path, capl
 
 def test_a_weight_is_not_tuned_on_the_scored_split_under_its_other_name(tmp_path):
     folder = beir_folder(tmp_path / "b", {"d": "text"}, {"q": "query"}, "q\td\t1\n", split="validation")
-    place = places([str(folder)], "validation", tmp_path)[0]
-    dev, reason = tuning_set(place, read_place(place), "dev")
+    place = find_beir_folders([str(folder)], "validation", tmp_path)[0]
+    dev, reason = tuning_set(place, read_beir_folder(place), "dev")
     assert dev is None
     assert "is tuned on split 'dev', which is what is scored" in reason
     written(folder / "qrels" / "test.tsv", "q\td\t0\n")
-    assert "where no judgement is above 0" in tuning_set(place, read_place(place), "test")[1]
+    assert "where no judgement is above 0" in tuning_set(place, read_beir_folder(place), "test")[1]
 
 
 def test_the_mark_of_utf_8_hides_no_column_of_allnli_and_a_tab_in_a_text_shifts_none(tmp_path):

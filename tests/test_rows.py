@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from sgpt.data.feed.example import Example
-from sgpt.data.formats import rows as rows_module
+from sgpt.data.formats import lines as lines_module
+from sgpt.data.formats import tables as tables_module
 from sgpt.data.formats.rows import rows
 from sgpt.data.sources.bad_rows import accepted
 from sgpt.data.sources.columns import Columns, describe, guess_columns, with_names, without_late_columns
@@ -281,7 +282,7 @@ def test_a_malformed_row_is_named_and_no_other_is_lost(kind, line, sentence, tmp
 @pytest.mark.parametrize("place", [0, 1, 3])
 @pytest.mark.parametrize("length", [101, 102, 4_000_000])
 def test_a_line_that_is_too_long_is_refused_without_being_held(kind, place, length, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows_module, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 100)
     (tmp_path / f"a{kind}").write_bytes(spoiled(kind, b"x" * (length - 1), place))
     tracemalloc.start()
     (error,) = errors(tmp_path / f"a{kind}")
@@ -294,7 +295,7 @@ def test_a_line_that_is_too_long_is_refused_without_being_held(kind, place, leng
 def test_a_line_of_just_the_limit_is_read(tmp_path, monkeypatch):
     line = json.dumps({"query": "q" * 80})
     (tmp_path / "a.jsonl").write_text(line + "\n")
-    monkeypatch.setattr(rows_module, "MAX_LINE_BYTES", len(line) + 1)
+    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", len(line) + 1)
     assert values(tmp_path / "a.jsonl") == [{"query": "q" * 80}]
 
 
@@ -373,7 +374,7 @@ def test_turned_bytes_in_a_binary_table_end_in_rows_or_in_an_input_error(name, t
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.csv", b'query,positive\nq1,p1\n"never,p\nq3,p3\n', r"line 3: a quote that opens in the row '\"never,p' is not closed up to line 4, and no row"),
+        ("a.csv", b'query,positive\nq1,p1\n"never,p\nq3,p3\n', r"line 3: a quote that opens in the row '\"never,p' is not closed up to line 4, and the rows"),
         ("a.csv", b"query,positive,query\n", r"line 1: two columns are called 'query'; rename or remove one"),
         ("a.csv", b",query,positive\n", r"line 1: column 1 of ', query, positive' has no name; name or remove it \(pandas: to_csv\(index=False\)\)"),
         ("a.csv", b"query|positive\n", r"line 1: the header is one column with '\|' in its name, 'query\|positive'; separate the fields by ','"),
@@ -413,7 +414,7 @@ def test_tables_without_rows_or_with_two_columns_of_a_name_are_refused(tmp_path)
 
 
 def test_a_runaway_quote_ends_at_the_limit_and_not_with_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows_module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(tables_module, "MAX_LINE_BYTES", 1000)
     before = csv.field_size_limit(2000)
     (tmp_path / "a.csv").write_text('query,positive\n"open,p\n' + "q,p\n" * 100_000)
     raised(tmp_path / "a.csv", r"line 2: a quote that opens in the row '\"open,p' is not closed up to line \d{3},")

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sgpt.cross_encoder.cross_encoder import CrossEncoder
-from sgpt.data.formats.beir import read_documents
+from sgpt.data.formats.beir import read_search_corpus
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.adapter import save_adapter
 from sgpt.encoder.contract import Contract
@@ -110,7 +110,7 @@ def test_an_id_that_comes_twice_is_refused(tmp_path):
     file = tmp_path / "corpus.jsonl"
     file.write_text('{"_id": "1", "text": "cats"}\n{"_id": "1", "text": "dogs"}\n')
     with pytest.raises(InputError, match=r"corpus\.jsonl, line 2: id '1' was used before"):
-        read_documents(file)
+        read_search_corpus(file)
 
 
 @pytest.mark.parametrize("options", [{"top": 0}, {"top": -1}, {"depth": 0}, {"query": " "}])

@@ -8,6 +8,7 @@ import pytest
 import pytrec_eval
 
 from sgpt.data.formats.beir import RetrievalSet
+from sgpt.data.formats.lines import read_json_file
 from sgpt.data.formats.trec import read_run, write_run
 from sgpt.retrieval.metrics import ranking_per_query
 from sgpt.runtime.errors import InputError
@@ -65,3 +66,18 @@ def test_an_id_that_the_format_cannot_hold_is_refused_and_nothing_is_written(run
     with pytest.raises(InputError, match=r"run: id '.*' is empty or holds a blank.*rename it, or write no TREC run"):
         write_run(tmp_path / "run", run, "tag")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b'{"a": 1,\n "b": }', r"a\.json, line 2: not JSON \(Expecting value at column 7\); write it again"),
+    (b'{"a": 1,\n "b": "\xff"}', r"a\.json, line 2: not UTF-8 at column 8"),
+    (b'{"a": 1, "a": 2}', r"a\.json: not JSON \(the key 'a' is there twice\)"),
+    (b"[" * 100_000, r"a\.json: not JSON \(brackets too deep\)"),
+    (b"\xff\xfe{", r"a\.json, line 1: begins with the mark of UTF-16"),
+])  # fmt: skip
+def test_a_whole_file_that_is_no_json_is_refused_with_its_line(content, message, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_json_file(tmp_path / "a.json", "write it again")
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": [1]}\r\n')
+    assert read_json_file(tmp_path / "a.json") == {"a": [1]}

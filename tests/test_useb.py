@@ -150,7 +150,7 @@ def test_dev_is_what_useb_calls_valid_and_twitterpara_has_none(data):
     ("askubuntu/text_tokenized.txt", None, r"text_tokenized\.txt: no such file; the task needs it"),
     ("cqadupstack/retrieval_split.json", '{"valid": {}}', r"retrieval_split\.json: expected an object with 'test' in it"),
     ("cqadupstack/retrieval_split.json", '{"test": {"tex": {"x": []}}}', r"query id 'x' of tex is not in corpus\.json"),
-    ("cqadupstack/corpus.json", "{", r"corpus\.json: cannot be read"),
+    ("cqadupstack/corpus.json", "{", r"corpus\.json, line 1: not JSON \(.*\); take it from data-eval.zip again"),
     ("scidocs/data.json", '{"corpus": {}}', r"data\.json: has no 'test'; it has corpus"),
     ("twitterpara/test.data", "1\tt\ta\tb\t(4, 5)\n", r"test\.data, line 1: label '\(4, 5\)' is not of the form 4"),
     ("twitterpara/Twitter_URL_Corpus_test.txt", "a\tb\t4\n", r"Twitter_URL_Corpus_test\.txt, line 1: label '4' is not of the form \(4, 6\)"),

@@ -1,4 +1,6 @@
-"""Evaluate on MTEB: `python train/evaluate_mteb.py model=runs/pydocs tasks=[STSBenchmark,SciFact]`. `--help` shows the keys."""
+"""Evaluate on MTEB: `python train/evaluate_mteb.py model=runs/pydocs tasks=[STSBenchmark,SciFact]`. `--help` shows the
+keys.
+"""
 
 from omegaconf import DictConfig
 
@@ -15,13 +17,16 @@ def main(composed: DictConfig) -> None:
     from sgpt.cli.compose import typed
     from sgpt.cross_encoder.cross_encoder import CrossEncoder
     from sgpt.encoder.encoder import Encoder
-    from sgpt.evaluation.evaluate import table
+    from sgpt.evaluation.evaluate import metrics_table
     from sgpt.evaluation.mteb import MtebConfig, MtebEncoder, MtebReranker, name_of, read_tasks, run
     from sgpt.runtime.errors import InputError
 
     config = typed(MtebConfig, composed)
     if not config.model or not config.tasks:
-        raise InputError("set model=<folder or hub id> and tasks=[<task or benchmark of mteb>,…], for example tasks=[STSBenchmark,SciFact]")
+        raise InputError(
+            "set model=<folder or hub id> and tasks=[<task or benchmark of mteb>,…], for example "
+            "tasks=[STSBenchmark,SciFact]"
+        )
     tasks, name = read_tasks(config.tasks), config.name or name_of(config.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.prompt:
@@ -29,9 +34,11 @@ def main(composed: DictConfig) -> None:
         ranker.model.to(device)
         model = MtebReranker(ranker, name)
     else:
-        model = MtebEncoder(Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling).to(device), name)
+        model = MtebEncoder(
+            Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling).to(device), name
+        )
     results = run(model, tasks, Path(config.output))
-    Console(markup=False).print(table({name: results}, "MTEB, main scores × 100"))
+    Console(markup=False).print(metrics_table({name: results}, "MTEB, main scores × 100"))
     Console(markup=False).print(f"results  {config.output}/results", highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,5 @@
-"""Look at training data before spending compute on it: `python train/inspect_data.py experiment=pydocs`, with training's overrides.
+"""Look at training data before spending compute on it: `python train/inspect_data.py experiment=pydocs`, with
+training's overrides.
 
 On several processes a batch is as large as all of theirs: set trainer.queries_per_process to the queries in total.
 """
@@ -20,22 +21,33 @@ def main(composed: DictConfig) -> None:
     from sgpt.decoder.trunk import load_tokenizer
     from sgpt.inspection import inspect as inspection
     from sgpt.inspection.inspect import InspectConfig
-    from sgpt.inspection.page import free_place, write_page
+    from sgpt.inspection.page import check_output, write_inspection
     from sgpt.training.guide import grouped
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sgpt").setLevel(logging.INFO)
     config = typed(InspectConfig, composed)
-    page = free_place(Path(config.output or f"{config.runs}/{config.name}.inspection.html"))
+    page = check_output(Path(config.output or f"{config.runs}/{config.name}.inspection.html"))
     tokenizer = load_tokenizer(config.model.path)
-    feed = build_feed(config.data, tokenizer, config.markers, queries_per_process=config.trainer.queries_per_process, seed=config.trainer.seed)
+    feed = build_feed(
+        config.data,
+        tokenizer,
+        config.markers,
+        queries_per_process=config.trainer.queries_per_process,
+        seed=config.trainer.seed,
+    )
     feed = grouped(feed, config.data)
     steps = config.trainer.steps(feed.batches_per_epoch)
     found = inspection.inspect_feed(
-        feed, tokenizer, num_examples=config.examples, num_batches=config.batches, steps=steps, batches_per_step=config.trainer.gradient_accumulation
+        feed,
+        tokenizer,
+        num_examples=config.examples,
+        num_batches=config.batches,
+        steps=steps,
+        batches_per_step=config.trainer.gradient_accumulation,
     )
-    inspection.show(found, Console())
-    write_page(found, page, config.name, plain(config))
+    inspection.print_inspection(found, Console())
+    write_inspection(found, page, config.name, plain(config))
     print(f"page  {page}")
 
 

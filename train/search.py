@@ -15,7 +15,7 @@ def main(composed: DictConfig) -> None:
     from rich.markup import escape
 
     from sgpt.cli.compose import typed
-    from sgpt.data.formats.beir import read_documents
+    from sgpt.data.formats.beir import read_search_corpus
     from sgpt.data.readers import default_corpus
     from sgpt.encoder.encoder import Encoder
     from sgpt.encoder.model_folder import find_model
@@ -35,7 +35,7 @@ def main(composed: DictConfig) -> None:
     ours = Path(config.run).is_dir() and find_model(config.run).is_ours
     folder = Path(config.run) if ours else Path("runs/search") / Path(config.run).name  # nothing is written into a base
     index = folder / "index" / path.name
-    documents = read_documents(path)
+    documents = read_search_corpus(path)
     with keeping("the documents that were indexed are kept"):
         searcher = Searcher(encoder, documents, index, config.index, ranker=ranker, depth=config.depth)
     console = Console()

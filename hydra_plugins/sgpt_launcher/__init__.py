@@ -1,1 +1,3 @@
-"""Plugin package that Hydra finds by scanning the namespace `hydra_plugins`; that folder must stay without an __init__.py."""
+"""Plugin package that Hydra finds by scanning the namespace `hydra_plugins`; that folder must stay without an
+__init__.py.
+"""

@@ -11,7 +11,7 @@ Job i of a sweep of the config named N is an ordinary run with two more override
     runs/N-sweep/i.log             stdout and stderr of all its processes, appended to by every start
     runs/N-sweep/sweep.json        all jobs: overrides, status, metrics
 
-so a killed sweep, started again with the same command, goes on: the script finds a finished job finished.
+so a killed sweep, started again with the same command, resumes: the script finds a finished job finished.
 
 Every Hydra start imports this file, also for a run without a sweep, so torch, accelerate and rich stay out of the top.
 """
@@ -32,7 +32,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sgpt.runtime.errors import InputError
-from sgpt.sweeps.jobs import Job, best_job, main_metric, read_after, read_jobs, split_overrides
+from sgpt.sweeps.jobs import Job, best_job, compared_metric, read_after, read_jobs, split_overrides
 from sgpt.sweeps.process import failure, num_cores, run_logged, stop_signals_raise, wants_cpu
 from sgpt.sweeps.table import make_console, spinner, sweep_table
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 # What concerns the sweep and not the job; the rest of the hydra overrides (verbose, job_logging, …) a job gets too.
 SWEEP_ONLY = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", "hydra.mode")
-# Arguments that choose how processes are started; accelerate refuses, or ignores, --multi_gpu beside them.
+# Arguments that choose how processes are started; accelerate refuses, or ignores, --multi_gpu next to them.
 STRATEGIES = {"--config_file", "--use_deepspeed", "--use_fsdp", "--use_megatron_lm", "--tpu", "--cpu", "--multi_gpu"}
 
 
@@ -116,7 +116,9 @@ class AccelerateLauncher(Launcher):
         return self.jobs.setdefault(number, Job(number, overrides, folder=str(folder), log=f"{folder}.log"))
 
     def run(self, job: Job, place: str, console: "Console") -> JobReturn:
-        """Does not raise for a job that fails: the others go on; at the end Hydra raises what the JobReturn carries."""
+        """Does not raise for a job that fails: the others run all the same; at the end Hydra raises what the JobReturn
+        carries.
+        """
         arguments = [*job.overrides, f"name={quoted(f'{self.name}-sweep/{job.job}')}", "resume=true"]
         result = self.job_return(job, arguments)  # composes: a config without `resume` is refused here
         command, environment = self.accelerate_command(arguments)
@@ -131,7 +133,7 @@ class AccelerateLauncher(Launcher):
             if exit_code != 0:
                 raise RuntimeError(failure(job, exit_code, last_lines))
             job.after = read_after(Path(job.folder) / "results.json")
-            metric, job.main_metric = main_metric(job.after)
+            metric, job.main_metric = compared_metric(job.after)
         except (RuntimeError, ValueError, FileNotFoundError) as error:
             job.status, job.error = "failed", str(error)
             result.status, result.return_value = JobStatus.FAILED, error
@@ -197,7 +199,7 @@ class AccelerateLauncher(Launcher):
         content = {
             "name": self.name,
             "shared_overrides": split_overrides(jobs)[0],
-            "main_metric": main_metric(best.after)[0] if best else None,
+            "main_metric": compared_metric(best.after)[0] if best else None,
             "best": best.job if best else None,
             "jobs": [asdict(job) for job in jobs],
         }

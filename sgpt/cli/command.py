@@ -1,4 +1,4 @@
-"""The door of every script: Hydra's command line, and errors as one clear sentence with exit code 2.
+"""The command line of every script, which is Hydra's, and errors as one clear sentence with exit code 2.
 
 Imports nothing heavy, so that `--help` and a misspelt key answer at once.
 """
@@ -21,23 +21,26 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sgpt.cli.failures import told
+from sgpt.cli.failures import describe_failure
 from sgpt.runtime import interrupt, progress
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.memory import keep_freed_memory
 from sgpt.runtime.overrides import CONFIGS, as_typed, quoted
 
 LONG = re.compile(r"\S{1000,}")  # words of a sentence
-PATIENCE = 5  # seconds
+OTHERS_WAIT_SECONDS = 5  # until the first process, whose sentence is shown, has ended
 OPTIONAL = ("experiment", "debug")  # groups that may be null
 
 
-def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = ()) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def script(
+    config_name: str, *, groups: bool = True, verbatim: Sequence[str] = ()
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Makes `main(composed)` a script whose configuration is `configs/<config_name>.yaml`.
 
-    groups: its keys can be groups, folders of `configs/`. Without, `model=x` sets the key of that name and chooses no YAML.
-    verbatim: keys of texts for people and models, where \\n is a line's end and not even ${ means something to Hydra. In all texts and
-    paths commas, braces and blanks are letters (sgpt/runtime/overrides.py).
+    groups: its keys can be groups, folders of `configs/`. Without, `model=x` sets the key of that name and chooses no
+    YAML.
+    verbatim: keys of texts for people and models, where \\n is a line's end and not even ${ means something to
+    Hydra. In all texts and paths commas, braces and blanks are letters (sgpt/runtime/overrides.py).
     """
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -46,7 +49,7 @@ def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = (
             keep_freed_memory()
             _check_streams()
             if not _working_directory():
-                _refuse("the working directory is not there any more; cd to one that is")
+                exit_with_error("the working directory is not there any more; cd to one that is")
             given = sys.argv[1:]
             sys.argv[1:] = as_typed(_without_empty_groups(given) if groups else given, config_name, verbatim)
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else hydra prints its own report and exits with 1
@@ -54,14 +57,17 @@ def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = (
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # "Loading weights" of a few milliseconds
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a trunk without its head is what we ask for
             try:
-                guarded = _ending_in_words(main, config_name)
-                hydra.main(version_base="1.3", config_path=_search_path(config_name, groups), config_name=config_name)(guarded)()
+                guarded = _exiting_with_a_sentence(main, config_name)
+                config_path = _search_path(config_name, groups)
+                hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(guarded)()
             except (HydraException, OmegaConfBaseException) as error:
-                _refuse(explain(error, config_name, [argument for argument in given if "=" in argument], groups=groups))
+                overrides = [argument for argument in given if "=" in argument]
+                exit_with_error(suggest(error, config_name, overrides, groups=groups))
             except KeyboardInterrupt:  # before there was anything to keep
                 sys.exit(interrupt.exit_code())
             except Exception as error:  # of Hydra's own work, before and after that of `main`
-                _refuse_or_report(error, dict(argument.lstrip("+").split("=", 1) for argument in given if "=" in argument))
+                overrides = (argument.lstrip("+") for argument in given if "=" in argument)
+                _exit_with_sentence_or_traceback(error, dict(override.split("=", 1) for override in overrides))
 
         return run
 
@@ -69,7 +75,7 @@ def script(config_name: str, *, groups: bool = True, verbatim: Sequence[str] = (
 
 
 def _without_empty_groups(arguments: list[str]) -> list[str]:
-    """Without `experiment=null`, which is what it is anyway; a group that must be something is refused when it is null."""
+    """Without `experiment=null`, which it is anyway; a group that must be something is refused when it is null."""
     kept = []
     for argument in arguments:
         group, _, option = argument.partition("=")
@@ -77,37 +83,47 @@ def _without_empty_groups(arguments: list[str]) -> list[str]:
             kept.append(argument)
         elif group not in OPTIONAL:
             options = ", ".join(sorted(file.stem for file in (CONFIGS / group).glob("*.yaml")))
-            _refuse(f"{argument}: {group} is one of {options}")
+            exit_with_error(f"{argument}: {group} is one of {options}")
     return kept
 
 
 def _search_path(config_name: str, groups: bool) -> str | None:
     if groups:
         return str(CONFIGS)
-    ConfigStore.instance().store(config_name, OmegaConf.load(CONFIGS / f"{config_name}.yaml"))  # found without `configs/` being searched
+    # found without `configs/` being searched
+    ConfigStore.instance().store(config_name, OmegaConf.load(CONFIGS / f"{config_name}.yaml"))
     return None
 
 
-def explain(error: Exception, config_name: str, overrides: list[str], *, groups: bool = True) -> str:
+def suggest(error: Exception, config_name: str, overrides: list[str], *, groups: bool = True) -> str:
     """One sentence; for a key or group option that does not exist, with the nearest ones that do."""
     message = " ".join(str(error).split())
     if override := getattr(error, "override", None):  # Hydra's grammar could not read it
         key, equals, value = override.partition("=")
         if not equals or not re.fullmatch(r"[+~]{0,2}[\w./@:-]+", key):
             return f"{override}: not of the form key=value; see --help for the keys"
-        return f"{override}: what the value holds means something to Hydra; put it into quotes: {shlex.quote(f'{key}={quoted(value)}')}"
+        return (
+            f"{override}: what the value holds means something to Hydra; put it into quotes: "
+            f"{shlex.quote(f'{key}={quoted(value)}')}"
+        )
     if isinstance(error.__cause__, InputError):  # of what Hydra constructs
         return str(error.__cause__)
     if missing := re.search(r"Could not find '([\w/]+)/([^/']+)'", message):
         group, option = missing.groups()
         options = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
-        return f"{group}={option}: there is no {option!r} in configs/{group}/; {_nearest(option, options, 'it has ' + ', '.join(options))}"
+        return (
+            f"{group}={option}: there is no {option!r} in configs/{group}/; "
+            f"{_nearest(option, options, 'it has ' + ', '.join(options))}"
+        )
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
         if f"'{key}'" in message or re.search(rf"Key '{re.escape(key.split('.')[-1])}' is not in struct", message):
             keys = known_keys(config_name, [other for other in overrides if other != override], groups=groups)
             if key in keys:
-                return f"{override}: {key} has other keys; they are {', '.join(name for name in keys if name.startswith(f'{key}.'))}"
+                return (
+                    f"{override}: {key} has other keys; they are "
+                    f"{', '.join(name for name in keys if name.startswith(f'{key}.'))}"
+                )
             return f"{override}: there is no key {key!r}; {_nearest(key, keys, 'see --help for the keys')}"
     return message
 
@@ -125,7 +141,9 @@ def known_keys(config_name: str, overrides: list[str], *, groups: bool = True) -
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for kept in (overrides, []):
             try:
-                return sorted({*names, *_flat(OmegaConf.to_container(compose(config_name, overrides=kept), resolve=False))})
+                return sorted(
+                    {*names, *_flat(OmegaConf.to_container(compose(config_name, overrides=kept), resolve=False))}
+                )
             except (HydraException, OmegaConfBaseException):
                 continue
     return names
@@ -145,8 +163,8 @@ def _flat(tree: dict, prefix: str = "") -> list[str]:
     return keys
 
 
-def _ending_in_words(main: Callable[[DictConfig], None], config_name: str) -> Callable[[DictConfig], None]:
-    """Refuses and interrupts inside of Hydra's job: an exception that reaches Hydra makes it print a line of its own first."""
+def _exiting_with_a_sentence(main: Callable[[DictConfig], None], config_name: str) -> Callable[[DictConfig], None]:
+    """Errors and interrupts end inside of Hydra's job: an exception that reaches Hydra makes it print a line first."""
 
     @functools.wraps(main)
     def guarded(composed: DictConfig) -> None:
@@ -156,13 +174,15 @@ def _ending_in_words(main: Callable[[DictConfig], None], config_name: str) -> Ca
                 _interruptible(main)(composed)
             sys.stdout.flush()
         except InputError as error:
-            _refuse(str(error))
+            exit_with_error(str(error))
         except KeyboardInterrupt as error:
             _end_interrupted(error, resume="resume" in composed)
         except SystemExit as error:  # rich's, when nobody reads its output any more
-            _refuse_or_report(error.__context__, {}) if isinstance(error.__context__, BrokenPipeError) else sys.exit(error.code)
+            if isinstance(error.__context__, BrokenPipeError):
+                _exit_with_sentence_or_traceback(error.__context__, {})
+            sys.exit(error.code)
         except Exception as error:
-            _refuse_or_report(error, OmegaConf.to_container(composed))
+            _exit_with_sentence_or_traceback(error, OmegaConf.to_container(composed))
 
     return guarded
 
@@ -190,19 +210,24 @@ def _end_interrupted(error: KeyboardInterrupt, *, resume: bool) -> None:
     sys.exit(interrupt.exit_code())
 
 
-def _refuse_or_report(error: BaseException, config: dict) -> None:
+def _exit_with_sentence_or_traceback(error: BaseException, config: dict) -> None:
     """A sentence for what happened around us; the traceback of what is our own fault."""
-    if sentence := told(error, config):
-        _refuse(sentence)
+    if sentence := describe_failure(error, config):
+        exit_with_error(sentence)
     traceback.print_exception(error)
-    print("This is a fault of sgpt and not of your input. Please report it with the lines above and the command.", file=sys.stderr)
+    print(
+        "This is a fault of sgpt and not of your input. Please report it with the lines above and the command.",
+        file=sys.stderr,
+    )
     _end(1)
 
 
-def _refuse(message: str) -> None:
+def exit_with_error(message: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    if rank:  # the sentence once, not once a process: when the first process ends it takes the others along, unless it has nothing to say
-        time.sleep(PATIENCE)
+    # the sentence once, not once a process: when the first process ends it takes the others along, unless it has
+    # nothing to say
+    if rank:
+        time.sleep(OTHERS_WAIT_SECONDS)
     print(f"error: {LONG.sub(lambda word: f'{word[0][:200]}…{word[0][-50:]}', message)}", file=sys.stderr)
     _end(2)
 
@@ -224,7 +249,7 @@ def _working_directory() -> Path | None:
 
 
 def _check_streams() -> None:
-    """Any letter can be printed on any terminal; where a stream was closed nobody reads, and there is nothing to read."""
+    """Any letter can be printed on any terminal; a closed stream becomes one that nobody reads and that is empty."""
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for name in ("stdout", "stderr"):

@@ -18,12 +18,16 @@ def typed(schema: type[Config], composed: DictConfig) -> Config:
     try:
         tree = {key: value for key, value in OmegaConf.to_container(composed, resolve=True).items() if key != "hydra"}
         check_shapes(schema, tree)
-        _refuse_endless_numbers(tree)
+        _check_numbers_are_finite(tree)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(literal(tree))))
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
-        advice = " (for the characters themselves write \\${ in place of ${)" if isinstance(error, InterpolationResolutionError | GrammarParseError) else ""
+        advice = (
+            " (for the characters themselves write \\${ in place of ${)"
+            if isinstance(error, InterpolationResolutionError | GrammarParseError)
+            else ""
+        )
         raise InputError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}{advice}") from error
     check_texts(config)
     return config
@@ -38,11 +42,11 @@ def literal(tree: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
-def _refuse_endless_numbers(value: Any, key: str = "") -> None:
+def _check_numbers_are_finite(value: Any, key: str = "") -> None:
     """A whole number of hundreds of digits is read as one, and is no fraction where one is asked for."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            _refuse_endless_numbers(inner, f"{key}.{name}" if key else str(name))
+            _check_numbers_are_finite(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, int) and abs(value) > LARGEST:
         raise InputError(f"{key}={value} must be at most {LARGEST:g}, as every number of a configuration")
 

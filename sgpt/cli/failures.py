@@ -1,7 +1,7 @@
-"""What goes wrong around a script and not in it, as one sentence: files, disks, memory, the network, output that nobody reads.
+"""What goes wrong around a script and not in it, as one sentence.
 
-Libraries say these in exceptions of their own, some in words alone. What is none of these is a fault of ours: it keeps its traceback.
-Imports nothing heavy.
+That is files, disks, memory, the network, and output that nobody reads. Libraries say these in exceptions of their own,
+some in words alone. What is none of these is a fault of ours: it keeps its traceback. Imports nothing heavy.
 """
 
 import errno
@@ -15,17 +15,31 @@ from traceback import walk_tb
 from typing import Any
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
-UNTOLD = -1  # a write that failed, of which the library does not say why
-SAID = re.compile(r"\b(?:os error|errno) (\d+)|Os \{ code: (\d+)", re.IGNORECASE)  # Rust's and Arrow's; Python's own have it as a number
-WRITING = re.compile(r"PytorchStreamWriter|inline_container.*unexpected pos|iostream error|\d+ requested and \d+ written")  # torch's and numpy's
+OF_A_PATH = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENODEV, errno.ESTALE, errno.EIO,
+    errno.ENOTEMPTY,
+}  # fmt: skip
+UNNAMED = -1  # a write that failed, of which the library does not say why
+# Rust's and Arrow's; Python's own have it as a number
+STATED_NUMBER = re.compile(r"\b(?:os error|errno) (\d+)|Os \{ code: (\d+)", re.IGNORECASE)
+# torch's and numpy's
+WRITING = re.compile(
+    r"PytorchStreamWriter|inline_container.*unexpected pos|iostream error|\d+ requested and \d+ written"
+)
 UNFINISHED = re.compile(r"\.(.+)\.(?:lock|tmp|old|building)")  # next to what it is to become
 NETWORK = {"requests", "httpx", "httpcore", "urllib3", "urllib", "aiohttp", "socket"}
 OURS = str(Path(__file__).parents[2])
-PRINTING = (str(Path(__file__).with_name("command.py")), *(str(Path(find_spec(name).origin).parent) for name in ("rich", "hydra")))
+PRINTING = (
+    str(Path(__file__).with_name("command.py")),
+    *(str(Path(find_spec(name).origin).parent) for name in ("rich", "hydra")),
+)
 
 
-def told(error: BaseException, config: Mapping[str, Any]) -> str | None:
-    """One sentence for what a user can cause or end; None for a fault of ours. config: as composed, to name the keys of paths."""
+def describe_failure(error: BaseException, config: Mapping[str, Any]) -> str | None:
+    """One sentence for what a user can cause or end; None for a fault of ours.
+
+    config: as composed, to name the keys of paths.
+    """
     for cause in _causes(error):
         if isinstance(cause, BrokenPipeError):
             return "the output was closed before everything was written, as `| head` does"
@@ -40,7 +54,10 @@ def told(error: BaseException, config: Mapping[str, Any]) -> str | None:
         if isinstance(cause, UnicodeDecodeError):
             return f"{_place(cause) or 'a file'}: not in UTF-8 ({cause.reason} at byte {cause.start}); save it as UTF-8"
         if type(cause).__module__.startswith("yaml."):
-            return f"{' '.join(str(getattr(cause, 'problem_mark', '')).replace('in ', '').split()) or 'a YAML file'}: {_first_line(cause)}; correct the YAML"
+            return (
+                f"{' '.join(str(getattr(cause, 'problem_mark', '')).replace('in ', '').split()) or 'a YAML file'}: "
+                f"{_first_line(cause)}; correct the YAML"
+            )
     return None
 
 
@@ -51,34 +68,46 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _errno(error: BaseException) -> int | None:
-    """The system's number of what failed, or UNTOLD."""
+    """The system's number of what failed, or UNNAMED."""
     if isinstance(error, OSError) and error.errno:
         return error.errno if error.errno in errno.errorcode else None
     if isinstance(error, OSError | RuntimeError) or type(error).__name__ in ("SafetensorError", "Exception"):
-        if found := SAID.search(str(error)):
-            return int(found[1] or found[2])
+        if stated := STATED_NUMBER.search(str(error)):
+            return int(stated[1] or stated[2])
         if WRITING.search(str(error)):
-            return UNTOLD
+            return UNNAMED
     return None
 
 
 def _of_the_system(error: BaseException, number: int, config: Mapping[str, Any]) -> str:
-    place = _place(error)
-    where = place or "a file"
+    path = _place(error)
+    where = path or "a file"
     if number in FULL:
-        return f"{where} could not be written: the disk is full{_free(place) if place != Path('the output') else ''}; make room, {_again(config)}"
-    if number == UNTOLD:
-        return f"{where} could not be written{_free(place)}; if that is too little make room, or let files grow larger (ulimit -f), {_again(config)}"
+        return (
+            f"{where} could not be written: the disk is full{_free(path) if path != Path('the output') else ''}; "
+            f"make room, {_again(config)}"
+        )
+    if number == UNNAMED:
+        return (
+            f"{where} could not be written{_free(path)}; if that is too little make room, "
+            f"or let files grow larger (ulimit -f), {_again(config)}"
+        )
     if number == errno.EFBIG:
-        return f"{where} could not be written: files may not grow so large here (ulimit -f, or the file system); raise the limit, {_again(config)}"
-    key = _key_of(place, config)
+        return (
+            f"{where} could not be written: files may not grow so large here (ulimit -f, or the file system); "
+            f"raise the limit, {_again(config)}"
+        )
+    key = _key_of(path, config)
     other = f"choose another {key}=" if key else f"choose another place with {_places(config)}"
     if number in (errno.EROFS, errno.EACCES, errno.EPERM):
         keys = dict.fromkeys([*([f"{key}="] if key else []), *_places(config).split(" and ")])
         return f"{where}: {os.strerror(number)}; choose places that can be read and written, by {' and '.join(keys)}"
     if number == errno.ENAMETOOLONG:
-        return f"{where}: a name is too long for this file system, which takes 255 bytes and whole paths of 4,095; {other}"
-    if number in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENODEV, errno.ESTALE, errno.EIO, errno.ENOTEMPTY):
+        return (
+            f"{where}: a name is too long for this file system, which takes 255 bytes and whole paths of 4,095; "
+            f"{other}"
+        )
+    if number in OF_A_PATH:
         return f"{where}: {os.strerror(number)}; put it right, or {other}"
     if number in (errno.EMFILE, errno.ENFILE):
         return f"{where}: {os.strerror(number)}; raise the limit of open files (ulimit -n)"
@@ -86,16 +115,21 @@ def _of_the_system(error: BaseException, number: int, config: Mapping[str, Any])
 
 
 def _place(error: BaseException) -> Path | None:
-    """The file that it names, or the innermost path that our code held when it happened: a failed write does not say to which file,
+    """The file that it names, or the innermost path that our code held when it happened.
 
-    and a folder that could not be made may be only the first one of those on the way.
+    A failed write does not say to which file, and a folder that could not be made may be only the first one on the way.
     """
     named = getattr(error, "filename2", None) or getattr(error, "filename", None)
     named = Path(os.fsdecode(named)) if isinstance(named, str | bytes | os.PathLike) else None
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    ours = [frame for frame in frames if frame.f_code.co_filename.startswith(OURS) and frame.f_code.co_filename != __file__]
-    held = [value for frame in reversed(ours) for value in reversed(list(frame.f_locals.values())) if isinstance(value, Path)]
-    read = [value for frame in reversed(frames) for name, value in frame.f_locals.items() if name == "full_path" and isinstance(value, str)]  # Hydra's
+    held: list[Path] = []  # by our own code, the innermost and latest first
+    read: list[str] = []  # by Hydra, which has the file of a YAML in this variable
+    for frame in reversed(frames):
+        file = frame.f_code.co_filename
+        if file.startswith(OURS) and file != __file__:
+            held += [value for value in reversed(list(frame.f_locals.values())) if isinstance(value, Path)]
+        if isinstance(full_path := frame.f_locals.get("full_path"), str):
+            read.append(full_path)
     if named is None and frames and frames[-1].f_code.co_filename.startswith(PRINTING):
         return Path("the output")
     if named is not None:
@@ -104,19 +138,23 @@ def _place(error: BaseException) -> Path | None:
 
 
 def _free(place: Path | None) -> str:
-    folder = next((folder for folder in ((place or Path()).absolute(), *(place or Path()).absolute().parents) if folder.is_dir()), None)
+    path = (place or Path()).absolute()
+    folder = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
     return f", with {shutil.disk_usage(folder).free / 1e6:,.1f} MB free" if folder else ""
 
 
-def _key_of(place: Path | None, config: Mapping[str, Any]) -> str | None:
+def _key_of(path: Path | None, config: Mapping[str, Any]) -> str | None:
     """The key whose value is, or begins, or is in the path."""
-    if place is None:
+    if path is None:
         return None
-    if unfinished := UNFINISHED.fullmatch(place.name):
-        place = place.with_name(unfinished[1])
-    keys = [(key, value) for key, value in _texts(config) if value and (str(place) == value or str(place).startswith(f"{value.rstrip('/')}/") or (
-        key == "name" and f"/{value}/" in f"/{place}/"))]
-    return max(keys, key=lambda pair: len(pair[1]))[0] if keys else None
+    if unfinished := UNFINISHED.fullmatch(path.name):
+        path = path.with_name(unfinished[1])
+    keys: dict[str, int] = {}  # key -> length of its value: of several, the longest says most
+    for key, value in _texts(config):
+        is_or_begins = f"{path}/".startswith(f"{value.rstrip('/')}/")
+        if value and (is_or_begins or (key == "name" and f"/{value}/" in f"/{path}/")):
+            keys[key] = max(len(value), keys.get(key, 0))
+    return max(keys, key=keys.__getitem__) if keys else None
 
 
 def _texts(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -130,7 +168,9 @@ def _texts(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _places(config: Mapping[str, Any]) -> str:
     """The keys by which files are put elsewhere."""
-    keys = [key for key in ("runs", "output", "folder") if key in config] + (["data.cache"] if isinstance(config.get("data"), Mapping) else [])
+    keys = [key for key in ("runs", "output", "folder") if key in config]
+    if isinstance(config.get("data"), Mapping):
+        keys.append("data.cache")
     if "index" in config:  # search: the index lies in the run's folder, and what is searched may have to be made
         keys = ["run", "corpus"]
     return " and ".join(f"{key}=" for key in keys) or "its key"
@@ -141,14 +181,23 @@ def _again(config: Mapping[str, Any]) -> str:
 
 
 def _is_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _smaller(config: Mapping[str, Any]) -> str:
     keys = [key for key in ("tokens_per_pack", "queries_per_process") if key in (config.get("trainer") or {})]
-    names = [f"trainer.{key}" for key in keys] + [key for key in ("tokens_per_pack", "documents_per_block") if key in config]
-    return f"lower {' or '.join(names)}, or take a smaller model" if names else "take a smaller model, or a machine with more"
+    names = [f"trainer.{key}" for key in keys]
+    names += [key for key in ("tokens_per_pack", "documents_per_block") if key in config]
+    if not names:
+        return "take a smaller model, or a machine with more"
+    return f"lower {' or '.join(names)}, or take a smaller model"
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200].rstrip(".")
+    lines = (line.strip() for line in str(error).splitlines())
+    first = next(filter(None, lines), type(error).__name__)
+    return first[:200].rstrip(".")

@@ -13,22 +13,27 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.provenance import set_threads
 from sgpt.training.config import TrainConfig
 
-PATIENCE = timedelta(hours=6)  # the others wait while one process evaluates, harvests or exports
+PROCESS_TIMEOUT = timedelta(hours=6)  # the others wait while one process evaluates, harvests or exports
 
 
 def start(config: TrainConfig, recorded_threads: int | None = None) -> Accelerator:
     """The accelerator of a training run. recorded_threads: of the run that is resumed, which takes as many again."""
     return accelerate(
-        precision=config.trainer.precision, seed=config.trainer.seed, threads=config.trainer.threads or recorded_threads,
-        tracker=config.logging.tracker, folder=f"{config.runs}/{config.name}",
+        precision=config.trainer.precision,
+        seed=config.trainer.seed,
+        threads=config.trainer.threads or recorded_threads,
+        tracker=config.logging.tracker,
+        folder=f"{config.runs}/{config.name}",
     )
 
 
-def accelerate(*, precision: str, seed: int, threads: int | None = None, tracker: str | None = None, folder: str | None = None) -> Accelerator:
+def accelerate(
+    *, precision: str, seed: int, threads: int | None = None, tracker: str | None = None, folder: str | None = None
+) -> Accelerator:
     """Everything that is global to a process, set once."""
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no", log_with=tracker, project_dir=folder,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
     _check_processes(accelerator.num_processes)
     if accelerator.device.type == "cpu":
@@ -41,7 +46,9 @@ def accelerate(*, precision: str, seed: int, threads: int | None = None, tracker
 
 
 def _check_processes(running: int) -> None:
-    """InputError when fewer run together than were asked for: without a GPU, launchers start one or leave each alone, and say nothing."""
+    """InputError when fewer run together than were asked for: without a GPU, launchers start one or leave each alone,
+    and say nothing.
+    """
     command = " ".join(interrupt.typed())
     stated = re.search(r" --num_processes[= ](\d+)", command)
     asked = max(int(os.environ.get("WORLD_SIZE", "1")), int(stated[1]) if stated else 1)

@@ -1,4 +1,6 @@
-"""Anyone's data: `data.name` chooses a row of READERS, each of which fills the same store; and the feed of a run over one or several."""
+"""Anyone's data: `data.name` chooses a row of READERS, each of which fills the same store; and the feed of a run over
+one or several.
+"""
 
 import hashlib
 import logging
@@ -16,157 +18,232 @@ from sgpt.data.formats.rows import kind_of, of_split, of_the_hub, rows, saved_fo
 from sgpt.data.sources import columns as columns_of
 from sgpt.data.sources import msmarco, nli, pairs, pydocs
 from sgpt.data.sources.bad_rows import accepted
-from sgpt.data.sources.columns import ROLES
+from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import files_below
 from sgpt.runtime.values import COUNT, COUNT_OR_NONE, FINITE, MOST, POSITIVE, SEED, SHARE, Range, check_ranges
-from sgpt.text.markers import MarkersConfig, frames
+from sgpt.text.markers import Frame, MarkersConfig, Role, frames
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class SourceConfig:
-    """One source of training data.
+    """One source of training data, as `data.<key>` or as one entry of `data.sources`.
 
-    name: row of READERS. path: file or folder, or hub id. split: of a BEIR folder, a data set, or a file that has a column
-    `split`; subset, streaming: of a hub data set.
-    triples: of a BEIR folder, a TSV in it of query-id, positive-id, negative-id …. columns: the file's names for query, positive,
-    negative, label or score; null guesses by the usual names and logs the guess. labels: what numbers as labels mean, in their
-    order from 0, as [entailment, neutral, contradiction]. positive_score, negative_score: a scored
-    pair from the one on is a positive, below the other a hard negative. num_hard_negatives: H, for every example.
-    limit: use only so many examples. on_error: stop at a bad row, or skip it and list it; max_error_share: of skipped rows.
-    systems, negatives_per_system, score_margin, use_all_queries: of msmarco, see sgpt/data/sources/msmarco.py. seed: of what nli and
-    msmarco draw. weight: share of the batches, of all sources or of none, which then go by size. query_max_tokens,
-    document_max_tokens, markers: null takes the run's. symmetric: documents are put in the queries' markers.
-    A key that the reader does not read (`Reader.keys`) is refused.
+    A key that the source's reader does not read (`Reader.keys`) is refused when it is set.
     """
 
     name: str = "file"
+    """The reader, a row of READERS: file, beir, nli, msmarco or pydocs."""
     path: str = ""
+    """File or folder, or the id of a data set of the hub."""
     split: str = "train"
+    """Of a BEIR folder, a data set, or a file that has a column `split`."""
     subset: str | None = None
+    """Of a data set of the hub, which calls it a configuration; null where it has one only."""
     streaming: bool = False
+    """Of a data set of the hub: rows are read while they are downloaded, and the whole is never on the disk."""
     triples: str | None = None
-    columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(ROLES))
+    """Of a BEIR folder: a TSV in it of query-id, positive-id, negative-id …; null takes the positives of the qrels."""
+    columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(COLUMN_ROLES))
+    """The file's names for query, positive, negative, label and score; null guesses by the usual names, and says so."""
     labels: list[str] = field(default_factory=list)
+    """What numbers in the column of labels mean, in their order from 0: [entailment, neutral, contradiction]."""
     positive_score: float | None = None
+    """A pair that is scored so or higher is a positive, in the unit of the file's scores."""
     negative_score: float | None = None
+    """A pair that is scored lower is a hard negative of its query; null makes none."""
     num_hard_negatives: int = 0
+    """H: hard negatives of every example, 0 or more; each query has 1 + H documents in a batch."""
     limit: int | None = None
+    """Only so many examples, the first ones of the source; null takes all."""
     on_error: str = "stop"
+    """stop: the first bad row ends the run. skip: bad rows are left out and listed next to the cache."""
     max_error_share: float = 0.01
+    """Share of the rows, 0 to 1, that on_error=skip leaves out at most; more of them end the run."""
     systems: list[str] = field(default_factory=list)
+    """Of msmarco: the mining systems whose negatives are taken, in this order; none takes all of them."""
     negatives_per_system: int = 5
+    """Of msmarco: new negatives that each system gives a query at most, counted from its best."""
     score_margin: float = 3.0
+    """Of msmarco: a negative scores this much less than the weakest positive, in the cross-encoder's logits."""
     use_all_queries: bool = False
+    """Of msmarco: queries without negatives are kept, too."""
     seed: int = 0
+    """Of what nli and msmarco draw: partners of a sentence, the order of a query's negatives."""
     weight: float | None = None
+    """Share of the batches, relative to the other sources'; given for all or for none, which then go by size."""
     markers: str | None = None
+    """Markers of this source's texts, a row of MARKERS; null takes the run's."""
     query_max_tokens: int | None = None
+    """Tokens of a query, markers included; null takes the run's limit."""
     document_max_tokens: int | None = None
+    """Tokens of a document, markers included; null takes the run's limit."""
     symmetric: bool = False
+    """Documents are put in the queries' markers, as in data whose two sides are of one kind."""
 
     def __post_init__(self) -> None:
         if self.name not in READERS:
             raise InputError(f"data.name={self.name!r} is unknown; choose one of {', '.join(READERS)}")
-        self.columns = dict.fromkeys(ROLES) | self.columns
-        if odd := self.columns.keys() - {*ROLES}:
-            raise InputError(f"data.columns has the unknown key {sorted(odd)[0]!r}; it maps {', '.join(ROLES)}")
-        tokens = Range("4 or more", 4, MOST).or_null("for the run's")
-        check_ranges(
-            self, "data.", num_hard_negatives=COUNT_OR_NONE, limit=replace(COUNT, words="1 or more; null takes every example"), seed=SEED,
-            max_error_share=SHARE, positive_score=FINITE, negative_score=FINITE, score_margin=FINITE, negatives_per_system=COUNT,
-            weight=replace(POSITIVE, words="positive; leave a source out to give it nothing"), query_max_tokens=tokens, document_max_tokens=tokens,
-        )  # fmt: skip
+        self.columns = dict.fromkeys(COLUMN_ROLES) | self.columns
+        if odd := self.columns.keys() - {*COLUMN_ROLES}:
+            raise InputError(f"data.columns has the unknown key {sorted(odd)[0]!r}; it maps {', '.join(COLUMN_ROLES)}")
+        self._check_numbers()
         if self.num_hard_negatives > 1 and self.name == "nli":
-            raise InputError(f"data.num_hard_negatives={self.num_hard_negatives}: data=nli has one hard negative for each example; set it to 1 or 0")
+            raise InputError(
+                f"data.num_hard_negatives={self.num_hard_negatives}: data=nli has one hard negative for each example; "
+                "set it to 1 or 0"
+            )
         if self.on_error not in ("stop", "skip"):
             raise InputError(f"data.on_error={self.on_error!r} is unknown; choose stop or skip")
         if self.on_error == "skip" and "on_error" not in READERS[self.name].keys:
-            able = ", ".join(name for name, reader in READERS.items() if "on_error" in reader.keys)
-            raise InputError(f"data.on_error=skip: data={self.name} reads files of a fixed form and skips nothing; {able} do")
+            able = ", ".join(_readers_of("on_error"))
+            raise InputError(
+                f"data.on_error=skip: data={self.name} reads files of a fixed form and skips nothing; {able} do"
+            )
         self._check_keys()
+
+    def _check_numbers(self) -> None:
+        tokens = Range("4 or more", 4, MOST).or_null("for the run's")
+        check_ranges(
+            self,
+            "data.",
+            num_hard_negatives=COUNT_OR_NONE,
+            limit=replace(COUNT, words="1 or more; null takes every example"),
+            seed=SEED,
+            max_error_share=SHARE,
+            positive_score=FINITE,
+            negative_score=FINITE,
+            score_margin=FINITE,
+            negatives_per_system=COUNT,
+            weight=replace(POSITIVE, words="positive; leave a source out to give it nothing"),
+            query_max_tokens=tokens,
+            document_max_tokens=tokens,
+        )
 
     def _check_keys(self) -> None:
         """What the reader does not read would change nothing, and the one who set it believes that it does."""
-        known = {*EVERY_READER, *OF_THE_FEED, *READERS[self.name].keys}
-        for key in (chosen.name for chosen in fields(SourceConfig) if chosen.name not in known):
-            if (value := getattr(self, key)) != _default(key):
-                able = " or ".join(f"data={name}" for name, reader in READERS.items() if key in reader.keys)
+        read = {*EVERY_READER, *OF_THE_FEED, *READERS[self.name].keys}
+        for key in SOURCE_KEYS:
+            value = getattr(self, key)
+            if key not in read and value != _default(key):
+                able = " or ".join(f"data={name}" for name in _readers_of(key))
                 of = f" of {self.path}" if self.path else ""
-                raise InputError(f"data.{key}={value} is read by {able} only, not by data={self.name}{of}; leave it out")
+                raise InputError(
+                    f"data.{key}={value} is read by {able} only, not by data={self.name}{of}; leave it out"
+                )
 
 
 @dataclass
 class DataConfig(SourceConfig):
-    """Training data: one source, or several in `sources`, each with the fields above; here they are then left as they are.
-
-    temperature: without weights a source's share is size ** (1 / temperature); 1 sees every example equally often.
-    mixed: a batch takes examples of all sources; else each batch is of one, so that in-batch negatives are of its kind.
-    batches: random; or hard, of near queries, so that in-batch negatives are hard (and more of them false), as the
-    grouping_model sees it: folder of a run, export or sentence-transformers model.
-    cache: folder of what was read and tokenised.
-    """
+    """Training data: one source, or several in `sources`; the fields of a source are then left as they are here."""
 
     sources: list[SourceConfig] = field(default_factory=list)
+    """Several sources, each with the fields above."""
     temperature: float = 1.0
+    """Without weights a source's share is size ** (1 / temperature): 1 sees every example equally often."""
     mixed: bool = False
+    """A batch takes examples of all sources; else each batch is of one, so that in-batch negatives are of its kind."""
     batches: str = "random"
+    """random; or hard: of near queries, so that in-batch negatives are hard, and more of them false."""
     grouping_model: str | None = None
+    """The model that says which queries are near, for batches=hard: run, export or sentence-transformers folder."""
     cache: str = "data/cache"
+    """The folder of what was read and tokenised; equal data and keys are read from it again."""
 
     def __post_init__(self) -> None:
         if self.sources:
             self._check_sources()
         super().__post_init__()
-        evens = Range("positive and 0.1 or more; 1 is by size, larger evens the sources out", 0.1)  # below, a size to the power of 1 / it is no number
+        # below 0.1 a size to the power of 1 / temperature is no number
+        evens = Range("positive and 0.1 or more; 1 is by size, larger evens the sources out", 0.1)
         check_ranges(self, "data.", temperature=evens)
         if self.batches not in ("random", "hard"):
             raise InputError(f"data.batches={self.batches!r} is unknown; choose random or hard")
-        if (self.batches == "hard") != bool(self.grouping_model):
-            remedy = "needs data.grouping_model=<folder of a model>" if self.batches == "hard" else "does not read data.grouping_model; set data.batches=hard"
-            raise InputError(f"data.batches={self.batches} {remedy}")
+        if self.batches == "hard" and not self.grouping_model:
+            raise InputError("data.batches=hard needs data.grouping_model=<folder of a model>")
+        if self.batches != "hard" and self.grouping_model:
+            raise InputError(f"data.batches={self.batches} does not read data.grouping_model; set data.batches=hard")
         if self.batches == "hard" and self.mixed:
-            raise InputError("data.batches=hard groups the queries of one source, and data.mixed=true puts all sources into each batch; choose one of them")
+            raise InputError(
+                "data.batches=hard groups the queries of one source, and data.mixed=true puts all sources into each "
+                "batch; choose one of them"
+            )
 
     def _check_sources(self) -> None:
-        """What is set beside them would be read by nobody, and weights of some would be compared with sizes of others."""
-        if beside := [f"data.{chosen.name}" for chosen in fields(SourceConfig) if getattr(self, chosen.name) != _default(chosen.name)]:
-            raise InputError(f"{', '.join(beside)}: set beside data.sources, where nothing reads it; set it in each of the sources (data=file sets none)")
+        """Keys of a source that are set next to `sources` would be read by nobody.
+
+        Weights of some sources would be compared with the sizes of others.
+        """
+        if unread := [f"data.{key}" for key in SOURCE_KEYS if getattr(self, key) != _default(key)]:
+            raise InputError(
+                f"{', '.join(unread)}: set next to data.sources, where nothing reads it; "
+                "set it in each of the sources (data=file sets none)"
+            )
         without = [source.path for source in self.sources if source.weight is None]
         if 0 < len(without) < len(self.sources):
-            raise InputError(f"data.sources: {', '.join(without)} has no weight and others have; give each one a weight, or none")
+            raise InputError(
+                f"data.sources: {', '.join(without)} has no weight and others have; give each one a weight, or none"
+            )
 
     def each(self) -> list[SourceConfig]:
-        return self.sources or [SourceConfig(**{chosen.name: getattr(self, chosen.name) for chosen in fields(SourceConfig)})]
+        return self.sources or [SourceConfig(**{key: getattr(self, key) for key in SOURCE_KEYS})]
+
+
+SOURCE_KEYS = tuple(declared.name for declared in fields(SourceConfig))
+
+
+def _readers_of(key: str) -> list[str]:
+    return [name for name, reader in READERS.items() if key in reader.keys]
 
 
 def _default(key: str) -> object:
     """Without making a SourceConfig, which would check itself for this again."""
-    [declared] = (chosen for chosen in fields(SourceConfig) if chosen.name == key)
+    [declared] = (declared for declared in fields(SourceConfig) if declared.name == key)
     return declared.default if declared.default_factory is MISSING else declared.default_factory()
 
 
-def build_feed(config: DataConfig, tokenizer, markers: MarkersConfig, *, queries_per_process: int, processes: int = 1, seed: int = 0) -> Feed:
-    """Reads, tokenises (both once, then from the cache) and mixes the sources. InputError for the first thing that is wrong."""
+def build_feed(
+    config: DataConfig,
+    tokenizer,
+    markers: MarkersConfig,
+    *,
+    queries_per_process: int,
+    processes: int = 1,
+    seed: int = 0,
+) -> Feed:
+    """Reads and tokenises the sources (both once, then from the cache) and mixes them.
+
+    InputError for the first thing that is wrong.
+    """
     sources = []
     for source in config.each():
         examples = read_examples(source, Path(config.cache))
-        own = replace(
-            markers, name=source.markers or markers.name, query_max_tokens=source.query_max_tokens or markers.query_max_tokens,
-            document_max_tokens=source.document_max_tokens or markers.document_max_tokens,
-        )  # fmt: skip
-        framed = frames(own, tokenizer)
-        if source.symmetric:
-            framed = dict.fromkeys(framed, framed["query"])
+        framed = _frames_of(source, markers, tokenizer)
+        # cut once, at the longer of the two limits: a text may be a query here and a document there
         tokens = Tokens(examples, tokenizer, max(frame.content_tokens for frame in framed.values()))
         weight = source.weight or len(examples) ** (1 / config.temperature)
-        sources.append(Source(source.path, examples, tokens, framed, source.num_hard_negatives, weight, source.symmetric))
+        sources.append(
+            Source(source.path, examples, tokens, framed, source.num_hard_negatives, weight, source.symmetric)
+        )
     feed = Feed(sources, queries_per_process, processes, seed, config.mixed)
     if len(sources) > 1:
-        log.info("%s by source: %s", "queries" if config.mixed else "batches", ", ".join(f"{source.name} {feed.share(source):.1%}" for source in sources))
+        shares = ", ".join(f"{source.name} {feed.share(source):.1%}" for source in sources)
+        log.info("%s by source: %s", "queries" if config.mixed else "batches", shares)
     return feed
+
+
+def _frames_of(source: SourceConfig, markers: MarkersConfig, tokenizer) -> dict[Role, Frame]:
+    """The run's markers and limits, where the source names none of its own."""
+    own = replace(
+        markers,
+        name=source.markers or markers.name,
+        query_max_tokens=source.query_max_tokens or markers.query_max_tokens,
+        document_max_tokens=source.document_max_tokens or markers.document_max_tokens,
+    )
+    framed = frames(own, tokenizer)
+    return dict.fromkeys(framed, framed["query"]) if source.symmetric else framed
 
 
 def read_examples(config: SourceConfig, cache: Path) -> Examples:
@@ -174,7 +251,8 @@ def read_examples(config: SourceConfig, cache: Path) -> Examples:
     if not config.path:  # here and not in the dataclass, whose default must be constructible
         raise InputError(f"data.path is empty; set data.path=<file or folder> for data={config.name}")
     reader = READERS[config.name]
-    how = {key: getattr(config, key) for key in (*EVERY_READER, *reader.keys)}  # what others read, or the feed, makes nothing stale
+    # what others read, or the feed, makes nothing stale
+    how = {key: getattr(config, key) for key in (*EVERY_READER, *reader.keys)}
     key = key_of(how, reader.fingerprint(config))
     rejected = cache / f"{key}.rejected.jsonl"
     examples = stored(cache, key, lambda writer: reader.fill(config, writer, rejected))
@@ -186,7 +264,9 @@ def read_examples(config: SourceConfig, cache: Path) -> Examples:
 
 
 def files_fingerprint(config: SourceConfig) -> str:
-    """Of the bytes of a file, or of those files of a folder that its reader looks at: the folder may hold a whole disk besides."""
+    """Of the bytes of a file, or of those files of a folder that its reader looks at: the folder may hold a whole disk
+    besides.
+    """
     path = Path(config.path)
     digest = hashlib.blake2b(digest_size=16)
     for file in _data_files(path, config.name) if path.is_dir() else [path]:
@@ -200,7 +280,10 @@ def _data_files(folder: Path, name: str) -> list[Path]:
     """In a fixed order, those that are not there too."""
     match name:
         case "beir":
-            return [*(folder / f"{part}.jsonl{packed}" for part in ("corpus", "queries") for packed in ("", ".gz")), *sorted(folder.glob("qrels/*.tsv"))]
+            return [
+                *(folder / f"{part}.jsonl{packed}" for part in ("corpus", "queries") for packed in ("", ".gz")),
+                *sorted(folder.glob("qrels/*.tsv")),
+            ]
         case "msmarco":
             parts = (msmarco.COLLECTION, msmarco.QUERIES, msmarco.MINED, msmarco.SCORES)
             return [folder / f"{part}{packed}" for part in parts for packed in ("", ".gz")]
@@ -221,43 +304,58 @@ def revision(hub_id: str) -> str:
     try:
         return HfApi().dataset_info(hub_id, timeout=10).sha
     except Exception as error:  # whatever its parts raise: of the network, of the hub, of being told to stay offline
-        told = "data.path=%s: the hub cannot be asked whether it has changed (%s); what was last read without asking it is taken"
-        log.warning(told, hub_id, type(error).__name__)
+        log.warning(
+            "data.path=%s: the hub cannot be asked whether it has changed (%s); "
+            "what was last read without asking it is taken",
+            hub_id,
+            type(error).__name__,
+        )
         return ""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """fill(config, writer, rejected): writes all of a source. fingerprint: of its content, so that a changed one is read again.
-
-    keys: of SourceConfig that it reads, besides EVERY_READER's. Those of other readers are refused.
-    """
+    """One kind of source."""
 
     fill: Callable[[SourceConfig, Writer, Path], None]
+    """fill(config, writer, rejected) writes all of a source; bad rows that are skipped are listed in `rejected`."""
     keys: tuple[str, ...]
+    """Keys of SourceConfig that it reads, besides EVERY_READER's; they enter the cache's name, others are refused."""
     fingerprint: Callable[[SourceConfig], str] = files_fingerprint
+    """Of the source's content, so that a changed one is read again."""
 
 
-def _written(examples: Iterable[Example], config: SourceConfig, writer: Writer) -> None:
+def _write(examples: Iterable[Example], config: SourceConfig, writer: Writer) -> None:
     for example in islice(examples, config.limit):
         writer.example(example)
 
 
 def _fill_rows(config: SourceConfig, writer: Writer, rejected: Path) -> None:
     """Files, folders and data sets of rows."""
-    names, found = columns_of.with_names(rows(Path(config.path), config.split, subset=config.subset, streaming=config.streaming))
+    all_rows = rows(Path(config.path), config.split, subset=config.subset, streaming=config.streaming)
+    names, all_rows = columns_of.with_names(all_rows)
     columns = columns_of.guess_columns(names, config.columns, config.path)
     log.info("%s: %s", config.path, columns_of.describe(columns, config.num_hard_negatives, names, config.labels))
-    found = columns_of.without_late_columns(of_split(found, config.split, config.path), names, columns, config.columns, config.num_hard_negatives)
+    split_rows = of_split(all_rows, config.split, config.path)
+    checked_rows = columns_of.without_late_columns(
+        split_rows, names, columns, config.columns, config.num_hard_negatives
+    )
     candidates = pairs.examples(
-        found, columns, num_hard_negatives=config.num_hard_negatives,
-        labels=config.labels, positive_score=config.positive_score, negative_score=config.negative_score,
-    )  # fmt: skip
-    _written_accepted(candidates, config, writer, rejected)
+        checked_rows,
+        columns,
+        num_hard_negatives=config.num_hard_negatives,
+        labels=config.labels,
+        positive_score=config.positive_score,
+        negative_score=config.negative_score,
+    )
+    _write_accepted(candidates, config, writer, rejected)
 
 
-def _written_accepted(candidates: pairs.Candidates, config: SourceConfig, writer: Writer, rejected: Path) -> None:
-    _written(accepted(candidates, on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share), config, writer)
+def _write_accepted(candidates: pairs.Candidates, config: SourceConfig, writer: Writer, rejected: Path) -> None:
+    examples = accepted(
+        candidates, on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share
+    )
+    _write(examples, config, writer)
 
 
 def _fill_pydocs(config: SourceConfig, writer: Writer, rejected: Path) -> None:
@@ -265,18 +363,25 @@ def _fill_pydocs(config: SourceConfig, writer: Writer, rejected: Path) -> None:
 
 
 def _fill_beir(config: SourceConfig, writer: Writer, rejected: Path) -> None:
-    _written_accepted(beir.read_examples(Path(config.path), config.split, config.triples, config.num_hard_negatives), config, writer, rejected)
+    candidates = beir.beir_examples(Path(config.path), config.split, config.triples, config.num_hard_negatives)
+    _write_accepted(candidates, config, writer, rejected)
 
 
 def _fill_nli(config: SourceConfig, writer: Writer, rejected: Path) -> None:
-    _written(nli.read_examples(Path(config.path), config.seed), config, writer)
+    _write(nli.nli_examples(Path(config.path), config.seed), config, writer)
 
 
 def _fill_msmarco(config: SourceConfig, writer: Writer, rejected: Path) -> None:
     msmarco.fill(
-        Path(config.path), writer, systems=config.systems, negatives_per_system=config.negatives_per_system, score_margin=config.score_margin,
-        use_all_queries=config.use_all_queries, limit=config.limit, seed=config.seed,
-    )  # fmt: skip
+        Path(config.path),
+        writer,
+        systems=config.systems,
+        negatives_per_system=config.negatives_per_system,
+        score_margin=config.score_margin,
+        use_all_queries=config.use_all_queries,
+        limit=config.limit,
+        seed=config.seed,
+    )
 
 
 def _pydocs_fingerprint(config: SourceConfig) -> str:
@@ -297,13 +402,18 @@ EVERY_READER = ("name", "path", "limit")
 BAD_ROWS = ("on_error", "max_error_share")
 JUDGED = ("labels", "positive_score", "negative_score")
 READERS: dict[str, Reader] = {
-    "file": Reader(_fill_rows, ("split", "subset", "streaming", "columns", *JUDGED, "num_hard_negatives", *BAD_ROWS), _rows_fingerprint),
+    "file": Reader(
+        _fill_rows,
+        ("split", "subset", "streaming", "columns", *JUDGED, "num_hard_negatives", *BAD_ROWS),
+        _rows_fingerprint,
+    ),
     "beir": Reader(_fill_beir, ("split", "triples", "num_hard_negatives", *BAD_ROWS), _beir_fingerprint),
     "nli": Reader(_fill_nli, ("seed",)),
     "msmarco": Reader(_fill_msmarco, ("systems", "negatives_per_system", "score_margin", "use_all_queries", "seed")),
     "pydocs": Reader(_fill_pydocs, ("num_hard_negatives", *BAD_ROWS), _pydocs_fingerprint),
 }
-OF_THE_FEED = ("num_hard_negatives", "weight", "markers", "query_max_tokens", "document_max_tokens", "symmetric")  # of every source
+# of every source; they decide what a batch takes of it and make nothing that was read stale
+OF_THE_FEED = ("num_hard_negatives", "weight", "markers", "query_max_tokens", "document_max_tokens", "symmetric")
 
 
 def default_corpus() -> Path:

@@ -1,7 +1,7 @@
 """Every way to search one set, side by side: BM25, the bi-encoder, both fused, both re-ranked by a cross-encoder.
 
-Beside the metrics each system has its speed, its index's size, the interval of its difference to BM25 and to its first stage,
-and each first stage the score that a perfect re-ranker would reach: what re-ranking could gain, and what it did.
+Beside the metrics each system has its speed, its index's size, the interval of its difference to BM25 and to its first
+stage, and each first stage the score that a perfect re-ranker would reach: what re-ranking could gain, and what it did.
 """
 
 import time
@@ -12,7 +12,7 @@ from pathlib import Path
 from sgpt.data.formats.beir import Qrels, RetrievalSet, read_judged
 from sgpt.data.formats.row import same_split
 from sgpt.data.formats.trec import Run, write_run
-from sgpt.data.test_sets.beir_sets import Place, splits
+from sgpt.data.test_sets.beir_sets import BeirFolder, splits
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.table import FIRST_STAGES, SYSTEMS, Systems
 from sgpt.retrieval.bm25 import bm25_index, bm25_run
@@ -21,15 +21,15 @@ from sgpt.retrieval.fusion import interpolated, reciprocal_rank_fusion, reordere
 from sgpt.retrieval.metrics import SHALLOW, difference, perfect, ranking, ranking_per_query
 
 WEIGHTS = [step / 20 for step in range(21)]
-Rescore = Callable[[RetrievalSet, Run, int], Run]  # scores of the best `depth` documents of each query
+RescoreRun = Callable[[RetrievalSet, Run, int], Run]  # scores of the best `depth` documents of each query
 
 
 @dataclass(frozen=True)
-class Ranked:
+class SystemRun:
     """One system's results on one set.
 
-    seconds: for all queries, from their texts on, with the documents indexed before. index_bytes: a document, None if not measured.
-    scores: of the re-ranked documents. weight: of the bi-encoder, where it was tuned.
+    seconds: for all queries, from their texts on, with the documents indexed before. index_bytes: a document, None if
+    not measured. scores: of the re-ranked documents. weight: of the bi-encoder, where it was tuned.
     """
 
     run: Run
@@ -40,32 +40,41 @@ class Ranked:
 
 
 def rank(
-    encoder: Encoder, chosen: RetrievalSet, dev: RetrievalSet | None = None, *,
-    bm25: bool = True, fuse: bool = True, rescore: Rescore | None = None, depth: int = DEPTH,
-) -> dict[str, Ranked]:  # fmt: skip
+    encoder: Encoder,
+    dataset: RetrievalSet,
+    dev: RetrievalSet | None = None,
+    *,
+    bm25: bool = True,
+    fuse: bool = True,
+    rescore: RescoreRun | None = None,
+    depth: int = DEPTH,
+) -> dict[str, SystemRun]:
     """System -> results, in the order of SYSTEMS. dev: tunes the fusion by scores, which is left out without it."""
-    kept, made = max(depth, DEPTH), {}
+    kept = max(depth, DEPTH)  # documents of a query that every ranking holds
+    systems: dict[str, SystemRun] = {}
     if bm25:
-        index = bm25_index(list(chosen.corpus.values()))
-        run, seconds = _timed(lambda: bm25_run(chosen, kept, index))
-        made["bm25"] = Ranked(run, seconds, index_bytes(index) / len(chosen.corpus))
-    documents = embedded(encoder, chosen)  # [documents, D]
-    run, seconds = _timed(lambda: retrieve(encoder, chosen, kept, documents))
-    made["model"] = Ranked(run, seconds, documents.shape[1] * documents.element_size())
+        index = bm25_index(list(dataset.corpus.values()))
+        run, seconds = _timed(lambda: bm25_run(dataset, kept, index))
+        systems["bm25"] = SystemRun(run, seconds, index_bytes(index) / len(dataset.corpus))
+    documents = embedded(encoder, dataset)  # [documents, D]
+    run, seconds = _timed(lambda: retrieve(encoder, dataset, kept, documents))
+    systems["model"] = SystemRun(run, seconds, documents.shape[1] * documents.element_size())
     if bm25 and fuse:
-        before = made["bm25"].seconds + made["model"].seconds
-        both = [made["bm25"].run, made["model"].run]
+        before = systems["bm25"].seconds + systems["model"].seconds
+        both = [systems["bm25"].run, systems["model"].run]
         run, seconds = _timed(lambda: reciprocal_rank_fusion(both, kept))
-        made["reciprocal_rank"] = Ranked(run, before + seconds)
+        systems["reciprocal_rank"] = SystemRun(run, before + seconds)
         if dev:
             weight = best_weight(dev.qrels, bm25_run(dev, kept, index), retrieve(encoder, dev, kept, documents), kept)
             run, seconds = _timed(lambda: interpolated(*both, weight, kept))
-            made["interpolated"] = Ranked(run, before + seconds, weight=weight)
+            systems["interpolated"] = SystemRun(run, before + seconds, weight=weight)
     for name, first in FIRST_STAGES.items() if rescore else ():
-        if stage := made.get(first):
-            scores, seconds = _timed(lambda stage=stage: rescore(chosen, stage.run, depth))
-            made[name] = Ranked(reordered(stage.run, scores, depth), stage.seconds + seconds, stage.index_bytes, scores)
-    return {name: made[name] for name in SYSTEMS if name in made}
+        if stage := systems.get(first):
+            scores, seconds = _timed(lambda stage=stage: rescore(dataset, stage.run, depth))
+            systems[name] = SystemRun(
+                reordered(stage.run, scores, depth), stage.seconds + seconds, stage.index_bytes, scores
+            )
+    return {name: systems[name] for name in SYSTEMS if name in systems}
 
 
 def best_weight(qrels: Qrels, first: Run, second: Run, depth: int) -> float:
@@ -74,30 +83,34 @@ def best_weight(qrels: Qrels, first: Run, second: Run, depth: int) -> float:
     return max(WEIGHTS, key=lambda weight: (round(scores[weight], 9), -abs(weight - 0.5)))
 
 
-def tuning_set(place: Place, chosen: RetrievalSet, split: str) -> tuple[RetrievalSet | None, str]:
+def tuning_set(beir_folder: BeirFolder, dataset: RetrievalSet, split: str) -> tuple[RetrievalSet | None, str]:
     """The queries of another split of the same folder; None and the reason when there is none."""
-    left_out = f"{chosen.name}: {SYSTEMS['interpolated']} is left out, for its weight is tuned"
-    if same_split(split, place.split):
+    left_out = f"{dataset.name}: {SYSTEMS['interpolated']} is left out, for its weight is tuned"
+    if same_split(split, beir_folder.split):
         return None, f"{left_out} on split {split!r}, which is what is scored; set dev_split=<another>"
-    there = splits(place.folder)
-    if not any(same_split(split, other) for other in there):
-        others = [other for other in there if other != place.split]
+    known = splits(beir_folder.folder)
+    if not any(same_split(split, other) for other in known):
+        others = [other for other in known if other != beir_folder.split]
         remedy = f"set dev_split={' or dev_split='.join(others)}" if others else "no other split is there to tune it on"
-        return None, f"{left_out} on split {split!r}, and {place.folder} has: {', '.join(there)}; {remedy}"
-    queries, qrels = read_judged(place.folder, split)
+        return None, f"{left_out} on split {split!r}, and {beir_folder.folder} has: {', '.join(known)}; {remedy}"
+    queries, qrels = read_judged(beir_folder.folder, split)
     if not any(score > 0 for judged in qrels.values() for score in judged.values()):
         return None, f"{left_out} on split {split!r}, where no judgement is above 0; set dev_split=<another>"
-    return replace(chosen, queries=queries, qrels=qrels), ""
+    return replace(dataset, queries=queries, qrels=qrels), ""
 
 
-def measured(chosen: RetrievalSet, systems: Mapping[str, Ranked], depth: int = DEPTH) -> Systems:
+def measured(dataset: RetrievalSet, systems: Mapping[str, SystemRun], depth: int = DEPTH) -> Systems:
     """What there is to say of each system.
 
-    metrics: as `ranking`. reranking: nDCG@10 with fewer documents re-ranked, or with the best ones in perfect order. cost: speed,
-    size of the index, weight of the bi-encoder. differences: other system -> mean, low and high of the difference of nDCG@10, 95 %.
+    metrics: as `ranking`. reranking: nDCG@10 with fewer documents re-ranked, or with the best ones in perfect order.
+    cost: speed, size of the index, weight of the bi-encoder. differences: other system -> mean, low and high of the
+    difference of nDCG@10, 95 %.
     """
-    gains = {name: [row["ndcg@10"] for row in ranking_per_query(chosen.qrels, system.run).values()] for name, system in systems.items()}
-    found: Systems = {}
+    gains = {
+        name: [row["ndcg@10"] for row in ranking_per_query(dataset.qrels, system.run).values()]
+        for name, system in systems.items()
+    }
+    results: Systems = {}
     top = min(SHALLOW, depth)
     for name, system in systems.items():
         first = FIRST_STAGES.get(name)
@@ -105,27 +118,35 @@ def measured(chosen: RetrievalSet, systems: Mapping[str, Ranked], depth: int = D
             shallow = {f"ndcg@10_reranked_top_{top}": reordered(systems[first].run, system.scores, top)}
         else:
             bounds = sorted({depth, top}) if name in FIRST_STAGES.values() else []
-            shallow = {f"ndcg@10_perfect_top_{bound}": perfect(chosen.qrels, system.run, bound) for bound in bounds}
-        cost = {"queries_per_second": len(chosen.queries) / max(system.seconds, 1e-9), "bytes_per_document": system.index_bytes, "weight": system.weight}
+            shallow = {f"ndcg@10_perfect_top_{bound}": perfect(dataset.qrels, system.run, bound) for bound in bounds}
+        cost = {
+            "queries_per_second": len(dataset.queries) / max(system.seconds, 1e-9),
+            "bytes_per_document": system.index_bytes,
+            "weight": system.weight,
+        }
         others = dict.fromkeys(other for other in ("bm25", first) if other in systems and other != name)
-        found[name] = {
-            "metrics": ranking(chosen.qrels, system.run),
-            "reranking": {metric: ranking(chosen.qrels, run)["ndcg@10"] for metric, run in shallow.items()},
+        results[name] = {
+            "metrics": ranking(dataset.qrels, system.run),
+            "reranking": {metric: ranking(dataset.qrels, run)["ndcg@10"] for metric, run in shallow.items()},
             "cost": {metric: number for metric, number in cost.items() if number is not None},
             "differences": {other: vars(difference(gains[name], gains[other])) for other in others},
         }
-    return found
+    return results
 
 
-def write_runs(folder: Path, chosen: RetrievalSet, systems: Mapping[str, Ranked]) -> None:
+def write_runs(folder: Path, dataset: RetrievalSet, systems: Mapping[str, SystemRun]) -> None:
     """`<folder>/<set>.<system>.trec` each, as deep as it was measured."""
     for name, system in systems.items():
-        write_run(folder / f"{chosen.name.replace('/', '_')}.{name}.trec", system.run, name)
+        write_run(folder / f"{dataset.name.replace('/', '_')}.{name}.trec", system.run, name)
 
 
 def index_bytes(index) -> int:
-    """What bm25s holds in memory for its scores, and the words; the map from word to number counts with the word's own bytes only."""
-    return sum(part.nbytes for part in index.scores.values() if hasattr(part, "nbytes")) + sum(len(word.encode()) for word in index.vocab_dict)
+    """What bm25s holds in memory for its scores, and the words; the map from word to number counts with the word's own
+    bytes only.
+    """
+    return sum(part.nbytes for part in index.scores.values() if hasattr(part, "nbytes")) + sum(
+        len(word.encode()) for word in index.vocab_dict
+    )
 
 
 def _timed(work: Callable[[], Run]) -> tuple[Run, float]:

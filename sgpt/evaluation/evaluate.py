@@ -1,6 +1,7 @@
-"""Evaluation of an encoder: retrieval over BEIR folders, similarity of sentence pairs, and BM25 beside it.
+"""Evaluation of an encoder: retrieval over BEIR folders, similarity of sentence pairs, and BM25 next to it.
 
-Exact search in chunks, and embeddings beyond a gigabyte in a file: memory beside the texts is bounded, whatever the corpus.
+Exact search in chunks, and embeddings beyond a gigabyte in a file: besides the texts, memory is bounded whatever the
+corpus.
 """
 
 import logging
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from sgpt.data.formats.beir import RetrievalSet, fewer_documents
 from sgpt.data.formats.scored_pairs import PairSet, fewer_pairs, read_pairs
-from sgpt.data.test_sets.beir_sets import places, read_place
+from sgpt.data.test_sets.beir_sets import find_beir_folders, read_beir_folder
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.dense import naming, retrieve
@@ -29,18 +30,18 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class EvaluationConfig:
-    """retrieval: BEIR folders, or names of BEIR's sets. sts: files of scored sentence pairs. bm25: score retrieval sets by BM25 too.
-
-    split: of both; None is each set's own, which is test but for BEIR's msmarco.
-
-    limit: so many queries and pairs, with the queries' documents and as many others; for trying things out.
-    """
+    """What a run is evaluated on: before and after training, or while it trains."""
 
     retrieval: list[str] = field(default_factory=list)
+    """BEIR folders, or names of BEIR's sets."""
     sts: list[str] = field(default_factory=list)
+    """Files of scored sentence pairs."""
     split: str | None = "test"
+    """Of both; null is each set's own, which is test but for BEIR's msmarco."""
     bm25: bool = True
+    """BM25 is scored on the retrieval sets, too."""
     limit: int | None = None
+    """So many queries and pairs, with the queries' documents and as many others; for trying things out."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +54,50 @@ class Sets:
 
 def read_sets(config: EvaluationConfig) -> Sets:
     """Reads every file now: what is missing or cannot be scored must stop a run before it trains, not after."""
-    retrieval = [read_place(place) for place in places(config.retrieval, config.split, Path(BEIR_ROOT))]
-    pairs = [chosen for file in config.sts for chosen in read_pairs(Path(file), config.split or "test")]
-    names = [chosen.name for chosen in (*retrieval, *pairs)]
+    folders = find_beir_folders(config.retrieval, config.split, Path(BEIR_ROOT))
+    retrieval = [read_beir_folder(folder) for folder in folders]
+    pairs: list[PairSet] = []
+    for file in config.sts:
+        pairs += read_pairs(Path(file), config.split or "test")  # SemEval's files give a set a year
+    names = [dataset.name for dataset in (*retrieval, *pairs)]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"two evaluation sets are called {twice!r}, and results are kept by name; rename a folder, or evaluate one after the other")
+        raise InputError(
+            f"two evaluation sets are called {twice!r}, and results are kept by name; "
+            "rename a folder, or evaluate one after the other"
+        )
     if config.limit is None:
         return Sets(retrieval, pairs)
-    sets = Sets([fewer_documents(chosen, config.limit) for chosen in retrieval], [fewer_pairs(chosen, config.limit) for chosen in pairs])
-    for chosen in sets.retrieval:
-        if not any(score > 0 and document in chosen.corpus for judged in chosen.qrels.values() for document, score in judged.items()):
-            raise InputError(f"evaluation.limit={config.limit}: the first queries of {chosen.name} have no relevant document; raise it")
-    for chosen in sets.sts:
-        if len(set(chosen.scores)) < 2:
-            raise InputError(f"evaluation.limit={config.limit}: the first pairs of {chosen.name} have one score, nothing to correlate; raise it")
+    sets = Sets(
+        [fewer_documents(dataset, config.limit) for dataset in retrieval],
+        [fewer_pairs(dataset, config.limit) for dataset in pairs],
+    )
+    for dataset in sets.retrieval:
+        if not any(
+            score > 0 and document in dataset.corpus
+            for judged in dataset.qrels.values()
+            for document, score in judged.items()
+        ):
+            raise InputError(
+                f"evaluation.limit={config.limit}: the first queries of {dataset.name} have no relevant document; "
+                "raise it"
+            )
+    for dataset in sets.sts:
+        if len(set(dataset.scores)) < 2:
+            raise InputError(
+                f"evaluation.limit={config.limit}: the first pairs of {dataset.name} have one score, "
+                "nothing to correlate; raise it"
+            )
     return sets
 
 
 def evaluate(encoder: Encoder, sets: Sets) -> Results:
     """Set name -> metrics."""
     results: Results = {}
-    for chosen in sets.retrieval:
-        with under_way(f"evaluating on {chosen.name}, {len(chosen.qrels):,} queries and {len(chosen.corpus):,} documents"):
-            results[chosen.name] = ranking(chosen.qrels, retrieve(encoder, chosen))
+    for dataset in sets.retrieval:
+        with under_way(
+            f"evaluating on {dataset.name}, {len(dataset.qrels):,} queries and {len(dataset.corpus):,} documents"
+        ):
+            results[dataset.name] = ranking(dataset.qrels, retrieve(encoder, dataset))
     for pairs in sets.sts:
         with under_way(f"evaluating on {pairs.name}, {len(pairs.scores):,} pairs"):
             results[pairs.name] = correlations(pairs.scores, cosines(encoder, pairs))
@@ -93,21 +115,24 @@ def cosines(encoder: Encoder, pairs: PairSet) -> list[float]:
 def bm25(sets: Sets) -> Results:
     """BM25 (bm25s, Lucene's variant, English stop words) on the retrieval sets."""
     results: Results = {}
-    for chosen in sets.retrieval:
-        with under_way(f"BM25 on {chosen.name}, {len(chosen.corpus):,} documents"):
-            results[chosen.name] = ranking(chosen.qrels, bm25_run(chosen))
+    for dataset in sets.retrieval:
+        with under_way(f"BM25 on {dataset.name}, {len(dataset.corpus):,} documents"):
+            results[dataset.name] = ranking(dataset.qrels, bm25_run(dataset))
     return results
 
 
-def table(columns: Mapping[str, Results], title: str):
+def metrics_table(columns: Mapping[str, Results], title: str):
     """A rich table: a row for each set and metric, a column for each system."""
     from rich.table import Table
 
-    made = Table("set", "metric", *columns, title=title)
-    for name in dict.fromkeys(name for results in columns.values() for name in results):
-        for metric in dict.fromkeys(metric for results in columns.values() for metric in results.get(name, {})):
-            made.add_row(name, metric, *(f"{100 * results[name][metric]:.2f}" if metric in results.get(name, {}) else "–" for results in columns.values()))
-    return made
+    rows = Table("set", "metric", *columns, title=title)
+    names = dict.fromkeys(name for results in columns.values() for name in results)
+    for name in names:
+        of_systems = [results.get(name, {}) for results in columns.values()]
+        for metric in dict.fromkeys(metric for metrics in of_systems for metric in metrics):
+            cells = (f"{100 * metrics[metric]:.2f}" if metric in metrics else "–" for metrics in of_systems)
+            rows.add_row(name, metric, *cells)
+    return rows
 
 
 def similarity_sample(encoder: Encoder, queries: Sequence[str], positives: Sequence[str]) -> dict[str, list[float]]:
@@ -119,35 +144,47 @@ def similarity_sample(encoder: Encoder, queries: Sequence[str], positives: Seque
 
 @dataclass
 class EvaluateConfig:
-    """model: run, export, adapter, base or sentence-transformers folder. markers, pooling: only for bases without a contract.
-
-    retrieval: BEIR folders, or names of BEIR's sets, which are looked for in beir_root and else downloaded there.
-    sts: files of scored sentence pairs. useb: USEB's folder data-eval. split: null is each set's own, test but for msmarco.
-    bm25, fuse: systems beside the model, on the retrieval sets; the weight of one fusion is tuned on dev_split.
-    rerank: a decoder, folder or hub id, that scores the best `depth` documents of a query again by `prompt`.
-    runs: folder of a TREC run for each set and system. output: JSON of the model's metrics keyed by set name;
-    systems_output: JSON of all systems' metrics, intervals and bounds.
-    """
+    """What train/evaluate.py is asked: a model, test sets, and the systems next to it."""
 
     model: str = ""
+    """Run, export, adapter, base (folder or hub id) or sentence-transformers folder."""
     retrieval: list[str] = field(default_factory=list)
+    """BEIR folders, or names of BEIR's sets, which are looked for in beir_root and else downloaded to there."""
     sts: list[str] = field(default_factory=list)
+    """Files of scored sentence pairs."""
     useb: str | None = None
+    """USEB's folder data-eval, with those of its four tasks that are there."""
     split: str | None = None
+    """null is each set's own, which is test but for BEIR's msmarco."""
     dev_split: str = "dev"
+    """The split on which the weight of the fusion by scores is tuned, never the one that is scored."""
     beir_root: str = BEIR_ROOT
+    """The folder of BEIR's sets by name."""
     bm25: bool = True
+    """BM25 is scored on the retrieval sets, next to the model."""
     fuse: bool = True
+    """BM25 and the model are also scored as one ranking, by ranks and by scores."""
     rerank: str | None = None
+    """A decoder, folder or hub id, that scores the best `depth` documents of a query again; null re-ranks nothing."""
     prompt: str = "G"
+    """How that decoder is asked: a name of the paper's that needs no examples, or a text with {document} in it."""
     depth: int = 100
+    """Documents of a query that it scores."""
     runs: str | None = None
+    """Folder of a TREC run for each set and system; null writes none."""
     output: str | None = None
+    """JSON file of the model's metrics, keyed by set."""
     systems_output: str | None = None
+    """JSON file of all systems' metrics, intervals and bounds."""
     pooling: str | None = None
+    """Only for a base, which has no contract: a row of POOLINGS."""
     markers: MarkersConfig | None = None
+    """Only for a base, which has no contract: its markers and limits of tokens."""
 
     def __post_init__(self) -> None:
         check_ranges(self, depth=COUNT)
         if self.rerank and not self.retrieval:
-            raise InputError(f"rerank={self.rerank} has nothing to rank again; set retrieval=[<BEIR folder or name>,…], or leave it out")
+            raise InputError(
+                f"rerank={self.rerank} has nothing to rank again; "
+                "set retrieval=[<BEIR folder or name>,…], or leave it out"
+            )

@@ -3,9 +3,10 @@
     import mteb
     mteb.evaluate(MtebEncoder(Encoder.from_pretrained("runs/pydocs")), mteb.get_task("SciFact"))
 
-Texts go down our own road: markers by role, packs, no tokenisation by mteb. The role is what mteb says a text is. Where it says
-nothing a task compares equals, and both sides are queries; so are those of the four re-ranking tasks of the first MTEB, because
-the paper's numbers were made so (Muennighoff 2022, SGPT; MTEB then knew no roles outside of retrieval).
+Texts are encoded as everywhere here: markers by role, packs, no tokenisation by mteb. The role is what mteb says a text
+is. Where it says nothing a task compares equals, and both sides are queries; so are those of the four re-ranking tasks
+of the first MTEB, because the paper's numbers were made so (Muennighoff 2022, SGPT; MTEB then knew no roles outside of
+retrieval).
 """
 
 import hashlib
@@ -28,37 +29,55 @@ from sgpt.runtime.progress import under_way
 from sgpt.text.markers import ROLES, MarkersConfig, Role
 
 SYMMETRIC = {"AskUbuntuDupQuestions", "MindSmallReranking", "SciDocsRR", "StackOverflowDupQuestions"}
-UNKNOWN = (  # what mteb wants to be told, and these models do not know of themselves
-    "loader", "release_date", "languages", "memory_usage_mb", "license", "open_weights", "public_training_code", "public_training_data", "training_datasets",
-)  # fmt: skip
+UNKNOWN = (  # what mteb asks for, and these models do not know of themselves
+    "loader",
+    "release_date",
+    "languages",
+    "memory_usage_mb",
+    "license",
+    "open_weights",
+    "public_training_code",
+    "public_training_data",
+    "training_datasets",
+)
 
 
 @dataclass
 class MtebConfig:
-    """model: run, export, adapter, base (folder or hub id) or sentence-transformers folder. markers, pooling: only for bases without a contract.
-
-    prompt: null, or how a decoder is asked (sgpt/cross_encoder/prompts.py); then the model re-ranks instead of giving embeddings.
-    tasks: names of mteb's tasks and benchmarks. output: folder of mteb's result files; what is there already is not computed again.
-    name: of the model in there, <organisation>/<model>; null makes one of the path.
-    """
+    """What train/evaluate_mteb.py is asked."""
 
     model: str = ""
+    """Run, export, adapter, base (folder or hub id) or sentence-transformers folder; with a prompt, a decoder."""
     tasks: list[str] = field(default_factory=list)
+    """Names of mteb's tasks and benchmarks."""
     output: str = "runs/mteb"
+    """Folder of mteb's result files; what is there already is not computed again."""
     name: str | None = None
+    """Of the model in these files, <organisation>/<model>; null makes one of the path."""
     prompt: str | None = None
+    """How a decoder is asked (sgpt/cross_encoder/prompts.py): the model then re-ranks instead of giving embeddings."""
     markers: MarkersConfig | None = None
+    """Only for a base, which has no contract: its markers and limits of tokens."""
     pooling: str | None = None
+    """Only for a base, which has no contract: a row of POOLINGS."""
 
     def __post_init__(self) -> None:
         if self.name is not None and "/" not in self.name:
-            raise InputError(f"name={self.name} must be <organisation>/<model>, for example {argument('name', f'sgpt/{self.name}')}")
+            raise InputError(
+                f"name={self.name} must be <organisation>/<model>, for example {argument('name', f'sgpt/{self.name}')}"
+            )
         if self.prompt and (self.markers or self.pooling):
-            raise InputError(f"prompt={self.prompt} re-ranks, and a re-ranker has no markers and no pooling; leave out one or the others")
+            raise InputError(
+                f"prompt={self.prompt} re-ranks, and a re-ranker has no markers and no pooling; "
+                "leave out one or the others"
+            )
 
 
 class MtebEncoder:
-    """mteb's EncoderProtocol. Embeddings are float32 [texts, D], of length 1 where the contract says so; similarity is the cosine."""
+    """mteb's EncoderProtocol.
+
+    Embeddings are float32 [texts, D], of length 1 where the contract says so; similarity is the cosine.
+    """
 
     def __init__(self, encoder: Encoder, name: str = "sgpt/encoder") -> None:
         markers = encoder.contract.markers
@@ -68,8 +87,13 @@ class MtebEncoder:
             embed_dim=encoder.embedding_size, similarity_fn_name="cosine", use_instructions=markers.name != "none",
         )  # fmt: skip
 
-    def encode(self, inputs: Iterable[dict[str, Any]], *, task_metadata: Any, prompt_type: str | None = None, **options) -> np.ndarray:
-        """inputs: batches with a list `text`. The other options are sizes and bars of other models' encoders, and not read."""
+    def encode(
+        self, inputs: Iterable[dict[str, Any]], *, task_metadata: Any, prompt_type: str | None = None, **options
+    ) -> np.ndarray:
+        """inputs: batches with a list `text`.
+
+        The other options are sizes and bars of other models' encoders, and not read.
+        """
         return self.encoder.encode(_texts(inputs), role_of(task_metadata.name, prompt_type))
 
     def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Any:
@@ -86,10 +110,14 @@ class MtebReranker:
 
     def __init__(self, ranker: CrossEncoder, name: str = "sgpt/reranker") -> None:
         self.ranker = ranker
-        stated = json.dumps([base_hash(dict(ranker.model.named_parameters()), "float32"), asdict(ranker.prompt), asdict(ranker.scoring)])
+        stated = json.dumps(
+            [base_hash(dict(ranker.model.named_parameters()), "float32"), asdict(ranker.prompt), asdict(ranker.scoring)]
+        )
         revision = hashlib.sha256(stated.encode()).hexdigest()
         unstated = {"embed_dim": None, "similarity_fn_name": None}
-        self.mteb_model_meta = _meta(name, revision, ranker.model, ranker.max_tokens, "cross-encoder", use_instructions=True, **unstated)
+        self.mteb_model_meta = _meta(
+            name, revision, ranker.model, ranker.max_tokens, "cross-encoder", use_instructions=True, **unstated
+        )
 
     def predict(self, inputs1: Iterable[dict[str, Any]], inputs2: Iterable[dict[str, Any]], **options) -> np.ndarray:
         """inputs1: queries. inputs2: as many documents. Scores [pairs], natural logarithm."""
@@ -101,26 +129,35 @@ def role_of(task: str, prompt_type: str | None) -> Role:
 
 
 def read_tasks(names: Sequence[str]) -> list[Any]:
-    """mteb's tasks of these names, and those of benchmarks, each once. Raises InputError for a name that mteb does not know."""
+    """mteb's tasks of these names, and those of benchmarks, each once.
+
+    Raises InputError for a name that mteb does not know.
+    """
     mteb = _mteb()
     tasks: dict[str, Any] = {}
     for name in names:
         try:
-            found = [mteb.get_task(name)]
+            named = [mteb.get_task(name)]
         except KeyError as unknown:
             try:
-                found = mteb.get_benchmark(name).tasks
+                named = mteb.get_benchmark(name).tasks
             except KeyError:
-                raise InputError(f"tasks: mteb has no task and no benchmark of this name: {str(unknown.args[0]).removeprefix('KeyError: ')}") from None
-        tasks |= {task.metadata.name: task for task in found}
+                raise InputError(
+                    "tasks: mteb has no task and no benchmark of this name: "
+                    f"{str(unknown.args[0]).removeprefix('KeyError: ')}"
+                ) from None
+        tasks |= {task.metadata.name: task for task in named}
     return list(tasks.values())
 
 
 def run(model: MtebEncoder | MtebReranker, tasks: Sequence[Any], output: Path) -> Results:
-    """Task -> its main score, by mteb's name for it, 0 to 1. mteb's files go to <output>/results/<model>/<revision>/<task>.json.
+    """Task -> its main score, by mteb's name for it, 0 to 1.
 
-    The revision is made of the weights and of all that decides an embedding or a score, so results of other weights are not taken
-    for these. Raises InputError for a data set that is neither in the cache nor reachable; finished tasks stay.
+    mteb's files go to <output>/results/<model>/<revision>/<task>.json.
+
+    The revision is made of the weights and of all that decides an embedding or a score, so results of other weights are
+    not taken for these. Raises InputError for a data set that is neither in the cache nor reachable; finished tasks
+    stay.
     """
     from datasets import disable_progress_bars
     from datasets.exceptions import DatasetNotFoundError
@@ -131,11 +168,14 @@ def run(model: MtebEncoder | MtebReranker, tasks: Sequence[Any], output: Path) -
     for task in tasks:
         try:
             with under_way(f"evaluating on {task.metadata.name}"):
-                (result,) = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False).task_results
+                (result,) = mteb.evaluate(
+                    model, task, cache=cache, co2_tracker=False, show_progress_bar=False
+                ).task_results
         except (ConnectionError, DatasetNotFoundError) as error:
             raise InputError(
-                f"tasks={task.metadata.name}: its data set {task.metadata.dataset['path']} is not in the cache of Hugging Face's datasets, and the hub "
-                f"cannot give it ({error}); run this once where there is a network, or leave the task out. What is finished is in {output}"
+                f"tasks={task.metadata.name}: its data set {task.metadata.dataset['path']} is not in the cache of "
+                f"Hugging Face's datasets, and the hub cannot give it ({error}); "
+                f"run this once where there is a network, or leave the task out. What is finished is in {output}"
             ) from error
         results[task.metadata.name] = {task.metadata.main_score: float(result.get_score())}
     return results
@@ -153,9 +193,15 @@ def _texts(inputs: Iterable[dict[str, Any]]) -> list[str]:
 
 def _meta(name: str, revision: str, trunk: Any, max_tokens: int, kind: str, **stated) -> Any:
     return _mteb().models.ModelMeta(
-        name=name, revision=revision[:16], n_parameters=sum(parameter.numel() for parameter in trunk.parameters()), max_tokens=max_tokens,
-        framework=["PyTorch"], model_type=[kind], **dict.fromkeys(UNKNOWN), **stated,
-    )  # fmt: skip
+        name=name,
+        revision=revision[:16],
+        n_parameters=sum(parameter.numel() for parameter in trunk.parameters()),
+        max_tokens=max_tokens,
+        framework=["PyTorch"],
+        model_type=[kind],
+        **dict.fromkeys(UNKNOWN),
+        **stated,
+    )
 
 
 def _mteb() -> Any:

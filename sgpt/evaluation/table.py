@@ -26,31 +26,51 @@ def with_cqadupstack(sets: Mapping[str, Systems]) -> dict[str, Systems]:
 
 def beir_averages(sets: Mapping[str, Systems]) -> dict[str, Systems]:
     """BEIR's averages of nDCG@10 for each system, when all of their sets are there; in the form of a set's results."""
-    made: dict[str, Systems] = {}
+    by_kind: dict[str, Systems] = {}
     for system in SYSTEMS:
         results = {name: systems[system]["metrics"] for name, systems in sets.items() if system in systems}
         for kind, number in averages(results).items():
-            made.setdefault(kind, {})[system] = {"metrics": {"ndcg@10": number}}
-    return made
+            by_kind.setdefault(kind, {})[system] = {"metrics": {"ndcg@10": number}}
+    return by_kind
 
 
-def table(sets: Mapping[str, Systems], title: str):
-    """A rich table: a row for each set and number, a column for each system. The forums of CQADupStack are left to the files."""
+def systems_table(sets: Mapping[str, Systems], title: str):
+    """A rich table: a row for each set and number, a column for each system.
+
+    The forums of CQADupStack are left to the files.
+    """
     from rich.table import Table
 
     columns = [system for system in SYSTEMS if any(system in systems for systems in sets.values())]
-    made = Table("set", "metric", *(SYSTEMS[system] for system in columns), title=title)
-    for name in (name for name in sets if not name.startswith("cqadupstack/") or "cqadupstack" not in sets):
-        numbers = {system: {metric: number for group in GROUPS for metric, number in found.get(group, {}).items()} for system, found in sets[name].items()}
-        for metric in dict.fromkeys(metric for found in numbers.values() for metric in found):
+    rows = Table("set", "metric", *(SYSTEMS[system] for system in columns), title=title)
+    for name in sets:
+        if name.startswith("cqadupstack/") and "cqadupstack" in sets:
+            continue
+        numbers = {system: _numbers(groups) for system, groups in sets[name].items()}
+        metrics = dict.fromkeys(metric for of_system in numbers.values() for metric in of_system)
+        for metric in metrics:
             label = metric.replace("_per_", " per ").replace("@10_", "@10, ").replace("_top_", " of top ")
-            made.add_row(name, label, *(_shown(metric, numbers.get(system, {}).get(metric)) for system in columns))
-        for label, other in (("ndcg@10 − BM25's", dict.fromkeys(columns, "bm25")), ("ndcg@10 − first stage's", FIRST_STAGES)):
-            cells = [_interval(sets[name].get(system, {}).get("differences", {}).get(other.get(system))) for system in columns]
+            rows.add_row(name, label, *(_shown(metric, numbers.get(system, {}).get(metric)) for system in columns))
+        for label, other in (
+            ("ndcg@10 − BM25's", dict.fromkeys(columns, "bm25")),
+            ("ndcg@10 − first stage's", FIRST_STAGES),
+        ):
+            cells = [
+                _interval(sets[name].get(system, {}).get("differences", {}).get(other.get(system)))
+                for system in columns
+            ]
             if set(cells) != {"–"}:
-                made.add_row(name, label, *cells)
-        made.add_section()
-    return made
+                rows.add_row(name, label, *cells)
+        rows.add_section()
+    return rows
+
+
+def _numbers(groups: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Those of all groups of one system, by metric, in the order of GROUPS."""
+    numbers: dict[str, float] = {}
+    for group in GROUPS:
+        numbers |= groups.get(group, {})
+    return numbers
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -65,7 +85,10 @@ def _shown(metric: str, number: float | None) -> str:
     return f"{number:.2f}" if metric == "weight" else f"{100 * number:.2f}"
 
 
-def _interval(found: Mapping[str, float | None] | None) -> str:
-    if found is None:
+def _interval(difference: Mapping[str, float | None] | None) -> str:
+    if difference is None:
         return "–"
-    return f"{100 * found['mean']:+.2f}" + (f" ({100 * found['low']:+.2f} … {100 * found['high']:+.2f})" if found["low"] is not None else "")
+    mean = f"{100 * difference['mean']:+.2f}"
+    if difference["low"] is None:
+        return mean
+    return f"{mean} ({100 * difference['low']:+.2f} … {100 * difference['high']:+.2f})"

@@ -1,7 +1,7 @@
 """USEB's results: average precision in four tasks, and their mean (Wang, Reimers, Gurevych 2021; SGPT, section 4.1).
 
-Texts of one kind are compared, so both sides are encoded as queries, of length 1, newlines as blanks. Average precision is
-trec_eval's: equal cosines rank by id, where the original's tools leave their order to chance or count them together.
+Texts of one kind are compared, so both sides are encoded as queries, of length 1, newlines as blanks. Average precision
+is trec_eval's: equal cosines rank by id, where the original's tools leave their order to chance or count them together.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,8 @@ from sgpt.evaluation.evaluate import Results
 from sgpt.retrieval.dense import DEPTH, as_run, naming, search
 from sgpt.retrieval.metrics import correlations
 
-MAIN = {"askubuntu": "map", "cqadupstack": "map@100", "twitterpara": "ap", "scidocs": "map"}  # of each task, all average precision
+# of each task, all average precision
+MAIN = {"askubuntu": "map", "cqadupstack": "map@100", "twitterpara": "ap", "scidocs": "map"}
 
 
 def useb(encoder: Encoder, tasks: Sequence[UsebTask]) -> Results:
@@ -29,37 +30,41 @@ def useb(encoder: Encoder, tasks: Sequence[UsebTask]) -> Results:
             results[f"useb_{task.name}"] = SCORERS[task.name](encoder, task.parts)
     if len(results) < len(MAIN):
         return results
-    return {**results, "useb": {"average_precision": mean(results[f"useb_{name}"][metric] for name, metric in MAIN.items())}}
+    return {
+        **results,
+        "useb": {"average_precision": mean(results[f"useb_{name}"][metric] for name, metric in MAIN.items())},
+    }
 
 
 def _askubuntu(encoder: Encoder, parts: Sequence[CandidateSet]) -> dict[str, float]:
     """Of equal cosines the better by BM25 is first."""
-    [chosen] = parts
+    [dataset] = parts
     ordered: dict[str, dict[str, float]] = {}
-    for query, scores in _scored(encoder, chosen).items():
+    for query, scores in _scored(encoder, dataset).items():
         order = sorted(scores, key=scores.__getitem__, reverse=True)  # stable, and `scores` is in BM25's order
-        ordered[query] = {document: float(-place) for place, document in enumerate(order)}
-    found = _trec(chosen.qrels, ordered, "map", "P_1", "P_5", "recip_rank")
-    return {"map": found["map"], "p@1": found["P_1"], "p@5": found["P_5"], "mrr": found["recip_rank"]}
+        ordered[query] = {document: float(-rank) for rank, document in enumerate(order)}
+    metrics = _trec(dataset.qrels, ordered, "map", "P_1", "P_5", "recip_rank")
+    return {"map": metrics["map"], "p@1": metrics["P_1"], "p@5": metrics["P_5"], "mrr": metrics["recip_rank"]}
 
 
 def _scidocs(encoder: Encoder, parts: Sequence[CandidateSet]) -> dict[str, float]:
-    found = {chosen.name: _trec(chosen.qrels, _scored(encoder, chosen), "map", "ndcg") for chosen in parts}
-    means = {metric: mean(metrics[metric] for metrics in found.values()) for metric in ("map", "ndcg")}
-    return means | {f"map_{kind}": metrics["map"] for kind, metrics in found.items()}
+    by_kind = {dataset.name: _trec(dataset.qrels, _scored(encoder, dataset), "map", "ndcg") for dataset in parts}
+    means = {metric: mean(metrics[metric] for metrics in by_kind.values()) for metric in ("map", "ndcg")}
+    return means | {f"map_{kind}": metrics["map"] for kind, metrics in by_kind.items()}
 
 
 def _cqadupstack(encoder: Encoder, forums: Sequence[RetrievalSet]) -> dict[str, float]:
     """map@100 divides by the relevant documents among the hundred, as the original does, not by all of them."""
-    found = []
+    by_forum = []
     for forum in forums:
         queries, documents = list(forum.queries), list(forum.corpus)
         rows = search(_embedded(encoder, forum.queries.values()), _embedded(encoder, forum.corpus.values()), DEPTH)
         run = as_run(queries, documents, *rows)
         hits = {query: {name: 1 for name in names if name in forum.qrels[query]} for query, names in run.items()}
         judged = {query: relevant for query, relevant in forum.qrels.items() if relevant}
-        found.append({"map@100": _trec(hits, run, "map")["map"], "ndcg@10": _trec(judged, run, "ndcg_cut_10")["ndcg_cut_10"]})
-    return {metric: mean(metrics[metric] for metrics in found) for metric in ("map@100", "ndcg@10")}
+        ndcg = _trec(judged, run, "ndcg_cut_10")["ndcg_cut_10"]
+        by_forum.append({"map@100": _trec(hits, run, "map")["map"], "ndcg@10": ndcg})
+    return {metric: mean(metrics[metric] for metrics in by_forum) for metric in ("map@100", "ndcg@10")}
 
 
 def _twitterpara(encoder: Encoder, sources: Sequence[PairSet]) -> dict[str, float]:
@@ -68,9 +73,11 @@ def _twitterpara(encoder: Encoder, sources: Sequence[PairSet]) -> dict[str, floa
         first, second = (_embedded(encoder, side) for side in (pairs.first, pairs.second))
         cosines = (first * second).sum(1).tolist()
         spearmans.append(correlations(pairs.scores, cosines)["spearman_cosine"])
-        decided = {f"{place:06}": place for place, score in enumerate(pairs.scores) if score != NEITHER}
-        qrels = {"pairs": {name: int(pairs.scores[place] > NEITHER) for name, place in decided.items()}}
-        aps[f"ap_{pairs.name}"] = _trec(qrels, {"pairs": {name: cosines[place] for name, place in decided.items()}}, "map")["map"]
+        # one query, "pairs", whose documents are the pairs that annotators decided on, by their number
+        decided = {f"{number:06}": number for number, score in enumerate(pairs.scores) if score != NEITHER}
+        qrels = {"pairs": {name: int(pairs.scores[number] > NEITHER) for name, number in decided.items()}}
+        run = {"pairs": {name: cosines[number] for name, number in decided.items()}}
+        aps[f"ap_{pairs.name}"] = _trec(qrels, run, "map")["map"]
     return {"ap": mean(aps.values()), "spearman": mean(spearmans), **aps}
 
 
@@ -79,14 +86,18 @@ SCORERS: dict[str, Callable[[Encoder, Sequence], dict[str, float]]] = {
 }  # fmt: skip
 
 
-def _scored(encoder: Encoder, chosen: CandidateSet) -> Run:
+def _scored(encoder: Encoder, dataset: CandidateSet) -> Run:
     """Cosines of each query with its candidates. A text that several queries need is encoded once."""
-    names = list(dict.fromkeys(name for query, documents in chosen.candidates.items() for name in (query, *documents)))
-    rows, embeddings = {name: row for row, name in enumerate(names)}, _embedded(encoder, (chosen.texts[name] for name in names))  # [names, D]
-    return {
-        query: dict(zip(documents, (embeddings[[rows[name] for name in documents]] @ embeddings[rows[query]]).tolist(), strict=True))
-        for query, documents in chosen.candidates.items() if documents
-    }  # fmt: skip
+    names = list(dict.fromkeys(name for query, documents in dataset.candidates.items() for name in (query, *documents)))
+    rows = {name: row for row, name in enumerate(names)}
+    embeddings = _embedded(encoder, (dataset.texts[name] for name in names))  # [names, D]
+    cosines: dict[str, dict[str, float]] = {}
+    for query, documents in dataset.candidates.items():
+        if documents:
+            candidates = embeddings[[rows[name] for name in documents]]  # [candidates, D]
+            scores = candidates @ embeddings[rows[query]]
+            cosines[query] = dict(zip(documents, scores.tolist(), strict=True))
+    return cosines
 
 
 def _embedded(encoder: Encoder, texts: Iterable[str]) -> Tensor:
@@ -99,5 +110,11 @@ def _trec(qrels: Qrels, run: Run, *measures: str) -> dict[str, float]:
 
     judged = {query: dict(qrels[query]) for query in run if qrels.get(query)}
     names = {measure.replace("_cut_", "_cut.").replace("P_", "P.") for measure in measures}
-    found = pytrec_eval.RelevanceEvaluator(judged, names).evaluate({query: dict(run[query]) for query in judged}) if judged else {}
-    return {measure: mean(found.get(query, {}).get(measure, 0.0) for query in run if query in qrels) for measure in measures}
+    by_query: dict[str, dict[str, float]] = {}
+    if judged:
+        scored = {query: dict(run[query]) for query in judged}
+        by_query = pytrec_eval.RelevanceEvaluator(judged, names).evaluate(scored)
+    return {
+        measure: mean(by_query.get(query, {}).get(measure, 0.0) for query in run if query in qrels)
+        for measure in measures
+    }

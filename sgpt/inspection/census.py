@@ -12,7 +12,7 @@ from sgpt.data.feed.store import EXAMPLES, TEXTS, TOKENS, Column
 from sgpt.runtime.progress import progress_bar
 from sgpt.text.markers import Frame
 
-POSITIVES_TOLD_APART = 4  # 1, 2, 3, and so many or more
+MOST_POSITIVES_COUNTED = 4  # 1, 2, 3, and so many or more
 LIST_TYPES = {field.name: field.type for schema in (TEXTS, EXAMPLES, TOKENS) for field in schema}
 
 
@@ -20,11 +20,11 @@ LIST_TYPES = {field.name: field.type for schema in (TEXTS, EXAMPLES, TOKENS) for
 class Counts:
     """Of one source, over all of its examples; equal texts are known by their hashes.
 
-    repeated_*: those that have the text of an earlier one. queries_by_positives: different queries with 1, 2, 3, 4 or more
-    different positives, over all rows that have the query. hard_negatives: fewest, median and most an example.
-    positives_asked: positives that are the query of another example. contrary_negatives: hard negatives that are a positive of
-    the same query. short_of_negatives: examples with fewer than H. short_texts: of one character or none. tokens: an epoch's,
-    markers included (expected, where an epoch draws).
+    repeated_*: those that have the text of an earlier one. queries_by_positives: different queries with 1, 2, 3, 4 or
+    more different positives, over all rows that have the query. hard_negatives: fewest, median and most an example.
+    positives_asked: positives that are the query of another example. contrary_negatives: hard negatives that are a
+    positive of the same query. short_of_negatives: examples with fewer than H. short_texts: of one character or none.
+    tokens: an epoch's, markers included (expected, where an epoch draws).
     """
 
     examples: int
@@ -42,16 +42,25 @@ class Counts:
     tokens: float
 
 
-def count(source: Source) -> Counts:
+def count_source(source: Source) -> Counts:
     census = _Census(source)
     with progress_bar(f"counting {source.name}", 2 * len(source.examples) + len(source.examples.texts)) as advance:
         positives, negatives, texts = census.positives(advance), census.hard_negatives(advance), census.texts(advance)
     repeated = len(source.examples) - int(census.asked.sum())
-    return Counts(examples=len(source.examples), repeated_queries=repeated, tokens=float(census.tokens), **positives, **negatives, **texts)
+    return Counts(
+        examples=len(source.examples),
+        repeated_queries=repeated,
+        tokens=float(census.tokens),
+        **positives,
+        **negatives,
+        **texts,
+    )
 
 
 class _Census:
-    """What is known of one source so far. Texts are told apart by their hashes and numbered anew: equal texts share one number.
+    """What is known of one source so far.
+
+    Texts are known by their hashes and numbered anew: equal texts share one number.
 
     numbers [texts of the store]. queries [N]. lengths: by role, [different texts], in the frame and cut. asked, used:
     [different texts], is it a query, is it of any example. pairs: query and positive as one number each, sorted.
@@ -63,7 +72,10 @@ class _Census:
         self.queries = self.numbers[_whole("query", source.examples.queries)]
         content = np.zeros(len(different), dtype=np.int64)
         content[self.numbers] = _list_lengths("ids", source.tokens.ids)
-        self.lengths = {role: np.minimum(content, frame.content_tokens) + marker_counts(frame) for role, frame in source.frames.items()}
+        self.lengths = {
+            role: np.minimum(content, frame.content_tokens) + marker_counts(frame)
+            for role, frame in source.frames.items()
+        }
         self.asked = np.zeros(len(different), dtype=bool)
         self.asked[self.queries] = True
         self.used, self.pairs = self.asked.copy(), np.zeros(0, dtype=np.int64)
@@ -80,9 +92,14 @@ class _Census:
         self.used |= answering
         self.tokens += self.positive_tokens
         self.pairs = np.unique(np.concatenate(pairs))
-        each = np.unique(self.pairs // len(self.used), return_counts=True)[1].clip(max=POSITIVES_TOLD_APART)
-        by_positives = tuple(np.bincount(each, minlength=POSITIVES_TOLD_APART + 1)[1:].tolist())
-        return {"positives": total, "repeated_positives": total - int(answering.sum()), "positives_asked": asked, "queries_by_positives": by_positives}
+        each = np.unique(self.pairs // len(self.used), return_counts=True)[1].clip(max=MOST_POSITIVES_COUNTED)
+        by_positives = tuple(np.bincount(each, minlength=MOST_POSITIVES_COUNTED + 1)[1:].tolist())
+        return {
+            "positives": total,
+            "repeated_positives": total - int(answering.sum()),
+            "positives_asked": asked,
+            "queries_by_positives": by_positives,
+        }
 
     def hard_negatives(self, advance: Callable[[float], None]) -> dict:
         contrary, tokens = 0, 0.0
@@ -92,29 +109,43 @@ class _Census:
             tokens += (np.minimum(1, self.num_hard_negatives * shares) * self.lengths["document"][texts]).sum()
         each = _list_lengths("hard_negatives", self.examples.hard_negatives)
         missing = (self.num_hard_negatives - each).clip(min=0)
-        tokens += missing.mean() * self.positive_tokens  # where an example has too few, positives of others stand in
+        # where an example has too few, positives of others are used instead
+        tokens += missing.mean() * self.positive_tokens
         self.tokens += tokens
-        told = (int(each.min()), float(np.median(each)), int(each.max()))
-        return {"hard_negatives": told, "contrary_negatives": contrary, "short_of_negatives": int((missing > 0).sum())}
+        lengths = (int(each.min()), float(np.median(each)), int(each.max()))
+        return {
+            "hard_negatives": lengths,
+            "contrary_negatives": contrary,
+            "short_of_negatives": int((missing > 0).sum()),
+        }
 
     def texts(self, advance: Callable[[float], None]) -> dict:
         """After the others: only texts that an example uses count."""
         short, first, start = np.zeros_like(self.used), None, 0
         for part in _parts("text", self.examples.texts):
             numbers = self.numbers[start : start + len(part)]
-            places = np.flatnonzero(pc.less_equal(pc.utf8_length(pc.utf8_trim_whitespace(part)), 1).to_numpy(zero_copy_only=False) & self.used[numbers])
+            places = np.flatnonzero(
+                pc.less_equal(pc.utf8_length(pc.utf8_trim_whitespace(part)), 1).to_numpy(zero_copy_only=False)
+                & self.used[numbers]
+            )
             short[numbers[places]] = True
             first = part[int(places[0])].as_py() if first is None and len(places) else first
             start += len(part)
             advance(len(part))
         return {"texts": int(self.used.sum()), "short_texts": int(short.sum()), "short_text": first}
 
-    def _links(self, name: str, column: Sequence, advance: Callable[[float], None]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _links(
+        self, name: str, column: Sequence, advance: Callable[[float], None]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(query, linked text, 1 / texts linked to its example) of every link, some examples at a time."""
         start = 0
         for part in _parts(name, column):
             each = pc.list_value_length(part).to_numpy()
-            yield self.queries[start : start + len(part)].repeat(each), self.numbers[part.flatten().to_numpy()], np.repeat(1 / each.clip(min=1), each)
+            yield (
+                self.queries[start : start + len(part)].repeat(each),
+                self.numbers[part.flatten().to_numpy()],
+                np.repeat(1 / each.clip(min=1), each),
+            )
             start += len(part)
             advance(len(part))
 

@@ -17,7 +17,10 @@ EXAMPLES_AT_A_TIME = 64  # of the sample; their texts are tokenised whole, howev
 
 @dataclass(frozen=True)
 class Lengths:
-    """tokens [texts]: of sampled texts of one role before truncation, markers included. limit: what of them the model sees."""
+    """tokens [texts]: of sampled texts of one role before truncation, markers included.
+
+    limit: what of them the model sees.
+    """
 
     tokens: np.ndarray
     limit: int
@@ -34,7 +37,10 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Sample:
-    """Of one source. scripts: share of the letters, largest first. vocabulary: entries that occur in what the model sees of the texts."""
+    """Of one source. scripts: share of the letters, largest first.
+
+    vocabulary: entries that occur in what the model sees of the texts.
+    """
 
     examples: int
     lengths: dict[Role, Lengths]
@@ -44,14 +50,20 @@ class Sample:
 
 def sample(source: Source, tokenizer, num_examples: int, seed: int) -> Sample:
     """The texts are tokenised again: those in the store are cut."""
-    chosen = np.random.default_rng(seed).choice(len(source.examples), min(num_examples, len(source.examples)), replace=False)
+    sampled = np.random.default_rng(seed).choice(
+        len(source.examples), min(num_examples, len(source.examples)), replace=False
+    )
     lengths: dict[Role, list[int]] = {role: [] for role in ROLES}
     characters: Counter[str] = Counter()
     occurs = np.zeros(len(tokenizer), dtype=bool)
-    with progress_bar(f"measuring {source.name}", len(chosen)) as advance:
-        for start in range(0, len(chosen), EXAMPLES_AT_A_TIME):
-            drawn = [source.draw(number, 0, seed) for number in np.sort(chosen)[start : start + EXAMPLES_AT_A_TIME].tolist()]
-            numbers = {"query": [one.query for one in drawn], "document": [text for one in drawn for text in one.documents]}
+    with progress_bar(f"measuring {source.name}", len(sampled)) as advance:
+        for start in range(0, len(sampled), EXAMPLES_AT_A_TIME):
+            part = np.sort(sampled)[start : start + EXAMPLES_AT_A_TIME].tolist()
+            drawn = [source.draw(number, 0, seed) for number in part]
+            numbers = {
+                "query": [one.query for one in drawn],
+                "document": [text for one in drawn for text in one.documents],
+            }
             for role in ROLES:
                 texts = [source.examples.texts[number] for number in numbers[role]]
                 ids = list(content_ids(texts, tokenizer))
@@ -60,8 +72,11 @@ def sample(source: Source, tokenizer, num_examples: int, seed: int) -> Sample:
                 characters.update("".join(texts))
             advance(len(drawn))
     around = {role: marker_counts(frame) for role, frame in source.frames.items()}
-    measured = {role: Lengths(np.array(lengths[role]) + around[role], source.frames[role].content_tokens + around[role]) for role in ROLES}
-    return Sample(len(chosen), measured, scripts(characters), int(occurs.sum()))
+    measured = {
+        role: Lengths(np.array(lengths[role]) + around[role], source.frames[role].content_tokens + around[role])
+        for role in ROLES
+    }
+    return Sample(len(sampled), measured, scripts(characters), int(occurs.sum()))
 
 
 def scripts(characters: Counter[str]) -> dict[str, float]:

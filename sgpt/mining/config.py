@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from sgpt.data.sources.columns import ROLES
+from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import COUNT, NOT_NEGATIVE, SEED, SHARE, THREADS, Range, check_choice, check_ranges
 from sgpt.text.markers import MarkersConfig
@@ -19,7 +19,7 @@ class MineConfig:
     """A BEIR folder; or pairs, in a file or a folder of files, whose positives are then the corpus."""
     split: str = "train"
     """The qrels of a BEIR folder to read, or the split of the pairs."""
-    columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(ROLES))
+    columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(COLUMN_ROLES))
     """Of pairs: the names of their columns (query, positive, label …); null guesses by the usual names."""
     labels: list[str] = field(default_factory=list)
     """Of pairs: what numbers as labels mean, in their order from 0."""

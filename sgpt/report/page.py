@@ -1,7 +1,9 @@
-"""Pages to look at: one file each without scripts or outside resources, for light and dark screens. Whoever hands in HTML has escaped it.
+"""Pages to look at: one file each without scripts or outside resources, for light and dark screens.
 
-Plots are SVG inside the page; their colours and letters are replaced by the page's CSS variables, so that one drawing serves
-both colour schemes.
+Whoever hands in HTML has escaped it.
+
+Plots are SVG inside the page; their colours and letters are replaced by the page's CSS variables, so that one drawing
+serves both colour schemes.
 """
 
 import json
@@ -25,10 +27,12 @@ COLOURS = {  # CSS variable: light, dark. Plots are drawn in the light ones, so 
 LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 SIDES = {"positive": "teal", "negative": "amber"}
 DRAWING: Any = {  # matplotlib settings
-    "svg.fonttype": "none", "text.parse_math": False, "font.size": 8.5, "lines.linewidth": 1.6, "axes.formatter.limits": (-3, 5),
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": LIGHT["grid"],
-    "axes.edgecolor": LIGHT["grey"], "xtick.color": LIGHT["grey"], "ytick.color": LIGHT["grey"], "text.color": LIGHT["quiet"],
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 8.5, "lines.linewidth": 1.6,
+    "axes.formatter.limits": (-3, 5), "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": LIGHT["grid"],
+    "axes.edgecolor": LIGHT["grey"], "xtick.color": LIGHT["grey"], "ytick.color": LIGHT["grey"],
     "axes.labelcolor": LIGHT["quiet"], "xtick.labelcolor": LIGHT["ink"], "ytick.labelcolor": LIGHT["ink"],
+    "text.color": LIGHT["quiet"],
 }  # fmt: skip
 
 
@@ -66,7 +70,9 @@ def figures(plots: list[Plot]) -> str:
     drawn = []
     for position, plot in enumerate(plots):
         wide = position == 0 and len(plots) % 2 == 1
-        keys = "".join(f"<span class='key' style='--c:var(--{colour})'>{escape(key)}</span>" for key, colour in plot.keys.items())
+        keys = "".join(
+            f"<span class='key' style='--c:var(--{colour})'>{escape(key)}</span>" for key, colour in plot.keys.items()
+        )
         note = f"<p class='quiet'>{escape(plot.note)}</p>" if plot.note else ""
         drawn.append(
             f"<figure class='card{' wide' if wide else ''}'><figcaption><b>{escape(plot.title)}</b>{keys}</figcaption>"
@@ -77,10 +83,13 @@ def figures(plots: list[Plot]) -> str:
 
 def _svg(plot: Plot, width: float) -> str:
     text = StringIO()
-    with rc_context(DRAWING | {"svg.hashsalt": plot.title}):  # Figure without pyplot: no global figures, no backend chosen
+    # Figure without pyplot: no global figures, no backend chosen
+    with rc_context(DRAWING | {"svg.hashsalt": plot.title}):
         figure = Figure(figsize=(width, plot.inches), layout="constrained")
         plot.draw(figure.subplots())
-        figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(
+            text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     head, body = re.split(r"(?<=>)\n", text.getvalue().split("<svg", 1)[1], maxsplit=1)
     body = re.sub(r' id="[\w.]+_\d+"', "", body)  # figure_1, matplotlib.axis_1 …: alike in every drawing of the page
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)  # would hold for the whole page
@@ -131,7 +140,8 @@ PAGE = """<!DOCTYPE html>
 """
 STYLE = """
 *{box-sizing:border-box} p{margin:0}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:var(--paper);color:var(--ink);
+  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:48px 20px 80px}
 h1{font-size:2.3rem;line-height:1.15;margin:.1em 0 .35em;letter-spacing:-.02em;overflow-wrap:anywhere}
 h2{font-size:1.3rem;margin:48px 0 14px;letter-spacing:-.01em}
@@ -148,16 +158,19 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;whit
 th,td{padding:8px 18px;text-align:right} thead th{color:var(--quiet);font-size:.82rem;font-weight:500}
 th:first-child,thead th:nth-child(2),tr.first td:nth-child(2),tr:not(.first) td:first-child{text-align:left}
 tbody th{vertical-align:top;font-weight:600} tr.first>*{border-top:1px solid var(--grid)}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px} .scroll+.grid{margin-top:16px}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px}
+.scroll+.grid{margin-top:16px}
 .wide{grid-column:1/-1} .wide svg{min-width:760px}
 figure{margin:0;padding:14px 16px;min-width:0}
-figcaption{display:flex;flex-wrap:wrap;gap:2px 16px;align-items:baseline;margin-bottom:8px} figcaption b{margin-right:auto}
+figcaption{display:flex;flex-wrap:wrap;gap:2px 16px;align-items:baseline;margin-bottom:8px}
+figcaption b{margin-right:auto}
 .key{font-size:.82rem;color:var(--quiet);white-space:nowrap}
 .key::before{content:"";display:inline-block;width:.7em;height:.7em;margin-right:.45em;border-radius:2px;background:var(--c)}
 svg{display:block;width:100%;height:auto} svg *{stroke-linejoin:round} svg text{font-family:inherit!important}
 details{padding:12px 18px;margin-bottom:12px} summary{cursor:pointer;font-weight:600}
 pre{overflow-x:auto;margin:12px 0 4px;font:13px/1.5 ui-monospace,Consolas,monospace}
-dl dl{margin:0} details dl{display:grid;grid-template-columns:minmax(90px,max-content) 1fr;gap:3px 18px;font-size:.88rem}
+dl dl{margin:0}
+details dl{display:grid;grid-template-columns:minmax(90px,max-content) 1fr;gap:3px 18px;font-size:.88rem}
 details dt{color:var(--quiet)} details dd{margin:0;overflow-wrap:anywhere}
 @media print{figure,table{break-inside:avoid}}
 """

@@ -16,14 +16,15 @@ from sgpt.report.page import LIGHT, SIDES, Plot, common_bins, draw_sides, figure
 from sgpt.runtime.errors import InputError
 
 Scores = dict[str, dict[str, float | None]]  # set -> metric -> value; higher is better in all of them
-Results = dict[str, dict[str, dict[str, float | None]]]  # set -> metric -> before, after, bm25 -> value
+SetResults = dict[str, dict[str, dict[str, float | None]]]  # set -> metric -> before, after, bm25 -> value
 Values = list[float | None]
 Points = list[tuple[float, float | None]]  # step, value
 MODELS = {"before": "grey", "after": "blue", "bm25": "amber"}
 KINDS = {"norm": "teal", "attention": "blue", "mlp": "amber"}
 BARS = MODELS | KINDS | {"all": "blue"}
-LABELS = {
-    "bm25": "BM25", "mlp": "MLP", "ndcg@10": "nDCG@10", "map@100": "MAP@100", "recall@100": "Recall@100", "mrr@10": "MRR@10",
+METRIC_LABELS = {
+    "bm25": "BM25", "mlp": "MLP",
+    "ndcg@10": "nDCG@10", "map@100": "MAP@100", "recall@100": "Recall@100", "mrr@10": "MRR@10",
     "spearman_cosine": "Spearman", "pearson_cosine": "Pearson",
     "positive_cosine": "positive", "hardest_negative_cosine": "hardest negative",
 }  # fmt: skip
@@ -36,8 +37,14 @@ CURVES = {  # title: keys of a log line
 }
 REMEDY = {
     "config.yaml": "put back the file that training wrote, or train again under another name=<name>",
-    "metrics.jsonl": "delete the line and write the report again, or, of a run that has not finished, start it again with resume=true",
-    "results.json": "of a run that has not finished, delete the file and start it again with resume=true: it evaluates again, before and after",
+    "metrics.jsonl": (
+        "delete the line and write the report again, or, of a run that has not finished, "
+        "start it again with resume=true"
+    ),
+    "results.json": (
+        "of a run that has not finished, delete the file and start it again with resume=true: "
+        "it evaluates again, before and after"
+    ),
     "analysis.json": "delete the file to leave its plots out",
     "manifest.json": "delete the file and start the run again with resume=true, which writes it",
 }
@@ -58,13 +65,18 @@ def write_report(run: Path) -> Path:
 
     name = escape(run.resolve().name)
     body = [
-        f"<header><p class='quiet'>SGPT training run</p><h1>{name}</h1><p class='lead'>{_headline(results)}</p></header>",
+        (
+            f"<header><p class='quiet'>SGPT training run</p><h1>{name}</h1><p "
+            f"class='lead'>{_headline(results)}</p></header>"
+        ),
         _tiles(log, manifest, paths["manifest.json"]),
         section("Results", _table(results), figures(_score_plots(results))),
         section("Training", figures(_curve_plots(log))),
         section("Cosine of query and document", figures(_similarity_plots(analysis, paths["analysis.json"]))),
         section("Size of the bias change", figures(_change_plots(analysis, paths["analysis.json"]))),
-        section("How it was made", fold("Configuration", f"<pre>{escape(config)}</pre>"), fold("Manifest", tree(manifest))),
+        section(
+            "How it was made", fold("Configuration", f"<pre>{escape(config)}</pre>"), fold("Manifest", tree(manifest))
+        ),
     ]
     file = run / "report.html"
     file.write_text(page(f"{run.resolve().name} · SGPT run", *body), encoding="utf-8")
@@ -89,7 +101,9 @@ def _parse(text: str, path: Path, parse: Callable[[str], Any] = json.loads, line
     except json.JSONDecodeError as error:
         raise _refusal(path, f"not JSON ({error.msg} at column {error.colno})", line or error.lineno) from error
     except yaml.MarkedYAMLError as error:
-        raise _refusal(path, f"not YAML ({error.problem})", error.problem_mark and error.problem_mark.line + 1) from error
+        raise _refusal(
+            path, f"not YAML ({error.problem})", error.problem_mark and error.problem_mark.line + 1
+        ) from error
     if not isinstance(content, dict):
         raise _refusal(path, f"holds {type(content).__name__}, expected keys with values", line)
     return content
@@ -100,7 +114,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Log lines in step order. Of a step logged twice (a run that was killed and went on from a checkpoint) the last counts."""
+    """Log lines in step order.
+
+    Of a step logged twice (a run that was killed and went on from a checkpoint) the last counts.
+    """
     log: dict[float, dict[str, Any]] = {}
     for number, text in enumerate(_text(path).splitlines(), start=1):
         line = _parse(text, path, line=number)
@@ -127,12 +144,16 @@ def _scores(data: dict[str, Any], block: str, path: Path, line: int | None = Non
     scores = data.get(block) or {}
     if not isinstance(scores, dict) or not all(isinstance(metrics, dict) for metrics in scores.values()):
         raise _refusal(path, f"'{block}' is not a table of sets and metrics", line)
-    return {name: {metric: _number(scores, name, metric, path=path, line=line) for metric in metrics} for name, metrics in scores.items() if metrics}
+    return {
+        name: {metric: _number(scores, name, metric, path=path, line=line) for metric in metrics}
+        for name, metrics in scores.items()
+        if metrics
+    }
 
 
-def _by_set(data: dict[str, Any], path: Path) -> Results:
+def _by_set(data: dict[str, Any], path: Path) -> SetResults:
     models = {model: _scores(data, model, path) for model in MODELS}
-    results: Results = {}
+    results: SetResults = {}
     for scores in models.values():
         for name, metrics in scores.items():
             for metric in metrics:
@@ -141,25 +162,25 @@ def _by_set(data: dict[str, Any], path: Path) -> Results:
     return results
 
 
-def _label(name: str) -> str:
-    return LABELS.get(name, name)
+def _metric_label(name: str) -> str:
+    return METRIC_LABELS.get(name, name)
 
 
 def _legend(colours: dict[str, str]) -> dict[str, str]:
-    return {_label(name): colour for name, colour in colours.items()}
+    return {_metric_label(name): colour for name, colour in colours.items()}
 
 
 def _main_metric(metrics: Iterable[str]) -> str:
     return next(metric for metric in ("ndcg@10", "spearman_cosine", *metrics) if metric in metrics)
 
 
-def _headline(results: Results) -> str:
+def _headline(results: SetResults) -> str:
     if not results:
         return "This run was not evaluated."
     name, metrics = next(iter(results.items()))
     metric = _main_metric(metrics)
     before, after, bm25 = metrics[metric].values()
-    what = f"{escape(_label(metric))} on {escape(name)}"
+    what = f"{escape(_metric_label(metric))} on {escape(name)}"
     if before is None or after is None:
         known = {"before training": before, "after training": after, "for BM25": bm25}
         parts = [f"<b>{value:.3f}</b> {when}" for when, value in known.items() if value is not None]
@@ -175,31 +196,43 @@ def _tiles(log: list[dict[str, Any]], manifest: dict[str, Any], path: Path) -> s
     losses, speeds = ([line[key] for line in log if line[key] is not None] for key in ("loss", "queries_per_second"))
     tiles = {
         "optimizer steps": f"{log[-1]['step']:,}",
-        "parameters trained": f"{trained:,} <small>of {total:,} ({trained / total:.2%})</small>" if trained and total else "",
+        "parameters trained": f"{trained:,} <small>of {total:,} ({trained / total:.2%})</small>"
+        if trained and total
+        else "",
         "loss, first and last line": f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "",
         "queries per second": f"{np.median(speeds):,.0f} <small>median</small>" if speeds else "",
-        "duration": "" if seconds is None else f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min",
+        "duration": ""
+        if seconds is None
+        else f"{seconds / 3600:.1f} h"
+        if seconds >= 5400
+        else f"{seconds / 60:.1f} min",
     }
     shown = "".join(f"<div><dt>{what}</dt><dd>{value}</dd></div>" for what, value in tiles.items() if value)
     return f"<dl class='tiles'>{shown}</dl>"
 
 
-def _table(results: Results) -> str:
+def _table(results: SetResults) -> str:
     rows = []
     for name, metrics in results.items():
         head = f"<th rowspan='{len(metrics)}'>{escape(name)}</th>"
         for metric, values in metrics.items():
             best = max((value for value in values.values() if value is not None), default=None)
-            cells = [f"<td>{escape(_label(metric))}</td>"]
+            cells = [f"<td>{escape(_metric_label(metric))}</td>"]
             for value in values.values():
-                cells.append("<td>–</td>" if value is None else f"<td{' class=best' if value == best else ''}>{value:.4f}</td>")
+                cells.append(
+                    "<td>–</td>" if value is None else f"<td{' class=best' if value == best else ''}>{value:.4f}</td>"
+                )
             cells += [_difference(values["after"], values[other]) for other in ("before", "bm25")]
             rows.append(f"<tr{' class=first' if head else ''}>{head}{''.join(cells)}</tr>")
             head = ""
     if not rows:
         return ""
-    heads = "".join(f"<th>{head}</th>" for head in ("Set", "Metric", "Before", "After", "BM25", "After − before", "After − BM25"))
-    return f"<div class='scroll card'><table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    heads = "".join(
+        f"<th>{head}</th>" for head in ("Set", "Metric", "Before", "After", "BM25", "After − before", "After − BM25")
+    )
+    return (
+        f"<div class='scroll card'><table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def _difference(value: float | None, reference: float | None) -> str:
@@ -209,19 +242,20 @@ def _difference(value: float | None, reference: float | None) -> str:
     return f"<td class='{colour}'>{value - reference:+.4f}</td>".replace("-", "−")
 
 
-def _score_plots(results: Results) -> list[Plot]:
+def _score_plots(results: SetResults) -> list[Plot]:
     plots = []
     for name, metrics in results.items():
         models = [model for model in MODELS if any(values[model] is not None for values in metrics.values())]
         bars = {model: [values[model] for values in metrics.values()] for model in models}
-        draw = partial(_draw_bars, rows=[_label(metric) for metric in metrics], bars=bars)
+        draw = partial(_draw_bars, rows=[_metric_label(metric) for metric in metrics], bars=bars)
         plots.append(Plot(name, draw, _legend({model: MODELS[model] for model in models})))
     return plots
 
 
 def _draw_bars(axes: Axes, rows: list[str], bars: dict[str, Values], *, xlabel: str = "", lying: bool = False) -> None:
     """One group of bars per row, in it one bar per entry of `bars`; an absent value leaves its place empty."""
-    width = 0.82 / max(len(bars), 3 - lying)  # two standing bars get the width of three: slim bars are easier to compare
+    # two standing bars get the width of three: slim bars are easier to compare
+    width = 0.82 / max(len(bars), 3 - lying)
     for position, (name, values) in enumerate(bars.items()):
         places = np.arange(len(rows)) + (position - (len(bars) - 1) / 2) * width
         draw = axes.barh if lying else axes.bar
@@ -241,17 +275,26 @@ def _draw_bars(axes: Axes, rows: list[str], bars: dict[str, Values], *, xlabel: 
 def _curve_plots(log: list[dict[str, Any]]) -> list[Plot]:
     """The curves that have a point, then one plot per set that was evaluated during training."""
     curves: dict[str, dict[str, Points]] = {
-        title: {key: [(line["step"], line[key]) for line in log if line[key] is not None] for key in keys} for title, keys in CURVES.items()
+        title: {key: [(line["step"], line[key]) for line in log if line[key] is not None] for key in keys}
+        for title, keys in CURVES.items()
     }
     for line in log:
         for name, metrics in line["dev"].items():
             metric = _main_metric(metrics)
-            curves.setdefault(f"{_label(metric)} on {name}", {metric: []})[metric].append((line["step"], metrics[metric]))
+            curves.setdefault(f"{_metric_label(metric)} on {name}", {metric: []})[metric].append(
+                (line["step"], metrics[metric])
+            )
     plots = []
     for title, lines in curves.items():
         colours = dict(zip(lines, ("blue", "amber"), strict=False))
         if any(lines.values()):
-            plots.append(Plot(title, partial(_draw_curves, lines=lines, colours=colours), _legend(colours) if len(lines) > 1 else {}))
+            plots.append(
+                Plot(
+                    title,
+                    partial(_draw_curves, lines=lines, colours=colours),
+                    _legend(colours) if len(lines) > 1 else {},
+                )
+            )
     return plots
 
 
@@ -281,23 +324,36 @@ def _similarity_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
             if all(map(len, arrays.values())):
                 found[model] = arrays
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _refusal(path, f"'similarity' does not hold lists of numbers 'positive' and 'negative' ({error!r})") from error
+        raise _refusal(
+            path, f"'similarity' does not hold lists of numbers 'positive' and 'negative' ({error!r})"
+        ) from error
     if not found:
         return []
-    draw = partial(draw_sides, bins=common_bins(values for sides in found.values() for values in sides.values()), xlabel="cosine", ylabel="share of pairs")
+    draw = partial(
+        draw_sides,
+        bins=common_bins(values for sides in found.values() for values in sides.values()),
+        xlabel="cosine",
+        ylabel="share of pairs",
+    )
     plots = []
     for model, sides in found.items():
         positive, negative = sides["positive"], np.sort(sides["negative"])
         lower, upper = (np.searchsorted(negative, positive, side).mean() / len(negative) for side in ("left", "right"))
         note = (
-            f"Means {positive.mean():.3f} and {negative.mean():.3f}. A random positive is closer than a random negative in {(lower + upper) / 2:.1%} of draws."
+
+                f"Means {positive.mean():.3f} and {negative.mean():.3f}. "
+                f"A random positive is closer than a random negative in {(lower + upper) / 2:.1%} of draws."
+
         )
         plots.append(Plot(f"{model.capitalize()} training", partial(draw, sides=sides), SIDES, note))
     return plots
 
 
 def _change_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
-    """Relative L2 change, mean over the tensors of a row. A tensor that was zero before has none, and is counted below."""
+    """Relative L2 change, mean over the tensors of a row.
+
+    A tensor that was zero before has none, and is counted below.
+    """
     change = analysis.get("change") or {}
     if not isinstance(change, dict):
         raise _refusal(path, "'change' is not a table of tensor names and numbers")
@@ -316,9 +372,19 @@ def _change_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
     left_out = len(values) - len(finite)
     note = f"Left out, because they were zero before training: {left_out} of {len(values)} tensors." if left_out else ""
     draw = partial(_draw_bars, lying=True, xlabel="relative change, L2")
-    plots = [Plot("Per layer", partial(draw, rows=[row[2] for row in rows], bars=whole), {}, note, inches)] if rows else []
+    plots = (
+        [Plot("Per layer", partial(draw, rows=[row[2] for row in rows], bars=whole), {}, note, inches)] if rows else []
+    )
     if layers:
-        plots.append(Plot("Per layer and kind", partial(draw, rows=[row[2] for row in layers], bars=split), _legend(KINDS), "", inches))
+        plots.append(
+            Plot(
+                "Per layer and kind",
+                partial(draw, rows=[row[2] for row in layers], bars=split),
+                _legend(KINDS),
+                "",
+                inches,
+            )
+        )
     return plots
 
 

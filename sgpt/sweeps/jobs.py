@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
 
-MAIN_METRICS = ("ndcg@10", "spearman_cosine")
+COMPARED_METRICS = ("ndcg@10", "spearman_cosine")
 
 
 @dataclass
@@ -43,13 +43,13 @@ def read_after(path: Path) -> dict[str, dict[str, float]]:
     return after
 
 
-def main_metric(after: dict[str, dict[str, float]]) -> tuple[str, float]:
+def compared_metric(after: dict[str, dict[str, float]]) -> tuple[str, float]:
     """Name and value of what jobs are compared by: the first set's nDCG@10 or Spearman correlation."""
     for set_name, metrics in after.items():
-        for metric in MAIN_METRICS:
+        for metric in COMPARED_METRICS:
             if metric in metrics:
                 return f"{set_name} {metric}", metrics[metric]
-    raise ValueError(f"none of {', '.join(MAIN_METRICS)} in the results of {', '.join(after)}")
+    raise ValueError(f"none of {', '.join(COMPARED_METRICS)} in the results of {', '.join(after)}")
 
 
 def best_job(jobs: list[Job]) -> Job | None:

@@ -23,9 +23,11 @@ def num_cores() -> int:
 
 
 def wants_cpu(num_processes: int) -> bool:
-    """ACCELERATE_USE_CPU decides where it is set. Else one process is left to Accelerate, which finds the device as in
-    a run without a sweep, and several use the CPU where no GPU driver's tool is on the PATH: those come with the
-    drivers, and importing torch here to ask would cost seconds and hold memory on a GPU that the jobs want.
+    """ACCELERATE_USE_CPU decides where it is set.
+
+    Else one process is left to Accelerate, which finds the device as in a run without a sweep, and several use the CPU
+    where no GPU driver's tool is on the PATH: those come with the drivers, and importing torch here to ask would cost
+    seconds and hold memory on a GPU that the jobs want.
     """
     if "ACCELERATE_USE_CPU" in os.environ:
         return os.environ["ACCELERATE_USE_CPU"].lower() in ("1", "true", "yes", "on")

@@ -4,7 +4,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from sgpt.sweeps.jobs import Job, best_job, main_metric, split_overrides
+from sgpt.sweeps.jobs import Job, best_job, compared_metric, split_overrides
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,7 @@ def sweep_table(name: str, jobs: list[Job]) -> "Table":
     scores = [(of, metric) for job in jobs for of, metrics in job.after.items() for metric in metrics]
     columns = list(dict.fromkeys(scores))  # each once, in the order met
     table = Table(title=" ".join([f"{name}-sweep", *shared]), title_justify="left", caption_justify="left")
-    table.caption = f"* best {main_metric(best.after)[0]}: job {best.job}" if best else None
+    table.caption = f"* best {compared_metric(best.after)[0]}: job {best.job}" if best else None
     table.add_column("job", justify="right")
     for heading in ("overrides", "status"):
         table.add_column(heading, overflow="fold")

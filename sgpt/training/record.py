@@ -187,7 +187,7 @@ def show_run(run: RunFolder) -> None:
     results, manifest = run.read("results.json", {}), run.read("manifest.json", {})
     console = Console(markup=False)  # a name may hold brackets
     if scored := {name: results[name] for name in ("before", "after", "bm25") if results.get(name)}:
-        console.print(evaluate.table(scored, f"{run.name}: results × 100"))
+        console.print(evaluate.metrics_table(scored, f"{run.name}: results × 100"))
     else:
         console.print(
             "no test set was named: evaluation.retrieval=[<BEIR folder>] or evaluation.sts=[<pairs file>] "

@@ -9,7 +9,7 @@ from itertools import islice, repeat
 from pathlib import Path
 
 from sgpt.data.feed.example import Example, checked_example
-from sgpt.data.formats.lines import json_rows, text_lines
+from sgpt.data.formats.lines import checked_lines, json_rows
 from sgpt.data.formats.row import Rows, attempt, listed, same_split, shown, spells_nothing
 from sgpt.data.formats.rows import kind_of, rows
 from sgpt.runtime.errors import InputError
@@ -17,7 +17,8 @@ from sgpt.runtime.errors import InputError
 Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> relevance
 log = logging.getLogger(__name__)
 Bad = list[tuple[str, InputError]]  # what cannot be used, and where it stands
-MAX_RELEVANCE = 10_000  # trec_eval holds an array as long as the largest judgement, and beyond 64 bits it stops the process
+# trec_eval holds an array as long as the largest judgement, and beyond 64 bits it stops the process
+MAX_RELEVANCE = 10_000
 HEADER = re.compile(r"\W*(query|queries|question|topic|anchor|qid)", re.IGNORECASE)
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,15}")
 
@@ -36,17 +37,23 @@ class RetrievalSet:
     skip_own_id: bool = False
 
 
-def read_retrieval(folder: Path, split: str, *, name: str | None = None, skip_empty: bool = False, skip_own_id: bool = False) -> RetrievalSet:
+def read_retrieval(
+    folder: Path, split: str, *, name: str | None = None, skip_empty: bool = False, skip_own_id: bool = False
+) -> RetrievalSet:
     """The judged queries of a split and the whole corpus. Every id in the qrels must exist.
 
-    name: None is the folder's. skip_empty: documents with an empty text are no candidates, whatever their title and judgements.
-    What leaves nothing to score is refused here: no judgement above 0, no candidate, no relevant document among the candidates.
+    name: None is the folder's. skip_empty: documents with an empty text are no candidates, whatever their title and
+    judgements. What leaves nothing to score is refused here: no judgement above 0, no candidate, no relevant document
+    among the candidates.
     """
     queries, qrels = read_judged(folder, split)
     table, file = _by_id(rows(_table(folder, "corpus"))), qrels_file(folder, split)
     for document in (document for documents in qrels.values() for document in documents):
         if document not in table:
-            raise InputError(f"{file}: document id {shown(document)} is not in {folder}/corpus.jsonl; the files do not belong together")
+            raise InputError(
+                f"{file}: document id {shown(document)} is not in {folder}/corpus.jsonl; "
+                "the files do not belong together"
+            )
     corpus = {identifier: _document(row) for identifier, row in table.items() if row["text"] or not skip_empty}
     _check_judgements(qrels, corpus, folder, file)
     return RetrievalSet(name or folder.absolute().name, corpus, queries, qrels, skip_own_id)
@@ -58,12 +65,23 @@ def _check_judgements(qrels: Qrels, corpus: dict[str, str], folder: Path, file: 
         raise InputError(f"{folder}/corpus.jsonl: every document's text is empty; give the documents their texts")
     relevant = [[document for document, score in judged.items() if score > 0] for judged in qrels.values()]
     if not any(relevant):
-        raise InputError(f"{file}: no judgement is above 0, so no document is relevant to any query; judge those that are by 1 or more")
-    lost = sum(1 for documents in relevant if documents and not any(document in corpus for document in documents))
-    if lost == sum(map(bool, relevant)):
-        raise InputError(f"{file}: every relevant document has an empty text, and those are no candidates; give them texts in {folder}/corpus.jsonl")
+        raise InputError(
+            f"{file}: no judgement is above 0, so no document is relevant to any query; "
+            "judge those that are by 1 or more"
+        )
+    answerable = [documents for documents in relevant if documents]
+    lost = sum(1 for documents in answerable if not any(document in corpus for document in documents))
+    if lost == len(answerable):
+        raise InputError(
+            f"{file}: every relevant document has an empty text, and those are no candidates; "
+            f"give them texts in {folder}/corpus.jsonl"
+        )
     if lost:
-        log.warning("%s: of %d queries every relevant document has an empty text and is no candidate, so they score 0", file, lost)
+        log.warning(
+            "%s: of %d queries every relevant document has an empty text and is no candidate, so they score 0",
+            file,
+            lost,
+        )
 
 
 def read_judged(folder: Path, split: str) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
@@ -74,7 +92,9 @@ def read_judged(folder: Path, split: str) -> tuple[dict[str, str], dict[str, dic
     for query in qrels:
         if query not in queries:
             file = qrels_file(folder, split)
-            raise InputError(f"{file}: query id {shown(query)} is not in {folder}/queries.jsonl; the files do not belong together")
+            raise InputError(
+                f"{file}: query id {shown(query)} is not in {folder}/queries.jsonl; the files do not belong together"
+            )
     if blank := [query for query in qrels if not queries[query].strip()]:
         log.warning("%s: %d judged queries have an empty text, the first is %s", folder, len(blank), shown(blank[0]))
     return {query: queries[query] for query in qrels}, qrels
@@ -90,8 +110,9 @@ def read_corpus(path: Path) -> dict[str, str]:
 
     Titles are optional; a document may be empty, as some are in the old test collections.
     """
-    found = (rows if kind_of(path) else json_rows)(path) if path.is_file() else rows(_table(path, "corpus"))
-    return {identifier: _document(row) for identifier, row in _by_id(found).items()}
+    file = path if path.is_file() else _table(path, "corpus")
+    table = rows(file) if kind_of(file) else json_rows(file)  # any other ending is taken for JSON lines
+    return {identifier: _document(row) for identifier, row in _by_id(table).items()}
 
 
 def split_files(folder: Path) -> list[Path]:
@@ -100,41 +121,72 @@ def split_files(folder: Path) -> list[Path]:
 
 
 def qrels_file(folder: Path, split: str) -> Path:
-    """The split's file by its name, or the one whose name means the same, as `validation` and `dev` do. InputError without one."""
-    there = split_files(folder)
-    found = [file for file in there if file.stem == split] or [file for file in there if same_split(file.stem, split)]
-    if not found:
-        has = listed(file.stem for file in there) or "none"
-        raise InputError(f"{folder / 'qrels' / split}.tsv: no such file; {folder} has the splits: {has}; set split=<one of them>")
-    if len(found) > 1:
-        raise InputError(f"{folder}/qrels: {listed(file.name for file in found)} are names of one split; set split=<one of them>, as it is written")
-    return found[0]
+    """The split's file by its name, or the one whose name means the same, as `validation` and `dev` do.
+
+    InputError without one.
+    """
+    files = split_files(folder)
+    of_split = [file for file in files if file.stem == split]
+    of_split = of_split or [file for file in files if same_split(file.stem, split)]
+    if not of_split:
+        has = listed(file.stem for file in files) or "none"
+        raise InputError(
+            f"{folder / 'qrels' / split}.tsv: no such file; {folder} has the splits: {has}; set split=<one of them>"
+        )
+    if len(of_split) > 1:
+        raise InputError(
+            f"{folder}/qrels: {listed(file.name for file in of_split)} are names of one split; "
+            "set split=<one of them>, as it is written"
+        )
+    return of_split[0]
 
 
-def read_qrels(folder: Path, split: str, bad: Bad | None = None, known: Collection[str] = ()) -> dict[str, dict[str, int]]:
-    """query id -> document id -> relevance. bad: see `_refuse`. known: ids of queries; a line that begins with one is no header."""
+def read_qrels(
+    folder: Path, split: str, bad: Bad | None = None, known: Collection[str] = ()
+) -> dict[str, dict[str, int]]:
+    """query id -> document id -> relevance.
+
+    bad: see `_reject`. known: ids of queries; a line that begins with one is no header.
+    """
     file = qrels_file(folder, split)
     qrels: dict[str, dict[str, int]] = {}
-    for where, fields in _tsv(file, lambda fields: len(fields) == 3 and not _is_number(fields[2]) and fields[0] not in known):
+    for where, fields in _tsv(
+        file, lambda fields: len(fields) == 3 and not _is_number(fields[2]) and fields[0] not in known
+    ):
         if len(fields) != 3:
-            found = f"{len(fields)} tab-separated fields, 3 are needed (query-id, corpus-id, score): {shown(' '.join(fields))}"
-            _refuse(bad, where, f"{found}; write these three, with tabs between them")
+            counts = (
+                f"{len(fields)} tab-separated fields, 3 are needed (query-id, corpus-id, score): "
+                f"{shown(' '.join(fields))}"
+            )
+            _reject(bad, where, f"{counts}; write these three, with tabs between them")
             continue
         query, document, score = fields
         if not WHOLE_NUMBER.fullmatch(score.strip()) or abs(relevance := int(score)) > MAX_RELEVANCE:
-            _refuse(bad, where, f"relevance {shown(score)} is no whole number up to {MAX_RELEVANCE:,}; write 0 for not relevant, 1 or more for relevant")
+            _reject(bad, where, (
+                f"relevance {shown(score)} is no whole number up to {MAX_RELEVANCE:,}; "
+                "write 0 for not relevant, 1 or more for relevant"
+            ))
             continue
         if (before := qrels.setdefault(query, {}).setdefault(document, relevance)) != relevance:
-            _refuse(bad, where, f"document {shown(document)} of query {shown(query)} was judged {before} before and is {relevance} here; keep one line")
+            _reject(bad, where, (
+                f"document {shown(document)} of query {shown(query)} was judged {before} before and is {relevance} "
+                "here; keep one line"
+            ))
     if not qrels:
-        raise InputError(f"{file}: no judgements; the file is empty. Write a line of query-id, corpus-id and score for each, with tabs between them")
+        raise InputError(
+            f"{file}: no judgements; the file is empty. Write a line of query-id, corpus-id and score for each, "
+            "with tabs between them"
+        )
     return qrels
 
 
-def read_examples(folder: Path, split: str, triples: str | None, num_hard_negatives: int) -> Iterator[tuple[str, Example | InputError | None]]:
-    """(place, example or what is wrong there): a line of `triples` (query-id, positive-id, negative-id …) each, else a query of the
+def beir_examples(
+    folder: Path, split: str, triples: str | None, num_hard_negatives: int
+) -> Iterator[tuple[str, Example | InputError | None]]:
+    """("file, line n", example or what is wrong there) of each line of `triples`, else of each query of the qrels.
 
-    qrels with all its positives. Before them None for each row of the corpus and the queries that is in order, and the others' errors.
+    A line of triples is query-id, positive-id, negative-id …; a query of the qrels comes with all its positives. Before
+    them stand None for each row of the corpus and the queries that is in order, and the errors of the other rows.
     """
     bad: Bad = []
     corpus = {identifier: _document(row) for identifier, row in _by_id(rows(_table(folder, "corpus")), bad).items()}
@@ -142,11 +194,18 @@ def read_examples(folder: Path, split: str, triples: str | None, num_hard_negati
     if triples:
         lines = _tsv(folder / triples, lambda fields: not (fields[0] in queries or {*fields[1:]} & corpus.keys()))
     elif num_hard_negatives:
-        raise InputError(f"{folder}: qrels name no hard negatives; set data.num_hard_negatives=0 or data.triples=<file>")
+        raise InputError(
+            f"{folder}: qrels name no hard negatives; set data.num_hard_negatives=0 or data.triples=<file>"
+        )
     else:
         qrels, file = read_qrels(folder, split, bad, known=queries), qrels_file(folder, split)
-        judged = {query: [document for document, score in documents.items() if score > 0] for query, documents in qrels.items()}
-        lines = ((f"{file}, query {query:.80}", [query, *positives]) for query, positives in judged.items() if positives)
+        judged = {
+            query: [document for document, score in documents.items() if score > 0]
+            for query, documents in qrels.items()
+        }
+        lines = (
+            (f"{file}, query {query:.80}", [query, *positives]) for query, positives in judged.items() if positives
+        )
         if without := sum(not positives for positives in judged.values()):
             log.info("%s: %d of %d queries have no judgement above 0 and are left out", file, without, len(judged))
     yield from repeat((str(folder), None), len(corpus) + len(queries))
@@ -155,15 +214,29 @@ def read_examples(folder: Path, split: str, triples: str | None, num_hard_negati
         yield where, attempt(_example, folder, queries, corpus, ids, num_hard_negatives if triples else None, where)
 
 
-def _example(folder: Path, queries: dict[str, str], corpus: dict[str, str], ids: list[str], num_hard_negatives: int | None, where: str) -> Example:
+def _example(
+    folder: Path,
+    queries: dict[str, str],
+    corpus: dict[str, str],
+    ids: list[str],
+    num_hard_negatives: int | None,
+    where: str,
+) -> Example:
     """Of a line of triples, or of a query and all its positives where num_hard_negatives is None."""
     query, *documents = ids
     if len(documents) < 1 + (num_hard_negatives or 0):
-        raise InputError(f"{where}: {len(ids)} tab-separated fields, {2 + (num_hard_negatives or 0)} are needed: {shown(' '.join(ids))}; fix the line")
+        raise InputError(
+            f"{where}: {len(ids)} tab-separated fields, {2 + (num_hard_negatives or 0)} are needed: "
+            f"{shown(' '.join(ids))}; fix the line"
+        )
     if query not in queries:
-        raise InputError(f"{where}: query id {shown(query)} is not in {folder}/queries.jsonl; fix the id, or remove the line")
+        raise InputError(
+            f"{where}: query id {shown(query)} is not in {folder}/queries.jsonl; fix the id, or remove the line"
+        )
     if odd := [document for document in documents if document not in corpus]:
-        raise InputError(f"{where}: document id {shown(odd[0])} is not in {folder}/corpus.jsonl; fix the id, or remove the line")
+        raise InputError(
+            f"{where}: document id {shown(odd[0])} is not in {folder}/corpus.jsonl; fix the id, or remove the line"
+        )
     positive, *others = (corpus[document] for document in documents)
     if num_hard_negatives is None:
         return checked_example(queries[query], positive, (), where, others)
@@ -177,32 +250,45 @@ def _document(row: dict) -> str:
 
 def _table(folder: Path, name: str) -> Path:
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; a BEIR folder with corpus.jsonl, queries.jsonl and qrels/ is needed")
-    return next((file for file in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if file.is_file()), folder / f"{name}.jsonl")
+        raise InputError(
+            f"{folder}: no such folder; a BEIR folder with corpus.jsonl, queries.jsonl and qrels/ is needed"
+        )
+    return next(
+        (file for file in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if file.is_file()),
+        folder / f"{name}.jsonl",
+    )
 
 
 def _by_id(table: Rows, bad: Bad | None = None) -> dict[str, dict]:
     """Rows with text as id and text, and a title that is text or none, which null and NaN are."""
-    found: dict[str, dict] = {}
+    by_id: dict[str, dict] = {}
     nothing: list[str] = []
     for where, row in table:
         if isinstance(row, InputError):
-            _refuse(bad, where, row)
+            _reject(bad, where, row)
         elif odd := _no_text(row):
-            _refuse(bad, where, f"{odd} is {shown(row[odd])}, which is no text; {_as_text(odd, row[odd])}")
+            _reject(bad, where, f"{odd} is {shown(row[odd])}, which is no text; {_as_text(odd, row[odd])}")
         elif not row.keys() >= {"_id", "text"}:
-            _refuse(bad, where, f"needs the columns _id and text; it has {listed(row) or 'none'}; rename its columns, or fix the row")
+            _reject(
+                bad,
+                where,
+                f"needs the columns _id and text; it has {listed(row) or 'none'}; rename its columns, or fix the row",
+            )
         elif not row["_id"].strip():
-            _refuse(bad, where, f"_id is {row['_id']!r:.80}; give the row an id")
-        elif row["_id"] in found:
-            _refuse(bad, where, f"id {shown(row['_id'])} was used before; ids must be unique")
+            _reject(bad, where, f"_id is {row['_id']!r:.80}; give the row an id")
+        elif row["_id"] in by_id:
+            _reject(bad, where, f"id {shown(row['_id'])} was used before; ids must be unique")
         else:
-            found[row["_id"]] = row
+            by_id[row["_id"]] = row
             if word := next(filter(spells_nothing, (row["text"], row.get("title"))), None):
                 nothing.append(f"{where}: {shown(word)}")
     if nothing:
-        log.warning("%s is a word for no value and is read as a text or title, in %d rows; leave it empty if it is none", nothing[0], len(nothing))
-    return found
+        log.warning(
+            "%s is a word for no value and is read as a text or title, in %d rows; leave it empty if it is none",
+            nothing[0],
+            len(nothing),
+        )
+    return by_id
 
 
 def _no_text(row: dict) -> str | None:
@@ -225,8 +311,8 @@ def _is_none(value: object) -> bool:
     return value is None or value != value
 
 
-def _refuse(bad: Bad | None, where: str, problem: str | InputError) -> None:
-    """Raised, or put on the list of what the caller counts and goes on without."""
+def _reject(bad: Bad | None, where: str, problem: str | InputError) -> None:
+    """Raised, or put on the list of what the caller counts and leaves out."""
     error = problem if isinstance(problem, InputError) else InputError(f"{where}: {problem}")
     if bad is None:
         raise error
@@ -242,35 +328,32 @@ def _is_number(text: str) -> bool:
 
 def _tsv(file: Path, is_header: Callable[[list[str]], bool]) -> Iterator[tuple[str, list[str]]]:
     """("file, line n", fields) of the lines that are not blank; the first of them is left out when it is a header."""
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; check the path")
     first = True
-    for number, line in text_lines(file):
-        if isinstance(line, InputError):
-            raise line
-        if line.strip():
-            fields = line.split("\t")
-            if not first or not is_header(fields):
-                yield f"{file}, line {number}", fields
-            elif not HEADER.match(line):
-                log.warning("%s, line %d: %s is taken for a header, as none of it is an id or a judgement", file, number, shown(line))
-            first = False
+    for where, line in checked_lines(file):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        if not first or not is_header(fields):
+            yield where, fields
+        elif not HEADER.match(line):
+            log.warning("%s: %s is taken for a header, as none of it is an id or a judgement", where, shown(line))
+        first = False
 
 
-def fewer_queries(chosen: RetrievalSet, limit: int | None) -> RetrievalSet:
+def fewer_queries(dataset: RetrievalSet, limit: int | None) -> RetrievalSet:
     """The first `limit` queries, all if None, over the whole corpus."""
-    qrels = dict(islice(chosen.qrels.items(), limit))
-    return replace(chosen, queries={query: chosen.queries[query] for query in qrels}, qrels=qrels)
+    qrels = dict(islice(dataset.qrels.items(), limit))
+    return replace(dataset, queries={query: dataset.queries[query] for query in qrels}, qrels=qrels)
 
 
-def fewer_documents(chosen: RetrievalSet, limit: int) -> RetrievalSet:
-    few = fewer_queries(chosen, limit)
+def fewer_documents(dataset: RetrievalSet, limit: int) -> RetrievalSet:
+    few = fewer_queries(dataset, limit)
     judged = {document for documents in few.qrels.values() for document in documents}
-    kept = judged | set(islice(chosen.corpus, len(judged)))
-    return replace(few, corpus={document: text for document, text in chosen.corpus.items() if document in kept})
+    kept = judged | set(islice(dataset.corpus, len(judged)))
+    return replace(few, corpus={document: text for document, text in dataset.corpus.items() if document in kept})
 
 
-def read_documents(path: Path) -> dict[str, str]:
+def read_search_corpus(path: Path) -> dict[str, str]:
     """id -> text of a BEIR folder or of a file of rows, JSON lines for example, with `_id` and `text`."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; check the path")

@@ -1,43 +1,75 @@
-"""Lines of text files, plain or gzipped, and the JSON objects in them."""
+"""Lines of text files, plain or gzipped, and the JSON in them.
+
+The one place where bytes of anyone's text file become text: gzip by the name, a byte order mark, line ends of any
+system, NUL and what is not UTF-8 are handled here, and every error names the file and the line. JSON lines, CSV, TSV,
+TREC, NLI, USEB and BEIR are read through it. (MS MARCO's gigabytes have a byte reader of their own,
+sgpt/data/sources/msmarco.py.)
+
+    byte_lines, text_lines   a line that cannot be used is given as an InputError: the caller may count it and continue
+    checked_lines            the first such line is raised, as everything behind it would be read wrongly
+    read_json_file                a whole file as one JSON value
+"""
 
 import gzip
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sgpt.data.formats.row import Rows, attempt, repeated, shown, sound
 from sgpt.runtime.errors import InputError
 
 MAX_LINE_BYTES = 64 << 20  # a longer line is no example but a file without line ends, and would be held in memory whole
 UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+UNREADABLE = (zlib.error, EOFError, OSError)  # what a damaged file raises; a BadGzipFile is an OSError
+
+
+def open_bytes(file: Path) -> BinaryIO:
+    """The file's content, unpacked when its name ends in .gz."""
+    return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")
 
 
 def byte_lines(file: Path) -> Iterator[tuple[int, bytes | InputError]]:
     """(number from 1, line with its end). Of a line that is too long only the beginning is ever held.
 
-    A file whose lines all end in CR alone, as spreadsheets on a Mac write them, is one line to `readline` and is cut here.
+    A file whose lines all end in CR alone, as spreadsheets on a Mac write them, is one line to `readline` and is cut
+    here. InputError for a file that cannot be read on: a gzip stream that is cut off, a disk that fails.
     """
     number = 0
     try:
-        with gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb") as stream:
+        with open_bytes(file) as stream:
             while line := stream.readline(MAX_LINE_BYTES + 1):
                 number += 1
-                if number == 1 and line.startswith(UTF16_MARKS):
-                    raise InputError(f"{file}, line 1: begins with the mark of UTF-16; save the file as UTF-8")
-                if number == 1 and b"\r" in line and not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES:
-                    yield from enumerate(line.removeprefix(UTF8_MARK).splitlines(keepends=True), 1)
-                elif len(line) > MAX_LINE_BYTES:
-                    yield number, InputError(f"{file}, line {number}: longer than {MAX_LINE_BYTES} bytes: {shown(line[:80])}; split or remove the line")
+                too_long = len(line) > MAX_LINE_BYTES
+                if number == 1:
+                    _check_mark(line, f"{file}, line 1")
+                    line = line.removeprefix(UTF8_MARK)
+                if too_long:
+                    yield number, InputError(
+                        f"{file}, line {number}: longer than {MAX_LINE_BYTES} bytes: {shown(line[:80])}; "
+                        "split or remove the line"
+                    )
                     while line and not line.endswith(b"\n"):
                         line = stream.readline(1 << 16)
+                elif number == 1 and b"\r" in line and not line.endswith(b"\n"):
+                    yield from enumerate(line.splitlines(keepends=True), 1)
                 else:
-                    yield number, line.removeprefix(UTF8_MARK) if number == 1 else line
-    except (zlib.error, EOFError, OSError) as error:  # a BadGzipFile is an OSError
-        raise InputError(
-            f"{file}, line {number + 1}: cannot be read from here on ({error}); copy the file again, and let its name end in .gz only if it is gzipped"
-        ) from error
+                    yield number, line
+    except UNREADABLE as error:
+        raise _cannot_be_read_on(f"{file}, line {number + 1}", error) from error
+
+
+def _check_mark(beginning: bytes, where: str) -> None:
+    if beginning.startswith(UTF16_MARKS):
+        raise InputError(f"{where}: begins with the mark of UTF-16; save the file as UTF-8")
+
+
+def _cannot_be_read_on(where: str, error: Exception) -> InputError:
+    return InputError(
+        f"{where}: cannot be read from here on ({error}); "
+        "copy the file again, and let its name end in .gz only if it is gzipped"
+    )
 
 
 def text_lines(file: Path) -> Iterator[tuple[int, str | InputError]]:
@@ -46,16 +78,78 @@ def text_lines(file: Path) -> Iterator[tuple[int, str | InputError]]:
         yield number, line if isinstance(line, InputError) else attempt(decoded, line, f"{file}, line {number}")
 
 
+def checked_lines(file: Path, remedy: str = "check the path") -> Iterator[tuple[str, str]]:
+    """("file, line n", line without its end); InputError for the first line that is no text, and without the file.
+
+    remedy: what to do when the file is not there.
+    """
+    check_is_there(file, remedy)
+    for number, line in text_lines(file):
+        if isinstance(line, InputError):
+            raise line
+        yield f"{file}, line {number}", line
+
+
+def check_is_there(file: Path, remedy: str = "check the path") -> None:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; {remedy}")
+
+
+def begins_with(file: Path, character: bytes) -> bool:
+    """Whether the first thing that is not blank is this character: `{` tells JSON from columns."""
+    try:
+        with open_bytes(file) as stream:
+            return stream.read(100).removeprefix(UTF8_MARK).lstrip().startswith(character)
+    except UNREADABLE as error:
+        raise _cannot_be_read_on(f"{file}, line 1", error) from error
+
+
+def read_json_file(file: Path, remedy: str = "write the file again") -> Any:
+    """The value that the whole file holds, however long its lines are: a run of a million documents is often one line.
+
+    As strict as `parsed_json`. InputError with the file and, where it is known, the line. remedy: for what is not JSON.
+    """
+    try:
+        with open_bytes(file) as stream:
+            content = stream.read()
+    except UNREADABLE as error:
+        raise _cannot_be_read_on(f"{file}", error) from error
+    _check_mark(content, f"{file}, line 1")
+    content = content.removeprefix(UTF8_MARK)
+    try:
+        return parsed_json(content.decode())
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        line = content.split(b"\n", number)[number - 1]
+        decoded(line, f"{file}, line {number}")  # raises, with the column
+        raise
+    except json.JSONDecodeError as error:
+        where, reason = f"{file}, line {error.lineno}", f"{error.msg} at column {error.colno}"
+    except ValueError as error:  # a key that is there twice, a number of 5000 digits
+        where, reason = f"{file}", str(error)[:200]
+    except RecursionError:
+        where, reason = f"{file}", "brackets too deep"
+    raise InputError(f"{where}: not JSON ({reason}); {remedy}")
+
+
 def decoded(line: bytes, where: str) -> str:
-    """Decoded, without the line's end."""
+    """The line as text, without its end. InputError for what is not UTF-8 and for NUL, which no tokenizer knows."""
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
         around = shown(line[max(0, error.start - 30) :])
-        raise InputError(f"{where}: not UTF-8 at column {error.start + 1} in {around}; save the file as UTF-8, or fix or remove the line") from None
+        raise InputError(
+            f"{where}: not UTF-8 at column {error.start + 1} in {around}; "
+            "save the file as UTF-8, or fix or remove the line"
+        ) from None
     if "\0" in text:
-        place = text.index("\0")
-        raise InputError(f"{where}: a NUL character at column {place + 1} in {shown(text[max(0, place - 30) :][:80])}; remove it")
+        position = text.index("\0")
+        raise InputError(
+
+                f"{where}: a NUL character at column {position + 1} in {shown(text[max(0, position - 30) :][:80])}; "
+                "remove it"
+
+        )
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -70,12 +164,18 @@ def _json_row(line: bytes, where: str) -> dict:
     text = decoded(line, where)
     try:
         row = parsed_json(text)
-    except (ValueError, RecursionError) as error:  # beside JSON's own: numbers of 5000 digits, and a thousand brackets
+    except (ValueError, RecursionError) as error:  # next to JSON's own: numbers of 5000 digits, and a thousand brackets
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        remedy = "write one object a line, without brackets around them" if text.strip() in ("[", "[{") else "fix or remove the line"
+        remedy = (
+            "write one object a line, without brackets around them"
+            if text.strip() in ("[", "[{")
+            else "fix or remove the line"
+        )
         raise InputError(f"{where}: not JSON ({reason}): {text.strip()[:80]!r}; {remedy}") from None
     if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a JSON object, got {type(row).__name__} {shown(row)}; write one object a line")
+        raise InputError(
+            f"{where}: expected a JSON object, got {type(row).__name__} {shown(row)}; write one object a line"
+        )
     return sound(row, where) if "\\u" in text else row  # nothing else in a line that is text can spell what is not
 
 
@@ -94,7 +194,7 @@ def _constant(name: str) -> None:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
     """json.loads keeps the last of two, and the other text would be lost without a word."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         raise ValueError(f"the key {shown(repeated(key for key, _ in pairs))} is there twice")
-    return made
+    return unique

@@ -6,11 +6,20 @@ from typing import TypeVar
 
 from sgpt.runtime.errors import InputError
 
-Made = TypeVar("Made")
+Checked = TypeVar("Checked")
 Rows = Iterator[tuple[str, dict | InputError]]
 NOTHING = ("nan", "none", "null", "n/a", "<na>", "nat")
 LISTED = 12  # names that a message shows
-SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "eval": "dev", "test": "test"}
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "dev": "dev",
+    "val": "dev",
+    "valid": "dev",
+    "validation": "dev",
+    "eval": "dev",
+    "test": "test",
+}
 
 
 def same_split(one: str, other: str) -> bool:
@@ -23,7 +32,7 @@ def meaning_of_split(split: str) -> str:
     return SPLITS.get(name, name)
 
 
-def attempt(make: Callable[..., Made], *arguments: object) -> Made | InputError:
+def attempt(make: Callable[..., Checked], *arguments: object) -> Checked | InputError:
     """What `make` gives or the InputError it raises, as a value: raised inside a generator it would end it."""
     try:
         return make(*arguments)
@@ -39,7 +48,10 @@ def listed(names: Iterable[str]) -> str:
 
 
 def spells_nothing(text: object) -> bool:
-    """What programs write as text where there is no value. It may be meant, as in texts about Python, so it is told and not changed."""
+    """What programs write as text where there is no value.
+
+    It may be meant, as in texts about Python, so it is warned of and not changed.
+    """
     return isinstance(text, str) and text.strip().lower() in NOTHING
 
 
@@ -59,7 +71,10 @@ def sound(row: dict, where: str) -> dict:
             if "\0" in text:
                 raise InputError(f"{where}, column {shown(column)}: a NUL character in {shown(text)}; remove it")
             if not text.isascii() and not _encodes(text):
-                raise InputError(f"{where}, column {shown(column)}: half of a surrogate pair in {shown(text)}, which is no character; remove it")
+                raise InputError(
+                    f"{where}, column {shown(column)}: half of a surrogate pair in {shown(text)}, "
+                    "which is no character; remove it"
+                )
     return row
 
 
@@ -82,12 +97,15 @@ def _encodes(text: str) -> bool:
 def checked_names(given: list[str], where: str) -> list[str]:
     names = [name.strip() for name in given]
     if not all(names):
-        place = next(place for place, name in enumerate(names, 1) if not name)
-        raise InputError(f"{where}: column {place} of {shown(', '.join(given)[:80])} has no name; name or remove it (pandas: to_csv(index=False))")
+        position = next(position for position, name in enumerate(names, 1) if not name)
+        raise InputError(
+            f"{where}: column {position} of {shown(', '.join(given)[:80])} has no name; name or remove it (pandas: "
+            "to_csv(index=False))"
+        )
     if len({*names}) < len(names):
         raise InputError(f"{where}: two columns are called {shown(repeated(names))}; rename or remove one")
     return names
 
 
-def first_line(error: BaseException) -> str:
+def short_reason(error: BaseException) -> str:
     return f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}"

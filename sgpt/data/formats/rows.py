@@ -1,8 +1,9 @@
-"""Rows as they lie in anyone's files: (place, row), where a row is a dict of Python values or the InputError that it deserves.
+"""Rows as they lie in anyone's files: (place, row), where a row is a dict of Python values or the InputError that it
+deserves.
 
-A row that cannot be used is given as a value, so that the caller may count it and go on. What makes the rest unreadable (a
-gzip stream that is cut off, a Parquet file that is none) is raised, with the place it got to. Nothing is read whole: lines
-one by one, tables some rows at a time.
+A row that cannot be used is given as a value, so that the caller may count it and continue. What makes the rest
+unreadable (a gzip stream that is cut off, a Parquet file that is none) is raised, with the place it got to. Nothing is
+read whole: lines one by one, tables some rows at a time.
 """
 
 import logging
@@ -24,9 +25,9 @@ log = logging.getLogger(__name__)
 def rows(path: Path, split: str = "train", *, subset: str | None = None, streaming: bool = False) -> Rows:
     """("<file>, line n" or "<file>, row n", row) of a file, of a folder, or of a data set of the hub.
 
-    Files: JSON lines, CSV, TSV (each also .gz), Parquet, Arrow IPC. Folders: files of one kind, read in the order of their
-    names and without those called after another split, or what datasets' save_to_disk wrote. Anything else is taken for a hub
-    id; `subset` and `streaming` are for that only.
+    Files: JSON lines, CSV, TSV (each also .gz), Parquet, Arrow IPC. Folders: files of one kind, read in the order of
+    their names and without those called after another split, or what datasets' save_to_disk wrote. Anything else is
+    taken for a hub id; `subset` and `streaming` are for that only.
     """
     count = 0
     for where, row in _source(path, split, subset, streaming):
@@ -36,21 +37,21 @@ def rows(path: Path, split: str = "train", *, subset: str | None = None, streami
         raise InputError(f"{path}: no rows in it; give a file with at least one")
 
 
-def of_split(found: Rows, split: str, source: str) -> Rows:
+def of_split(all_rows: Rows, split: str, source: str) -> Rows:
     """Without the rows whose column `split` names another one; what has no such column is of every split."""
     others, kept = Counter(), 0
-    for where, row in found:
+    for where, row in all_rows:
         named = row.get("split") if isinstance(row, dict) else None
         if isinstance(named, str) and not same_split(named, split):
             others[named] += 1
         else:
             kept += 1
             yield where, row
-    told = ", ".join(f"{count:,} of {name!r}" for name, count in others.items())
+    left_out = ", ".join(f"{count:,} of {name!r}" for name, count in others.items())
     if others and not kept:
-        raise InputError(f"{source}: no row of the split {split!r}; its column split has {told}. Set data.split")
+        raise InputError(f"{source}: no row of the split {split!r}; its column split has {left_out}. Set data.split")
     if others:
-        log.warning(f"{source}: by the column split, {told} left out; {split!r} is the split to read")
+        log.warning(f"{source}: by the column split, {left_out} left out; {split!r} is the split to read")
 
 
 def _source(path: Path, split: str, subset: str | None, streaming: bool) -> Rows:
@@ -60,7 +61,11 @@ def _source(path: Path, split: str, subset: str | None, streaming: bool) -> Rows
     if path.is_file():
         return _read_file(path)
     if path.is_dir():
-        return saved_rows(path, split) if saved_folder(path) else (row for file in _files(path, split) for row in _read_file(file))
+        return (
+            saved_rows(path, split)
+            if saved_folder(path)
+            else (row for file in _files(path, split) for row in _read_file(file))
+        )
     if not of_the_hub(path):
         raise InputError(f"{path}: no such file; check the path")
     return hub_rows(path, split, subset, streaming)
@@ -73,21 +78,24 @@ def saved_folder(path: Path) -> bool:
 
 def of_the_hub(path: Path) -> bool:
     """Not here, and named as a data set of the hub may be."""
-    return not path.exists() and path.suffix not in {*READERS, ".gz"} and may_be_hub_id(str(path))
+    return not path.exists() and path.suffix not in {*FILE_READERS, ".gz"} and may_be_hub_id(str(path))
 
 
 def kind_of(file: Path) -> str | None:
-    """By its ending: a key of READERS. Only text is read from .gz: Parquet and Arrow compress by themselves."""
+    """By its ending: a key of FILE_READERS. Only text is read from .gz: Parquet and Arrow compress by themselves."""
     name = file.name.lower()
     kind = Path(name.removesuffix(".gz")).suffix
-    return kind if kind in READERS and (not name.endswith(".gz") or kind in TEXT) else None
+    return kind if kind in FILE_READERS and (not name.endswith(".gz") or kind in TEXT) else None
 
 
 def _read_file(file: Path) -> Rows:
     kind = kind_of(file)
     if kind is None:
-        raise InputError(f"{file}: the ending is unknown; the ones that are read are {', '.join(READERS)}, and .gz behind {', '.join(TEXT)}")
-    return READERS[kind](file)
+        raise InputError(
+            f"{file}: the ending is unknown; the ones that are read are {', '.join(FILE_READERS)}, "
+            f"and .gz behind {', '.join(TEXT)}"
+        )
+    return FILE_READERS[kind](file)
 
 
 def _files(folder: Path, split: str) -> list[Path]:
@@ -99,23 +107,41 @@ def _files(folder: Path, split: str) -> list[Path]:
         several = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise InputError(f"{folder}: holds files of several kinds ({several}); give one file, or a folder of one kind")
     if twice := next((file for file in files if file.with_name(f"{file.name}.gz") in files), None):
-        raise InputError(f"{folder}: holds both {twice.name} and {twice.name}.gz, which would be read as two; remove one, or give the file")
-    chosen = [file for file in files if _of_split(file.name.lower(), split)]
-    if not chosen:
-        there = ", ".join(sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())[:10]) or "nothing"
-        raise InputError(f"{folder}: no data files of the split {split!r}; it holds {there}. Give one of its files or folders, or set data.split")
-    if left := [file.name for file in files if file not in chosen]:
+        raise InputError(
+            f"{folder}: holds both {twice.name} and {twice.name}.gz, which would be read as two; "
+            "remove one, or give the file"
+        )
+    files_of_split = [file for file in files if _of_split(file.name.lower(), split)]
+    if not files_of_split:
+        entries = (
+            ", ".join(sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())[:10])
+            or "nothing"
+        )
+        raise InputError(
+            f"{folder}: no data files of the split {split!r}; it holds {entries}. "
+            "Give one of its files or folders, or set data.split"
+        )
+    if left := [file.name for file in files if file not in files_of_split]:
         log.warning(f"{folder}: {', '.join(left)} left out; {split!r} is the split to read")
-    return chosen
+    return files_of_split
 
 
 def _of_split(name: str, split: str) -> bool:
     """Not called after another split alone: `test-00000.parquet` and `squad_dev.jsonl` must not be trained on."""
     named = {SPLITS[word] for word in re.split(r"[-_.]", name) if word in SPLITS}
-    return not named or meaning_of_split(split) in named or re.search(rf"(^|[-_.]){re.escape(split.lower())}", name) is not None
+    return (
+        not named
+        or meaning_of_split(split) in named
+        or re.search(rf"(^|[-_.]){re.escape(split.lower())}", name) is not None
+    )
 
 
 TEXT = (".jsonl", ".json", ".csv", ".tsv")
-READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".tsv": tsv_rows, ".parquet": parquet_rows, ".arrow": arrow_rows,
-}  # fmt: skip
+FILE_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": json_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".tsv": tsv_rows,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
+}

@@ -26,10 +26,13 @@ class PairSet:
 
 
 def read_pairs(file: Path, split: str) -> list[PairSet]:
-    """`sentence1`, `sentence2`, `score` a row; rows of another `split` are left out. A `label` may take the place of the score.
+    """`sentence1`, `sentence2`, `score` a row; rows of another `split` are left out.
 
-    The SemEval files of 2012 to 2016 hold several years and sources: with columns `year` (a number) and `part` (their word for the
-    split) the file gives a set a year, STS12, STS13 …, the sources of a year in one list as SentEval's "all" and MTEB have them.
+    A `label` may take the place of the score.
+
+    The SemEval files of 2012 to 2016 hold several years and sources: with columns `year` (a number) and `part` (their
+    word for the split) the file gives a set a year, STS12, STS13 …, the sources of a year in one list as SentEval's
+    "all" and MTEB have them.
     """
     plain = file.absolute().parent.name if file.name.startswith("pairs.") else file.name.split(".")[0]
     sets: dict[str, PairSet] = {}
@@ -39,7 +42,9 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
             raise row
         named = row.get("split", row.get("part"))
         if named is not None and not isinstance(named, str):
-            raise InputError(f"{where}: split is {shown(named)}, which is no text; write train, dev or test, or leave it out")
+            raise InputError(
+                f"{where}: split is {shown(named)}, which is no text; write train, dev or test, or leave it out"
+            )
         if named is not None and not same_split(named, split):
             others[named] += 1
             continue
@@ -50,7 +55,10 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
             if sentence is not None and not isinstance(sentence, str):
                 raise InputError(f"{where}: {NEEDED}; {shown(sentence)} is no text, write it in quotes")
         if first is None or second is None or given is None:
-            raise InputError(f"{where}: {NEEDED}; it has {listed(name for name in row if row[name] is not None) or 'none'}; fix or remove the row")
+            raise InputError(
+                f"{where}: {NEEDED}; it has {listed(name for name in row if row[name] is not None) or 'none'}; "
+                "fix or remove the row"
+            )
         if score is None:
             raise InputError(f"{where}: {NEEDED}; the score is {shown(given)}; fix or remove the row")
         name = f"STS{row['year'] % 100:02}" if "part" in row and isinstance(row.get("year"), int) else plain
@@ -58,18 +66,26 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
         pairs.first.append(first)
         pairs.second.append(second)
         pairs.scores.append(score)
-    told = listed(f"{count:,} of {name!r:.40}" for name, count in others.items())
+    left_out = listed(f"{count:,} of {name!r:.40}" for name, count in others.items())
     for pairs in sets.values() or [PairSet(plain, [], [], [])]:
         if len(set(pairs.scores)) < 2:
+            of = f" of {pairs.name}" if pairs.name != plain else ""
+            remedy = f". It has {left_out}; set the split" if others else ""
             raise InputError(
-                f"{file}: {len(pairs.scores)} pairs{f' of {pairs.name}' if pairs.name != plain else ''} in split {split!r} "
-                f"with fewer than two different scores; nothing to correlate{f'. It has {told}; set the split' if others else ''}"
+                f"{file}: {len(pairs.scores)} pairs{of} in split {split!r} "
+                f"with fewer than two different scores; nothing to correlate{remedy}"
             )
     if blank := sum(not text.strip() for pairs in sets.values() for text in (*pairs.first, *pairs.second)):
         log.warning("%s: %d sentences are empty; fix or remove their rows", file, blank)
     if others:
         usual = all(name.strip().lower() in SPLITS for name in others)
-        log.log(logging.INFO if usual else logging.WARNING, "%s: %s left out; %r is the split to read", file, told, split)
+        log.log(
+            logging.INFO if usual else logging.WARNING,
+            "%s: %s left out; %r is the split to read",
+            file,
+            left_out,
+            split,
+        )
     return list(sets.values())
 
 

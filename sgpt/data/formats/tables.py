@@ -12,14 +12,14 @@ from sgpt.data.formats.row import Rows, attempt, checked_names, shown
 from sgpt.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
-FIRST_RECORDS = 100  # by which a CSV's manner of quoting is told
+FIRST_RECORDS = 100  # by which a CSV's manner of quoting is recognised
 SEPARATOR_LINE = re.compile(rb'"?sep=([ -~\t])"?[\r\n]*')  # how a spreadsheet names the separator, before the header
 
 
 def csv_rows(file: Path) -> Rows:
-    """Separated by commas; by semicolons where the header has no comma, as spreadsheets write it where the comma is in numbers;
+    """Separated by commas; by semicolons where the header has no comma; or as a first line `sep=;` says.
 
-    or as a first line `sep=;` says, which is a spreadsheet's too.
+    Spreadsheets write the last two, where the comma is in numbers.
     """
     _, first = next(byte_lines(file), (1, b""))
     if named := SEPARATOR_LINE.fullmatch(first) if isinstance(first, bytes) else None:
@@ -47,32 +47,43 @@ def _table_rows(file: Path, records: Iterator[tuple[int, list[str] | InputError]
         else:
             header = checked_names(fields, where)
             if separator == "\t" and (quoted := next((name for name in header if re.fullmatch('".*"', name)), None)):
-                raise InputError(f"{where}: the column {shown(quoted)} is in quotes, and TSV has no quoting; write the file as CSV, or without quotes")
+                raise InputError(
+                    f"{where}: the column {shown(quoted)} is in quotes, and TSV has no quoting; "
+                    "write the file as CSV, or without quotes"
+                )
             if len(header) == 1 and (other := next((mark for mark in ",;\t|" if mark in header[0]), None)):
-                remedy = f"separate the fields by {separator!r}, or end the file's name in .csv or .tsv as they are separated"
-                raise InputError(f"{where}: the header is one column with {other!r} in its name, {shown(header[0])}; {remedy}")
+                remedy = (
+                    f"separate the fields by {separator!r}, or end the file's name in .csv or .tsv as they are "
+                    "separated"
+                )
+                raise InputError(
+                    f"{where}: the header is one column with {other!r} in its name, {shown(header[0])}; {remedy}"
+                )
 
 
 def _table_row(header: list[str], fields: list[str], separator: str, where: str) -> dict:
     if len(fields) != len(header):
         mark = {",": "comma", ";": "semicolon"}.get(separator)
         remedy = f"quote texts that hold a {mark} or a line end" if mark else "take tabs and line ends out of the texts"
-        raise InputError(f"{where}: {len(fields)} fields where the header names {len(header)} columns: {shown(separator.join(fields)[:80])}; {remedy}")
+        raise InputError(
+            f"{where}: {len(fields)} fields where the header names {len(header)} columns: "
+            f"{shown(separator.join(fields)[:80])}; {remedy}"
+        )
     return dict(zip(header, fields, strict=True))
 
 
 def _tsv_records(file: Path) -> Iterator[tuple[int, list[str] | InputError]]:
     """No quoting, as in MS MARCO: a quote is a character of the text."""
-    told = False
+    warned = False
     for number, text in text_lines(file):
         if isinstance(text, InputError):
             yield number, text
         elif text:
             fields = text.split("\t")
-            if not told and (field := next(filter(_looks_quoted, fields), None)):
+            if not warned and (field := next(filter(_looks_quoted, fields), None)):
                 hint = "looks quoted, and TSV has no quoting: the quotes are read as text; write CSV if they are none"
                 log.warning(f"{file}, line {number}: {shown(field)} {hint}")
-                told = True
+                warned = True
             yield number, fields
 
 
@@ -83,16 +94,22 @@ def _looks_quoted(field: str) -> bool:
 
 
 def _csv_records(file: Path, separator: str, skip: int = 0) -> Iterator[tuple[int, list[str] | InputError]]:
-    """(line where it begins, fields). Strict: a stray quote is an error of the row, where csv would join texts in silence.
+    """(line where it begins, fields).
 
-    Some write `"a", "b"`: where one of the first records has a quote behind a blank, blanks behind separators are none of the
-    texts'; one that comes later is an error of its row.
+    Strict: a stray quote is an error of the row, where csv would join texts in silence.
+
+    Some write `"a", "b"`: where one of the first records has a quote behind a blank, blanks behind separators are none
+    of the texts'; one that comes later is an error of its row.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # of the process; 128 KB else, and documents are longer
+    # of the process; 128 KB else, and documents are longer
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     blanks = _has_blanks_before_quotes(file, separator, skip)
     for number, fields in _csv_parsed(file, separator, skip, blanks):
         if not blanks and (odd := _quoted_behind_blanks(fields)):
-            yield number, InputError(f"{file}, line {number}: a quote behind a blank, {shown(odd)}; take the blanks between separators and quotes away")
+            yield number, InputError(
+                f"{file}, line {number}: a quote behind a blank, {shown(odd)}; "
+                "take the blanks between separators and quotes away"
+            )
         else:
             yield number, fields
 
@@ -132,14 +149,24 @@ def _csv_parsed(file: Path, separator: str, skip: int, blanks: bool) -> Iterator
 
 def _csv_error(error: csv.Error, where: str, last_line: int, feed: "_Feed") -> InputError:
     if str(error).startswith(("unexpected end", "field larger")):
-        found = f"{where}: a quote that opens in the row {shown(feed.first)} is not closed up to line {last_line}"
-        raise InputError(f"{found}, and no row behind it can be told; close it, or double quotes within a text") from None
-    remedy = "take the blanks behind quotes away" if re.search(r'"[ \t]+\W', feed.first) else "double quotes within a text, or remove the row"
+        problem = f"{where}: a quote that opens in the row {shown(feed.first)} is not closed up to line {last_line}"
+        raise InputError(
+            f"{problem}, and the rows behind it cannot be separated; close it, or double quotes within a text"
+        ) from None
+    remedy = (
+        "take the blanks behind quotes away"
+        if re.search(r'"[ \t]+\W', feed.first)
+        else "double quotes within a text, or remove the row"
+    )
     return InputError(f"{where}: not CSV up to line {last_line} ({error}): {shown(feed.first)}; {remedy}")
 
 
 class _Feed:
-    """Lines for csv.reader. A line that is no text goes in with stand-ins, so that the quotes around it still count, and is remembered."""
+    """Lines for csv.reader.
+
+    A line that is no text goes in with replacement characters, so that the quotes around it still count, and is
+    remembered.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file, self.lines = file, byte_lines(file)
@@ -153,9 +180,9 @@ class _Feed:
 
     def __next__(self) -> str:
         number, line = next(self.lines)
-        found = line if isinstance(line, InputError) else attempt(decoded, line, f"{self.file}, line {number}")
-        if isinstance(found, InputError):
-            self.flaw = self.flaw or found
+        text_or_flaw = line if isinstance(line, InputError) else attempt(decoded, line, f"{self.file}, line {number}")
+        if isinstance(text_or_flaw, InputError):
+            self.flaw = self.flaw or text_or_flaw
         text = "\n" if isinstance(line, InputError) else line.decode(errors="replace")
         self.first = self.first or text.rstrip("\r\n")[:80]
         return text

@@ -12,13 +12,18 @@ from sgpt.data.sources.pairs import Candidates, OfRows
 from sgpt.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
-ROWS_BEFORE_SHARE, HOPELESS = 100, 0.5  # of fewer rows a share says little; with more of them bad the rest need not be read
+# of fewer rows a share says little; with more of them bad the rest need not be read
+ROWS_BEFORE_SHARE, HOPELESS = 100, 0.5
 
 
-def accepted(candidates: Candidates, *, on_error: str = "stop", rejected: Path | None = None, max_error_share: float = 0.01) -> Iterator[Example]:
-    """The examples. on_error "stop" raises the first error. "skip" writes each to `rejected` as {"where", "reason"} and goes on,
+def accepted(
+    candidates: Candidates, *, on_error: str = "stop", rejected: Path | None = None, max_error_share: float = 0.01
+) -> Iterator[Example]:
+    """The examples among the candidates.
 
-    InputError when at the end more than max_error_share of the rows were errors; and as soon as, of a hundred or more, half are.
+    on_error: "stop" raises the first error; "skip" writes each to `rejected` as {"where", "reason"} and leaves the row
+    out. InputError when at the end more than max_error_share of the rows were errors; and as soon as, of a hundred or
+    more, half are.
     """
     if on_error not in ("stop", "skip"):
         raise InputError(f"data.on_error={on_error!r} is unknown; choose stop or skip")
@@ -60,7 +65,10 @@ def _skipping(candidates: Candidates, rejected: Path | None, max_error_share: fl
 
 
 def _opened(rejected: Path | None):
-    """Emptied at the start: what an earlier run rejected is not this run's. Half characters of file names are escaped."""
+    """Emptied at the start: what an earlier run rejected is not this run's.
+
+    Half characters of file names are escaped.
+    """
     if rejected is None:
         return nullcontext()
     rejected.parent.mkdir(parents=True, exist_ok=True)
@@ -80,11 +88,17 @@ class _Tally:
         self.first = self.first or str(error)
 
     def summary(self) -> str:
-        return f"{self.bad} of {self.seen} rows rejected{f', listed in {self.rejected}' if self.rejected else ''}; the first: {self.first}"
+        return (
+            f"{self.bad} of {self.seen} rows rejected{f', listed in {self.rejected}' if self.rejected else ''}; "
+            f"the first: {self.first}"
+        )
 
     def check(self, most: float | None = None) -> None:
         if self.bad > (self.max_error_share if most is None else most) * self.seen:
-            raise InputError(f"{self.summary()}. More than data.max_error_share={self.max_error_share} are not skipped; fix the rows or raise it")
+            raise InputError(
+                f"{self.summary()}. More than data.max_error_share={self.max_error_share} are not skipped; "
+                "fix the rows or raise it"
+            )
 
     def check_hopeless(self) -> None:
         if self.seen >= ROWS_BEFORE_SHARE:

@@ -13,12 +13,23 @@ from sgpt.runtime.errors import InputError
 log = logging.getLogger(__name__)
 NAMES = {  # the first that is there is taken
     "query": ("query", "anchor", "question", "sentence1", "text1", "question1", "premise"),
-    "positive": ("positive", "pos", "document", "answer", "passage", "response", "sentence2", "text2", "question2", "hypothesis"),
+    "positive": (
+        "positive",
+        "pos",
+        "document",
+        "answer",
+        "passage",
+        "response",
+        "sentence2",
+        "text2",
+        "question2",
+        "hypothesis",
+    ),
     "label": ("label", "labels", "gold_label", "is_duplicate", "duplicate", "is_relevant", "relevance"),
     "score": ("score", "similarity", "similarity_score", "relevance_score"),
 }
 NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?s?(?:_?([0-9]{1,6}))?")
-ROLES = ("query", "positive", "negative", "label", "score")
+COLUMN_ROLES = ("query", "positive", "negative", "label", "score")
 LABELS = {  # True: positive; False: hard negative; None: neither
     "1": True, "1.0": True, "true": True, "entailment": True, "duplicate": True, "equivalent": True,
     "0": False, "0.0": False, "false": False, "contradiction": False, "not_duplicate": False, "not_equivalent": False,
@@ -28,7 +39,10 @@ LABELS = {  # True: positive; False: hard negative; None: neither
 
 @dataclass(frozen=True)
 class Columns:
-    """The file's own names. negatives: columns that hold a text or a list of texts. Of label and score at most one, and then no negatives."""
+    """The file's own names.
+
+    negatives: columns that hold a text or a list of texts. Of label and score at most one, and then no negatives.
+    """
 
     query: str
     positive: str
@@ -47,18 +61,27 @@ def with_names(rows: Rows, first: int = 100) -> tuple[list[str], Rows]:
 
 
 def guess_columns(names: Sequence[str], stated: Mapping[str, str | None], where: str = "the data") -> Columns:
-    """What is stated wins, None is not stated; the rest goes by the usual names. Stated as "", negative, label or score is not used.
+    """What is stated wins, None is not stated; the rest goes by the usual names.
+
+    Stated as "", negative, label or score is not used.
 
     A label or a score is looked for only where there are no negatives: it says the same in another way.
     """
-    chosen = _stated(stated, names, where)
-    free = [name for name in names if name not in chosen.values()]
-    query, positive = (chosen.get(role) or _first(free, role) for role in ("query", "positive"))
+    named = _stated(stated, names, where)
+    free = [name for name in names if name not in named.values()]
+    query, positive = (named.get(role) or _first(free, role) for role in ("query", "positive"))
     if not query or not positive:
-        missing = [f"data.columns.{role}=<column>" for role, name in (("query", query), ("positive", positive)) if not name]
-        raise InputError(f"{where}: which columns hold the texts is not clear from their names: {listed(names)}; set {' and '.join(missing)}")
-    label, score = chosen.get("label"), chosen.get("score")
-    negatives = _numbered(chosen["negative"], free) if "negative" in chosen else () if label or score else _negatives(free)
+        missing = [
+            f"data.columns.{role}=<column>" for role, name in (("query", query), ("positive", positive)) if not name
+        ]
+        raise InputError(
+            f"{where}: which columns hold the texts is not clear from their names: {listed(names)}; "
+            f"set {' and '.join(missing)}"
+        )
+    label, score = named.get("label"), named.get("score")
+    negatives = (
+        _numbered(named["negative"], free) if "negative" in named else () if label or score else _negatives(free)
+    )
     if not (negatives or label or score):
         label = _first(free, "label") if label is None else None
         score = _first(free, "score") if score is None and not label else None
@@ -67,53 +90,72 @@ def guess_columns(names: Sequence[str], stated: Mapping[str, str | None], where:
 
 def _stated(stated: Mapping[str, str | None], names: Sequence[str], where: str) -> dict[str, str]:
     """Role -> column, for the roles that are stated; every column is there and has one role."""
-    if odd := stated.keys() - {*ROLES}:
-        raise InputError(f"data.columns has the unknown key {min(odd)!r}; it maps {', '.join(ROLES)}")
-    chosen = {role: name for role, name in stated.items() if name is not None}
-    for role, name in chosen.items():
+    if odd := stated.keys() - {*COLUMN_ROLES}:
+        raise InputError(f"data.columns has the unknown key {min(odd)!r}; it maps {', '.join(COLUMN_ROLES)}")
+    named = {role: name for role, name in stated.items() if name is not None}
+    for role, name in named.items():
         if name and name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f". Did you mean {near[0]!r}?" if near else ""
             raise InputError(f"{where}: data.columns.{role}={name!r} names no column; it has {listed(names)}{hint}")
-        if name and (other := next(role for role in chosen if chosen[role] == name)) != role:
-            raise InputError(f"{where}: data.columns.{other} and data.columns.{role} both name the column {name!r}; give each its own")
-    ways = [f"data.columns.{role}" for role in ("negative", "label", "score") if chosen.get(role)]
+        if name and (other := next(role for role in named if named[role] == name)) != role:
+            raise InputError(
+                f"{where}: data.columns.{other} and data.columns.{role} both name the column {name!r}; "
+                "give each its own"
+            )
+    ways = [f"data.columns.{role}" for role in ("negative", "label", "score") if named.get(role)]
     if len(ways) > 1:
-        raise InputError(f"{where}: {' and '.join(ways)} are both set, and each says which texts are hard negatives; keep one")
-    return chosen
+        raise InputError(
+            f"{where}: {' and '.join(ways)} are both set, and each says which texts are hard negatives; keep one"
+        )
+    return named
 
 
 def _first(names: Sequence[str], role: str) -> str | None:
-    there = {name.lower(): name for name in reversed(names)}
-    return next((there[usual] for usual in NAMES[role] if usual in there), None)
+    by_lower_name = {name.lower(): name for name in reversed(names)}
+    return next((by_lower_name[usual] for usual in NAMES[role] if usual in by_lower_name), None)
 
 
 def _negatives(names: Sequence[str]) -> tuple[str, ...]:
     """`negative`, `negatives`, `neg`, `hard_negatives` … and the numbered ones, by their numbers."""
-    found = [(int(match[1] or 0), name) for name in names if (match := NEGATIVE.fullmatch(name.lower()))]
-    return tuple(name for _, name in sorted(found, key=lambda pair: pair[0]))
+    numbered = [(int(match[1] or 0), name) for name in names if (match := NEGATIVE.fullmatch(name.lower()))]
+    return tuple(name for _, name in sorted(numbered, key=lambda pair: pair[0]))
 
 
 def _numbered(stated: str, names: Sequence[str]) -> tuple[str, ...]:
     """The column and, where there are more, `<column>_2`, `<column>_3` …."""
-    numbers = [int(name[len(stated) + 1 :]) for name in names if re.fullmatch(re.escape(stated) + r"_[1-9][0-9]{0,5}", name)]
+    numbers = [
+        int(name[len(stated) + 1 :]) for name in names if re.fullmatch(re.escape(stated) + r"_[1-9][0-9]{0,5}", name)
+    ]
     return (stated, *(f"{stated}_{number}" for number in sorted(numbers))) if stated else ()
 
 
-def without_late_columns(rows: Rows, names: Sequence[str], columns: Columns, stated: Mapping[str, str | None], num_hard_negatives: int) -> Rows:
-    """A column that is in none of the first rows and would have been guessed as label, score or negatives is an error of its row:
+def without_late_columns(
+    rows: Rows, names: Sequence[str], columns: Columns, stated: Mapping[str, str | None], num_hard_negatives: int
+) -> Rows:
+    """The rows, with an error in place of each that has a late column which would be taken for a label, score or
+    negative.
 
-    what it says would be lost. What is stated is not guessed, "" for none too.
+    A column is late when none of the first rows has it: nobody guessed it, and what it says would be lost. What is
+    stated is not guessed, and neither is what is stated as "", none.
     """
     judged = columns.label or columns.score
-    wanted = {"label": not judged and not columns.negatives, "score": not judged and not columns.negatives, "negative": num_hard_negatives and not judged}
-    roles, known = [role for role, guessed in wanted.items() if guessed and stated.get(role) is None], {*names}
+    wanted = {
+        "label": not judged and not columns.negatives,
+        "score": not judged and not columns.negatives,
+        "negative": num_hard_negatives and not judged,
+    }
+    roles = [role for role, guessed in wanted.items() if guessed and stated.get(role) is None]
+    known = {*names}
     for where, row in rows:
         late = [name for name in row if name not in known] if isinstance(row, dict) else []
-        found = next(((role, name) for role in roles for name in late if _means(name, role)), None)
-        if found:
-            remedy = f"write it into the first row too, or set data.columns.{found[0]}='' to go on without"
-            yield where, InputError(f"{where}: the column {found[1]!r}, which is in none of the first rows, would be taken for a {found[0]}; {remedy}")
+        guess = next(((role, name) for role in roles for name in late if _means(name, role)), None)
+        if guess:
+            remedy = f"write it into the first row too, or set data.columns.{guess[0]}='' to leave it out"
+            yield where, InputError(
+                f"{where}: the column {guess[1]!r}, which is in none of the first rows, would be taken for a "
+                f"{guess[0]}; {remedy}"
+            )
         else:
             yield where, row
 
@@ -124,7 +166,9 @@ def _means(name: str, role: str) -> bool:
 
 def describe(columns: Columns, num_hard_negatives: int, names: Sequence[str] = (), labels: Sequence[str] = ()) -> str:
     """One line for the log."""
-    negatives = f"hard negatives from {', '.join(map(repr, columns.negatives))}" if columns.negatives else "no hard negatives"
+    negatives = (
+        f"hard negatives from {', '.join(map(repr, columns.negatives))}" if columns.negatives else "no hard negatives"
+    )
     if columns.label:
         yes, no = (", ".join(name for name, meaning in LABELS.items() if meaning is value) for value in (True, False))
         numbers = ", ".join(f"{number} is {name}" for number, name in enumerate(labels))
@@ -132,8 +176,8 @@ def describe(columns: Columns, num_hard_negatives: int, names: Sequence[str] = (
         negatives = f"{judged}: {yes} make a positive; {no} a hard negative of the same query; others are left out"
     if columns.score:
         negatives = (
-            f"pairs judged by {columns.score!r}: data.positive_score and more make a positive; less than data.negative_score a hard negative "
-            "of the same query; others are left out"
+            f"pairs judged by {columns.score!r}: data.positive_score and more make a positive; "
+            "less than data.negative_score a hard negative of the same query; others are left out"
         )
     idle = bool(columns.negatives or columns.label or columns.score) and not num_hard_negatives
     hint = "; data.num_hard_negatives=0 uses no hard negatives, 1 one for each query" if idle else ""

@@ -1,9 +1,10 @@
 """From raw rows to examples: which column is what, what a label or a score makes of a pair, and which rows are good.
 
-    found = rows(path)
-    names, found = with_names(found)
+    all_rows = rows(path)
+    names, all_rows = with_names(all_rows)
     columns = guess_columns(names, stated)
-    good = accepted(examples(found, columns, num_hard_negatives=1), on_error="skip", rejected=folder / "rejected.jsonl")
+    candidates = examples(all_rows, columns, num_hard_negatives=1)
+    good = accepted(candidates, on_error="skip", rejected=folder / "rejected.jsonl")
 """
 
 import logging
@@ -23,8 +24,10 @@ Candidates = Iterator[tuple[str, "Example | InputError | OfRows | None"]]
 Judge = Callable[[object, str], bool | None]
 LIST = re.compile(r"""\[\s*(?P<quote>['"]).*(?P=quote)\s*,?\s*\]""", re.DOTALL)
 NUMBER = re.compile(r"-?[0-9]+(\.0+)?")
-SETTLED = ("is_duplicate", "duplicate", "is_relevant", "relevance")  # columns of labels where 1 is a positive by their very names
-SENTENCES = ("hypothesis", "sentence2", "text2", "sentence")  # second texts of inference and of paraphrase data, which number labels the other way round
+# columns of labels where 1 is a positive by their very names
+SETTLED = ("is_duplicate", "duplicate", "is_relevant", "relevance")
+# second texts of inference and of paraphrase data, which number labels the other way round
+SENTENCES = ("hypothesis", "sentence2", "text2", "sentence")
 
 
 @dataclass(frozen=True)
@@ -40,31 +43,45 @@ def examples(
 ) -> Candidates:  # fmt: skip
     """(place, example or what is wrong with the row). InputError at once for settings that fit no row.
 
-    All positives and hard negatives of a row are kept; of none of the latter when `num_hard_negatives` is 0. Judged pairs
-    (`columns.label`, `columns.score`) are grouped by query, in the order in which queries first appear, which holds all their
-    texts in memory. There, None stands for a row that is in order and went into a group; the groups come behind the last row.
-    labels: what numbers in the column of labels mean, in their order from 0.
+    All positives and hard negatives of a row are kept; of none of the latter when `num_hard_negatives` is 0. Judged
+    pairs (`columns.label`, `columns.score`) are grouped by query, in the order in which queries first appear, which
+    holds all their texts in memory. There, None stands for a row that is in order and went into a group; the groups
+    come behind the last row. labels: what numbers in the column of labels mean, in their order from 0.
     """
-    rows = _told_of_odd_texts(rows, (columns.query, columns.positive, *(columns.negatives if num_hard_negatives else ())))
+    rows = _warned_of_odd_texts(
+        rows, (columns.query, columns.positive, *(columns.negatives if num_hard_negatives else ()))
+    )
     if columns.score:
         judge = _score_judge(columns.score, positive_score, negative_score, num_hard_negatives)
         return _grouped(rows, columns, columns.score, judge, num_hard_negatives)
     if positive_score is not None or negative_score is not None:
-        raise InputError("data.positive_score or data.negative_score is set, but no column of scores is used; set data.columns.score=<column>")
+        raise InputError(
+            "data.positive_score or data.negative_score is set, but no column of scores is used; "
+            "set data.columns.score=<column>"
+        )
     if columns.label:
         return _grouped(rows, columns, columns.label, _label_judge(columns, labels), num_hard_negatives)
     if labels:
-        raise InputError("data.labels names the numbers of labels, but no column of labels is used; set data.columns.label=<column>, or leave it out")
+        raise InputError(
+            "data.labels names the numbers of labels, but no column of labels is used; "
+            "set data.columns.label=<column>, or leave it out"
+        )
     if num_hard_negatives and not columns.negatives:
         raise InputError(
             f"data.num_hard_negatives={num_hard_negatives}, but no column of hard negatives is known; "
             "set data.columns.negative=<column>, or data.num_hard_negatives=0"
         )
-    return ((where, row if isinstance(row, InputError) else attempt(_example, row, columns, num_hard_negatives, where)) for where, row in rows)
+    return (
+        (where, row if isinstance(row, InputError) else attempt(_example, row, columns, num_hard_negatives, where))
+        for where, row in rows
+    )
 
 
-def _told_of_odd_texts(rows: Rows, columns: Sequence[str]) -> Rows:
-    """The rows; at the end a warning for texts that are most likely none: nan, None, a list as Python or JSON writes it."""
+def _warned_of_odd_texts(rows: Rows, columns: Sequence[str]) -> Rows:
+    """The rows, and behind the last one a warning for texts that are most likely none.
+
+    Those are nan, None, and a list as Python or JSON writes it.
+    """
     kinds = {"a word for no value": spells_nothing, "a list written as text": _spells_list}
     first: dict[str, str] = {}
     counts: Counter[str] = Counter()
@@ -75,8 +92,13 @@ def _told_of_odd_texts(rows: Rows, columns: Sequence[str]) -> Rows:
                 first.setdefault(kind, f"{where}: {shown(odd)}")
                 counts[kind] += 1
         yield where, row
-    for kind, place in first.items():
-        log.warning("%s is %s and is read as a text, in %d rows; leave such cells empty, or write them anew", place, kind, counts[kind])
+    for kind, where in first.items():
+        log.warning(
+            "%s is %s and is read as a text, in %d rows; leave such cells empty, or write them anew",
+            where,
+            kind,
+            counts[kind],
+        )
 
 
 def _spells_list(text: object) -> bool:
@@ -87,7 +109,9 @@ def _spells_list(text: object) -> bool:
 def _example(row: dict, columns: Columns, num_hard_negatives: int, where: str) -> Example:
     query, positives = _cell(row, columns.query, "query", where), _cell(row, columns.positive, "positive", where)
     if positives == []:
-        raise InputError(f"{where}, column {columns.positive!r}: the list of positives is empty; remove the row or give it a text")
+        raise InputError(
+            f"{where}, column {columns.positive!r}: the list of positives is empty; remove the row or give it a text"
+        )
     negatives = _row_negatives(row, columns.negatives, where) if num_hard_negatives else []
     _check_enough(len(negatives), num_hard_negatives, " or ".join(map(repr, columns.negatives)), where)
     positive, *others = positives if isinstance(positives, list) else [positives]
@@ -96,7 +120,9 @@ def _example(row: dict, columns: Columns, num_hard_negatives: int, where: str) -
 
 def _cell(row: dict, column: str, role: str, where: str) -> object:
     if column not in row:
-        raise InputError(f"{where}: no column {column!r}; it has {listed(list(row))}. Name it by data.columns.{role}=<column>")
+        raise InputError(
+            f"{where}: no column {column!r}; it has {listed(list(row))}. Name it by data.columns.{role}=<column>"
+        )
     return row[column]
 
 
@@ -105,18 +131,18 @@ def _row_negatives(row: dict, columns: Sequence[str], where: str) -> list[object
     values = [row.get(column) for column in columns]
     if odd := next((column for column, value in zip(columns, values, strict=True) if _spells_list(value)), None):
         raise InputError(
-            f"{where}, column {odd!r}: {shown(row[odd])} is a list written as one text; write JSON lines or Parquet, which have lists, "
-            "or a column for each text: negative_1, negative_2"
+            f"{where}, column {odd!r}: {shown(row[odd])} is a list written as one text; "
+            "write JSON lines or Parquet, which have lists, or a column for each text: negative_1, negative_2"
         )
-    there = [value for value in values if value not in (None, "") and value == value]  # NaN equals nothing
-    return [text for value in there for text in (value if isinstance(value, list) else [value])]
+    given = [value for value in values if value not in (None, "") and value == value]  # NaN equals nothing
+    return [text for value in given for text in (value if isinstance(value, list) else [value])]
 
 
-def _check_enough(found: int, num_hard_negatives: int, source: str, where: str) -> None:
-    if found < num_hard_negatives:
+def _check_enough(count: int, num_hard_negatives: int, source: str, where: str) -> None:
+    if count < num_hard_negatives:
         raise InputError(
-            f"{where}: {found} hard negatives in column {source}, data.num_hard_negatives asks for {num_hard_negatives}; "
-            "lower it, or name the column by data.columns.negative=<column>"
+            f"{where}: {count} hard negatives in column {source}, data.num_hard_negatives asks for "
+            f"{num_hard_negatives}; lower it, or name the column by data.columns.negative=<column>"
         )
 
 
@@ -132,40 +158,56 @@ def _label_judge(columns: Columns, labels: Sequence[str]) -> Judge:
         if is_number and labels:
             number = int(float(word))
             if not 0 <= number < len(labels):
-                raise InputError(f"{where}, column {columns.label!r}: data.labels names the numbers 0 to {len(labels) - 1}, and the label is {shown(value)}")
+                raise InputError(
+                    f"{where}, column {columns.label!r}: data.labels names the numbers 0 to {len(labels) - 1}, "
+                    f"and the label is {shown(value)}"
+                )
             return LABELS[labels[number].strip().lower()]
         if is_number and unsettled:
             raise InputError(
-                f"{where}, column {columns.label!r}: the label {shown(value)} of two sentences says nothing certain, as paraphrase data call a pair 1 that "
-                "inference data call 0; name the numbers from 0 on: data.labels=[not_duplicate,duplicate] or [entailment,neutral,contradiction]"
+                f"{where}, column {columns.label!r}: the label {shown(value)} of two sentences says nothing certain, "
+                "as paraphrase data call a pair 1 that inference data call 0; name the numbers from 0 on: "
+                "data.labels=[not_duplicate,duplicate] or [entailment,neutral,contradiction]"
             )
         if word not in LABELS or not isinstance(value, str | int | float):
             raise InputError(
-                f"{where}, column {columns.label!r}: the label {shown(value)} is none of {', '.join(LABELS)}; map it to one of them, "
-                "name scores by data.columns.score=<column>, or set data.columns.label='' to take every pair as a positive"
+                f"{where}, column {columns.label!r}: the label {shown(value)} is none of {', '.join(LABELS)}; "
+                "map it to one of them, name scores by data.columns.score=<column>, or set data.columns.label='' to "
+                "take every pair as a positive"
             )
         return LABELS[word]
 
     return judge
 
 
-def _score_judge(column: str, positive_score: float | None, negative_score: float | None, num_hard_negatives: int) -> Judge:
+def _score_judge(
+    column: str, positive_score: float | None, negative_score: float | None, num_hard_negatives: int
+) -> Judge:
     if positive_score is None:
         raise InputError(
-            f"column {column!r} scores the pairs, and from which score on a pair is a positive is not said; set data.positive_score=<score>, "
-            "or data.columns.score='' to take every pair as a positive"
+            f"column {column!r} scores the pairs, and from which score on a pair is a positive is not said; "
+            "set data.positive_score=<score>, or data.columns.score='' to take every pair as a positive"
         )
     if negative_score is None and num_hard_negatives:
         raise InputError(
-            f"data.num_hard_negatives={num_hard_negatives}, but below which score in column {column!r} a pair is a hard negative is not said; "
-            "set data.negative_score=<score>, or data.num_hard_negatives=0"
+            f"data.num_hard_negatives={num_hard_negatives}, but below which score in column {column!r} a pair is a "
+            "hard negative is not said; set data.negative_score=<score>, or data.num_hard_negatives=0"
         )
     if negative_score is not None and negative_score > positive_score:
-        raise InputError(f"data.negative_score={negative_score} is above data.positive_score={positive_score}; a pair cannot be both")
+        raise InputError(
+            f"data.negative_score={negative_score} is above data.positive_score={positive_score}; "
+            "a pair cannot be both"
+        )
 
     def judge(value: object, where: str) -> bool | None:
         score = _number(value, f"{where}, column {column!r}")
-        return True if score >= positive_score else False if negative_score is not None and score < negative_score else None
+        return (
+            True
+            if score >= positive_score
+            else False
+            if negative_score is not None and score < negative_score
+            else None
+        )
 
     return judge
 
@@ -189,9 +231,9 @@ class _Group:
 
 
 def _grouped(rows: Rows, columns: Columns, judged_by: str, judge: Judge, num_hard_negatives: int) -> Candidates:
-    """Pairs that are neither, and queries without a positive, are left out and counted: in judged data they are no mistake, nor are
+    """Pairs that are neither, and queries without a positive, are left out and counted.
 
-    queries without a hard negative.
+    In judged data they are no mistake, nor are queries without a hard negative.
     """
     groups: dict[str, _Group] = {}
     pairs = neither = 0
@@ -203,12 +245,24 @@ def _grouped(rows: Rows, columns: Columns, judged_by: str, judge: Judge, num_har
         yield where, added if isinstance(added, InputError) else None
     without = short = 0
     for query, group in groups.items():
-        positives, negatives = ([text for text, positive in group.documents.items() if positive is wanted] for wanted in (True, False))
+        positives, negatives = (
+            [text for text, positive in group.documents.items() if positive is wanted] for wanted in (True, False)
+        )
         if positives:
-            yield group.where, OfRows(checked_example(query, positives[0], negatives if num_hard_negatives else (), group.where, positives[1:]))
+            yield (
+                group.where,
+                OfRows(
+                    checked_example(
+                        query, positives[0], negatives if num_hard_negatives else (), group.where, positives[1:]
+                    )
+                ),
+            )
             short += len(negatives) < num_hard_negatives
         without += not positives
-    few = f"; {short} have fewer than {num_hard_negatives} hard negatives, and positives of other queries are used instead" if short else ""
+    few = (
+        f"; {short} have fewer than {num_hard_negatives} hard negatives, and positives of other queries are used "
+        "instead"
+    ) if short else ""
     log.info(
         f"{pairs} pairs judged by {judged_by!r}: {neither} left out as neither positive nor hard negative; "
         f"{without} of {len(groups)} queries left out for want of a positive{few}"
@@ -225,10 +279,16 @@ def _judged(row: dict, columns: Columns, judged_by: str, judge: Judge, where: st
 
 
 def _add(groups: dict[str, _Group], query: str, document: str, meaning: bool | None, where: str) -> bool | None:
-    """True when the pair went into a group, None when it is neither. A query is known from its first pair on, whatever that is."""
+    """True when the pair went into a group, None when it is neither.
+
+    A query is known from its first pair on, whatever that is.
+    """
     group = groups.setdefault(query, _Group(where))
     if meaning is None:
         return None
     if group.documents.setdefault(document, meaning) is not meaning:
-        raise InputError(f"{where}: the same pair was a {'hard negative' if meaning else 'positive'} before: {document!r:.80}; remove one of them")
+        raise InputError(
+            f"{where}: the same pair was a {'hard negative' if meaning else 'positive'} before: {document!r:.80}; "
+            "remove one of them"
+        )
     return True

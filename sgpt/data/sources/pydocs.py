@@ -10,7 +10,7 @@ has a summary and a body becomes one example:
 Summary and name are cut out of the document, so that the task is to understand it and not to find a string in it.
 Sources are read with `ast` and never imported: importing `antigravity` opens a browser. Objects written in C have no
 source and are not found. The split is by top-level package: nothing of an evaluation package is ever trained on.
-The result depends only on the installed versions; `manifest.json` beside it records counts and a content hash.
+The result depends only on the installed versions; `manifest.json` next to it records counts and a content hash.
 """
 
 import ast
@@ -42,7 +42,18 @@ EVALUATION = {
              "threading", "subprocess", "pathlib", "tempfile", "shutil", "calendar", "difflib", "textwrap", "httpx",
              "huggingface_hub"),
 }
-SKIPPED = {"test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__", "_vendor", "vendor"}
+SKIPPED = {
+    "test",
+    "tests",
+    "testing",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "site-packages",
+    "__pycache__",
+    "_vendor",
+    "vendor",
+}
 MIN_SUMMARY_WORDS, MAX_SUMMARY_WORDS, MIN_BODY_WORDS = 3, 40, 8
 PROJECT = "sgpt-framework"
 
@@ -83,28 +94,28 @@ def _build(folder: Path, key: str) -> None:
     manifest = folder / "manifest.json"
     documented = harvest(installed_packages())
     splits: dict[str, list[Documented]] = {"train": [], "dev": [], "test": []}
-    for found in documented:
-        splits[split_of(found.package)].append(found)
+    for one in documented:
+        splits[split_of(one.package)].append(one)
     manifest.unlink(missing_ok=True)  # written last: a killed harvest never looks whole
     write_rows(folder / "train.jsonl", _with_negatives(splits["train"]))
     for split in ("dev", "test"):
         _write_retrieval_set(folder / f"pydocs_{split}", split, splits[split])
-    _write_corpus(folder / "stdlib", [found for found in documented if found.package in sys.stdlib_module_names])
+    _write_corpus(folder / "stdlib", [one for one in documented if one.package in sys.stdlib_module_names])
     _write_corpus(folder / "everything", documented)
     write_whole(manifest, json.dumps({
         "key": key,
-        "objects": {split: len(found) for split, found in splits.items()},
-        "packages": {split: sorted({found.package for found in part}) for split, part in splits.items()},
+        "objects": {split: len(one) for split, one in splits.items()},
+        "packages": {split: sorted({one.package for one in part}) for split, part in splits.items()},
         "python": sys.version.split()[0],
-        "sha256": content_hash(documented),
+        "sha256": harvest_hash(documented),
     }, indent=2) + "\n")
 
 
 def _write_retrieval_set(folder: Path, split: str, documented: list[Documented]) -> None:
     _write_corpus(folder, documented)
-    write_rows(folder / "queries.jsonl", ({"_id": f"q:{found.name}", "text": found.summary} for found in documented))
+    write_rows(folder / "queries.jsonl", ({"_id": f"q:{one.name}", "text": one.summary} for one in documented))
     (folder / "qrels").mkdir(exist_ok=True)
-    lines = [f"q:{found.name}\t{found.name}\t1\n" for found in documented]
+    lines = [f"q:{one.name}\t{one.name}\t1\n" for one in documented]
     write_whole(folder / "qrels" / f"{split}.tsv", "query-id\tcorpus-id\tscore\n" + "".join(lines))
 
 
@@ -113,36 +124,39 @@ def harvest(packages: dict[str, list[Path]]) -> list[Documented]:
     seen: set[str] = set()
     kept: list[Documented] = []
     order = sorted(packages)
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool, progress_bar("reading docstrings", len(order)) as advance:
-        for found_in_package in pool.map(_documented_in, order, (packages[name] for name in order)):
+    with (
+        ProcessPoolExecutor(mp_context=get_context("spawn")) as pool,
+        progress_bar("reading docstrings", len(order)) as advance,
+    ):
+        for of_package in pool.map(_documented_in, order, (packages[name] for name in order)):
             advance(1)
-            for found in found_in_package:
-                keys = {"n" + found.name, "q" + _normalised(found.summary), "d" + _normalised(found.document)}
+            for one in of_package:
+                keys = {"n" + one.name, "q" + _normalised(one.summary), "d" + _normalised(one.document)}
                 if not keys & seen:
                     seen |= keys
-                    kept.append(found)
-    return sorted(kept, key=lambda found: found.name)
+                    kept.append(one)
+    return sorted(kept, key=lambda one: one.name)
 
 
 def _documented_in(package: str, files: list[Path]) -> list[Documented]:
-    return [found for file in files for found in documented_objects(file, package)]
+    return [one for file in files for one in documented_objects(file, package)]
 
 
 def _with_negatives(documented: list[Documented]) -> Iterator[dict[str, str]]:
     """The next object of the same module, in a circle; a module with one object borrows its package's next one."""
     by_module: dict[str, list[Documented]] = {}
-    for found in documented:
-        by_module.setdefault(found.module, []).append(found)
-    for place, found in enumerate(documented):
-        siblings = by_module[found.module]
+    for one in documented:
+        by_module.setdefault(one.module, []).append(one)
+    for position, one in enumerate(documented):
+        siblings = by_module[one.module]
         nearest = siblings if len(siblings) > 1 else documented
-        here = siblings.index(found) if nearest is siblings else place
+        here = siblings.index(one) if nearest is siblings else position
         other = nearest[(here + 1) % len(nearest)]
-        yield {"name": found.name, "query": found.summary, "positive": found.document, "negative": other.document}
+        yield {"name": one.name, "query": one.summary, "positive": one.document, "negative": other.document}
 
 
 def _write_corpus(folder: Path, documented: list[Documented]) -> None:
-    write_rows(folder / "corpus.jsonl", ({"_id": found.name, "text": found.document} for found in documented))
+    write_rows(folder / "corpus.jsonl", ({"_id": one.name, "text": one.document} for one in documented))
 
 
 def _key() -> str:
@@ -153,7 +167,9 @@ def _key() -> str:
 
 
 def split_of(package: str) -> str:
-    """"train", "dev" or "test": a package is wholly in one of them, with its twin in Python: datetime's source is _pydatetime since 3.12."""
+    """"train", "dev" or "test": a package is wholly in one of them, with its twin in Python: datetime's source is
+    _pydatetime since 3.12.
+    """
     return next((split for split, packages in EVALUATION.items() if package.removeprefix("_py") in packages), "train")
 
 
@@ -173,7 +189,10 @@ def installed_packages() -> dict[str, list[Path]]:
 
 
 def documented_objects(file: Path, package: str) -> Iterator[Documented]:
-    """The public documented objects of one source file, in the order of the file. A file that is not Python 3 has none."""
+    """The public documented objects of one source file, in the order of the file.
+
+    A file that is not Python 3 has none.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's "\\d" outside of raw strings
@@ -192,14 +211,16 @@ def documented_objects(file: Path, package: str) -> Iterator[Documented]:
             yield Documented(f"{module}.{prefix}{node.name}", module, package, summary, document)
 
 
-def content_hash(documented: list[Documented]) -> str:
+def harvest_hash(documented: list[Documented]) -> str:
     digest = hashlib.sha256()
-    for found in documented:
-        digest.update("\x1f".join((found.name, found.summary, found.document)).encode() + b"\n")
+    for one in documented:
+        digest.update("\x1f".join((one.name, one.summary, one.document)).encode() + b"\n")
     return digest.hexdigest()
 
 
-def _public_nodes(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
+def _public_nodes(
+    node: ast.AST, prefix: str
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not child.name.startswith("_"):
             yield prefix, child
@@ -211,7 +232,8 @@ def _public_nodes(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.Functio
 
 def _summary_and_body(docstring: str, name: str) -> tuple[str, str] | None:
     """The first paragraph and the rest; None when either is too thin to search with."""
-    paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring).replace("\0", ""), maxsplit=1)  # some write "\0" for "\\0"
+    # some write "\0" for "\\0"
+    paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring).replace("\0", ""), maxsplit=1)
     if len(paragraphs) < 2:
         return None
     summary, body = (" ".join(part.split()) for part in paragraphs)
@@ -238,14 +260,14 @@ def _python_files(root: Path, name: str) -> list[Path]:
 
 def _dependencies(project: str) -> list[tuple[str, Path]]:
     """(top-level package, folder) for everything that the project's core requirements pull in."""
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for name, _ in _distributions(project):
         distribution = importlib.metadata.distribution(name)
         for file in distribution.files or []:
             top = file.parts[0]
             if file.suffix == ".py" and not top.endswith((".dist-info", ".data")) and top not in ("..", "bin"):
-                found.setdefault(top.removesuffix(".py"), Path(str(distribution.locate_file(""))))
-    return sorted(found.items())
+                folders.setdefault(top.removesuffix(".py"), Path(str(distribution.locate_file(""))))
+    return sorted(folders.items())
 
 
 def _distributions(project: str) -> list[tuple[str, str]]:

@@ -1,9 +1,10 @@
 """The sets of BEIR by name: where they are, which split counts, what is left out of results, and what is averaged.
 
-Rules as SGPT scored them (Muennighoff 2022, `biencoder/beir/beir_dense_retriever.py`): MS MARCO on dev, otherwise test; documents
-with an empty text left out; CQADupStack is the mean of its twelve forums; the average has 18 sets without MS MARCO, the
-sub-average 11. One deviation: the code drops a result with the query's own id everywhere, here only where query and document of
-one id are one text (ArguAna, Quora); elsewhere equal ids are chance and the document may be the answer.
+Rules as SGPT scored them (Muennighoff 2022, `biencoder/beir/beir_dense_retriever.py`): MS MARCO on dev, otherwise test;
+documents with an empty text left out; CQADupStack is the mean of its twelve forums; the average has 18 sets without MS
+MARCO, the sub-average 11. One deviation: the code drops a result with the query's own id everywhere, here only where
+query and document of one id are one text (ArguAna, Quora); elsewhere equal ids are chance and the document may be the
+answer.
 """
 
 import difflib
@@ -18,7 +19,20 @@ from sgpt.runtime.files import make_once
 
 ADDRESS = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets"
 REPRODUCE = "https://github.com/beir-cellar/beir/tree/main/examples/dataset"
-FORUMS = ("android", "english", "gaming", "gis", "mathematica", "physics", "programmers", "stats", "tex", "unix", "webmasters", "wordpress")
+FORUMS = (
+    "android",
+    "english",
+    "gaming",
+    "gis",
+    "mathematica",
+    "physics",
+    "programmers",
+    "stats",
+    "tex",
+    "unix",
+    "webmasters",
+    "wordpress",
+)
 
 
 @dataclass(frozen=True)
@@ -63,8 +77,11 @@ AVERAGES = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """A set that is there, not yet read. name: its results' key. rules: BEIR's for this set, None for any other folder."""
+class BeirFolder:
+    """A set that is there, not yet read.
+
+    name: its results' key. rules: BEIR's for this set, None for any other folder.
+    """
 
     name: str
     folder: Path
@@ -72,40 +89,56 @@ class Place:
     rules: Rules | None
 
 
-def places(given: list[str], split: str | None, root: Path, *, address: str = ADDRESS) -> list[Place]:
-    """Folders, names of folders below `root`, or names of BEIR to be downloaded there. split None: the set's own, test for any folder.
+def find_beir_folders(given: list[str], split: str | None, root: Path, *, address: str = ADDRESS) -> list[BeirFolder]:
+    """Folders, names of folders below `root`, or names of BEIR to be downloaded there.
+
+    split None: the set's own, test for any folder.
 
     A folder that is called like a set of BEIR, case and all, follows that set's rules. CQADupStack gives its forums.
     InputError for what is no folder and no name, for a split that is not there, and for a set given twice.
     """
-    found: list[Place] = []
+    beir_folders: list[BeirFolder] = []
     for entry in given:
         folder = Path(entry) if Path(entry).is_dir() else _named(entry, root, address)
         name = folder.absolute().name
         rules = BEIR_SETS.get(name)
-        chosen = split or (rules.split if rules else "test")
-        parts = {f"{name}/{forum}": folder / forum for forum in FORUMS} if name == "cqadupstack" else {name: folder}
-        found += [Place(part, place, chosen, rules) for part, place in parts.items()]
-    for place in found:
-        qrels_file(place.folder, place.split)
-    names = [place.name for place in found]
+        own_split = split or (rules.split if rules else "test")
+        if name == "cqadupstack":
+            forums = (BeirFolder(f"{name}/{forum}", folder / forum, own_split, rules) for forum in FORUMS)
+            beir_folders.extend(forums)
+        else:
+            beir_folders.append(BeirFolder(name, folder, own_split, rules))
+    for one in beir_folders:
+        qrels_file(one.folder, one.split)
+    names = [one.name for one in beir_folders]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"two evaluation sets are called {twice!r}, and results are kept by name; rename a folder, or evaluate one after the other")
-    return found
+        raise InputError(
+            f"two evaluation sets are called {twice!r}, and results are kept by name; "
+            "rename a folder, or evaluate one after the other"
+        )
+    return beir_folders
 
 
 def splits(folder: Path) -> list[str]:
     return [file.stem for file in split_files(folder)]
 
 
-def read_place(place: Place) -> RetrievalSet:
-    if place.rules is None:
-        return read_retrieval(place.folder, place.split, name=place.name)
-    return read_retrieval(place.folder, place.split, name=place.name, skip_empty=True, skip_own_id=place.rules.skip_own_id)
+def read_beir_folder(beir_folder: BeirFolder) -> RetrievalSet:
+    if beir_folder.rules is None:
+        return read_retrieval(beir_folder.folder, beir_folder.split, name=beir_folder.name)
+    return read_retrieval(
+        beir_folder.folder,
+        beir_folder.split,
+        name=beir_folder.name,
+        skip_empty=True,
+        skip_own_id=beir_folder.rules.skip_own_id,
+    )
 
 
 def averages(results: Mapping[str, Mapping[str, float]], metric: str = "ndcg@10") -> dict[str, float]:
-    """BEIR's averages of a metric, each only when all of its sets are there: an average of some is another number of the same name."""
+    """BEIR's averages of a metric, each only when all of its sets are there: an average of some is another number of
+    the same name.
+    """
     complete = {kind: names for kind, names in AVERAGES.items() if names <= results.keys()}
     return {kind: sum(results[name][metric] for name in sorted(names)) / len(names) for kind, names in complete.items()}
 
@@ -116,7 +149,14 @@ def _named(name: str, root: Path, address: str) -> Path:
         return folder
     if name not in BEIR_SETS:
         near = difflib.get_close_matches(name.lower(), BEIR_SETS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"a BEIR folder with corpus.jsonl, queries.jsonl and qrels/ is needed, or one of {', '.join(BEIR_SETS)}"
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else (
+                "a BEIR folder with corpus.jsonl, queries.jsonl and qrels/ is needed, or one of "
+                f"{', '.join(BEIR_SETS)}"
+            )
+        )
         raise InputError(f"{name}: no such folder, none of this name in {root}, and no name of a BEIR set; {hint}")
     if BEIR_SETS[name].md5 is None:
         raise InputError(
@@ -124,5 +164,7 @@ def _named(name: str, root: Path, address: str) -> Path:
             f"then set beir_root=<folder that holds {name}/> or give its folder"
         )
     remedy = f"set beir_root=<folder that holds {name}/>, or give its folder"
-    make_once(folder, folder.is_dir, lambda: fetch(f"{address}/{name}.zip", folder, md5=BEIR_SETS[name].md5, remedy=remedy))
+    make_once(
+        folder, folder.is_dir, lambda: fetch(f"{address}/{name}.zip", folder, md5=BEIR_SETS[name].md5, remedy=remedy)
+    )
     return folder

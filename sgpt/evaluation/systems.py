@@ -1,0 +1,183 @@
+"""What train/evaluate.py asks for: all test sets are found and read, then every system is scored on each of them.
+
+A broken set is refused before the first one is scored, as that may take hours: find_sets reads scored pairs and USEB
+whole and finds the split of each retrieval set; read_retrieval_sets then parses every corpus once. Texts stay in memory
+up to KEPT_CHARACTERS in all; a set beyond that is dropped and parsed again when its turn comes. Parsing MS MARCO's 8.8
+million passages takes about a minute, encoding them hours.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from sgpt.data.formats.beir import RetrievalSet
+from sgpt.data.test_sets.beir_sets import BeirFolder, find_beir_folders, read_beir_folder
+from sgpt.data.test_sets.useb import UsebTask, read_useb
+from sgpt.encoder.encoder import Encoder
+from sgpt.evaluation import compare
+from sgpt.evaluation.compare import RescoreRun
+from sgpt.evaluation.evaluate import EvaluateConfig, EvaluationConfig, Results, Sets, evaluate, read_sets
+from sgpt.evaluation.table import Systems, beir_averages, with_cqadupstack
+from sgpt.evaluation.useb import useb
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import check_writable, write_whole
+from sgpt.runtime.interrupt import keeping
+from sgpt.runtime.progress import under_way
+
+KEPT_CHARACTERS = 1 << 30  # of all corpora together, about as many bytes of memory
+
+
+@dataclass(frozen=True)
+class FoundSets:
+    """retrieval: found, not yet read. pairs, tasks: read and checked."""
+
+    retrieval: list[BeirFolder]
+    pairs: Sets
+    tasks: list[UsebTask]
+
+    @property
+    def names(self) -> list[str]:
+        names = [folder.name for folder in self.retrieval] + [pairs.name for pairs in self.pairs.sts]
+        return [*names, "USEB"] if self.tasks else names
+
+
+@dataclass(frozen=True)
+class TunedSet:
+    """A retrieval set, and the queries of another split that tune the fusion by scores; None leaves that fusion out."""
+
+    dataset: RetrievalSet
+    dev: RetrievalSet | None
+
+
+def check_request(config: EvaluateConfig) -> None:
+    """InputError when there is nothing to evaluate, or where results cannot be written."""
+    if not config.model or not (config.retrieval or config.sts or config.useb):
+        raise InputError(
+            "set model=<folder or hub id> and retrieval=[<BEIR folder or name>,…], sts=[<pairs file>,…] or "
+            "useb=<folder data-eval>"
+        )
+    for key, file in (("output", config.output), ("systems_output", config.systems_output)):
+        if file and Path(file).is_dir():
+            raise InputError(f"{key}={file} is a folder; name a file in it, for example {Path(file) / 'scores.json'}")
+        if file:
+            check_writable(Path(file), f"another {key}=")
+
+
+def find_sets(config: EvaluateConfig) -> FoundSets:
+    """What can be known without reading a corpus. Names of BEIR's sets are downloaded here."""
+    retrieval = find_beir_folders(config.retrieval, config.split, Path(config.beir_root))
+    pairs = read_sets(EvaluationConfig(sts=config.sts, split=config.split))
+    tasks = read_useb(Path(config.useb), config.split or "test") if config.useb else []
+    if twice := {folder.name for folder in retrieval} & {dataset.name for dataset in pairs.sts}:
+        raise InputError(
+            f"two evaluation sets are called {min(twice)!r}, and results are kept by name; "
+            "rename a folder, or evaluate one after the other"
+        )
+    return FoundSets(retrieval, pairs, tasks)
+
+
+def load_rescore(config: EvaluateConfig, device: str) -> RescoreRun | None:
+    """The re-ranker as a function of a set and a run; None without `rerank`."""
+    if not config.rerank:
+        return None
+    from sgpt.cross_encoder.cross_encoder import CrossEncoder
+    from sgpt.retrieval.rerank import rerank
+
+    ranker = CrossEncoder.from_pretrained(config.rerank, prompt=config.prompt)
+    ranker.model.to(device)
+    return partial(rerank, ranker)
+
+
+def read_retrieval_sets(
+    folders: list[BeirFolder], config: EvaluateConfig, say: Callable[[str], object]
+) -> Iterator[tuple[BeirFolder, TunedSet]]:
+    """Parses every set now, and gives them one by one. say: is called with the reason when a fusion is left out."""
+    kept: dict[str, TunedSet] = {}
+    characters_kept = 0
+    for folder in folders:
+        with under_way(f"reading {folder.name}"):
+            tuned, reason = _read(folder, config)
+        if reason:
+            say(reason)
+        characters = sum(map(len, tuned.dataset.corpus.values()))
+        if characters_kept + characters <= KEPT_CHARACTERS or len(folders) == 1:
+            kept[folder.name] = tuned
+            characters_kept += characters
+        del tuned  # or two corpora would be in memory while the next one is parsed
+    return ((folder, kept.pop(folder.name, None) or _read(folder, config)[0]) for folder in folders)
+
+
+def _read(folder: BeirFolder, config: EvaluateConfig) -> tuple[TunedSet, str]:
+    """The set, and why it has no queries to tune on; "" where it has, or needs none."""
+    dataset = read_beir_folder(folder)
+    if not (config.bm25 and config.fuse):
+        return TunedSet(dataset, None), ""
+    dev, reason = compare.tuning_set(folder, dataset, config.dev_split)
+    return TunedSet(dataset, dev), reason
+
+
+def score_all(
+    encoder: Encoder,
+    sets: FoundSets,
+    retrieval: Iterator[tuple[BeirFolder, TunedSet]],
+    config: EvaluateConfig,
+    rescore: RescoreRun | None = None,
+) -> dict[str, Systems]:
+    """Set -> system -> results. What is finished is recorded after every set: a killed evaluation keeps what it has."""
+    results: dict[str, Systems] = {}
+    for folder, tuned in retrieval:
+        with keeping(_what_is_kept(results, config)):
+            results[folder.name] = _score(encoder, folder.name, tuned, config, rescore)
+        record(config, results)
+    results = with_cqadupstack(results)
+    results |= _of_the_model(evaluate(encoder, sets.pairs))
+    record(config, results)
+    results |= _of_the_model(useb(encoder, sets.tasks))
+    record(config, results)
+    return results
+
+
+def _score(encoder: Encoder, name: str, tuned: TunedSet, config: EvaluateConfig, rescore: RescoreRun | None) -> Systems:
+    dataset = tuned.dataset
+    title = f"evaluating on {name}, {len(dataset.qrels):,} queries and {len(dataset.corpus):,} documents"
+    with under_way(title):
+        systems = compare.rank(
+            encoder, dataset, tuned.dev, bm25=config.bm25, fuse=config.fuse, rescore=rescore, depth=config.depth
+        )
+    if config.runs:
+        compare.write_runs(Path(config.runs), dataset, systems)
+    return compare.measured(dataset, systems, config.depth)
+
+
+def _what_is_kept(results: Mapping[str, Systems], config: EvaluateConfig) -> str:
+    if results and (config.output or config.systems_output):
+        return "the results of the sets before are kept"
+    return "no set was finished"
+
+
+def _of_the_model(results: Results) -> dict[str, Systems]:
+    """Pairs and USEB have no other system than the model."""
+    return {name: {"model": {"metrics": metrics}} for name, metrics in results.items()}
+
+
+def record(config: EvaluateConfig, results: Mapping[str, Systems]) -> None:
+    """output: set -> metrics of the model. systems_output: set -> system -> everything."""
+    if config.output:
+        of_the_model = {name: systems["model"]["metrics"] for name, systems in results.items()}
+        _write_json(Path(config.output), of_the_model)
+    if config.systems_output:
+        everything = {
+            "model": config.model,
+            "rerank": config.rerank,
+            "prompt": config.prompt,
+            "depth": config.depth,
+            "sets": results,
+            "averages": beir_averages(results),
+        }
+        _write_json(Path(config.systems_output), everything)
+
+
+def _write_json(file: Path, content: object) -> None:
+    write_whole(file, json.dumps(content, indent=2) + "\n")
