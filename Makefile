@@ -32,7 +32,7 @@ test-machines: $(BIN)/.installed-dev  ## what is promised bit for bit, with othe
 	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -q -m "bitwise and not slow and not gpu"
 
 parity: $(BIN)/.installed-dev  ## how equal the gradient is, whatever way it is computed: a table by family
-	OMP_NUM_THREADS=1 $(BIN)/python tests/test_gradient_parity.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.test_gradient_parity
 
 smoke: install  ## the embedded default shrunk to seconds
 	$(LAUNCH) train/biencoder.py experiment=pydocs debug=tiny name=smoke resume=true

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from conftest import byte_level
 from transformers import CONFIG_MAPPING, AutoModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from sgpt.encoder.encoder import Encoder
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
+from tests.conftest import byte_level
 
 TEXTS = [
     "parse a date",

@@ -178,7 +178,7 @@ def _read(path: Path, columns: tuple[str, ...]) -> Iterator[list[str]]:
     if columns:
         yield from ([row[column] for column in columns] for _, row in read_rows(path))
     else:
-        for example in beir.read_examples(path, "train", "triples.train.tsv", 1):
+        for example in beir.beir_examples(path, "train", "triples.train.tsv", 1):
             yield [example.query, example.positive, *example.hard_negatives]
 
 

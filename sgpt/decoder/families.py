@@ -2,7 +2,7 @@
 
 To add a family, write its row: what a row does not say is as in `Family`, and families without a row are causal, padded
 and compared with plain transformers before they are used (sgpt/decoder/agreement.py). `packed` is promised only for
-families that tests/test_gradient_parity.py proves.
+families that tests/training/test_gradient_parity.py proves.
 """
 
 import inspect

@@ -23,10 +23,10 @@ from sgpt.mining.task import read_task
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.jobs import Blocks, sole_writer
+from tests.cross_encoder.test_cross_encoder import as_the_original
 from tests.starts import Ended, Start, beir, blocks, free_port, start_all
-from tests.test_cross_encoder import as_the_original
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 SCIFACT = REPOSITORY.parent / "shared" / "data" / "scifact"
 WIDE = {"first_rank": 1, "last_rank": 50, "negatives_per_query": 5}
 needs_scifact = pytest.mark.skipif(not SCIFACT.is_dir(), reason=f"no SciFact at {SCIFACT}")

@@ -17,7 +17,7 @@ from sgpt.data.feed.store import stored
 from sgpt.data.sources import msmarco, nli
 from sgpt.runtime.errors import InputError
 
-REAL_PAIRS = Path(__file__).parents[2] / "shared" / "data" / "nli" / "pairs.jsonl.gz"
+REAL_PAIRS = Path(__file__).parents[3] / "shared" / "data" / "nli" / "pairs.jsonl.gz"
 
 
 def write(file: Path, *rows: object) -> Path:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 CONFIG = """
 name: toy

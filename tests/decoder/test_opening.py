@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from damage import damaged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -24,6 +23,7 @@ from sgpt.encoder.model_folder import ModelFolder, find_model
 from sgpt.evaluation.evaluate import Sets, evaluate
 from sgpt.mining.rules import cross_encoder
 from sgpt.runtime.errors import InputError
+from tests.damage import damaged
 
 TEXTS = ["parse a date from a string", "[x] {y} naïve 東京", "the quick brown fox " * 5]
 

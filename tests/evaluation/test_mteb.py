@@ -22,7 +22,7 @@ from sgpt.retrieval.metrics import ranking
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY.parent / "shared" / "data"
 MARKERS = MarkersConfig("brackets", query_max_tokens=24, document_max_tokens=40)
 mteb = pytest.importorskip("mteb", reason="mteb is not installed: pip install 'sgpt-framework[mteb]'")
@@ -159,8 +159,9 @@ def test_equals_are_compared_as_queries(task, prompt_type, role):
 def tiny_head(tmp_path_factory) -> CrossEncoder:
     """A random decoder with its language-model head, opened by the real code."""
     import torch
-    from conftest import FAMILIES, byte_level
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    from tests.conftest import FAMILIES, byte_level
 
     folder, tokenizer = tmp_path_factory.mktemp("head"), byte_level()
     torch.manual_seed(0)

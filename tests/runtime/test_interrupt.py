@@ -13,7 +13,7 @@ import pytest
 
 from sgpt.runtime.interrupt import SAME_PRESS_SECONDS
 from tests.starts import REPOSITORY, Ended, Start, beir, free_port, start_all
-from tests.test_resume import EXAMPLES
+from tests.training.test_resume import EXAMPLES
 
 STEPS = 20
 

@@ -15,12 +15,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import LIMITS, random_trunk
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from test_end_to_end import ROWS, Ended, all_started, lines
-from test_export import TOLERANCE, weighted_mean_by_hand
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModel
 
@@ -39,6 +36,9 @@ from sgpt.training import record as outcome
 from sgpt.training.config import TrainConfig
 from sgpt.training.run_folder import open_run
 from sgpt.training.tuning import TuningConfig, learning, tune
+from tests.conftest import LIMITS, random_trunk
+from tests.encoder.test_export import TOLERANCE, weighted_mean_by_hand
+from tests.test_end_to_end import ROWS, Ended, all_started, lines
 
 TEXTS = ["sort a path", "[[1]]", "what?", "naïve 東京 🙂", "word " * 100]
 

@@ -1,13 +1,13 @@
 """Markers and truncation against ids written by hand, in a vocabulary small enough to read."""
 
 import pytest
-from conftest import REAL_GPT2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig, frames
 from sgpt.text.tokens import marked
+from tests.conftest import REAL_GPT2
 
 # byte-level BPE (Ġ is the blank): `?]` merges into 9 and ` a` into 10, as GPT-2's vocabulary would merge them
 VOCABULARY = {

@@ -5,13 +5,13 @@ refused.
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, POSITIONS
 from huggingface_hub import constants
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 import sgpt.encoder.encoder
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk, token_embeddings
 from sgpt.runtime.errors import InputError
+from tests.conftest import FAMILIES, POSITIONS
 
 # Entries are about 1. Padding changes the shapes of the matrix products, hence the order of float32 sums, over two
 # layers.

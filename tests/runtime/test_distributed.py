@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import random_trunk
 
 from sgpt.data.feed.collate import collate
 from sgpt.data.feed.example import Example
@@ -21,6 +20,7 @@ from sgpt.text.markers import MarkersConfig
 from sgpt.training.loss import LossConfig, health
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, learning, tune
+from tests.conftest import random_trunk
 
 PROCESSES, QUERIES = 2, 4
 HARD_NEGATIVES, SYMMETRIC, KEEP_BYTES = (0, 2), (False, True), (math.inf, 0)

@@ -25,7 +25,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import FAMILIES, POSITIONS, WIDTH, random_trunk
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ from sgpt.text.tokens import Rows
 from sgpt.training.loss import LossConfig
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, learning, tune
+from tests.conftest import FAMILIES, POSITIONS, WIDTH, random_trunk
 
 Gradient = dict[str, Tensor]  # of each learning tensor by its name in the trunk; the loss itself is "loss"
 

@@ -11,7 +11,7 @@ from sgpt.encoder.encoder import Encoder
 from tests.conftest import random_trunk
 from tests.starts import Ended, Start, start_all
 
-PRESETS = {  # experiment -> family of its base, and tokens of a long document; learning rates and batches: tests/test_configs.py
+PRESETS = {  # experiment -> family of its base, and tokens of a long document; learning rates and batches: tests/cli/test_configs.py
     "nli_125m": ("gpt_neo", 75), "nli_5_8b": ("gptj", 75),
     "msmarco_125m": ("gpt_neo", 299), "msmarco_5_8b": ("gptj", 299),
 }  # fmt: skip

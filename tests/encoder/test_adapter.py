@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, random_trunk
 from peft import AutoPeftModelForFeatureExtraction, PeftModel
 from safetensors.torch import load_file
 
@@ -16,6 +15,7 @@ from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.runtime.errors import InputError
 from sgpt.training.tuning import TuningConfig, learning, tune
+from tests.conftest import FAMILIES, random_trunk
 
 IDS = torch.arange(1, 19).reshape(2, 9)
 IN_PEFT = [family for family in FAMILIES if family not in ("gpt2", "qwen2", "qwen3")]  # Conv1D; too few biases; none

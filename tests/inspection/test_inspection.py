@@ -24,8 +24,8 @@ from sgpt.inspection.sample import sample, scripts
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig, frames
 
-REPOSITORY = Path(__file__).parents[1]
-NLI = Path(__file__).parents[2] / "shared" / "data" / "nli" / "triplets.dev.jsonl.gz"
+REPOSITORY = Path(__file__).parents[2]
+NLI = Path(__file__).parents[3] / "shared" / "data" / "nli" / "triplets.dev.jsonl.gz"
 LIMITS = MarkersConfig(query_max_tokens=8, document_max_tokens=12)
 EXAMPLES = [
     Example("a question", "first answer", ("bad one",), ("second answer",)),

@@ -21,8 +21,8 @@ from sgpt.retrieval.rerank import RerankConfig, rerank, run_rerank
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.jobs import sole_writer
 from sgpt.runtime.provenance import threads
+from tests.cross_encoder.test_cross_encoder import as_the_original
 from tests.starts import Start, beir, blocks, free_port, start_all
-from tests.test_cross_encoder import as_the_original
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, random_trunk
 from torch import Tensor
 
 from sgpt.decoder import varlen
@@ -17,6 +16,7 @@ from sgpt.decoder.attention import PackContext, _by_blocks, prepare
 from sgpt.decoder.families import PACKED_FAMILIES
 from sgpt.decoder.packing import packs
 from sgpt.decoder.trunk import packed_token_embeddings
+from tests.conftest import FAMILIES, random_trunk
 
 ROWS = [[1] * length for length in (1, 40, 7, 23, 7, 2, 23, 5)]
 

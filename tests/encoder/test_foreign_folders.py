@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import damaged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
@@ -15,6 +14,7 @@ from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 
 from sgpt.encoder.encoder import Encoder
 from sgpt.runtime.errors import InputError
+from tests.damage import damaged
 
 QUERIES = ["Parse a DATE from a string", "what?", "x" * 5, "how long can a text be that is long " * 6]
 DOCUMENTS = ["Dates are PARSED by strptime.", "Naïve 東京 Text", "a b c d e f g " * 12]

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import END, FAMILIES, LIMITS, REAL_GPT2, random_trunk
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, pre_tokenizers
@@ -24,6 +23,7 @@ from sgpt.encoder.verify import hostile_texts, verify
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import ROLES, MarkersConfig
 from sgpt.training.tuning import TuningConfig, learning, tune
+from tests.conftest import END, FAMILIES, LIMITS, REAL_GPT2, random_trunk
 
 SUFFIX = {"query": ("[", "]"), "document": ("{", "}")}
 TEXTS = ["", "[[1]]", "what?", "{}", "]", " both ", "\n", f"[a]{END}[b]", "naïve 東京 🙂", "word " * 200]

@@ -11,7 +11,6 @@ import pytest
 import pytrec_eval
 import torch
 import transformers
-from conftest import SIZES, byte_level
 
 import sgpt.retrieval.dense
 from sgpt.data.formats.beir import read_retrieval
@@ -27,8 +26,9 @@ from sgpt.retrieval.dense import retrieve, search
 from sgpt.retrieval.fusion import interpolated, reciprocal_rank_fusion
 from sgpt.retrieval.metrics import ranking, ranking_per_query
 from sgpt.runtime.errors import InputError
+from tests.conftest import SIZES, byte_level
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared" / "data"
 VERBS = ["parse", "open", "read", "write", "sort", "join", "count", "split", "find", "match"]
 NOUNS = ["date", "file", "list", "path", "text"]

@@ -30,7 +30,7 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.overrides import Text, as_typed, texts
 from sgpt.training.config import TrainConfig
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
 SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig, "pretrain": PretrainConfig, "mine": MineConfig,

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import random_trunk
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
 
@@ -30,6 +29,7 @@ from sgpt.training.guide import grouped, guided
 from sgpt.training.loss import LossConfig, health, objective
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, learning, tune
+from tests.conftest import random_trunk
 
 WORDS = ["parse a date", "open a file", "sort words", "sum numbers", "join paths", "read lines", "make a folder", "find text"]
 EXAMPLES = [Example(word, f"how to {word} from a string", (f"never {word}", f"{word} or not")) for word in WORDS]

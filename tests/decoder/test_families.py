@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_level
-from family_sweep import build, main, sweep
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from sgpt.cross_encoder.cross_encoder import load_language_model
@@ -15,6 +13,8 @@ from sgpt.decoder import agreement, families
 from sgpt.decoder.trunk import ModelConfig, load_trunk
 from sgpt.encoder.encoder import Encoder
 from sgpt.runtime.errors import InputError
+from tests.conftest import byte_level
+from tests.family_sweep import build, main, sweep
 
 QUICK = [
     "longformer",

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import random_trunk
 
 from sgpt.data.feed.collate import Batch, collate
 from sgpt.data.feed.example import Example
@@ -15,6 +14,7 @@ from sgpt.text.markers import MarkersConfig
 from sgpt.training.loss import LOSSES, LossConfig, health, objective
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, tune
+from tests.conftest import random_trunk
 
 TEXTS = [
     "parse a date",
