@@ -1,10 +1,12 @@
-"""What does a re-ranker cost beside the encoder? Memory of one, of the other, of both over one trunk, and of both opened apart.
+"""What does a re-ranker cost beside the encoder? Memory of one, of the other, of both over one trunk, and of both
+opened apart.
 
     python benchmarks/one_trunk.py [--shape 125m] [--documents 40] [--rounds 2]
 
-The encoder is a bias delta over the decoder that re-ranks, both opened by `sgpt.retrieval.searcher.load_encoder_and_reranker`. Each way is a fresh process,
-which encodes the documents and re-ranks them for one query; embeddings and scores must be the same before anything is shown.
-Memory is the peak of the resident size, and what it is when the work is done, over what it was before the models were opened.
+The encoder is a bias delta over the decoder that re-ranks, both opened by
+`sgpt.retrieval.searcher.load_encoder_and_reranker`. Each way is a fresh process, which encodes the documents and
+re-ranks them for one query; embeddings and scores must be the same before anything is shown. Memory is the peak of the
+resident size, and what it is when the work is done, over what it was before the models were opened.
 """
 
 from dataclasses import asdict
@@ -33,16 +35,24 @@ WAYS = ("one trunk", "encoder alone", "re-ranker alone", "opened apart")
 
 def main() -> None:
     made = parser(__doc__, shape="125m", rounds=2)
-    made.add_argument("--data", choices=DOCUMENTS, default="squad", help="documents below --shared (default: %(default)s)")
+    made.add_argument(
+        "--data", choices=DOCUMENTS, default="squad", help="documents below --shared (default: %(default)s)"
+    )
     made.add_argument("--documents", type=int, default=40, help="(default: %(default)s)")
     options = made.parse_args()
     with setting(options, "squad", lambda folder: read_documents(options.data, options.documents, folder)) as given:
         save_tuned(given)
         report = Report(options, COLUMNS, same_results)
-        rows = race(report, [Variant(way, way) for way in WAYS], options.rounds, lambda variant: fresh(work, given, asdict(variant)))
+        rows = race(
+            report, [Variant(way, way) for way in WAYS], options.rounds,
+            lambda variant: fresh(work, given, asdict(variant))
+        )
     for way in ("encoder alone", "re-ranker alone", "opened apart"):
         for key, name in {"peak_mb": "peak", "resident_mb": "afterwards"}.items():
-            report.verdict(f"one trunk / {way}, {name}", [both[key] / one[key] for both, one in zip(rows["one trunk"], rows[way], strict=True)], against=None)
+            report.verdict(
+                f"one trunk / {way}, {name}",
+                [both[key] / one[key] for both, one in zip(rows["one trunk"], rows[way], strict=True)], against=None
+            )
 
 
 def save_tuned(given: Setting) -> None:

@@ -1,11 +1,13 @@
-"""Is it the same training? Our loop and sentence-transformers' trainer, from the same base, texts, batch order and steps.
+"""Is it the same training? Our loop and sentence-transformers' trainer, from the same base, texts, batch order and
+steps.
 
     python benchmarks/parity_sentence_transformers.py [--steps 60] [--data data/raw/pydocs] [--base data/nano]
 
-Both train the biases of `nano` on pydocs in float32 without dropout. sentence-transformers 6.2 gets an export of the untuned
-base (so it sees the same markers), its biases are unfrozen by hand, and its batches are put in our order. Examples with a
-text that occurs twice are left out, because our loss masks duplicates and theirs does not. Printed: the loss of each step,
-the largest difference over the first 50, nDCG@10 on the dev packages before and after, and pairs per second of both.
+Both train the biases of `nano` on pydocs in float32 without dropout. sentence-transformers 6.2 gets an export of the
+untuned base (so it sees the same markers), its biases are unfrozen by hand, and its batches are put in our order.
+Examples with a text that occurs twice are left out, because our loss masks duplicates and theirs does not. Printed: the
+loss of each step, the largest difference over the first 50, nDCG@10 on the dev packages before and after, and pairs per
+second of both.
 """
 
 import argparse
@@ -58,18 +60,26 @@ def main() -> None:
         export(encoder, Path(folder) / "base", card="the untuned base")
         feed = feed_of(examples, encoder)
         ours, our_seconds = train_ours(encoder, feed, optim, options.steps, Path(folder) / "run")
-        theirs, their_seconds, tuned = train_theirs(Path(folder) / "base", examples, feed, optim, options.steps, Path(folder) / "st")
+        theirs, their_seconds, tuned = train_theirs(
+            Path(folder) / "base", examples, feed, optim, options.steps, Path(folder) / "st"
+        )
         other = fresh_encoder(options.base)
         other.trunk.load_state_dict(tuned.transformers_model.state_dict())
 
     for step, (left, right) in enumerate(zip(ours, theirs, strict=True), 1):
         print(f"step {step:3d}  ours {left:.6f}  sentence-transformers {right:.6f}  difference {abs(left - right):.1e}")
     worst = max(abs(left - right) for left, right in list(zip(ours, theirs, strict=True))[:COMPARED])
-    print(f"largest difference of the loss over the first {min(COMPARED, options.steps)} steps: {worst:.1e} (wanted: 1e-4 or less)")
+    print(
+        f"largest difference of the loss over the first {min(COMPARED, options.steps)} steps: {worst:.1e} (wanted: "
+        f"1e-4 or less)"
+    )
     print(f"after, ours:                  {evaluate(encoder, sets)}")
     print(f"after, sentence-transformers: {evaluate(other, sets)}")
     pairs = options.steps * QUERIES
-    print(f"pairs per second: ours {pairs / our_seconds:.1f}, sentence-transformers {pairs / their_seconds:.1f}, ratio {their_seconds / our_seconds:.2f}")
+    print(
+        f"pairs per second: ours {pairs / our_seconds:.1f}, sentence-transformers {pairs / their_seconds:.1f}, ratio "
+        f"{their_seconds / our_seconds:.2f}"
+    )
 
 
 def distinct(examples: Iterable[Example]) -> list[Example]:
@@ -100,7 +110,9 @@ def feed_of(examples: list[Example], encoder: Encoder) -> Feed:
 def train_ours(encoder: Encoder, feed: Feed, optim: OptimConfig, steps: int, folder: Path) -> tuple[list[float], float]:
     folder.mkdir()
     run = RunFolder(folder)
-    config = TrainerConfig(queries_per_process=QUERIES, max_steps=steps, seed=SEED, log_every_steps=1, save_every_steps=10**9)
+    config = TrainerConfig(
+        queries_per_process=QUERIES, max_steps=steps, seed=SEED, log_every_steps=1, save_every_steps=10**9
+    )
     state = train(encoder, feed, Accelerator(), run, config, LossConfig(), optim, dict)
 
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()], state.seconds
@@ -129,12 +141,16 @@ def train_theirs(
             return steps
 
     arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=QUERIES, max_steps=steps, learning_rate=optim.learning_rate, weight_decay=0.0,
-        adam_epsilon=optim.epsilon, lr_scheduler_type="linear", warmup_steps=-(-steps // 10), max_grad_norm=optim.max_grad_norm, seed=SEED,
+        output_dir=str(folder), per_device_train_batch_size=QUERIES, max_steps=steps, learning_rate=optim.learning_rate,
+        weight_decay=0.0,
+        adam_epsilon=optim.epsilon, lr_scheduler_type="linear", warmup_steps=-(-steps // 10),
+        max_grad_norm=optim.max_grad_norm, seed=SEED,
         logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, batch_sampler=OurOrder,
         router_mapping={"query": "query", "positive": "document", "negative": "document"},
     )
-    trainer = SentenceTransformerTrainer(model, arguments, train_dataset=Dataset.from_dict(columns), loss=MultipleNegativesRankingLoss(model, scale=20.0))
+    trainer = SentenceTransformerTrainer(
+        model, arguments, train_dataset=Dataset.from_dict(columns), loss=MultipleNegativesRankingLoss(model, scale=20.0)
+    )
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started

@@ -1,12 +1,15 @@
-"""What is re-ranking by SGPT-CE worth? BM25, the bi-encoder, both fused and both re-ranked, on real sets; honest where it loses.
+"""What is re-ranking by SGPT-CE worth? BM25, the bi-encoder, both fused and both re-ranked, on real sets; honest where
+it loses.
 
-    python benchmarks/rerank_quality.py --encoder runs/pydocs [--sets scifact squad cranfield cacm cisi quora] [--queries 40]
+    python benchmarks/rerank_quality.py --encoder runs/pydocs [--sets scifact squad cranfield cacm cisi quora]
+        [--queries 40]
         [--rankers data/nano …] [--bfloat16]
 
-The first ranker gets `compare.rank`'s whole table, the tables of train/evaluate.py; every other one re-ranks BM25. Only the first --queries of each
-set, over its whole corpus. quora is a file of question pairs: its duplicates of the test part are queries and their answers, all questions of
-the part but the queries the corpus, the prompt is the symmetric one. --bfloat16 scores once more with the first ranker in bfloat16: nDCG@10 and
-Kendall's tau between the two orders of each query's documents, mean and least.
+The first ranker gets `compare.rank`'s whole table, the tables of train/evaluate.py; every other one re-ranks BM25. Only
+the first --queries of each set, over its whole corpus. quora is a file of question pairs: its duplicates of the test
+part are queries and their answers, all questions of the part but the queries the corpus, the prompt is the symmetric
+one. --bfloat16 scores once more with the first ranker in bfloat16: nDCG@10 and Kendall's tau between the two orders of
+each query's documents, mean and least.
 """
 
 import argparse
@@ -48,7 +51,9 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="the first ranker once more in bfloat16")
     parser.add_argument("--shared", default="../shared/data", help="folder of the sets (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--output", default="runs/bench/rerank_quality.jsonl", help="each set is appended to it (default: %(default)s)")
+    parser.add_argument(
+        "--output", default="runs/bench/rerank_quality.jsonl", help="each set is appended to it (default: %(default)s)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     described, encoder = about(options), Encoder.from_pretrained(options.encoder)
@@ -65,9 +70,14 @@ def results(name: str, encoder: Encoder, options: argparse.Namespace) -> dict:
     whole = read_duplicates(folder) if name == "quora" else read_retrieval(folder, "test")
     chosen = fewer_queries(whole, options.queries)
     first, *others = options.rankers
-    systems = compare.rank(encoder, chosen, tuning_set(name, folder, whole, options.queries), rescore=scorer(first, prompt), depth=options.depth)
+    systems = compare.rank(
+        encoder, chosen, tuning_set(name, folder, whole, options.queries), rescore=scorer(first, prompt),
+        depth=options.depth
+    )
     measured = compare.measured(chosen, systems, options.depth)
-    Console(width=200).print(systems_table({name: measured}, f"{name}, {len(chosen.queries)} queries, re-ranked by {first}, prompt {prompt}"))
+    Console(width=200).print(
+        systems_table({name: measured}, f"{name}, {len(chosen.queries)} queries, re-ranked by {first}, prompt {prompt}")
+    )
     found = {"systems": measured, "others": {}}
     bm25 = systems["bm25"].run
     for other in others:
@@ -76,14 +86,27 @@ def results(name: str, encoder: Encoder, options: argparse.Namespace) -> dict:
         except InputError as error:  # a query that does not fit its positions, for one
             print(f"{name}: {other} is left out: {error}", flush=True)
             continue
-        row = {str(top): ranking(chosen.qrels, reordered(bm25, scores, top))["ndcg@10"] for top in (compare.SHALLOW, options.depth)}
-        print(f"{name}: BM25 → {other}, nDCG@10 × 100: " + ", ".join(f"top {top} {100 * value:.2f}" for top, value in row.items()), flush=True)
+        row = {
+            str(top): ranking(chosen.qrels, reordered(bm25, scores, top))["ndcg@10"]
+            for top in (compare.SHALLOW, options.depth)
+        }
+        print(
+            f"{name}: BM25 → {other}, nDCG@10 × 100: "
+            + ", ".join(f"top {top} {100 * value:.2f}" for top, value in row.items()),
+            flush=True
+        )
         found["others"][other] = row
     if options.bfloat16:
         half = scorer(first, prompt, "bfloat16")(chosen, bm25, options.depth)
-        value, taus = ranking(chosen.qrels, reordered(bm25, half, options.depth))["ndcg@10"], agreement(systems["bm25_reranked"].scores, half)
+        value, taus = ranking(
+            chosen.qrels, reordered(bm25, half, options.depth)
+        )["ndcg@10"], agreement(systems["bm25_reranked"].scores, half)
         found["bfloat16"] = {"ndcg@10": value, "tau": sum(taus) / len(taus), "least_tau": min(taus)}
-        print(f"{name}: in bfloat16 nDCG@10 × 100 {100 * value:.2f}; Kendall's tau to float32 {sum(taus) / len(taus):.4f}, least {min(taus):.4f}", flush=True)
+        print(
+            f"{name}: in bfloat16 nDCG@10 × 100 {100 * value:.2f}; Kendall's tau to float32 "
+            f"{sum(taus) / len(taus):.4f}, least {min(taus):.4f}",
+            flush=True
+        )
     return found
 
 
@@ -93,7 +116,10 @@ def scorer(ranker: str, prompt: str, dtype: str = "float32") -> compare.RescoreR
 
 def agreement(left: Run, right: Run) -> list[float]:
     """Kendall's tau of each query's documents, of which there are at least two."""
-    return [kendalltau(list(scores.values()), [right[query][name] for name in scores]).statistic for query, scores in left.items() if len(scores) > 1]
+    return [
+        kendalltau(list(scores.values()), [right[query][name] for name in scores]).statistic for query,
+        scores in left.items() if len(scores) > 1
+    ]
 
 
 def tuning_set(name: str, folder: Path, whole: RetrievalSet, queries: int) -> RetrievalSet | None:
@@ -111,7 +137,10 @@ def tuning_set(name: str, folder: Path, whole: RetrievalSet, queries: int) -> Re
 def read_duplicates(folder: Path) -> RetrievalSet:
     """Each first question of a duplicate pair looks for its second ones."""
     rows = [row for _, row in read_rows(folder / "pairs.jsonl.gz") if row["split"] == "test"]
-    pairs = [(row["question1"], row["question2"]) for row in rows if row["duplicate"] and row["question1"] != row["question2"]]
+    pairs = [
+        (row["question1"], row["question2"]) for row in rows if row["duplicate"]
+        and row["question1"] != row["question2"]
+    ]
     queries = {text: f"q{number}" for number, text in enumerate(dict.fromkeys(first for first, _ in pairs))}
     others = dict.fromkeys(row[side] for row in rows for side in ("question1", "question2"))
     corpus = {text: f"d{number}" for number, text in enumerate(text for text in others if text not in queries)}
@@ -120,7 +149,9 @@ def read_duplicates(folder: Path) -> RetrievalSet:
         if second in corpus:
             qrels.setdefault(queries[first], {})[corpus[second]] = 1
     texts = {name: text for text, name in queries.items()}
-    return RetrievalSet("quora", {name: text for text, name in corpus.items()}, {query: texts[query] for query in qrels}, qrels)
+    return RetrievalSet(
+        "quora", {name: text for text, name in corpus.items()}, {query: texts[query] for query in qrels}, qrels
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ The folders, from the ground up; each imports from lower floors only, and never 
     cli/            the command line, then train/*.py
 
 Letters in every docstring: Q queries of this process, H hard negatives a query, R = 1 + H documents a query, T tokens,
-D embedding size, W processes, C = W·Q·R candidates. Documents are query-major everywhere: query i's positive is row i·R,
+D embedding size, W processes, C = W·Q·R candidates. Documents are query-major: query i's positive is row i·R,
 and row (rank·Q + i)·R after the gather.
 """
 

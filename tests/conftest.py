@@ -1,4 +1,6 @@
-"""Small random models of the real classes, saved once and opened by the real loading code, with tokenizers trained here."""
+"""Small random models of the real classes, saved once and opened by the real loading code, with tokenizers trained
+here.
+"""
 
 import argparse
 import inspect
@@ -41,7 +43,9 @@ LIMITS = {"query_max_tokens": 24, "document_max_tokens": 40}
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """A pytest that a script has started in the background ignores Ctrl-C, and so would all that it starts; inside of this it does not."""
+    """A pytest that a script has started in the background ignores Ctrl-C, and so would all that it starts; inside of
+    this it does not.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -49,7 +53,9 @@ def ctrl_c() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """tiny_base(family, *, real_tokenizer=False): folder of a 2-layer, 32-wide base, saved once a session. Biases are not zero."""
+    """tiny_base(family, *, real_tokenizer=False): folder of a 2-layer, 32-wide base, saved once a session. Biases are
+    not zero.
+    """
     saved: dict[tuple[str, bool], Path] = {}
 
     def make(family: str, *, real_tokenizer: bool = False) -> Path:
@@ -66,7 +72,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tiny_base: Callable[..., Path]) -> Callable[..., Encoder]:
-    """tiny_encoder(family, markers="brackets", *, pooling, normalize, real_tokenizer, dtype, **MarkersConfig fields): a new encoder each call."""
+    """tiny_encoder(family, markers="brackets", *, pooling, normalize, real_tokenizer, dtype, **MarkersConfig fields): a
+    new encoder each call.
+    """
 
     def make(
         family: str = "gpt_neo", markers: str = "brackets", *, pooling: str = "weighted_mean", normalize: bool = False,
@@ -81,7 +89,9 @@ def tiny_encoder(tiny_base: Callable[..., Path]) -> Callable[..., Encoder]:
 
 @pytest.fixture(scope="session")
 def language_model(tmp_path_factory: pytest.TempPathFactory, tiny_base: Callable[..., Path]) -> Callable[[str], Path]:
-    """language_model(family): folder of a tiny causal language model with its tokenizer, saved once a session. Biases are not zero."""
+    """language_model(family): folder of a tiny causal language model with its tokenizer, saved once a session. Biases
+    are not zero.
+    """
     saved: dict[str, Path] = {}
 
     def make(family: str) -> Path:
@@ -103,11 +113,14 @@ def language_model(tmp_path_factory: pytest.TempPathFactory, tiny_base: Callable
 
 def random_trunk(family: str, vocabulary: int, seed: int = 0, **changed) -> nn.Module:
     name, shape = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **{**shape, **changed})
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **{**shape, **changed}
+    )
     torch.manual_seed(seed)
     trunk = getattr(transformers, f"{name}Model")(config)
     with torch.no_grad():
-        for parameter_name, parameter in trunk.named_parameters():  # initialised biases are zero, and a lost zero is not seen
+        # initialised biases are zero, and a lost zero is not seen
+        for parameter_name, parameter in trunk.named_parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter_name.endswith("bias") else 0.1))
     return trunk.eval()
 
@@ -126,10 +139,15 @@ def byte_level(start: str | None = None) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     specials = [END, *([start] if start else [])]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False
+    )
     tokenizer.train_from_iterator([inspect.getsource(argparse), "what?] [[1]] {{a}} why?} " * 200], trainer)
     if start:
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=start or END)
 
 
@@ -138,7 +156,13 @@ def word_piece() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator([inspect.getsource(argparse)], trainers.WordPieceTrainer(vocab_size=700, special_tokens=specials, show_progress=False))
+    tokenizer.train_from_iterator(
+        [inspect.getsource(argparse)],
+        trainers.WordPieceTrainer(vocab_size=700, special_tokens=specials, show_progress=False)
+    )
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]"
+    )

@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 REPOSITORY = Path(__file__).parents[1]
 
-# One process imports everything; every start is a fork of it. It kills one when a file has so many lines, and leaves half a line there,
-# as a kill inside of a write does; or it sends all of one start a signal then, as a terminal does. Nothing comes in at their stdin.
+# One process imports everything; every start is a fork of it. It kills one when a file has so many lines, and leaves
+# half a line there,
+# as a kill inside of a write does; or it sends all of one start a signal then, as a terminal does. Nothing comes in at
+# their stdin.
 _STARTER = """
 import json, os, runpy, signal, sys, time
 import accelerate, bm25s, rich.console, torch
@@ -29,11 +31,13 @@ def started(number, job, rank):
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{number}-{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     if job["port"]:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
     if job["cores"]:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:job["cores"]])
     os.dup2(os.pipe()[0], 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored when the tests run in the background of a script
+    # which is ignored when the tests run in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv, sys.orig_argv, code = job["command"], ["python", *job["command"]], 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -52,7 +56,8 @@ for number, job in enumerate(jobs):
         raise SystemExit(job["before"])
     children = [started(number, job, rank) for rank in range(2 if job["port"] else 1)]
     if job["kill"]:
-        while lines(job["kill"][0]) < job["kill"][1] and not os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        looking = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while lines(job["kill"][0]) < job["kill"][1] and not os.waitid(os.P_PID, children[0], looking):
             time.sleep(0.0005)
         for child in children if job["signal"] else children[:1]:
             os.kill(child, job["signal"] or signal.SIGKILL)
@@ -66,7 +71,8 @@ for number, job in enumerate(jobs):
 
 
 class Start(NamedTuple):
-    """arguments of the script. kill: part file and its lines at which the process is killed. port: two processes meet there.
+    """arguments of the script. kill: part file and its lines at which the process is killed. port: two processes meet
+    there.
 
     signal: sent to all processes instead. script: another one than the others'.
     before: a shell command that runs first. cores: that the processes may use, all if None.
@@ -97,15 +103,23 @@ def free_port() -> int:
 
 def start_all(script: str, folder: Path, named: dict[str, Start]) -> dict[str, Ended]:
     """Runs train/<script>.py in `folder` once for each start, one after the other."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = {
+        **os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1", "COLUMNS": "200"
+    }
     jobs = []
     for start in named.values():
         path = str(REPOSITORY / "train" / f"{start.script or script}.py")
         jobs.append({**start._asdict(), "command": [path, *start.arguments]})
-    ended = subprocess.run([sys.executable, "-c", _STARTER], input=json.dumps(jobs), cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    ended = subprocess.run(
+        [sys.executable, "-c", _STARTER], input=json.dumps(jobs), cwd=folder, env=environment, capture_output=True,
+        text=True, timeout=280
+    )
     assert ended.returncode == 0, ended.stderr
     told = [json.loads(line) for line in ended.stdout.splitlines()]
-    texts = [[(folder / f"{number}-0.{stream}").read_text() for stream in ("out", "err")] for number in range(len(jobs))]
+    texts = [
+        [(folder / f"{number}-0.{stream}").read_text() for stream in ("out", "err")] for number in range(len(jobs))
+    ]
     return {name: Ended(*one, *text) for name, one, text in zip(named, told, texts, strict=True)}
 
 
@@ -118,13 +132,18 @@ def blocks(ended: Ended, kind: str) -> list[int]:
 def beir(folder: Path, corpus: dict[str, str], queries: dict[str, str], qrels: dict[str, dict[str, int]]) -> Path:
     (folder / "qrels").mkdir(parents=True)
     for name, texts in (("corpus", corpus), ("queries", queries)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items()))
-    judged = "".join(f"{query}\t{document}\t{score}\n" for query, documents in qrels.items() for document, score in documents.items())
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items())
+        )
+    judged = "".join(
+        f"{query}\t{document}\t{score}\n" for query, documents in qrels.items() for document, score in documents.items()
+    )
     (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
     return folder
 
 
-# The same one start after another, as a test asks for them: each with what it said, and with files of no more than `limit` bytes.
+# The same one start after another, as a test asks for them: each with what it said, and with files of no more than
+# `limit` bytes.
 _FORKER = """
 import json, os, resource, runpy, sys
 import rich.console, sentence_transformers, torch
@@ -178,8 +197,14 @@ Forks = Callable[..., Forked]
 @contextmanager
 def forks(folder: Path) -> Iterator[Forks]:
     """start(script, *overrides, limit=None), in `folder`."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "400", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
-    forker = subprocess.Popen([sys.executable, "-c", _FORKER], cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    environment = {
+        **os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "400", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(REPOSITORY)
+    }
+    forker = subprocess.Popen(
+        [sys.executable, "-c", _FORKER], cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True
+    )
 
     def start(script: str, *overrides: str, limit: int | None = None) -> Forked:
         forker.stdin.write(json.dumps([limit, [str(REPOSITORY / "train" / f"{script}.py"), *overrides]]) + "\n")
@@ -197,10 +222,16 @@ def forks(folder: Path) -> Iterator[Forks]:
 def small_training(data: Path, base: Path) -> Callable[[Path], list[str]]:
     """place -> overrides of a run of four steps with two checkpoints, which writes below `place` alone."""
     pairs, scored = data / "pairs.jsonl", data / "scored.jsonl"
-    pairs.write_text("".join(json.dumps({"query": f"what is {n}?", "positive": f"{n} is behind {n - 1}"}) + "\n" for n in range(64)))
-    scored.write_text("".join(json.dumps({"sentence1": f"{n}", "sentence2": f"{n + n % 3}", "score": n % 3}) + "\n" for n in range(6)))
+    pairs.write_text(
+        "".join(json.dumps({"query": f"what is {n}?", "positive": f"{n} is behind {n - 1}"}) + "\n" for n in range(64))
+    )
+    scored.write_text(
+        "".join(json.dumps({"sentence1": f"{n}", "sentence2": f"{n + n % 3}", "score": n % 3}) + "\n" for n in range(6))
+    )
     return lambda place: [
-        f"runs={place}/runs", f"data.cache={place}/cache", f"model.path={base}", f"data.path={pairs}", f"evaluation.sts=[{scored}]",
-        "markers.query_max_tokens=24", "markers.document_max_tokens=24", "trainer.threads=1", "trainer.queries_per_process=8",
+        f"runs={place}/runs", f"data.cache={place}/cache", f"model.path={base}", f"data.path={pairs}",
+        f"evaluation.sts=[{scored}]",
+        "markers.query_max_tokens=24", "markers.document_max_tokens=24", "trainer.threads=1",
+        "trainer.queries_per_process=8",
         "trainer.max_steps=4", "trainer.save_every_steps=2", "trainer.log_every_steps=1",
     ]  # fmt: skip

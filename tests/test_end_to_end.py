@@ -1,4 +1,6 @@
-"""The scripts as a user starts them: texts in, an exported model out, found again by every other script. On a CPU, offline."""
+"""The scripts as a user starts them: texts in, an exported model out, found again by every other script. On a CPU,
+offline.
+"""
 
 import json
 import os
@@ -20,7 +22,10 @@ REPOSITORY = Path(__file__).parents[1]
 VERBS = ["parse", "open", "read", "write", "sort", "join", "count", "split", "find", "match"]
 NOUNS = ["date", "file", "list", "path", "text"]
 ROWS = [
-    {"query": f"{verb} a {noun}", "positive": f"how to {verb} every {noun} of the folder", "negative": f"never {verb} any {noun}"}
+    {
+        "query": f"{verb} a {noun}", "positive": f"how to {verb} every {noun} of the folder",
+        "negative": f"never {verb} any {noun}"
+    }
     for verb in VERBS for noun in NOUNS
 ]
 STEPS = 3
@@ -32,23 +37,35 @@ BAD_TRAINING = {
     "no path": (["data.path="], r"data\.path is empty; set data\.path=<file or folder> for data=file"),
     "not json": (["data.path=torn.jsonl"], r"torn\.jsonl, line 2: not JSON .*fix or remove the line"),
     "blank text": (["data.path=blank.jsonl"], r"blank\.jsonl, line 2, query: the text is blank"),
-    "too few negatives": (["data.num_hard_negatives=2"], r"train\.jsonl, line 1: 1 hard negatives in column 'negative'"),
+    "too few negatives": (
+        ["data.num_hard_negatives=2"], r"train\.jsonl, line 1: 1 hard negatives in column 'negative'"
+    ),
     "too few rows": (["trainer.queries_per_process=51"], r"50 training examples do not fill one batch of 51 queries"),
-    "no negatives at all": (["trainer.queries_per_process=1", "data.num_hard_negatives=0"], r"no negative at all and the loss would be 0"),
-    "too much accumulation": (["trainer.gradient_accumulation=100"], r"trainer\.gradient_accumulation=100 is more than the 6\.2 batches"),
+    "no negatives at all": (
+        ["trainer.queries_per_process=1", "data.num_hard_negatives=0"], r"no negative at all and the loss would be 0"
+    ),
+    "too much accumulation": (
+        ["trainer.gradient_accumulation=100"], r"trainer\.gradient_accumulation=100 is more than the 6\.2 batches"
+    ),
     "no model": (["model.path=nobody/nothing"], r"nobody/nothing: no such local folder, and .*give the local folder"),
     "limit": (["markers.document_max_tokens=129"], r"markers\.document_max_tokens=129 is more than the 128 positions"),
     "no evaluation set": (["evaluation.retrieval=[nowhere]"], r"nowhere.*no such f"),
     "no pairs": (["evaluation.sts=[nowhere.jsonl]"], r"nowhere\.jsonl: no such file"),
     "one name for two sets": (["evaluation.retrieval=[toy,./toy]"], r"two evaluation sets are called 'toy'"),
     "no bias": (["model.path=biasless"], r"tuning=bitfit found no bias parameters in LlamaModel"),
-    "wrong type": (["optim.learning_rate=fast"], r"optim\.learning_rate: Value 'fast' of type 'str' could not be converted to Float"),
+    "wrong type": (
+        ["optim.learning_rate=fast"],
+        r"optim\.learning_rate: Value 'fast' of type 'str' could not be converted to Float"
+    ),
 }
 # name -> a script with its arguments, and what its one sentence says
 BAD_USE = {
     "evaluate nothing": (["evaluate", "model=base"], r"set model=<folder or hub id> and retrieval="),
     "evaluate on nothing": (["evaluate", "model=base", "retrieval=[nowhere]"], r"nowhere.*no such f"),
-    "other pooling": (["evaluate", "model=runs/first", "sts=[similar.jsonl]", "pooling=mean"], r"carries its markers and pooling in sgpt\.json; do not"),
+    "other pooling": (
+        ["evaluate", "model=runs/first", "sts=[similar.jsonl]", "pooling=mean"],
+        r"carries its markers and pooling in sgpt\.json; do not"
+    ),
     "search nothing": (["search", "query=x"], r"set run=<run or export folder>"),
     "export nothing": (["export", "run=nowhere"], r"run=nowhere: no run folder"),
     "export over it": (["export", "run=runs/first", "output=toy"], r"toy exists and is no export of this framework"),
@@ -88,9 +105,16 @@ for number, (script, *arguments) in enumerate(json.load(sys.stdin)):
 
 
 def environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_CPU")}
-    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # as the door sets it, too late for a fork of a process that has the hub's library
-    return {**kept, **quiet, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TOKENIZERS_PARALLELISM": "false"}
+    kept = {
+        key: value for key,
+        value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_CPU")
+    }
+    # as the door sets it, too late for a fork of a process that has the hub's library
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return {
+        **kept, **quiet, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200",
+        "TOKENIZERS_PARALLELISM": "false"
+    }
 
 
 def started(folder: Path, *command: str) -> Ended:
@@ -101,9 +125,15 @@ def started(folder: Path, *command: str) -> Ended:
 def all_started(folder: Path, starts: list[list[str]]) -> list[Ended]:
     """Each of `starts`, a script's name and its arguments, one after the other in `folder`."""
     given = [[str(REPOSITORY / "train" / f"{script}.py"), *arguments] for script, *arguments in starts]
-    ended = subprocess.run([sys.executable, "-c", STARTER], input=json.dumps(given), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(
+        [sys.executable, "-c", STARTER], input=json.dumps(given), cwd=folder, env=environment(), capture_output=True,
+        text=True, timeout=300
+    )
     assert ended.returncode == 0, ended.stderr
-    return [Ended(int(code), *((folder / f"{number}.{name}").read_text() for name in ("out", "err"))) for number, code in enumerate(ended.stdout.split())]
+    return [
+        Ended(int(code), *((folder / f"{number}.{name}").read_text() for name in ("out", "err"))) for number,
+        code in enumerate(ended.stdout.split())
+    ]
 
 
 def lines(file: Path, *rows: dict | str) -> None:
@@ -120,14 +150,22 @@ def project(tiny_base, tmp_path_factory) -> Path:
     lines(folder / "toy" / "corpus.jsonl", *({"_id": f"d{n}", "text": row["positive"]} for n, row in enumerate(ROWS)))
     lines(folder / "toy" / "queries.jsonl", *({"_id": f"q{n}", "text": row["query"]} for n, row in enumerate(ROWS)))
     for split, part in (("dev", range(5)), ("test", range(5, 50))):
-        (folder / "toy" / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{n}\td{n}\t1\n" for n in part))
-    pairs = [{"sentence1": row["query"], "sentence2": other["query"], "score": n % 6} for n, (row, other) in enumerate(zip(ROWS, ROWS[3:], strict=False))]
+        (folder / "toy" / "qrels" / f"{split}.tsv").write_text(
+            "query-id\tcorpus-id\tscore\n" + "".join(f"q{n}\td{n}\t1\n" for n in part)
+        )
+    pairs = [
+        {"sentence1": row["query"], "sentence2": other["query"], "score": n % 6} for n,
+        (row, other) in enumerate(zip(ROWS, ROWS[3:], strict=False))
+    ]
     lines(folder / "similar.jsonl", *pairs)
     lines(folder / "torn.jsonl", ROWS[0], "{oops")
     lines(folder / "blank.jsonl", ROWS[0], {**ROWS[1], "query": " "})
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "biasless")
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 64}
+    shape = {
+        "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+        "max_position_embeddings": 64
+    }
     LlamaModel(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "biasless")
     ended = started(folder, sys.executable, str(REPOSITORY / "train" / "biencoder.py"), *TRAIN, "name=first", *EVALUATE)
     assert ended.code == 0, ended.err
@@ -136,11 +174,16 @@ def project(tiny_base, tmp_path_factory) -> Path:
 
 
 TRAIN = [
-    "model.path=base", "data.path=train.jsonl", "data.num_hard_negatives=1", "markers.query_max_tokens=24", "markers.document_max_tokens=40",
-    "trainer.queries_per_process=8", f"trainer.max_steps={STEPS}", "trainer.log_every_steps=1", "trainer.save_every_steps=2", "trainer.threads=1",
+    "model.path=base", "data.path=train.jsonl", "data.num_hard_negatives=1", "markers.query_max_tokens=24",
+    "markers.document_max_tokens=40",
+    "trainer.queries_per_process=8", f"trainer.max_steps={STEPS}", "trainer.log_every_steps=1",
+    "trainer.save_every_steps=2", "trainer.threads=1",
     "optim.learning_rate=1e-2",
 ]  # fmt: skip
-EVALUATE = ["evaluation.retrieval=[toy]", "evaluation.sts=[similar.jsonl]", "dev.retrieval=[toy]", "trainer.evaluate_every_steps=2"]
+EVALUATE = [
+    "evaluation.retrieval=[toy]", "evaluation.sts=[similar.jsonl]", "dev.retrieval=[toy]",
+    "trainer.evaluate_every_steps=2"
+]
 
 
 @pytest.fixture(scope="module")
@@ -153,19 +196,26 @@ def starts(project) -> dict[str, Ended]:
         "resumed": ["biencoder", *TRAIN, "name=first", *EVALUATE, "resume=true"],
         "resumed otherwise": ["biencoder", *TRAIN, "name=first", *EVALUATE, "resume=true", "optim.learning_rate=1e-3"],
         "evaluate": ["evaluate", "model=runs/first", "retrieval=[toy]", "sts=[similar.jsonl]", "output=out/after.json"],
-        "evaluate base": ["evaluate", "model=base", "retrieval=[toy]", "sts=[similar.jsonl]", "output=out/before.json", markers],
+        "evaluate base": [
+            "evaluate", "model=base", "retrieval=[toy]", "sts=[similar.jsonl]", "output=out/before.json", markers
+        ],
         "search": search,
         "search again": search,
         "export": ["export", "run=runs/first", "output=again"],
         "unscored": ["biencoder", *TRAIN, "name=unscored", "trainer.max_steps=1"],
-        **{name: ["biencoder", *TRAIN, f"name=bad/{name.replace(' ', '-')}", *more] for name, (more, _) in BAD_TRAINING.items()},
+        **{
+            name: ["biencoder", *TRAIN, f"name=bad/{name.replace(' ', '-')}", *more] for name,
+            (more, _) in BAD_TRAINING.items()
+        },
         **{name: arguments for name, (arguments, _) in BAD_USE.items()},
     }
     return dict(zip(named, all_started(project, list(named.values())), strict=True))
 
 
 def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    return [
+        row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row
+    ]
 
 
 # --- the run folder ---
@@ -174,11 +224,14 @@ def losses(folder: Path) -> list[float]:
 def test_the_run_folder_holds_everything_that_is_promised(project):
     run = project / "runs" / "first"
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "checkpoints", "adapter", "export", "results.json", "analysis.json", "report.html", "manifest.json",
+        "config.yaml", "metrics.jsonl", "checkpoints", "adapter", "export", "results.json", "analysis.json",
+        "report.html", "manifest.json",
     }  # fmt: skip
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-2", "step-3"}
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert (config["model"]["path"], config["optim"]["learning_rate"], config["trainer"]["max_steps"]) == ("base", 0.01, STEPS)
+    assert (
+        config["model"]["path"], config["optim"]["learning_rate"], config["trainer"]["max_steps"]
+    ) == ("base", 0.01, STEPS)
     assert (run / "report.html").read_text().lstrip().lower().startswith("<!doctype html>")
 
 
@@ -187,7 +240,9 @@ def test_every_logged_step_has_its_numbers(project):
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
     for row in steps:
-        assert row.keys() >= {"step", "loss", "learning_rate", "grad_norm", "queries_per_second", "tokens_per_second", "padding_share", "positive_cosine",
+        assert row.keys() >= {
+            "step", "loss", "learning_rate", "grad_norm", "queries_per_second", "tokens_per_second", "padding_share",
+            "positive_cosine",
                               "hardest_negative_cosine", "seconds"}  # fmt: skip
         assert all(np.isfinite(value) for value in row.values())
         assert 0 <= row["padding_share"] < 1
@@ -213,7 +268,8 @@ def test_the_manifest_says_what_was_trained_on_what(project):
     assert manifest["steps"] == STEPS
     assert manifest["processes"] == 1
     trained, total = manifest["parameters"]["trained"], manifest["parameters"]["total"]
-    assert trained == 2 * (32 + 32 + 32 + 128 + 32) + 32  # two layers: norms, attention output, MLP up and down; and the last norm
+    # two layers: norms, attention output, MLP up and down; and the last norm
+    assert trained == 2 * (32 + 32 + 32 + 128 + 32) + 32
     assert total > 10 * trained
     assert manifest["environment"]["versions"].keys() >= {"python", "torch", "transformers"}
     assert 0 < manifest["bytes"]["adapter"] < manifest["bytes"]["model"]
@@ -228,7 +284,11 @@ def test_the_run_ends_with_the_table_the_folder_and_what_to_type_next(project):
 
 def test_a_run_without_a_test_set_says_how_to_name_one(starts):
     assert starts["unscored"].code == 0, starts["unscored"].err
-    assert "no test set was named: evaluation.retrieval=[<BEIR folder>] or evaluation.sts=[<pairs file>] scores the next run" in starts["unscored"].out
+    expected = (
+        "no test set was named: evaluation.retrieval=[<BEIR folder>] or "
+        "evaluation.sts=[<pairs file>] scores the next run"
+    )
+    assert expected in starts["unscored"].out
     assert "ndcg@10" not in starts["unscored"].out
 
 
@@ -239,7 +299,9 @@ def test_our_encoder_and_sentence_transformers_open_the_export_with_equal_embedd
     texts = ["sort a path", "", "[[1]]", "what?", "naïve 🙂", "word " * 100]
     encoder = Encoder.from_pretrained(project / "runs" / "first" / "export")
     theirs = SentenceTransformer(str(project / "runs" / "first" / "export"), device="cpu")
-    for ours, other in ((encoder.encode_queries, theirs.encode_query), (encoder.encode_documents, theirs.encode_document)):
+    for ours, other in (
+        (encoder.encode_queries, theirs.encode_query), (encoder.encode_documents, theirs.encode_document)
+    ):
         # float32 over two layers, padded otherwise there; entries are about 1
         np.testing.assert_allclose(ours(texts), other(texts), rtol=0, atol=1e-5)
 
@@ -259,7 +321,11 @@ def test_the_adapter_over_the_base_and_the_export_again_are_the_export(project, 
 def test_a_finished_run_is_never_overwritten_in_silence(project, starts):
     ended = starts["again"]
     assert ended.code == 2
-    assert ended.err == "error: runs/first holds a finished run; resume it with resume=true, or choose another name=<name>\n"
+    expected = (
+        "error: runs/first holds a finished run; resume it with "
+        "resume=true, or choose another name=<name>\n"
+    )
+    assert ended.err == expected
 
 
 def test_resuming_a_finished_run_shows_its_table(project, starts):
@@ -285,7 +351,8 @@ def test_evaluate_gives_the_numbers_of_the_run(project, starts):
         found = json.loads((project / "out" / f"{part}.json").read_text())
         assert found.keys() == results[part].keys()
         for chosen in found:
-            assert found[chosen] == pytest.approx(results[part][chosen], rel=1e-6), part  # the same weights, code and machine
+            # the same weights, code and machine
+            assert found[chosen] == pytest.approx(results[part][chosen], rel=1e-6), part
     assert re.search(r"toy .* ndcg@10 .*100\.00", starts["evaluate"].out)  # BM25 stands beside it
 
 
@@ -310,8 +377,14 @@ def test_search_finds_in_the_corpus_and_uses_its_index_again(project, starts):
 @pytest.fixture(scope="module")
 def two_processes(project) -> Path:
     """The same run over two processes, each with half of the batch."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    halves = [argument if not argument.startswith("trainer.queries") else "trainer.queries_per_process=4" for argument in TRAIN]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--main_process_port", "0"
+    ]
+    halves = [
+        argument if not argument.startswith("trainer.queries") else "trainer.queries_per_process=4"
+        for argument in TRAIN
+    ]
     ended = subprocess.run(
         [*command, str(REPOSITORY / "train" / "biencoder.py"), *halves, "name=second"],
         cwd=project, env={**environment(), "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=300,
@@ -324,7 +397,9 @@ def test_two_processes_have_the_losses_of_one_with_the_whole_batch(project, two_
     # float32, halves of a batch summed apart; over three steps of a learning rate of 0.01
     assert losses(two_processes) == pytest.approx(losses(project / "runs" / "first"), rel=1e-4)
     assert json.loads((two_processes / "manifest.json").read_text())["processes"] == 2
-    assert {path.name for path in (two_processes / "checkpoints" / "step-3").iterdir()} >= {"random-0.pt", "random-1.pt"}
+    assert {
+        path.name for path in (two_processes / "checkpoints" / "step-3").iterdir()
+    } >= {"random-0.pt", "random-1.pt"}
 
 
 # --- bad input ---
@@ -335,7 +410,8 @@ def test_bad_input_ends_with_one_sentence_and_code_2_and_leaves_no_run_folder(na
     ended = starts[name]
     assert ended.code == 2, ended.err
     assert ended.out == ""
-    assert re.fullmatch(rf"(.*: query from .*\n)?error: .*({BAD_TRAINING[name][1]}).*\n", ended.err), ended.err  # how columns are read comes first
+    # how columns are read comes first
+    assert re.fullmatch(rf"(.*: query from .*\n)?error: .*({BAD_TRAINING[name][1]}).*\n", ended.err), ended.err
     assert not (project / "runs" / "bad").exists()
     assert not list((project / "data" / "cache").glob(".*"))
 

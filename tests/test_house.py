@@ -20,30 +20,10 @@ ONE_MEANING = {  # of constants and types that each module has for itself: sizes
     "TOKENS_PER_PACK", "PATIENCE", "PATIENCE_SECONDS", "QUERIES_AT_A_TIME", "ROWS_AT_A_TIME", "TEXTS_AT_A_TIME",
     "TOLERANCE", "ROUNDINGS",
 }  # fmt: skip
-TWO_MEANINGS = {  # to be renamed; none may be added
-    "COLOURS", "FORMS", "HALVES", "Job", "LABELS", "READERS", "ROLES", "NOT_READ", "SOURCES", "SPLITS", "TEXTS",
-    "Ranked", "Rescore", "Results", "Rows", "Run", "Source", "Text", "begin", "check", "content_hash", "count",
-    "finish", "first_line", "inputs_of", "prepare", "read_documents", "read_examples", "read_json", "read_set",
-    "rounding", "show", "table", "told", "typed", "write_page",
-}  # fmt: skip
-WITHOUT_SENTENCES = {  # so far they have a paragraph on the class
-    "DataConfig", "EvaluateConfig", "EvaluationConfig", "ExportConfig", "IndexConfig", "InspectConfig",
-    "LoggingConfig", "LossConfig", "MarkersConfig", "MineConfig", "ModelConfig", "MtebConfig", "NanoConfig",
-    "OptimConfig", "PoolingConfig", "PretrainConfig", "RerankConfig", "SearchConfig", "SourceConfig",
-    "TrainConfig", "TrainerConfig", "TuningConfig",
-}  # fmt: skip
-CUT_SENTENCES = {  # file: what it describes
-    "sgpt/cli/failures.py: _place", "sgpt/data/feed/example.py: Example",
-    "sgpt/data/formats/beir.py: read_examples", "sgpt/data/formats/lines.py: text_lines",
-    "sgpt/data/formats/tables.py: csv_rows", "sgpt/data/formats/trec.py: _run_lines",
-    "sgpt/data/sources/bad_rows.py: accepted", "sgpt/data/sources/msmarco.py: its module",
-    "sgpt/data/sources/pairs.py: _grouped", "sgpt/data/test_sets/useb.py: _lines",
-    "sgpt/mining/config.py: MineConfig", "sgpt/retrieval/searcher.py: SearchConfig",
-    "sgpt/training/loss.py: health", "sgpt/training/negatives.py: Guided",
-    "sgpt/training/negatives.py: Contest", "sgpt/training/negatives.py: _guided",
-    "sgpt/training/tuning.py: _refuse_without_biases",
-}  # fmt: skip
-LONG_LINES = {"sgpt/data/sources/msmarco.py"}
+TWO_MEANINGS: set[str] = set()
+WITHOUT_SENTENCES: set[str] = set()
+CUT_SENTENCES: set[str] = set()
+LONG_LINES: set[str] = set()
 NO_PATHS = {"docs/s", "sgpt/reranker"}  # documents a second; the name of a model
 NO_KEYS = {"sep", "dev.txt", "data.json"}  # a CSV's first line, files of USEB's
 FILES = sorted((REPOSITORY / "sgpt").rglob("*.py"))

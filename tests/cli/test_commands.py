@@ -1,4 +1,6 @@
-"""Commands that are printed work when they are typed, whatever the folders are called; names that no file can have are one sentence."""
+"""Commands that are printed work when they are typed, whatever the folders are called; names that no file can have are
+one sentence.
+"""
 
 import json
 import os
@@ -14,7 +16,10 @@ from omegaconf import OmegaConf
 from sgpt.runtime.overrides import argument, as_typed
 from tests.starts import REPOSITORY, Forks, forks, small_training
 
-NAMES = ["a,b", "a b", "it's", "[x]", "e=3", "{q}", "a[/b]", 'd$x `y` "z"', "'z'", "x${y}", "null", "1e5", "n;m&o|p", "é~", "-n", "back\\slash"]
+NAMES = [
+    "a,b", "a b", "it's", "[x]", "e=3", "{q}", "a[/b]", 'd$x `y` "z"', "'z'", "x${y}", "null", "1e5", "n;m&o|p", "é~",
+    "-n", "back\\slash"
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,9 @@ def training(tmp_path_factory: pytest.TempPathFactory, tiny_base) -> Callable[[P
 
 def words(command: str) -> list[str]:
     """As the shell reads it."""
-    return subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    return subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True
+    ).stdout.split("\0")[:-1]
 
 
 def read(typed: str, script: str) -> object:
@@ -41,7 +48,9 @@ def read(typed: str, script: str) -> object:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_argument_that_is_printed_is_read_as_the_same_text(name):
-    for script, key in (("search", "run"), ("export", "run"), ("evaluate", "model"), ("rerank", "data"), ("train", "runs")):
+    for script, key in (
+        ("search", "run"), ("export", "run"), ("evaluate", "model"), ("rerank", "data"), ("train", "runs")
+    ):
         assert read(*words(argument(key, name)), script) == name
         assert read(*words(argument(key, f"{name}/run")), script) == f"{name}/run"
     assert read(*words(argument("retrieval", [name, "b"])), "evaluate") == [name, "b"]
@@ -68,22 +77,35 @@ def test_the_command_that_a_run_ends_with_finds_when_it_is_typed(tmp_path, start
     runs = argument("runs", str(folder))
     ended = start("biencoder", *training(tmp_path), *words(runs))
     assert ended.code == 0, ended.said
-    [command] = [line.removeprefix("search it   ") for line in ended.said.splitlines() if line.startswith("search it   ")]
-    python, script, *arguments = words(command.replace("corpus=<JSON lines of _id and text>", argument("corpus", str(corpus))))
+    [command] = [
+        line.removeprefix("search it   ") for line in ended.said.splitlines() if line.startswith("search it   ")
+    ]
+    python, script, *arguments = words(
+        command.replace("corpus=<JSON lines of _id and text>", argument("corpus", str(corpus)))
+    )
     assert (Path(python).name, Path(script)) == (Path(sys.executable).name, REPOSITORY / "train" / "search.py")
     found = start("search", *arguments, "query=7 is behind 6", "top=3")
     assert (found.code, found.said.count("is behind")) == (0, 3), found.said
-    exported = start("export", *words(argument("run", str(folder / "run"))), *words(argument("output", str(folder / "again"))))
+    exported = start(
+        "export", *words(argument("run", str(folder / "run"))), *words(argument("output", str(folder / "again")))
+    )
     assert exported.code == 0, exported.said
-    assert (folder / "again" / "model.safetensors").read_bytes() == (folder / "run" / "export" / "model.safetensors").read_bytes()
+    assert (folder / "again" / "model.safetensors").read_bytes() == (
+        folder / "run" / "export" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_the_line_works_in_a_shell_from_another_folder(tmp_path, start, training):
     ended = start("biencoder", *training(tmp_path), *words(argument("runs", str(tmp_path / "it's, a"))))
-    [command] = [line.removeprefix("search it   ") for line in ended.said.splitlines() if line.startswith("search it   ")]
+    [command] = [
+        line.removeprefix("search it   ") for line in ended.said.splitlines() if line.startswith("search it   ")
+    ]
     typed = command.replace("corpus=<JSON lines of _id and text>", "query=7 corpus=corpus.jsonl")
     (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": "seven"}\n')
-    found = subprocess.run(["bash", "-c", typed], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    found = subprocess.run(
+        ["bash", "-c", typed], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    )
     assert (found.returncode, found.stdout.split()[1:]) == (0, ["a", "seven"]), found.stderr
 
 
@@ -104,26 +126,54 @@ SCRIPT = f"{sys.executable} {REPOSITORY / 'train' / 'search.py'}"
 
 @pytest.mark.parametrize(("command", "code", "said"), [
     (f"{SCRIPT} querry=0 <&- >&-", 2, "error: querry=0: there is no key 'querry'; did you mean query?\n"),
-    (f"mkdir gone && cd gone && rmdir ../gone && {SCRIPT} run=x", 2, "error: the working directory is not there any more; cd to one that is\n"),
-    (f"{SCRIPT} --help > /dev/full", 2, "error: the output could not be written: the disk is full; make room, then start it again\n"),
-    (f"{SCRIPT} run=x --config-dir=odd --config-name=latin", 2, "not in UTF-8 (invalid continuation byte at byte 7); save it as UTF-8\n"),
-    (f"{SCRIPT} run=x --config-dir=odd --config-name=open", 2, "line 2, column 1: while parsing a flow node; correct the YAML\n"),
-    (f"{SCRIPT} run=x hydra.run.dir=odd/open.yaml/below", 2, "error: odd/open.yaml/below: Not a directory; put it right, or choose another hydra.run.dir=\n"),
+    (
+        f"mkdir gone && cd gone && rmdir ../gone && {SCRIPT} run=x", 2,
+        "error: the working directory is not there any more; cd to one that is\n"
+    ),
+    (
+        f"{SCRIPT} --help > /dev/full", 2,
+        "error: the output could not be written: the disk is full; make room, then start it again\n"
+    ),
+    (
+        f"{SCRIPT} run=x --config-dir=odd --config-name=latin", 2,
+        "not in UTF-8 (invalid continuation byte at byte 7); save it as UTF-8\n"
+    ),
+    (
+        f"{SCRIPT} run=x --config-dir=odd --config-name=open", 2,
+        "line 2, column 1: while parsing a flow node; correct the YAML\n"
+    ),
+    (
+        f"{SCRIPT} run=x hydra.run.dir=odd/open.yaml/below", 2,
+        "error: odd/open.yaml/below: Not a directory; put it right, or choose another hydra.run.dir=\n"
+    ),
     (f"{SCRIPT} top={'9' * 5000}", 2, "error: a number has more digits than can be read; write a smaller one\n"),
 ])  # fmt: skip
 def test_what_happens_around_a_script_is_one_sentence(tmp_path, command, code, said):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "latin.yaml").write_bytes("query: é!\n".encode("latin-1"))
     (tmp_path / "odd" / "open.yaml").write_text("query: [1,\n")
-    ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    ended = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    )
     assert (ended.returncode, ended.stderr.count("\n")) == (code, 1), ended.stderr
     assert ended.stderr.endswith(said)
 
 
 def test_a_fault_of_ours_keeps_its_traceback_and_says_that_it_is_one(tmp_path):
     """A script of our kind with a mistake in it."""
-    (tmp_path / "faulty.py").write_text('from sgpt.cli.command import script\n\n@script("export", groups=False)\ndef main(composed):\n    {}["x"]\n\nmain()\n')
-    ended = subprocess.run([sys.executable, "faulty.py"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    (tmp_path / "faulty.py").write_text(
+        'from sgpt.cli.command import script\n\n@script("export", groups=False)\ndef main(composed):\n    '
+        '{}["x"]\n\nmain()\n'
+    )
+    ended = subprocess.run(
+        [sys.executable, "faulty.py"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    )
     assert ended.returncode == 1
     assert "Traceback" in ended.stderr
-    assert "KeyError: 'x'\nThis is a fault of sgpt and not of your input. Please report it with the lines above and the command.\n" in ended.stderr
+    expected = (
+        "KeyError: 'x'\nThis is a fault of sgpt and not of your input. Please "
+        "report it with the lines above and the command.\n"
+    )
+    assert expected in ended.stderr

@@ -1,4 +1,6 @@
-"""Every YAML becomes its dataclass, says what the dataclass says, and what is misspelt is refused with the nearest name."""
+"""Every YAML becomes its dataclass, says what the dataclass says, and what is misspelt is refused with the nearest
+name.
+"""
 
 import os
 import shlex
@@ -33,7 +35,8 @@ from sgpt.training.config import TrainConfig
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
 SCHEMAS = {
-    "train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig, "pretrain": PretrainConfig, "mine": MineConfig,
+    "train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig,
+    "pretrain": PretrainConfig, "mine": MineConfig,
     "inspect_data": InspectConfig, "rerank": RerankConfig, "evaluate_mteb": MtebConfig,
 }  # fmt: skip
 SCRIPTS = {"biencoder": "train"} | {name: name for name in SCHEMAS if name != "train"}
@@ -66,7 +69,10 @@ def test_every_yaml_of_every_group_becomes_a_training_configuration(group, optio
 
 @pytest.mark.parametrize("experiment", [option for group, option in OPTIONS if group == "experiment"])
 def test_every_experiment_can_be_shrunk_and_overridden(experiment):
-    config = typed(TrainConfig, composed("train", f"experiment={experiment}", "debug=tiny", "optim.learning_rate=0.5", "trainer.seed=7"))
+    config = typed(
+        TrainConfig,
+        composed("train", f"experiment={experiment}", "debug=tiny", "optim.learning_rate=0.5", "trainer.seed=7")
+    )
     assert config.name == experiment
     assert (config.trainer.max_steps, config.data.limit) == (4, 96)  # debug is stronger than the experiment
     assert (config.optim.learning_rate, config.trainer.seed) == (0.5, 7)  # and the command line than both
@@ -79,7 +85,9 @@ def test_the_defaults_of_the_yaml_are_those_of_the_dataclasses(name):
 
 @pytest.mark.parametrize("group", ["tuning", "loss", "optim", "trainer", "data", "markers", "pooling", "model"])
 def test_every_option_of_a_group_stands_alone_with_known_keys(group):
-    """Read as plain YAML: a key that no dataclass has would be refused on composing; one that is not there keeps its default."""
+    """Read as plain YAML: a key that no dataclass has would be refused on composing; one that is not there keeps its
+    default.
+    """
     known = asdict(TrainConfig())[group].keys()
     for file in (CONFIGS / group).glob("*.yaml"):
         assert yaml.safe_load(file.read_text()).keys() - {"defaults"} <= known
@@ -93,19 +101,29 @@ MSMARCO = {"125m": 32, "1_3b": 8, "2_7b": 8, "5_8b": 2}
 @pytest.mark.parametrize("size", NLI)
 def test_the_symmetric_presets_are_the_originals(size):
     config = typed(TrainConfig, composed("train", f"experiment=nli_{size}"))
-    assert (config.trainer.queries_per_process, config.optim.learning_rate, config.optim.warmup_steps, config.trainer.epochs) == (128, 32e-5, 0.1, 1)
+    assert (
+        config.trainer.queries_per_process, config.optim.learning_rate, config.optim.warmup_steps, config.trainer.epochs
+    ) == (128, 32e-5, 0.1, 1)
     assert f"chunk size: {NLI[size]}" in (CONFIGS / "experiment" / f"nli_{size}.yaml").read_text()
-    assert (config.markers.name, config.markers.query_max_tokens, config.markers.document_max_tokens) == ("none", 75, 75)
-    assert (config.tuning.name, config.pooling.name, config.loss.scale, config.loss.symmetric) == ("bitfit", "weighted_mean", 20, False)
+    assert (
+        config.markers.name, config.markers.query_max_tokens, config.markers.document_max_tokens
+    ) == ("none", 75, 75)
+    assert (
+        config.tuning.name, config.pooling.name, config.loss.scale, config.loss.symmetric
+    ) == ("bitfit", "weighted_mean", 20, False)
     assert config.data.num_hard_negatives == 1
 
 
 @pytest.mark.parametrize("size", MSMARCO)
 def test_the_asymmetric_presets_are_the_originals(size):
     config = typed(TrainConfig, composed("train", f"experiment=msmarco_{size}"))
-    assert (config.trainer.queries_per_process, config.optim.learning_rate, config.optim.warmup_steps, config.trainer.epochs) == (32, 4e-4, 1000, 10)
+    assert (
+        config.trainer.queries_per_process, config.optim.learning_rate, config.optim.warmup_steps, config.trainer.epochs
+    ) == (32, 4e-4, 1000, 10)
     assert f"chunk size: {MSMARCO[size]}" in (CONFIGS / "experiment" / f"msmarco_{size}.yaml").read_text()
-    assert (config.markers.name, config.markers.query_max_tokens, config.markers.original_limit) == ("brackets", 300, True)
+    assert (
+        config.markers.name, config.markers.query_max_tokens, config.markers.original_limit
+    ) == ("brackets", 300, True)
     assert (config.tuning.name, config.pooling.name, config.loss.scale) == ("bitfit", "weighted_mean", 20)
 
 
@@ -118,7 +136,10 @@ def test_the_saved_configuration_is_read_back_equal():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainer.queries_per_process=many", r"trainer\.queries_per_process: Value 'many' of type 'str' could not be converted to Integer"),
+        (
+            "trainer.queries_per_process=many",
+            r"trainer\.queries_per_process: Value 'many' of type 'str' could not be converted to Integer"
+        ),
         ("trainer.queries_per_process=0", r"trainer\.queries_per_process=0 must be 1 or more"),
         ("trainer.precision=fp8", r"trainer\.precision='fp8' is unknown; choose fp32 or bf16"),
         ("trainer.max_steps=0", r"trainer\.max_steps=0 must be 1 or more, or null for whole epochs"),
@@ -132,7 +153,10 @@ def test_the_saved_configuration_is_read_back_equal():
         ("logging.tracker=paper", r"logging\.tracker='paper' is unknown; choose wandb or null"),
         ("name=../elsewhere", r"name='\.\./elsewhere' is no folder name below runs/"),
         ("+optim.lr=1", r"optim\.lr: Key 'lr' not in 'OptimConfig'"),
-        ("+data.columns.anchor=query", r"data\.columns has the unknown key 'anchor'; it maps query, positive, negative, label, score"),
+        (
+            "+data.columns.anchor=query",
+            r"data\.columns has the unknown key 'anchor'; it maps query, positive, negative, label, score"
+        ),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_in_one_sentence(override, message):
@@ -144,11 +168,23 @@ def test_a_value_that_cannot_be_is_refused_in_one_sentence(override, message):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("biencoder", ["experiment=pydocs", "trainer.max_step=1"], "trainer.max_step=1: there is no key 'trainer.max_step'; did you mean trainer.max_steps"),
-        ("biencoder", ["pooling=weighted"], "pooling=weighted: there is no 'weighted' in configs/pooling/; did you mean weighted_mean"),
-        ("biencoder", ["experiment=pydoc"], "experiment=pydoc: there is no 'pydoc' in configs/experiment/; did you mean pydocs"),
+        (
+            "biencoder", ["experiment=pydocs", "trainer.max_step=1"],
+            "trainer.max_step=1: there is no key 'trainer.max_step'; did you mean trainer.max_steps"
+        ),
+        (
+            "biencoder", ["pooling=weighted"],
+            "pooling=weighted: there is no 'weighted' in configs/pooling/; did you mean weighted_mean"
+        ),
+        (
+            "biencoder", ["experiment=pydoc"],
+            "experiment=pydoc: there is no 'pydoc' in configs/experiment/; did you mean pydocs"
+        ),
         ("biencoder", ["tunning=bitfit"], "tunning=bitfit: there is no key 'tunning'; did you mean tuning"),
-        ("biencoder", ["data.columns={anchor: a}"], "data.columns={anchor: a}: data.columns has other keys; they are data.columns.label, data."),
+        (
+            "biencoder", ["data.columns={anchor: a}"],
+            "data.columns={anchor: a}: data.columns has other keys; they are data.columns.label, data."
+        ),
         ("evaluate", ["modell=x"], "modell=x: there is no key 'modell'; did you mean model"),
         ("search", ["querry=x"], "querry=x: there is no key 'querry'; did you mean query"),
     ],
@@ -171,12 +207,15 @@ def test_help_shows_the_keys_and_does_not_import_torch(script, tmp_path):
 
 
 @pytest.mark.parametrize(("typed_in", "read"), [
-    ("parse a date, from a string", None), ("what is x = y?", None), ("it's {a} [b] $c", None), ('say "hi"', None), ("true", None), ("5", None),
+    ("parse a date, from a string", None), ("what is x = y?", None), ("it's {a} [b] $c", None), ('say "hi"', None),
+    ("true", None), ("5", None),
     ("back\\slash", None), ("an end\\", None), ("a \\' quote", None), ("${oc.env:HOME}", None), ("", None),
     ("{document}\\n", "{document}\n"), ("'in quotes, already'", "in quotes, already"),
 ])  # fmt: skip
 def test_a_text_is_read_as_it_was_typed(typed_in, read):
-    value = OverridesParser.create().parse_overrides(as_typed([f"query={typed_in}"], "search", ("query", "prompt")))[0].value()
+    value = OverridesParser.create().parse_overrides(
+        as_typed([f"query={typed_in}"], "search", ("query", "prompt"))
+    )[0].value()
     assert OmegaConf.create({"query": value}).query == (typed_in if read is None else read)
 
 
@@ -199,17 +238,24 @@ def test_the_keys_that_are_taken_for_texts_are_those_of_the_dataclasses(name):
 
 
 @pytest.mark.parametrize(("script", "typed_in", "key", "read"), [
-    ("train", "name=1e5", "name", "1e5"), ("train", "name=null", "name", "null"), ("train", "name=true", "name", "true"),
-    ("train", "name=007", "name", "007"), ("train", "name=1_000", "name", "1_000"), ("train", "name=0x1f", "name", "0x1f"),
-    ("train", "runs=a,b", "runs", "a,b"), ("train", "data.path=/x/it's {a} [b] = c\\n", "data.path", "/x/it's {a} [b] = c\\n"),
-    ("train", "data.path=~/$x/é", "data.path", "~/$x/é"), ("train", "data.path=a${b", "data.path", "a${b"), ("train", "data.path='a b'", "data.path", "a b"),
+    ("train", "name=1e5", "name", "1e5"), ("train", "name=null", "name", "null"),
+    ("train", "name=true", "name", "true"),
+    ("train", "name=007", "name", "007"), ("train", "name=1_000", "name", "1_000"),
+    ("train", "name=0x1f", "name", "0x1f"),
+    ("train", "runs=a,b", "runs", "a,b"),
+    ("train", "data.path=/x/it's {a} [b] = c\\n", "data.path", "/x/it's {a} [b] = c\\n"),
+    ("train", "data.path=~/$x/é", "data.path", "~/$x/é"), ("train", "data.path=a${b", "data.path", "a${b"),
+    ("train", "data.path='a b'", "data.path", "a b"),
     ("train", "data.path=\\${name}", "data.path", "${name}"), ("train", "data.path=end\\", "data.path", "end\\"),
     ("train", "data.columns.query=the question, asked", "data.columns.query", "the question, asked"),
     ("train", "data.columns={query: it's, label: null}", "data.columns.query", "it's"),
     ("train", "name=of-${tuning.name}", "name", "of-bitfit"),  # as ever
     ("train", "evaluation.split=null", "evaluation.split", None), ("train", "loss.guide=null", "loss.guide", None),
     ("train", "evaluation.retrieval=[/x/epoch=3, /y z]", "evaluation.retrieval", ["/x/epoch=3", "/y z"]),
-    ("train", "evaluation.sts=['/a,b',it's,/c[1,2],1e5,true]", "evaluation.sts", ["/a,b", "it's", "/c[1,2]", "1e5", "true"]),
+    (
+        "train", "evaluation.sts=['/a,b',it's,/c[1,2],1e5,true]", "evaluation.sts",
+        ["/a,b", "it's", "/c[1,2]", "1e5", "true"]
+    ),
     ("train", "evaluation.sts=[]", "evaluation.sts", []),
     ("train", "data.sources=[{path: /x y=3, limit: 7}, {path: 1e5}]", "data.sources[0].path", "/x y=3"),
     ("train", "data.sources=[{path: /x y=3, limit: 7}, {path: 1e5}]", "data.sources[1].path", "1e5"),
@@ -219,7 +265,10 @@ def test_the_keys_that_are_taken_for_texts_are_those_of_the_dataclasses(name):
     ("rerank", "shots=[[a document, true],['b, c',d=e]]", "shots", [["a document", "true"], ["b, c", "d=e"]]),
 ])  # fmt: skip
 def test_what_is_typed_is_what_the_script_gets(script, typed_in, key, read):
-    given = as_typed([typed_in, *(["prompt={document}", "shot={document}{query}"] if key == "shots" else [])], script, ("prompt", "shot"))
+    given = as_typed(
+        [typed_in, *(["prompt={document}", "shot={document}{query}"] if key == "shots" else [])], script,
+        ("prompt", "shot")
+    )
     tree = composed(script, *given)
     assert OmegaConf.select(tree, key) == read
     typed(SCHEMAS[script], tree)
@@ -234,9 +283,13 @@ def test_a_sweep_keeps_its_commas_and_functions():
 def test_the_advice_for_a_value_that_hydra_cannot_read_works_when_typed(tmp_path):
     """Of Hydra's own keys, which reach it as they are."""
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(REPOSITORY / 'train' / 'biencoder.py'))}"
-    first = subprocess.run(["bash", "-c", f"{command} \"hydra.run.dir=it's {{a}} = b\""], cwd=tmp_path, capture_output=True, text=True)
+    first = subprocess.run(
+        ["bash", "-c", f"{command} \"hydra.run.dir=it's {{a}} = b\""], cwd=tmp_path, capture_output=True, text=True
+    )
     said, _, advice = first.stderr.strip().partition("; put it into quotes: ")
-    assert (first.returncode, said) == (2, "error: hydra.run.dir=it's {a} = b: what the value holds means something to Hydra")
+    assert (first.returncode, said) == (
+        2, "error: hydra.run.dir=it's {a} = b: what the value holds means something to Hydra"
+    )
     again = subprocess.run(["bash", "-c", f"{command} {advice}"], cwd=tmp_path, capture_output=True, text=True)
     assert again.stderr == "error: data.path is empty; set data.path=<file or folder> for data=file\n"
     assert [path.name for path in tmp_path.iterdir()] == ["it's {a} = b"]
@@ -247,10 +300,17 @@ def test_a_group_that_may_be_empty_is_left_out_by_null_and_another_is_refused(ca
     with pytest.raises(SystemExit) as end:
         _without_empty_groups(["pooling=null"])
     assert end.value.code == 2
-    assert capsys.readouterr().err == "error: pooling=null: pooling is one of cls, last_token, max, mean, weighted_mean\n"
+    expected = (
+        "error: pooling=null: pooling is one of cls, last_token, "
+        "max, mean, weighted_mean\n"
+    )
+    assert capsys.readouterr().err == expected
 
 
 def test_fewer_processes_than_were_asked_for_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"2 processes were asked for, and 1 runs by itself\. On a CPU start them as ACCELERATE_USE_CPU=true"):
+    with pytest.raises(
+        InputError,
+        match=r"2 processes were asked for, and 1 runs by itself\. On a CPU start them as ACCELERATE_USE_CPU=true"
+    ):
         _check_processes(1)

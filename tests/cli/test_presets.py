@@ -1,4 +1,6 @@
-"""The reference recipes as they are typed, from the original's raw files to an export: only the base is a small one of the same class."""
+"""The reference recipes as they are typed, from the original's raw files to an export: only the base is a small one of
+the same class.
+"""
 
 import json
 from pathlib import Path
@@ -11,7 +13,8 @@ from sgpt.encoder.encoder import Encoder
 from tests.conftest import random_trunk
 from tests.starts import Ended, Start, start_all
 
-PRESETS = {  # experiment -> family of its base, and tokens of a long document; learning rates and batches: tests/cli/test_configs.py
+# experiment -> family of its base, and tokens of a long document; learning rates and batches: tests/cli/test_configs.py
+PRESETS = {
     "nli_125m": ("gpt_neo", 75), "nli_5_8b": ("gptj", 75),
     "msmarco_125m": ("gpt_neo", 299), "msmarco_5_8b": ("gptj", 299),
 }  # fmt: skip
@@ -28,7 +31,8 @@ def all_nli(folder: Path) -> Path:
     rows = [
         f"train\tnli\tsnli\tA man number {n} is out.\t{second}\t{label}"
         for n in range(NUMBER)
-        for second, label in ((f"Person {n} is not at home.", "entailment"), (f"Nobody but {n} sleeps in bed.", "contradiction"))
+        for second,
+        label in ((f"Person {n} is not at home.", "entailment"), (f"Nobody but {n} sleeps in bed.", "contradiction"))
     ]
     write(folder / "AllNLI.tsv", "split\tdataset\tfilename\tsentence1\tsentence2\tlabel", *rows)
     return folder / "AllNLI.tsv"
@@ -38,7 +42,10 @@ def ms_marco(folder: Path) -> Path:
     """Query q has passage q for its positive, and two others that two systems mined."""
     write(folder / "collection.tsv", *(f"{n}\tpassage {n} tells what {n} means, at length" for n in range(3 * NUMBER)))
     write(folder / "queries.train.tsv", *(f"{n}\twhat does {n} mean" for n in range(NUMBER)))
-    mined = [{"qid": n, "pos": [n], "neg": {"bm25": [NUMBER + n], "msmarco-distilbert-base-tas-b": [2 * NUMBER + n]}} for n in range(NUMBER)]
+    mined = [
+        {"qid": n, "pos": [n], "neg": {"bm25": [NUMBER + n], "msmarco-distilbert-base-tas-b": [2 * NUMBER + n]}}
+        for n in range(NUMBER)
+    ]
     write(folder / "msmarco-hard-negatives.jsonl", *map(json.dumps, mined))
     scores = [{"qid": n, str(n): 9.0, str(NUMBER + n): 1.0, str(2 * NUMBER + n): 2.0} for n in range(NUMBER)]
     write(folder / "cross-encoder-ms-marco-MiniLM-L-6-v2-scores.jsonl", *map(json.dumps, scores))
@@ -61,7 +68,9 @@ def project(tiny_base, tmp_path_factory) -> Path:
 def starts(project) -> dict[str, Ended]:
     data = {name: "AllNLI.tsv" if name.startswith("nli") else "marco" for name in PRESETS}
     named = {
-        name: Start([f"experiment={name}", "debug=tiny", f"model.path={family}", f"data.path={data[name]}", "trainer.threads=1"])
+        name: Start(
+            [f"experiment={name}", "debug=tiny", f"model.path={family}", f"data.path={data[name]}", "trainer.threads=1"]
+        )
         for name, (family, _) in PRESETS.items()
     }
     return start_all("biencoder", project, named)

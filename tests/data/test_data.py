@@ -1,4 +1,6 @@
-"""Readers: what they give for good input, and the one sentence they give for bad input: file, line or key, value, remedy."""
+"""Readers: what they give for good input, and the one sentence they give for bad input: file, line or key, value,
+remedy.
+"""
 
 import gzip
 import json
@@ -22,7 +24,9 @@ from sgpt.data.readers import DataConfig, SourceConfig, build_feed, read_example
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
 
-GOOD = [{"query": "q1", "positive": "p1", "negative": "n1"}, {"query": "q2", "positive": "p2", "negative": ["n2", "m2"]}]
+GOOD = [
+    {"query": "q1", "positive": "p1", "negative": "n1"}, {"query": "q2", "positive": "p2", "negative": ["n2", "m2"]}
+]
 
 
 def lines(file: Path, *rows: object) -> Path:
@@ -42,12 +46,22 @@ def read(file: Path, **options) -> list[Example]:
 
 def test_rows_of_another_split_are_no_training_data(tmp_path, caplog):
     splits = ("train", "TRAIN", "test", "trial", None)
-    file = lines(tmp_path / "pairs.jsonl", *({"query": f"q{number}", "positive": "p", "split": split} for number, split in enumerate(splits)))
+    file = lines(
+        tmp_path / "pairs.jsonl",
+        *({"query": f"q{number}", "positive": "p", "split": split} for number, split in enumerate(splits))
+    )
     assert [example.query for example in read(file)] == ["q0", "q1", "q4"]
     assert "by the column split, 1 of 'test', 1 of 'trial' left out; 'train' is the split to read" in caplog.text
     assert [example.query for example in read(file, split="test")] == ["q2", "q4"]
-    with pytest.raises(InputError, match=r"no row of the split 'train'; its column split has 2 of 'test'\. Set data\.split"):
-        read(lines(tmp_path / "test.jsonl", *({"query": "q", "positive": str(number), "split": "test"} for number in range(2))))
+    with pytest.raises(
+        InputError, match=r"no row of the split 'train'; its column split has 2 of 'test'\. Set data\.split"
+    ):
+        read(
+            lines(
+                tmp_path / "test.jsonl",
+                *({"query": "q", "positive": str(number), "split": "test"} for number in range(2))
+            )
+        )
 
 
 def test_questions_that_are_no_duplicates_are_no_positives(tmp_path):
@@ -68,7 +82,10 @@ def test_json_lines_become_examples_plain_or_gzipped(name, tmp_path):
 
 
 def test_several_hard_negatives_come_from_a_list_or_from_numbered_columns(tmp_path):
-    file = lines(tmp_path / "train.jsonl", GOOD[1], {"query": "q", "positive": "p", "negative": "a", "negative_2": "b", "negative_3": "c"})
+    file = lines(
+        tmp_path / "train.jsonl", GOOD[1],
+        {"query": "q", "positive": "p", "negative": "a", "negative_2": "b", "negative_3": "c"}
+    )
     assert [example.hard_negatives for example in read(file, num_hard_negatives=2)] == [("n2", "m2"), ("a", "b", "c")]
 
 
@@ -76,7 +93,9 @@ def test_columns_take_the_files_own_names(tmp_path):
     file = lines(tmp_path / "train.jsonl", {"anchor": "q", "good": "p", "bad": "n"})
     columns = {"query": "anchor", "positive": "good", "negative": "bad"}
     assert read(file, columns=columns, num_hard_negatives=1) == [Example("q", "p", ("n",))]
-    assert read(lines(tmp_path / "nli.jsonl", {"anchor": "q", "positive": "p"}), columns={"query": "anchor"}) == [Example("q", "p")]
+    assert read(
+        lines(tmp_path / "nli.jsonl", {"anchor": "q", "positive": "p"}), columns={"query": "anchor"}
+    ) == [Example("q", "p")]
 
 
 def test_texts_are_kept_to_the_last_blank(tmp_path):
@@ -90,20 +109,47 @@ def test_texts_are_kept_to_the_last_blank(tmp_path):
         ("{not json}", {}, r"line 2: not JSON \(.*\): '\{not json\}'; fix or remove the line"),
         ('{"query": "q", "positive": "p"', {}, r"line 2: not JSON .*; fix or remove the line"),
         ('["q", "p"]', {}, r"line 2: expected a JSON object, got list .*; write one object a line"),
-        ({"question": "q", "positive": "p"}, {}, r"line 2: no column 'query'; it has question, positive\. Name it by data\.columns\.query=<column>"),
-        ({"query": "q"}, {}, r"line 2: no column 'positive'; it has query\. Name it by data\.columns\.positive=<column>"),
+        (
+            {"question": "q", "positive": "p"}, {},
+            r"line 2: no column 'query'; it has question, positive\. Name it by data\.columns\.query=<column>"
+        ),
+        (
+            {"query": "q"}, {},
+            r"line 2: no column 'positive'; it has query\. Name it by data\.columns\.positive=<column>"
+        ),
         ({"query": 7, "positive": "p"}, {}, r"line 2, query: expected text, got int 7; give a string"),
         ({"query": "q", "positive": None}, {}, r"line 2, positive: expected text, got NoneType None; give a string"),
         ({"query": "q", "positive": ["p", 7]}, {}, r"line 2, positive 2: expected text, got int 7; give a string"),
-        ({"query": "q", "positive": []}, {}, r"line 2, column 'positive': the list of positives is empty; remove the row or give it a text"),
-        ({"query": "q", "positive": "q"}, {}, r"line 2: the positive equals the query 'q'; such a pair teaches nothing, remove it"),
+        (
+            {"query": "q", "positive": []}, {},
+            r"line 2, column 'positive': the list of positives is empty; remove the row or give it a text"
+        ),
+        (
+            {"query": "q", "positive": "q"}, {},
+            r"line 2: the positive equals the query 'q'; such a pair teaches nothing, remove it"
+        ),
         ({"query": " \t", "positive": "p"}, {}, r"line 2, query: the text is blank; remove the row or give it text"),
         ({"query": "q", "positive": ""}, {}, r"line 2, positive: the text is blank; remove the row or give it text"),
-        ({"query": "q", "positive": "p", "negative": "\n"}, {"num_hard_negatives": 1}, r"line 2, hard negative 1: the text is blank; remove the row"),
-        ({"query": "q", "positive": "p", "negative": ["n", 5]}, {"num_hard_negatives": 2}, r"line 2, hard negative 2: expected text, got int 5; give a string"),
-        ({"query": "q", "positive": "p", "negative": "p"}, {"num_hard_negatives": 1}, r"line 2: a hard negative equals the positive 'p'; remove one of them"),
-        ({"query": "q", "positive": "p"}, {"num_hard_negatives": 1}, r"line 2: 0 hard negatives in column 'negative', .* asks for 1; lower it, or"),
-        ({"query": "q", "positive": "p", "negative": ["n"]}, {"num_hard_negatives": 2}, r"line 2: 1 hard negatives in column 'negative', .* asks for 2; lower"),
+        (
+            {"query": "q", "positive": "p", "negative": "\n"}, {"num_hard_negatives": 1},
+            r"line 2, hard negative 1: the text is blank; remove the row"
+        ),
+        (
+            {"query": "q", "positive": "p", "negative": ["n", 5]}, {"num_hard_negatives": 2},
+            r"line 2, hard negative 2: expected text, got int 5; give a string"
+        ),
+        (
+            {"query": "q", "positive": "p", "negative": "p"}, {"num_hard_negatives": 1},
+            r"line 2: a hard negative equals the positive 'p'; remove one of them"
+        ),
+        (
+            {"query": "q", "positive": "p"}, {"num_hard_negatives": 1},
+            r"line 2: 0 hard negatives in column 'negative', .* asks for 1; lower it, or"
+        ),
+        (
+            {"query": "q", "positive": "p", "negative": ["n"]}, {"num_hard_negatives": 2},
+            r"line 2: 1 hard negatives in column 'negative', .* asks for 2; lower"
+        ),
     ],
 )
 def test_a_bad_line_is_named_with_its_value_and_the_remedy(row, options, message, tmp_path):
@@ -144,24 +190,37 @@ def damaged(content: bytes, how: str) -> bytes:
 
 @pytest.mark.parametrize("how", ["truncated", "turned", "plain"])
 def test_a_damaged_gzip_file_is_refused(how, tmp_path):
-    file = lines(tmp_path / "train.jsonl.gz", *({"query": f"query {i * i}", "positive": f"positive {i * 77}"} for i in range(500)))
+    file = lines(
+        tmp_path / "train.jsonl.gz",
+        *({"query": f"query {i * i}", "positive": f"positive {i * 77}"} for i in range(500))
+    )
     file.write_bytes(damaged(file.read_bytes(), how))
     for reader in (lambda: list(read_rows(file)), lambda: read(file)):
-        with pytest.raises(InputError, match=r"train\.jsonl\.gz, line \d+: cannot be read from here on \(.*\); copy the file again"):
+        with pytest.raises(
+            InputError, match=r"train\.jsonl\.gz, line \d+: cannot be read from here on \(.*\); copy the file again"
+        ):
             reader()
 
 
 def test_a_file_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_bytes('{"query": "naïve", "positive": "p"}\n'.encode("latin-1"))
     for reader in (lambda: list(read_rows(tmp_path / "train.jsonl")), lambda: read(tmp_path / "train.jsonl")):
-        with pytest.raises(InputError, match=r"train\.jsonl, line 1: not UTF-8 at column 14 in .*; save the file as UTF-8, or fix or remove the line"):
+        with pytest.raises(
+            InputError,
+            match=r"train\.jsonl, line 1: not UTF-8 at column 14 in .*; save the file as UTF-8, or fix or remove the "
+            r"line"
+        ):
             reader()
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(InputError, match=r"data\.name='csv' is unknown; choose one of file, beir, nli, msmarco, pydocs"):
+    with pytest.raises(
+        InputError, match=r"data\.name='csv' is unknown; choose one of file, beir, nli, msmarco, pydocs"
+    ):
         DataConfig("csv")
-    with pytest.raises(InputError, match=r"data\.columns has the unknown key 'anchor'; it maps query, positive, negative, label, score"):
+    with pytest.raises(
+        InputError, match=r"data\.columns has the unknown key 'anchor'; it maps query, positive, negative, label, score"
+    ):
         DataConfig(columns={"anchor": "query"})
     with pytest.raises(InputError, match=r"data\.num_hard_negatives=-1 must be 0 or more"):
         DataConfig(num_hard_negatives=-1)
@@ -188,8 +247,14 @@ def test_written_rows_are_read_again_and_a_failed_write_leaves_nothing(tmp_path)
 def folder(tmp_path) -> Path:
     made = tmp_path / "toy"
     (made / "qrels").mkdir(parents=True)
-    lines(made / "corpus.jsonl", {"_id": "d1", "title": "T", "text": "one"}, {"_id": "d2", "text": "two"}, {"_id": "d3", "title": "", "text": ""})
-    lines(made / "queries.jsonl", {"_id": "q1", "text": "first"}, {"_id": "q2", "text": "second"}, {"_id": "q3", "text": "not judged"})
+    lines(
+        made / "corpus.jsonl", {"_id": "d1", "title": "T", "text": "one"}, {"_id": "d2", "text": "two"},
+        {"_id": "d3", "title": "", "text": ""}
+    )
+    lines(
+        made / "queries.jsonl", {"_id": "q1", "text": "first"}, {"_id": "q2", "text": "second"},
+        {"_id": "q3", "text": "not judged"}
+    )
     (made / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t2\nq2\td1\t0\n")
     (made / "triples.tsv").write_text("query\tpositive\tnegative\nq1\td1\td2\nq2\td2\td1\n")
     return made
@@ -217,18 +282,42 @@ def test_training_examples_of_a_beir_folder_are_its_relevant_pairs_or_its_triple
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("qrels/test.tsv", "h\th\th\nq9\td1\t1\n", r"test\.tsv: query id 'q9' is not in .*queries\.jsonl; the files do not belong together"),
-        ("qrels/test.tsv", "h\th\th\nq1\td9\t1\n", r"test\.tsv: document id 'd9' is not in .*corpus\.jsonl; the files do not belong together"),
+        (
+            "qrels/test.tsv", "h\th\th\nq9\td1\t1\n",
+            r"test\.tsv: query id 'q9' is not in .*queries\.jsonl; the files do not belong together"
+        ),
+        (
+            "qrels/test.tsv", "h\th\th\nq1\td9\t1\n",
+            r"test\.tsv: document id 'd9' is not in .*corpus\.jsonl; the files do not belong together"
+        ),
         ("qrels/test.tsv", "h\th\th\nq1\td1\tmuch\n", r"test\.tsv, line 2: relevance 'much' is no whole number"),
-        ("qrels/test.tsv", "h\th\th\nq1 d1 1\n", r"test\.tsv, line 2: 1 tab-separated fields, 3 are needed \(query-id, corpus-id, score\): 'q1 d1 1'"),
+        (
+            "qrels/test.tsv", "h\th\th\nq1 d1 1\n",
+            r"test\.tsv, line 2: 1 tab-separated fields, 3 are needed \(query-id, corpus-id, score\): 'q1 d1 1'"
+        ),
         ("qrels/test.tsv", "q1\t0\td1\t1\n", r"test\.tsv, line 1: 4 tab-separated fields, 3 are needed"),
         ("qrels/test.tsv", "q1\td1\t1.0\n", r"test\.tsv, line 1: relevance '1\.0' is no whole number"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", r"test\.tsv: no judgements; the file is empty"),
-        ("qrels/test.tsv", "h\th\th\nq1\td1\t1\nq1\td1\t0\n", r"test\.tsv, line 3: document 'd1' of query 'q1' was judged 1 before and is 0 here"),
-        ("queries.jsonl", '{"_id": "q1", "text": "a"}\n{"_id": "q1", "text": "b"}\n', r"queries\.jsonl, line 2: id 'q1' was used before; ids must be unique"),
-        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "a"}\n', r"corpus\.jsonl, line 2: id 'd1' was used before; ids must be unique"),
-        ("corpus.jsonl", '{"_id": 1, "text": "a"}\n', r"corpus\.jsonl, line 1: _id is 1, which is no text; write it in quotes"),
-        ("corpus.jsonl", '{"_id": "d1", "body": "a"}\n', r"corpus\.jsonl, line 1: needs the columns _id and text; it has _id, body"),
+        (
+            "qrels/test.tsv", "h\th\th\nq1\td1\t1\nq1\td1\t0\n",
+            r"test\.tsv, line 3: document 'd1' of query 'q1' was judged 1 before and is 0 here"
+        ),
+        (
+            "queries.jsonl", '{"_id": "q1", "text": "a"}\n{"_id": "q1", "text": "b"}\n',
+            r"queries\.jsonl, line 2: id 'q1' was used before; ids must be unique"
+        ),
+        (
+            "corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "a"}\n',
+            r"corpus\.jsonl, line 2: id 'd1' was used before; ids must be unique"
+        ),
+        (
+            "corpus.jsonl", '{"_id": 1, "text": "a"}\n',
+            r"corpus\.jsonl, line 1: _id is 1, which is no text; write it in quotes"
+        ),
+        (
+            "corpus.jsonl", '{"_id": "d1", "body": "a"}\n',
+            r"corpus\.jsonl, line 1: needs the columns _id and text; it has _id, body"
+        ),
         ("queries.jsonl", '{"_id": "q1", "text": null}\n', r"queries\.jsonl, line 1: text is None, which is no text"),
         ("corpus.jsonl", "", r"corpus\.jsonl: no rows in it; give a file with at least one"),
         ("queries.jsonl", "{]\n", r"queries\.jsonl, line 1: not JSON"),
@@ -243,7 +332,10 @@ def test_a_broken_beir_folder_is_refused(file, content, message, folder):
 def test_missing_parts_of_a_beir_folder_are_named(folder, tmp_path):
     with pytest.raises(InputError, match=r"qrels/dev\.tsv: no such file; .*toy has the splits: test"):
         beir.read_retrieval(folder, "dev")
-    with pytest.raises(InputError, match=r"nowhere.*(a BEIR folder with corpus\.jsonl, queries\.jsonl and qrels/ is needed|has the splits: none)"):
+    with pytest.raises(
+        InputError,
+        match=r"nowhere.*(a BEIR folder with corpus\.jsonl, queries\.jsonl and qrels/ is needed|has the splits: none)"
+    ):
         beir.read_retrieval(tmp_path / "nowhere", "test")
     (folder / "corpus.jsonl").unlink()
     with pytest.raises(InputError, match=r"corpus\.jsonl: no such file"):
@@ -253,9 +345,15 @@ def test_missing_parts_of_a_beir_folder_are_named(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_hard_negatives": 1}, r"toy: qrels name no hard negatives; set data\.num_hard_negatives=0 or data\.triples=<file>"),
+        (
+            {"num_hard_negatives": 1},
+            r"toy: qrels name no hard negatives; set data\.num_hard_negatives=0 or data\.triples=<file>"
+        ),
         ({"triples": "other.tsv", "num_hard_negatives": 1}, r"other\.tsv: no such file; check the path"),
-        ({"triples": "triples.tsv", "num_hard_negatives": 2}, r"triples\.tsv, line 2: 3 tab-separated fields, 4 are needed"),
+        (
+            {"triples": "triples.tsv", "num_hard_negatives": 2},
+            r"triples\.tsv, line 2: 3 tab-separated fields, 4 are needed"
+        ),
     ],
 )
 def test_a_beir_folder_that_does_not_hold_what_is_asked_is_refused(options, message, folder):
@@ -264,7 +362,10 @@ def test_a_beir_folder_that_does_not_hold_what_is_asked_is_refused(options, mess
 
 
 def test_triples_that_name_unknown_documents_are_refused(folder):
-    cases = {"q1\td1\td9": "document id 'd9' is not", "q9\td1\td2": "query id 'q9' is not", "q1\td3\td2": "positive: the text is blank"}
+    cases = {
+        "q1\td1\td9": "document id 'd9' is not", "q9\td1\td2": "query id 'q9' is not",
+        "q1\td3\td2": "positive: the text is blank"
+    }
     for line, message in cases.items():
         (folder / "triples.tsv").write_text(f"h\th\th\n{line}\n")
         with pytest.raises(InputError, match=r"triples\.tsv, line 2.*" + message):
@@ -288,11 +389,16 @@ def test_pairs_of_the_split_are_read_and_a_label_or_the_quora_names_serve_too(tm
         {"question1": "g", "question2": "h", "duplicate": 0},
     ]
     [pairs] = read_pairs(lines(tmp_path / "stsb.jsonl", *rows), "test")
-    assert (pairs.name, pairs.first, pairs.second, pairs.scores) == ("stsb", ["a", "e", "g"], ["b", "f", "h"], [0.5, 1.0, 0.0])
+    assert (pairs.name, pairs.first, pairs.second, pairs.scores) == (
+        "stsb", ["a", "e", "g"], ["b", "f", "h"], [0.5, 1.0, 0.0]
+    )
 
 
 def test_sets_are_called_after_their_folder_also_when_it_is_the_working_directory(folder, monkeypatch):
-    lines(folder / "pairs.jsonl.gz", {"sentence1": "a", "sentence2": "b", "score": 1}, {"sentence1": "c", "sentence2": "d", "score": 2})
+    lines(
+        folder / "pairs.jsonl.gz", {"sentence1": "a", "sentence2": "b", "score": 1},
+        {"sentence1": "c", "sentence2": "d", "score": 2}
+    )
     assert read_pairs(folder / "pairs.jsonl.gz", "test")[0].name == "toy"
     monkeypatch.chdir(folder)
     assert read_pairs(Path("pairs.jsonl.gz"), "test")[0].name == "toy"
@@ -302,11 +408,23 @@ def test_sets_are_called_after_their_folder_also_when_it_is_the_working_director
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"sentence1": "a", "sentence2": "b"}], r"line 1: needs sentence1, sentence2 and a numeric score; it has sentence1, sentence2"),
+        (
+            [{"sentence1": "a", "sentence2": "b"}],
+            r"line 1: needs sentence1, sentence2 and a numeric score; it has sentence1, sentence2"
+        ),
         ([{"sentence1": "a", "sentence2": 5, "score": 1}], r"line 1: needs sentence1, sentence2 and a numeric score"),
-        ([{"sentence1": "a", "sentence2": "b", "score": math.nan}], r"line 1: needs sentence1, sentence2 and a numeric score"),
-        ([{"sentence1": "a", "sentence2": "b", "score": "high"}], r"line 1: needs sentence1, sentence2 and a numeric score"),
-        ([{"sentence1": "a", "sentence2": "b", "score": 1}] * 2, r"2 pairs in split 'test' with fewer than two different scores; nothing to correlate"),
+        (
+            [{"sentence1": "a", "sentence2": "b", "score": math.nan}],
+            r"line 1: needs sentence1, sentence2 and a numeric score"
+        ),
+        (
+            [{"sentence1": "a", "sentence2": "b", "score": "high"}],
+            r"line 1: needs sentence1, sentence2 and a numeric score"
+        ),
+        (
+            [{"sentence1": "a", "sentence2": "b", "score": 1}] * 2,
+            r"2 pairs in split 'test' with fewer than two different scores; nothing to correlate"
+        ),
         ([{"sentence1": "a", "sentence2": "b", "score": 1, "split": "dev"}], r"0 pairs in split 'test'"),
     ],
 )
@@ -320,14 +438,18 @@ def test_bad_pairs_are_refused(rows, message, tmp_path):
 
 @pytest.mark.parametrize("splits", [False, True])
 def test_a_folder_saved_by_datasets_is_read(splits, tmp_path):
-    rows = datasets.Dataset.from_list([{"anchor": "q1", "positive": "p1", "negative": "n1"}, {"anchor": "q2", "positive": "p2", "negative": "n2"}])
+    rows = datasets.Dataset.from_list(
+        [{"anchor": "q1", "positive": "p1", "negative": "n1"}, {"anchor": "q2", "positive": "p2", "negative": "n2"}]
+    )
     (datasets.DatasetDict({"train": rows}) if splits else rows).save_to_disk(str(tmp_path / "saved"))
     found = read(tmp_path / "saved", name="file", columns={"query": "anchor"}, num_hard_negatives=1)
     assert found == [Example("q1", "p1", ("n1",)), Example("q2", "p2", ("n2",))]
 
 
 def test_bad_dataset_folders_are_refused(tmp_path):
-    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"query": "q", "positive": " "}])}).save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list([{"query": "q", "positive": " "}])}
+    ).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(InputError, match=r"saved, row 1, positive: the text is blank"):
         read(tmp_path / "saved", name="file")
     with pytest.raises(InputError, match=r"saved: no split 'dev'; it has train"):
@@ -357,7 +479,9 @@ def test_qrels_and_triples_without_a_header_lose_no_row(folder):
     with_header = beir.read_qrels(folder, "test"), len(list(beir.beir_examples(folder, "test", "triples.tsv", 1)))
     for file in (folder / "qrels" / "test.tsv", folder / "triples.tsv"):
         file.write_text(file.read_text().split("\n", 1)[1])
-    assert (beir.read_qrels(folder, "test"), len(list(beir.beir_examples(folder, "test", "triples.tsv", 1)))) == with_header
+    assert (
+        beir.read_qrels(folder, "test"), len(list(beir.beir_examples(folder, "test", "triples.tsv", 1)))
+    ) == with_header
 
 
 # --- from a configuration to batches ---
@@ -365,7 +489,9 @@ def test_qrels_and_triples_without_a_header_lose_no_row(folder):
 
 def feed(tmp_path: Path, tokenizer, **options):
     config = DataConfig(**{"cache": str(tmp_path / "cache"), **options})
-    return build_feed(config, tokenizer, MarkersConfig(query_max_tokens=12, document_max_tokens=16), queries_per_process=2)
+    return build_feed(
+        config, tokenizer, MarkersConfig(query_max_tokens=12, document_max_tokens=16), queries_per_process=2
+    )
 
 
 def test_what_was_read_and_tokenised_is_served_again_and_never_stale(tmp_path, tiny_encoder):
@@ -378,8 +504,12 @@ def test_what_was_read_and_tokenised_is_served_again_and_never_stale(tmp_path, t
     assert list(again.examples) == list(first.examples)
     assert times == {part: part.stat().st_mtime_ns for part in (tmp_path / "cache").rglob("*.arrow")}
     lines(file, GOOD[0], {**GOOD[1], "query": "changed"})
-    assert [example.query for example in feed(tmp_path, tokenizer, path=str(file)).sources[0].examples] == ["q1", "changed"]
-    assert feed(tmp_path, tokenizer, path=str(file), num_hard_negatives=1).sources[0].examples[0].hard_negatives == ("n1",)
+    assert [
+        example.query for example in feed(tmp_path, tokenizer, path=str(file)).sources[0].examples
+    ] == ["q1", "changed"]
+    assert feed(
+        tmp_path, tokenizer, path=str(file), num_hard_negatives=1
+    ).sources[0].examples[0].hard_negatives == ("n1",)
 
 
 def test_stored_token_ids_are_those_of_the_tokenizer_cut_and_framed(tmp_path, tiny_encoder):
@@ -395,9 +525,16 @@ def test_stored_token_ids_are_those_of_the_tokenizer_cut_and_framed(tmp_path, ti
 
 def test_several_sources_keep_their_own_markers_and_limits(tmp_path, tiny_encoder):
     tokenizer = tiny_encoder("gpt2").tokenizer
-    one, other = (lines(tmp_path / f"{name}.jsonl", *({"query": f"{name} {n}", "positive": f"{name} text {n} " * 9} for n in range(4))) for name in "ab")
+    one, other = (
+        lines(
+            tmp_path / f"{name}.jsonl",
+            *({"query": f"{name} {n}", "positive": f"{name} text {n} " * 9} for n in range(4))
+        )
+        for name in "ab"
+    )
     made = feed(tmp_path, tokenizer, sources=[
-        SourceConfig(path=str(one), weight=4.0), SourceConfig(path=str(other), markers="none", document_max_tokens=6, symmetric=True, weight=8.0),
+        SourceConfig(path=str(one), weight=4.0),
+        SourceConfig(path=str(other), markers="none", document_max_tokens=6, symmetric=True, weight=8.0),
     ])  # fmt: skip
     by_source = {made.rows(number, 0)[0][0]: made.batch(number, 0) for number in range(6)}
     marks = [tokenizer.convert_tokens_to_ids(mark) for mark in "[]{}"]
@@ -413,9 +550,14 @@ def test_skipped_rows_are_listed_and_too_many_stop(tmp_path, tiny_encoder, caplo
     made = feed(tmp_path, tokenizer, path=str(file), on_error="skip", max_error_share=0.5)
     assert [example.query for example in made.sources[0].examples] == ["q1", "q2"]
     (rejected,) = (tmp_path / "cache").glob("*.rejected.jsonl")
-    assert [json.loads(line)["where"] for line in rejected.read_text().splitlines()] == [f"{file}, line 2", f"{file}, line 3"]
+    assert [
+        json.loads(line)["where"] for line in rejected.read_text().splitlines()
+    ] == [f"{file}, line 2", f"{file}, line 3"]
     assert f"rows were skipped; {rejected} lists them" in caplog.text
-    with pytest.raises(InputError, match=r"2 of 4 rows rejected, listed in .*rejected\.jsonl; .*data\.max_error_share=0\.1 are not skipped"):
+    with pytest.raises(
+        InputError,
+        match=r"2 of 4 rows rejected, listed in .*rejected\.jsonl; .*data\.max_error_share=0\.1 are not skipped"
+    ):
         feed(tmp_path, tokenizer, path=str(file), on_error="skip", max_error_share=0.1)
 
 
@@ -430,7 +572,9 @@ def test_queries_of_a_beir_folder_keep_all_their_positives(folder, tmp_path):
 def two_sources(tmp_path: Path, **weights: float) -> list[SourceConfig]:
     files = {}
     for name, size in {"a": 4, "b": 12}.items():
-        files[name] = lines(tmp_path / f"{name}.jsonl", *({"query": f"{name} {n}", "positive": f"{name} text {n}"} for n in range(size)))
+        files[name] = lines(
+            tmp_path / f"{name}.jsonl", *({"query": f"{name} {n}", "positive": f"{name} text {n}"} for n in range(size))
+        )
     return [SourceConfig(path=str(file), weight=weights.get(name)) for name, file in files.items()]
 
 
@@ -446,8 +590,14 @@ def test_the_share_of_a_source_is_told_and_kept(weights, told, batches, tmp_path
     ("weights", "options", "message"),
     [
         ({"a": 2.0}, {}, r"^data\.sources: .*b\.jsonl has no weight and others have; give each one a weight, or none$"),
-        ({}, {"num_hard_negatives": 1, "on_error": "skip"}, r"^data\.num_hard_negatives, data\.on_error: set next to data\.sources, where nothing reads it"),
-        ({}, {"path": "else.jsonl"}, r"^data\.path: set next to data\.sources, where nothing reads it; set it in each of the sources"),
+        (
+            {}, {"num_hard_negatives": 1, "on_error": "skip"},
+            r"^data\.num_hard_negatives, data\.on_error: set next to data\.sources, where nothing reads it"
+        ),
+        (
+            {}, {"path": "else.jsonl"},
+            r"^data\.path: set next to data\.sources, where nothing reads it; set it in each of the sources"
+        ),
     ],
 )
 def test_what_stands_beside_sources_and_weights_of_some_are_refused(weights, options, message, tmp_path):
@@ -459,8 +609,14 @@ def test_what_stands_beside_sources_and_weights_of_some_are_refused(weights, opt
     ("options", "message"),
     [
         ({"limit": -1}, r"^data\.limit=-1 must be 1 or more; null takes every example$"),
-        ({"name": "nli", "num_hard_negatives": 3}, r"^data\.num_hard_negatives=3: data=nli has one hard negative for each example; set it to 1 or 0$"),
-        ({"name": "msmarco", "on_error": "skip"}, r"^data\.on_error=skip: data=msmarco reads files of a fixed form and skips nothing; file, beir, pydocs do$"),
+        (
+            {"name": "nli", "num_hard_negatives": 3},
+            r"^data\.num_hard_negatives=3: data=nli has one hard negative for each example; set it to 1 or 0$"
+        ),
+        (
+            {"name": "msmarco", "on_error": "skip"},
+            r"^data\.on_error=skip: data=msmarco reads files of a fixed form and skips nothing; file, beir, pydocs do$"
+        ),
     ],
 )
 def test_settings_that_a_reader_cannot_keep_are_refused(options, message):
@@ -516,7 +672,9 @@ def test_a_data_set_of_the_hub_is_known_by_its_revision(tmp_path, monkeypatch, c
 
 def test_all_negatives_of_a_triple_are_kept_and_a_first_line_with_one_wrong_id_is_no_header(folder):
     (folder / "triples.tsv").write_text("\ufeffq1\td1\td2\td2\n", encoding="utf-8")
-    assert read(folder, name="beir", triples="triples.tsv", num_hard_negatives=1) == [Example("first", "T one", ("two", "two"))]
+    assert read(
+        folder, name="beir", triples="triples.tsv", num_hard_negatives=1
+    ) == [Example("first", "T one", ("two", "two"))]
     (folder / "triples.tsv").write_text("Q1\td1\td2\nq2\td2\td1\n")
     with pytest.raises(InputError, match=r"triples\.tsv, line 1: query id 'Q1' is not in"):
         read(folder, name="beir", triples="triples.tsv", num_hard_negatives=1)
@@ -526,7 +684,10 @@ def test_all_negatives_of_a_triple_are_kept_and_a_first_line_with_one_wrong_id_i
 
 
 def test_bad_rows_of_a_beir_folder_are_skipped_and_listed(folder, tmp_path):
-    lines(folder / "corpus.jsonl", {"_id": "d1", "text": "one"}, {"_id": "d2", "text": "half \ud83d"}, {"_id": 3, "text": "x"}, {"_id": "d1", "text": "again"})
+    lines(
+        folder / "corpus.jsonl", {"_id": "d1", "text": "one"}, {"_id": "d2", "text": "half \ud83d"},
+        {"_id": 3, "text": "x"}, {"_id": "d1", "text": "again"}
+    )
     (folder / "qrels" / "test.tsv").write_text("q\td\ts\nq1\td1\t1\nq2\td2\t1\nq9\td1\t1\nq1\td1\n")
     with pytest.raises(InputError, match=r"corpus\.jsonl, line 2, column 'text': half of a surrogate pair"):
         read(folder, name="beir", split="test")
@@ -536,15 +697,22 @@ def test_bad_rows_of_a_beir_folder_are_skipped_and_listed(folder, tmp_path):
     assert list(read_examples(config, tmp_path / "cache")) == [Example("first", "one")]
     (rejected,) = (tmp_path / "cache").glob("*.rejected.jsonl")
     places = [json.loads(line)["where"].removeprefix(f"{folder}/") for line in rejected.read_text().splitlines()]
-    assert places == [*(f"corpus.jsonl, line {number}" for number in (2, 3, 4)), *(f"qrels/test.tsv, {place}" for place in ("line 5", "query q2", "query q9"))]
+    assert places == [
+        *(f"corpus.jsonl, line {number}" for number in (2, 3, 4)),
+        *(f"qrels/test.tsv, {place}" for place in ("line 5", "query q2", "query q9"))
+    ]
 
 
 # --- queries with too few hard negatives ---
 
 
 def test_positives_of_others_stand_in_where_a_labelled_query_has_too_few_hard_negatives(tmp_path, tiny_encoder):
-    rows = [{"query": f"q{n}", "document": f"p{n}", "label": 1} for n in range(6)] + [{"query": "q0", "document": "n0", "label": 0}]
-    made = feed(tmp_path, tiny_encoder("gpt2").tokenizer, path=str(lines(tmp_path / "pairs.jsonl", *rows)), num_hard_negatives=2)
+    rows = [
+        {"query": f"q{n}", "document": f"p{n}", "label": 1} for n in range(6)
+    ] + [{"query": "q0", "document": "n0", "label": 0}]
+    made = feed(
+        tmp_path, tiny_encoder("gpt2").tokenizer, path=str(lines(tmp_path / "pairs.jsonl", *rows)), num_hard_negatives=2
+    )
     source = made.sources[0]
     names = source.examples.texts
     for row in range(6):
@@ -555,9 +723,13 @@ def test_positives_of_others_stand_in_where_a_labelled_query_has_too_few_hard_ne
         assert set(hard) - {"n0"} <= {f"p{n}" for n in range(6)}
 
 
-@pytest.mark.parametrize(("spelt", "problem"), [("\\ud83d", "half of a surrogate pair"), ("a\\u0000b", "a NUL character")])
+@pytest.mark.parametrize(
+    ("spelt", "problem"), [("\\ud83d", "half of a surrogate pair"), ("a\\u0000b", "a NUL character")]
+)
 def test_escapes_that_spell_no_text_are_named_in_json_lines(spelt, problem, tmp_path):
-    file = lines(tmp_path / "snli_1.0_train.jsonl", f'{{"sentence1": "{spelt}", "sentence2": "b", "gold_label": "neutral"}}')
+    file = lines(
+        tmp_path / "snli_1.0_train.jsonl", f'{{"sentence1": "{spelt}", "sentence2": "b", "gold_label": "neutral"}}'
+    )
     for data in ({"name": "nli", "num_hard_negatives": 1}, {"name": "file"}):
         with pytest.raises(InputError, match=rf"line 1, column 'sentence1': {problem}"):
             read(file, **data)

@@ -1,4 +1,6 @@
-"""Downloads from a server of the standard library, on a socket of this machine: whole, or nothing there and one clear sentence."""
+"""Downloads from a server of the standard library, on a socket of this machine: whole, or nothing there and one clear
+sentence.
+"""
 
 import functools
 import hashlib
@@ -21,7 +23,8 @@ from sgpt.runtime.errors import InputError
 
 REMEDY = "set beir_root=<folder that holds toy/>"
 FILES = {
-    "toy/corpus.jsonl": json.dumps({"_id": "d", "title": "A", "text": "text"}), "toy/queries.jsonl": json.dumps({"_id": "q", "text": "text"}),
+    "toy/corpus.jsonl": json.dumps({"_id": "d", "title": "A", "text": "text"}),
+    "toy/queries.jsonl": json.dumps({"_id": "q", "text": "text"}),
     "toy/qrels/test.tsv": "query-id\tcorpus-id\tscore\nq\td\t1\n",
 }  # fmt: skip
 
@@ -103,7 +106,10 @@ def test_a_zip_becomes_a_folder_and_nothing_else_stays(served, tmp_path):
     address, folder, _ = served
     (folder / "toy.zip").write_bytes(content := zipped(FILES))
     fetch(f"{address}/toy.zip", tmp_path / "root" / "toy", md5=hashlib.md5(content).hexdigest(), remedy=REMEDY)
-    assert {str(file.relative_to(tmp_path / "root")): file.read_text() for file in (tmp_path / "root").rglob("*") if file.is_file()} == FILES
+    assert {
+        str(file.relative_to(tmp_path / "root")): file.read_text() for file in (tmp_path / "root").rglob("*")
+        if file.is_file()
+    } == FILES
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["toy"]
 
 
@@ -111,10 +117,16 @@ def test_a_name_of_beir_is_downloaded_once_and_then_read_from_its_root(served, t
     address, folder, asked = served
     content = zipped({name.replace("toy", "scifact"): text for name, text in FILES.items()})
     (folder / "scifact.zip").write_bytes(content)
-    with pytest.raises(InputError, match=rf"scifact\.zip: md5 {hashlib.md5(content).hexdigest()} of {len(content)} bytes, expected 5f7d1de60b170fc8"):
+    with pytest.raises(
+        InputError,
+        match=rf"scifact\.zip: md5 {hashlib.md5(content).hexdigest()} of {len(content)} bytes, expected "
+        rf"5f7d1de60b170fc8"
+    ):
         find_beir_folders(["scifact"], None, tmp_path / "root", address=address)  # not the file that BEIR lists
     assert not list((tmp_path / "root").iterdir())
-    monkeypatch.setitem(beir_sets.BEIR_SETS, "scifact", beir_sets.Rules(hashlib.md5(content).hexdigest(), sub_average=True))
+    monkeypatch.setitem(
+        beir_sets.BEIR_SETS, "scifact", beir_sets.Rules(hashlib.md5(content).hexdigest(), sub_average=True)
+    )
     for _ in range(2):
         [place] = find_beir_folders(["scifact"], None, tmp_path / "root", address=address)
         assert read_beir_folder(place).corpus == {"d": "A text"}
@@ -127,9 +139,15 @@ def test_a_name_of_beir_is_downloaded_once_and_then_read_from_its_root(served, t
     ("text", b"<html>sorry</html>", r"text\.zip: no whole zip \(File is not a zip file\)"),
     ("empty", b"", r"empty\.zip: no whole zip"),
     ("damaged", damaged(zipped(FILES, zipfile.ZIP_DEFLATED)), r"damaged\.zip: no whole zip \(Error -3"),
-    ("method", unknown_compression(zipped(FILES)), r"method\.zip: no whole zip \(That compression method is not supported\)"),
+    (
+        "method", unknown_compression(zipped(FILES)),
+        r"method\.zip: no whole zip \(That compression method is not supported\)"
+    ),
     ("other", zipped({"elsewhere/corpus.jsonl": "x"}), r"other\.zip: holds no folder toy/"),
-    ("up", zipped({**FILES, "../outside.txt": "x"}), r"up\.zip: its member '\.\./outside\.txt' would be written outside of its folder; set beir_root="),
+    (
+        "up", zipped({**FILES, "../outside.txt": "x"}),
+        r"up\.zip: its member '\.\./outside\.txt' would be written outside of its folder; set beir_root="
+    ),
     ("deep", zipped({**FILES, "toy/../../outside.txt": "x"}), r"'toy/\.\./\.\./outside\.txt' would be written outside"),
     ("root", zipped({**FILES, "/tmp/outside.txt": "x"}), r"'/tmp/outside\.txt' would be written outside"),
     ("drive", zipped({**FILES, "c:/outside.txt": "x"}), r"'c:/outside\.txt' would be written outside"),
@@ -150,7 +168,10 @@ def test_without_a_network_the_sentence_says_so_and_how_to_do_without(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
-        message = r"nfcorpus\.zip: cannot be downloaded, is there a network\? \(.*refused\); set beir_root=<folder that holds nfcorpus/>"
+        message = (
+            r"nfcorpus\.zip: cannot be downloaded, is there a network\? \(.*refused\); set beir_root=<folder that "
+            r"holds nfcorpus/>"
+        )
         with pytest.raises(InputError, match=message):
             find_beir_folders(["nfcorpus"], None, tmp_path, address=address)
     assert not list(tmp_path.iterdir())
@@ -163,4 +184,6 @@ def test_what_a_killed_download_left_is_replaced(served, tmp_path):
     (tmp_path / "root" / ".toy.unpacked" / "toy" / "old.txt").write_text("half")
     (tmp_path / "root" / ".toy.zip").write_bytes(b"half")
     fetch(f"{address}/toy.zip", tmp_path / "root" / "toy", md5=None, remedy=REMEDY)
-    assert {file.name for file in (tmp_path / "root").rglob("*") if file.is_file()} == {Path(name).name for name in FILES}
+    assert {
+        file.name for file in (tmp_path / "root").rglob("*") if file.is_file()
+    } == {Path(name).name for name in FILES}

@@ -1,4 +1,6 @@
-"""The walk through near queries and its runs: every example once, near ones together, equal queries apart, the same on every start."""
+"""The walk through near queries and its runs: every example once, near ones together, equal queries apart, the same on
+every start.
+"""
 
 import json
 import logging
@@ -19,7 +21,9 @@ from sgpt.training.guide import grouped
 def topics(number: int, each: int, spread: float = 0.3, size: int = 16) -> np.ndarray:
     """[number · each, size], unit rows about as many centres, in no order; row i is of topic i % number."""
     draw = np.random.default_rng(0)
-    made = np.tile(draw.standard_normal((number, size)), (each, 1)) + spread * draw.standard_normal((number * each, size))
+    made = np.tile(
+        draw.standard_normal((number, size)), (each, 1)
+    ) + spread * draw.standard_normal((number * each, size))
     return (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -82,7 +86,9 @@ def test_equal_queries_do_not_share_a_batch():
 
 @pytest.mark.parametrize(("size", "batch"), [(100, 8), (64, 16), (17, 4), (5, 5)])
 def test_whole_batches_are_runs_of_the_walk_in_every_epoch(size, batch):
-    """The batch at a border takes the end of one epoch and the beginning of the next; each of the others is a run, round the end of the walk."""
+    """The batch at a border takes the end of one epoch and the beginning of the next; each of the others is a run,
+    round the end of the walk.
+    """
     walked = np.random.default_rng(5).permutation(size)
     place = np.argsort(walked)
     stream = np.concatenate([order(Walk(walked), batch, 7, 0, epoch) for epoch in range(6)])
@@ -98,7 +104,12 @@ def test_whole_batches_are_runs_of_the_walk_in_every_epoch(size, batch):
 
 def write(file: Path, number: int = 24) -> Path:
     topic = ["parse a date", "open a file", "sort words"]
-    file.write_text("".join(json.dumps({"query": f"{topic[n % 3]} {n}", "positive": f"how to {topic[n % 3]} {n} times"}) + "\n" for n in range(number)))
+    file.write_text(
+        "".join(
+            json.dumps({"query": f"{topic[n % 3]} {n}", "positive": f"how to {topic[n % 3]} {n} times"}) + "\n"
+            for n in range(number)
+        )
+    )
     return file
 
 
@@ -107,18 +118,33 @@ def refused(texts: list[str], **options) -> None:
 
 
 @pytest.mark.bitwise
-def test_a_second_start_draws_the_same_batches_bit_for_bit_and_embeds_nothing(tmp_path, tiny_encoder, monkeypatch, caplog):
+def test_a_second_start_draws_the_same_batches_bit_for_bit_and_embeds_nothing(
+    tmp_path, tiny_encoder, monkeypatch, caplog
+):
     export(tiny_encoder("gpt2", pooling="mean"), tmp_path / "model", card="")
     file, tokenizer = write(tmp_path / "train.jsonl"), tiny_encoder("gpt_neo").tokenizer
-    config = DataConfig(path=str(file), cache=str(tmp_path / "cache"), batches="hard", grouping_model=str(tmp_path / "model"))
+    config = DataConfig(
+        path=str(file), cache=str(tmp_path / "cache"), batches="hard", grouping_model=str(tmp_path / "model")
+    )
 
     def feed():
-        return grouped(build_feed(config, tokenizer, MarkersConfig(query_max_tokens=24, document_max_tokens=40), queries_per_process=4), config)
+        return grouped(
+            build_feed(
+                config, tokenizer, MarkersConfig(query_max_tokens=24, document_max_tokens=40), queries_per_process=4
+            ),
+            config
+        )
 
     with caplog.at_level(logging.INFO):
         first = feed()
-    assert "more in-batch candidates false negatives: set loss.false_negative_margin or loss.guide=<folder of a model> with it" in caplog.text
-    near, random = (float(number) for number in caplog.text.split("have a cosine of ")[1].split("\n")[0].split(", drawn at random "))
+    expected = (
+        "more in-batch candidates false negatives: set "
+        "loss.false_negative_margin or loss.guide=<folder of a model> with it"
+    )
+    assert expected in caplog.text
+    near, random = (
+        float(number) for number in caplog.text.split("have a cosine of ")[1].split("\n")[0].split(", drawn at random ")
+    )
     assert near > random
     opened = Encoder.from_pretrained(tmp_path / "model")
     monkeypatch.setattr(Encoder, "from_pretrained", lambda folder: opened)

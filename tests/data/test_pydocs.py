@@ -1,4 +1,5 @@
-"""`pydocs` on a small installation written here: nothing of it may be imported, and nothing held out may be trained on."""
+"""`pydocs` on a small installation written here: nothing of it may be imported, and nothing held out may be trained on.
+"""
 
 import json
 import sys
@@ -54,13 +55,15 @@ def test_the_objects_own_name_and_the_summary_are_cut_out_of_the_document(tmp_pa
 
 
 def test_classes_and_methods_are_found_under_their_dotted_names_without_self(tmp_path):
+    now = function("now", "Give the present moment.", signature="(self, zone)")
+    method = "".join(f"    {line}\n" for line in now.splitlines())
     source = f'''
 class Clock:
     """Shows the time of day.
 
     {BODY}
     """
-{"".join("    " + line + chr(10) for line in function("now", "Give the present moment.", signature="(self, zone)").splitlines())}
+{method}
     @classmethod
     async def at(cls, zone):
         """Make a clock of it.
@@ -97,11 +100,15 @@ def test_what_is_private_thin_or_no_python_is_left_out(source, tmp_path):
 
 def test_objects_under_conditions_are_found(tmp_path):
     inner = function("fast", "The fast way of it.").replace("\n", "\n    ")
-    assert list(found_in(tmp_path, f"try:\n    import missing\nexcept ImportError:\n    pass\nif True:\n    {inner}")) == ["toolbox.dates.fast"]
+    assert list(
+        found_in(tmp_path, f"try:\n    import missing\nexcept ImportError:\n    pass\nif True:\n    {inner}")
+    ) == ["toolbox.dates.fast"]
 
 
 def test_invalid_escapes_in_other_peoples_sources_are_no_matter(tmp_path):
-    assert list(found_in(tmp_path, 'PATTERN = "\\d"\n' + function("match", "Find the first digit."))) == ["toolbox.dates.match"]
+    assert list(
+        found_in(tmp_path, 'PATTERN = "\\d"\n' + function("match", "Find the first digit."))
+    ) == ["toolbox.dates.match"]
 
 
 @pytest.fixture
@@ -110,13 +117,16 @@ def installation(tmp_path, monkeypatch) -> Path:
     library, mark = tmp_path / "lib", str(tmp_path / "imported")
     sources = {
         "toolbox/__init__.py": "",
-        "toolbox/dates.py": function("parse", "Turn text into dates.", BODY + " One.") + function("write", "Turn dates into text.", BODY + " Two.")
+        "toolbox/dates.py": function("parse", "Turn text into dates.", BODY + " One.")
+        + function("write", "Turn dates into text.", BODY + " Two.")
         + function("_secret", "Turn nothing into nothing.", BODY),
         "toolbox/alone.py": function("only", "Nobody else is here.", BODY + " Three."),
         "toolbox/tests/test_dates.py": function("check", "Check all of the dates.", BODY + " Four."),
         "toolbox/broken.py": "def broken(:\n",
-        "zoo.py": function("one", "The only file there is.", BODY + " Five.") + function("again", "Turn text into dates.", BODY + " Six."),
-        "json/__init__.py": function("loads", "Read it from a string.", BODY + " Seven.") + function("dumps", "Write it to a string.", BODY + " Eight."),
+        "zoo.py": function("one", "The only file there is.", BODY + " Five.")
+        + function("again", "Turn text into dates.", BODY + " Six."),
+        "json/__init__.py": function("loads", "Read it from a string.", BODY + " Seven.")
+        + function("dumps", "Write it to a string.", BODY + " Eight."),
         "_pydatetime.py": function("today", "The day that it is.", BODY + " Nine."),
         "rich/__init__.py": function("show", "Print it in many colours.", BODY + " Ten."),
     }  # fmt: skip
@@ -124,7 +134,9 @@ def installation(tmp_path, monkeypatch) -> Path:
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_text(SIDE_EFFECT.format(mark=mark) + source)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(library)})
-    monkeypatch.setattr(sys, "stdlib_module_names", frozenset({"toolbox", "zoo", "json", "_pydatetime", "rich", "not_there"}))
+    monkeypatch.setattr(
+        sys, "stdlib_module_names", frozenset({"toolbox", "zoo", "json", "_pydatetime", "rich", "not_there"})
+    )
     monkeypatch.setattr(pydocs, "PROJECT", "packaging")  # an installed distribution that requires nothing
     yield library
     assert not Path(mark).exists()
@@ -138,8 +150,12 @@ def test_the_harvest_splits_by_package_and_imports_nothing(installation, tmp_pat
     folder = pydocs.build(tmp_path / "pydocs")
     train = rows(folder / "train.jsonl")
     # not zoo.again: its summary is known
-    assert [row["name"] for row in train] == ["toolbox.alone.only", "toolbox.dates.parse", "toolbox.dates.write", "zoo.one"]
-    assert json.loads((folder / "manifest.json").read_text())["packages"] == {"train": ["toolbox", "zoo"], "dev": ["rich"], "test": ["_pydatetime", "json"]}
+    assert [row["name"] for row in train] == [
+        "toolbox.alone.only", "toolbox.dates.parse", "toolbox.dates.write", "zoo.one"
+    ]
+    assert json.loads((folder / "manifest.json").read_text())["packages"] == {
+        "train": ["toolbox", "zoo"], "dev": ["rich"], "test": ["_pydatetime", "json"]
+    }
     for split, names in (("dev", ["rich.show"]), ("test", ["_pydatetime.today", "json.dumps", "json.loads"])):
         found = beir.read_retrieval(folder / f"pydocs_{split}", split)
         assert list(found.corpus) == names
@@ -181,7 +197,10 @@ def test_the_reader_gives_the_harvest_as_examples(installation, tmp_path):
 
 
 def test_evaluation_packages_and_their_python_twins_are_held_out():
-    expected = {"json": "test", "datetime": "test", "_pydatetime": "test", "rich": "dev", "ast": "train", "_pyio": "train", "numpy": "train"}
+    expected = {
+        "json": "test", "datetime": "test", "_pydatetime": "test", "rich": "dev", "ast": "train", "_pyio": "train",
+        "numpy": "train"
+    }
     assert {package: split_of(package) for package in expected} == expected
     assert not set(pydocs.EVALUATION["dev"]) & set(pydocs.EVALUATION["test"])
 

@@ -1,4 +1,5 @@
-"""Anyone's files: what good rows become, the sentence that each bad one gets, and that no bad one takes a good one with it.
+"""Anyone's files: what good rows become, the sentence that each bad one gets, and that no bad one takes a good one with
+it.
 
 Files are written by csv, json and pyarrow, and by hand, never by the code that reads them.
 """
@@ -30,7 +31,10 @@ from sgpt.data.sources.columns import Columns, describe, guess_columns, with_nam
 from sgpt.data.sources.pairs import OfRows, examples
 from sgpt.runtime.errors import InputError
 
-TABLE = [{"query": "q1", "positive": "naïve 東京 🙂"}, {"query": "q2", "positive": 'said "yes", twice'}, {"query": "q3", "positive": "p3"}]
+TABLE = [
+    {"query": "q1", "positive": "naïve 東京 🙂"}, {"query": "q2", "positive": 'said "yes", twice'},
+    {"query": "q3", "positive": "p3"}
+]
 PAIR = Columns("query", "positive")
 
 
@@ -79,7 +83,9 @@ def as_csv(table: list[dict]) -> bytes:
 
 def as_tsv(table: list[dict]) -> bytes:
     names = list(table[0])
-    return "".join("\t".join(fields) + "\n" for fields in [names, *([row[name] for name in names] for row in table)]).encode()
+    return "".join(
+        "\t".join(fields) + "\n" for fields in [names, *([row[name] for name in names] for row in table)]
+    ).encode()
 
 
 WRITERS = {".jsonl": as_json, ".csv": as_csv, ".tsv": as_tsv}
@@ -101,7 +107,9 @@ def write(file: Path, table: list[dict], *, chunk: int = 2) -> Path:
 
 # --- every kind of file gives the same rows ---
 
-KINDS = ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.tsv", "a.tsv.gz", "a.parquet", "a.arrow", "stream.arrow", "A.CSV"]
+KINDS = [
+    "a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.tsv", "a.tsv.gz", "a.parquet", "a.arrow", "stream.arrow", "A.CSV"
+]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -172,12 +180,17 @@ def test_a_folder_gives_its_files_in_the_order_of_their_names(tmp_path):
     (tmp_path / "README.md").write_text("words")
     (tmp_path / ".hidden.csv").write_text("a\n1\n")
     (tmp_path / "config.json").write_text("{}")
-    assert [where.removeprefix(f"{tmp_path}/") for where, _ in rows(tmp_path)] == ["part-0.jsonl, line 1", "part-1.jsonl.gz, line 1", "part-2.jsonl, line 1"]
+    assert [where.removeprefix(f"{tmp_path}/") for where, _ in rows(tmp_path)] == [
+        "part-0.jsonl, line 1", "part-1.jsonl.gz, line 1", "part-2.jsonl, line 1"
+    ]
     assert values(tmp_path) == TABLE
 
 
 def test_files_of_another_split_are_left_out_with_a_warning(tmp_path, caplog):
-    for name, row in zip(("train-00000.parquet", "train-00001.parquet", "more.parquet", "test-00000.parquet"), [*TABLE, {"query": "x"}], strict=True):
+    for name, row in zip(
+        ("train-00000.parquet", "train-00001.parquet", "more.parquet", "test-00000.parquet"), [*TABLE, {"query": "x"}],
+        strict=True
+    ):
         write(tmp_path / name, [row])
     assert sorted(row["query"] for row in values(tmp_path)) == ["q1", "q2", "q3"]
     assert "test-00000.parquet left out; 'train' is the split to read" in caplog.text
@@ -185,7 +198,10 @@ def test_files_of_another_split_are_left_out_with_a_warning(tmp_path, caplog):
 
 
 def test_folders_that_cannot_be_read_are_refused(tmp_path):
-    raised(tmp_path, r"no data files of the split 'train'; it holds nothing\. Give one of its files or folders, or set data\.split")
+    raised(
+        tmp_path,
+        r"no data files of the split 'train'; it holds nothing\. Give one of its files or folders, or set data\.split"
+    )
     write(tmp_path / "data" / "test.csv", TABLE)
     raised(tmp_path, r"it holds data/\. Give")
     raised(tmp_path / "data", r"no data files of the split 'dev'; it holds test\.csv", split="dev")
@@ -204,7 +220,9 @@ def test_an_empty_file_among_others_is_no_error_but_alone_it_is(tmp_path):
 @pytest.mark.parametrize("splits", [False, True])
 def test_a_folder_written_by_save_to_disk_is_read(splits, tmp_path):
     table = datasets.Dataset.from_list(TABLE)
-    (datasets.DatasetDict({"train": table, "dev": table.select([0])}) if splits else table).save_to_disk(str(tmp_path / "saved"))
+    (
+        datasets.DatasetDict({"train": table, "dev": table.select([0])}) if splits else table
+    ).save_to_disk(str(tmp_path / "saved"))
     assert list(rows(tmp_path / "saved")) == [(f"{tmp_path}/saved, row {i + 1}", row) for i, row in enumerate(TABLE)]
     if splits:
         assert values(tmp_path / "saved", split="dev") == TABLE[:1]
@@ -213,7 +231,10 @@ def test_a_folder_written_by_save_to_disk_is_read(splits, tmp_path):
 
 def test_class_labels_of_a_saved_set_are_read_by_name(tmp_path):
     names = datasets.ClassLabel(names=["entailment", "neutral", "contradiction"])
-    table = datasets.Dataset.from_dict({"premise": ["a"] * 4, "label": [0, 1, 2, -1]}, datasets.Features({"premise": datasets.Value("string"), "label": names}))
+    table = datasets.Dataset.from_dict(
+        {"premise": ["a"] * 4, "label": [0, 1, 2, -1]},
+        datasets.Features({"premise": datasets.Value("string"), "label": names})
+    )
     table.save_to_disk(str(tmp_path / "saved"))
     assert [row["label"] for row in values(tmp_path / "saved")] == ["entailment", "neutral", "contradiction", None]
 
@@ -222,13 +243,19 @@ def test_a_damaged_saved_set_is_refused(tmp_path):
     datasets.Dataset.from_list(TABLE).save_to_disk(str(tmp_path / "saved"))
     (data,) = (tmp_path / "saved").glob("*.arrow")
     data.write_bytes(data.read_bytes()[:100])
-    raised(tmp_path / "saved", r"saved: cannot be loaded as a data set \(.*\); give a hub id or a folder written by save_to_disk")
+    raised(
+        tmp_path / "saved",
+        r"saved: cannot be loaded as a data set \(.*\); give a hub id or a folder written by save_to_disk"
+    )
 
 
 def test_a_hub_id_without_a_network_is_refused_in_one_sentence(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    sentence = r"no-name: no such file, and it cannot be loaded as a data set of the hub \(.*\); check the path or the id, the split 'train' and the subset"
+    sentence = (
+        r"no-name: no such file, and it cannot be loaded as a data set of the hub \(.*\); check the path or the id, "
+        r"the split 'train' and the subset"
+    )
     raised(Path("nobody/no-name"), sentence, streaming=True)
 
 
@@ -243,25 +270,61 @@ def spoiled(kind: str, line: bytes, place: int = 1) -> bytes:
 
 
 BAD_LINES = [
-    (".jsonl", b"{not json}", r"line 2: not JSON (Expecting property name enclosed in double quotes at column 2): '{not json}'; fix or remove the line"),
-    (".jsonl", b'{"query": "q"', r"line 2: not JSON (Expecting ',' delimiter at column 14): '{" + '"query": "q"' + "'; fix or remove the line"),
+    (
+        ".jsonl", b"{not json}",
+        r"line 2: not JSON (Expecting property name enclosed in double quotes at column 2): '{not json}'; fix or "
+        r"remove the line"
+    ),
+    (
+        ".jsonl", b'{"query": "q"',
+        r"line 2: not JSON (Expecting ',' delimiter at column 14): '{" + '"query": "q"' + "'; fix or remove the line"
+    ),
     (".jsonl", b'["q", "p"]', "line 2: expected a JSON object, got list ['q', 'p']; write one object a line"),
     (".jsonl", b"7", "line 2: expected a JSON object, got int 7; write one object a line"),
-    (".jsonl", b'{"a": 1, "a": 2}', "line 2: not JSON (the key 'a' is there twice): '{\"a\": 1, \"a\": 2}'; fix or remove the line"),
+    (
+        ".jsonl", b'{"a": 1, "a": 2}',
+        "line 2: not JSON (the key 'a' is there twice): '{\"a\": 1, \"a\": 2}'; fix or remove the line"
+    ),
     (".jsonl", b"[" * 100_000, "line 2: not JSON (maximum recursion depth exceeded"),
     (".jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 2: not JSON (Exceeds the limit"),
-    (".jsonl", b'{"a": "caf\xe9"}', "line 2: not UTF-8 at column 11 in '{\"a\": \"caf\\\\xe9\"}\\n'; save the file as UTF-8, or fix or remove the line"),
+    (
+        ".jsonl", b'{"a": "caf\xe9"}',
+        "line 2: not UTF-8 at column 11 in '{\"a\": \"caf\\\\xe9\"}\\n'; save the file as UTF-8, or fix or remove the "
+        "line"
+    ),
     (".jsonl", b'{"a": "b\0c"}', "line 2: a NUL character at column 9 in '{\"a\": \"b\\x00c\"}\\n'; remove it"),
     (".jsonl", b'{"a": "b\\u0000c"}', "line 2, column 'a': a NUL character in 'b\\x00c'; remove it"),
-    (".jsonl", b'{"a": ["b", "\\ud83d"]}', "line 2, column 'a': half of a surrogate pair in '\\ud83d', which is no character; remove it"),
-    (".csv", b"q", "line 3: 1 fields where the header names 2 columns: 'q'; quote texts that hold a comma or a line end"),
-    (".csv", b"q,p,n", "line 3: 3 fields where the header names 2 columns: 'q,p,n'; quote texts that hold a comma or a line end"),
-    (".csv", b'"q"x,p', "line 3: not CSV up to line 3 (',' expected after '\"'): '\"q\"x,p'; double quotes within a text, or remove the row"),
-    (".csv", b'"q\n"x,p', "line 3: not CSV up to line 4 (',' expected after '\"'): '\"q'; double quotes within a text, or remove the row"),
-    (".csv", b"caf\xe9,p", "line 3: not UTF-8 at column 4 in 'caf\\\\xe9,p\\n'; save the file as UTF-8, or fix or remove the line"),
+    (
+        ".jsonl", b'{"a": ["b", "\\ud83d"]}',
+        "line 2, column 'a': half of a surrogate pair in '\\ud83d', which is no character; remove it"
+    ),
+    (
+        ".csv", b"q",
+        "line 3: 1 fields where the header names 2 columns: 'q'; quote texts that hold a comma or a line end"
+    ),
+    (
+        ".csv", b"q,p,n",
+        "line 3: 3 fields where the header names 2 columns: 'q,p,n'; quote texts that hold a comma or a line end"
+    ),
+    (
+        ".csv", b'"q"x,p',
+        "line 3: not CSV up to line 3 (',' expected after '\"'): '\"q\"x,p'; double quotes within a text, or remove "
+        "the row"
+    ),
+    (
+        ".csv", b'"q\n"x,p',
+        "line 3: not CSV up to line 4 (',' expected after '\"'): '\"q'; double quotes within a text, or remove the row"
+    ),
+    (
+        ".csv", b"caf\xe9,p",
+        "line 3: not UTF-8 at column 4 in 'caf\\\\xe9,p\\n'; save the file as UTF-8, or fix or remove the line"
+    ),
     (".csv", b'"a\nb\0\nc",p', "line 4: a NUL character at column 2 in 'b\\x00\\n'; remove it"),
     (".csv", b"a\rb,p", "line 3: not CSV up to line 3 (new-line character seen in unquoted field"),
-    (".tsv", b"q\tp\tn", "line 3: 3 fields where the header names 2 columns: 'q\\tp\\tn'; take tabs and line ends out of the texts"),
+    (
+        ".tsv", b"q\tp\tn",
+        "line 3: 3 fields where the header names 2 columns: 'q\\tp\\tn'; take tabs and line ends out of the texts"
+    ),
     (".tsv", b"q p", "line 3: 1 fields where the header names 2 columns: 'q p'; take tabs"),
     (".tsv", b"\xff\tp", "line 3: not UTF-8 at column 1 in '\\\\xff\\tp\\n'; save the file as UTF-8"),
     (".tsv", b"q\t\0", "line 3: a NUL character at column 3 in 'q\\t\\x00\\n'; remove it"),
@@ -303,7 +366,9 @@ def test_a_line_of_just_the_limit_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
 def test_text_that_is_not_utf_8_in_a_binary_table_is_a_row_of_its_own(name, kind, tmp_path):
     raw = pa.array([b"fine", b"caf\xe9", b"also \0", b"fine too"])
-    column = pa.Array.from_buffers(kind, 4, raw.cast(pa.large_binary() if kind == pa.large_string() else pa.binary()).buffers())
+    column = pa.Array.from_buffers(
+        kind, 4, raw.cast(pa.large_binary() if kind == pa.large_string() else pa.binary()).buffers()
+    )
     table = pa.table({"query": column})
     if name == "a.parquet":
         parquet.write_table(table, tmp_path / name)
@@ -333,7 +398,10 @@ def test_a_truncated_gzip_stream_gives_what_is_whole_and_names_the_line_it_got_t
     header = kind != ".jsonl"
     for size in (5, 15, len(whole) // 3, len(whole) // 2, len(whole) - 9, len(whole) - 8, len(whole) - 1):
         (tmp_path / f"a{kind}.gz").write_bytes(whole[:size])
-        before = raised(tmp_path / f"a{kind}.gz", r"\.gz, line \d+: cannot be read from here on \(Compressed file ended before .*\); copy the file again")
+        before = raised(
+            tmp_path / f"a{kind}.gz",
+            r"\.gz, line \d+: cannot be read from here on \(Compressed file ended before .*\); copy the file again"
+        )
         assert before == table[: len(before)]
         assert len(before) >= (size / len(whole) - 0.3) * len(table)
         with pytest.raises(InputError, match=rf", line {len(before) + header + 1}:" if before else ", line [12]:"):
@@ -342,18 +410,26 @@ def test_a_truncated_gzip_stream_gives_what_is_whole_and_names_the_line_it_got_t
 
 def test_damaged_and_pretended_gzip_is_refused(tmp_path):
     content = gzip.compress(as_json([{"query": os.urandom(30).hex()} for _ in range(400)]))
-    (tmp_path / "a.jsonl.gz").write_bytes(content[:5000] + bytes(255 - byte for byte in content[5000:5100]) + content[5100:])
+    (tmp_path / "a.jsonl.gz").write_bytes(
+        content[:5000] + bytes(255 - byte for byte in content[5000:5100]) + content[5100:]
+    )
     with pytest.raises(InputError, match=r", line \d+: cannot be read from here on \((Error -3|CRC check failed)"):
         [row for _, row in rows(tmp_path / "a.jsonl.gz") if not isinstance(row, InputError)]
     (tmp_path / "a.jsonl.gz").write_bytes(as_json(TABLE))
-    raised(tmp_path / "a.jsonl.gz", r"line 1: cannot be read from here on \(Not a gzipped file .*\); .* let its name end in \.gz only if it is gzipped")
+    raised(
+        tmp_path / "a.jsonl.gz",
+        r"line 1: cannot be read from here on \(Not a gzipped file .*\); .* let its name end in \.gz only if it is "
+        r"gzipped"
+    )
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "stream.arrow"])
 def test_broken_binary_tables_are_refused(name, tmp_path):
     whole = write(tmp_path / name, [{"query": os.urandom(500).hex()} for _ in range(100)], chunk=10).read_bytes()
     sentence = r", row \d+: cannot be read from here on \(.*\); write or copy the file again"
-    for content in (b"not a table", whole[: len(whole) // 2], whole[: len(whole) - 400], b"PAR1" + whole[4:-4] + b"PAR0"):
+    for content in (
+        b"not a table", whole[: len(whole) // 2], whole[: len(whole) - 400], b"PAR1" + whole[4:-4] + b"PAR0"
+    ):
         (tmp_path / name).write_bytes(content)
         if content.startswith(b"PAR1") and name != "a.parquet":
             continue
@@ -364,7 +440,9 @@ def test_broken_binary_tables_are_refused(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "stream.arrow"])
 def test_turned_bytes_in_a_binary_table_end_in_rows_or_in_an_input_error(name, tmp_path):
-    whole = write(tmp_path / name, [{"query": f"query {i}", "positive": ["a", "b"], "score": i / 3} for i in range(50)], chunk=10).read_bytes()
+    whole = write(
+        tmp_path / name, [{"query": f"query {i}", "positive": ["a", "b"], "score": i / 3} for i in range(50)], chunk=10
+    ).read_bytes()
     for place in range(0, len(whole), max(1, len(whole) // 60)):
         (tmp_path / name).write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         _, error = until_error(rows(tmp_path / name))
@@ -374,16 +452,32 @@ def test_turned_bytes_in_a_binary_table_end_in_rows_or_in_an_input_error(name, t
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.csv", b'query,positive\nq1,p1\n"never,p\nq3,p3\n', r"line 3: a quote that opens in the row '\"never,p' is not closed up to line 4, and the rows"),
+        (
+            "a.csv", b'query,positive\nq1,p1\n"never,p\nq3,p3\n',
+            r"line 3: a quote that opens in the row '\"never,p' is not closed up to line 4, and the rows"
+        ),
         ("a.csv", b"query,positive,query\n", r"line 1: two columns are called 'query'; rename or remove one"),
-        ("a.csv", b",query,positive\n", r"line 1: column 1 of ', query, positive' has no name; name or remove it \(pandas: to_csv\(index=False\)\)"),
-        ("a.csv", b"query|positive\n", r"line 1: the header is one column with '\|' in its name, 'query\|positive'; separate the fields by ','"),
+        (
+            "a.csv", b",query,positive\n",
+            r"line 1: column 1 of ', query, positive' has no name; name or remove it \(pandas: to_csv\(index=False\)\)"
+        ),
+        (
+            "a.csv", b"query|positive\n",
+            r"line 1: the header is one column with '\|' in its name, 'query\|positive'; separate the fields by ','"
+        ),
         ("a.csv", b"caf\xe9,positive\n", r"line 1: not UTF-8 at column 4"),
         ("a.csv", b'"query"x,positive\n', r"line 1: not CSV up to line 1"),
-        ("a.tsv", b"query,positive\n", r"line 1: the header is one column with ',' in its name, 'query,positive'; separate the fields by '\\t', or end"),
+        (
+            "a.tsv", b"query,positive\n",
+            r"line 1: the header is one column with ',' in its name, 'query,positive'; separate the fields by '\\t', "
+            r"or end"
+        ),
         ("a.tsv", b"query\t \n", r"line 1: column 2 of 'query,  ' has no name"),
         ("a.tsv", b"a\ta\n", r"line 1: two columns are called 'a'"),
-        ("a.jsonl", '{"query": "q"}\n'.encode("utf-16"), r"line 1: begins with the mark of UTF-16; save the file as UTF-8"),
+        (
+            "a.jsonl", '{"query": "q"}\n'.encode("utf-16"),
+            r"line 1: begins with the mark of UTF-16; save the file as UTF-8"
+        ),
         ("a.csv", "query,positive\nq,p\n".encode("utf-16"), r"line 1: begins with the mark of UTF-16"),
         ("a.jsonl", b"", r"a\.jsonl: no rows in it; give a file with at least one"),
         ("a.jsonl", b"\n \n", r"a\.jsonl: no rows in it"),
@@ -393,7 +487,11 @@ def test_turned_bytes_in_a_binary_table_end_in_rows_or_in_an_input_error(name, t
         ("a.jsonl.gz", b"", r"a\.jsonl\.gz: no rows in it"),
         ("a.parquet", b"", r"a\.parquet, row 1: cannot be read from here on \(.*\); write or copy the file again"),
         ("a.arrow", b"", r"a\.arrow: no rows in it"),
-        ("a.txt", b"text", r"a\.txt: the ending is unknown; the ones that are read are \.jsonl, \.json, .* and \.gz behind \.jsonl, \.json, \.csv, \.tsv"),
+        (
+            "a.txt", b"text",
+            r"a\.txt: the ending is unknown; the ones that are read are \.jsonl, \.json, .* and \.gz behind \.jsonl, "
+            r"\.json, \.csv, \.tsv"
+        ),
         ("a.parquet.gz", b"text", r"a\.parquet\.gz: the ending is unknown"),
     ],
 )
@@ -407,7 +505,9 @@ def test_tables_without_rows_or_with_two_columns_of_a_name_are_refused(tmp_path)
     two = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
     for name in ("a.parquet", "a.arrow"):
         write(tmp_path / name, TABLE)
-        parquet.write_table(pa.table({"a": pa.array([], pa.string())}), tmp_path / name) if name == "a.parquet" else None
+        parquet.write_table(
+            pa.table({"a": pa.array([], pa.string())}), tmp_path / name
+        ) if name == "a.parquet" else None
     raised(tmp_path / "a.parquet", r"a\.parquet: no rows in it")
     parquet.write_table(two, tmp_path / "a.parquet")
     raised(tmp_path / "a.parquet", r"a\.parquet: two columns are called 'text'; rename or remove one")
@@ -437,8 +537,14 @@ def test_a_missing_file_is_no_hub_id(path, tmp_path, monkeypatch):
         (["id", "Question", "Answer"], {}, Columns("Question", "Answer")),
         (["anchor", "positive", "negative"], {}, Columns("anchor", "positive", ("negative",))),
         (["query", "pos", "neg"], {}, Columns("query", "pos", ("neg",))),
-        (["query", "positive", "negative_10", "negative_2", "negative_1"], {}, Columns("query", "positive", ("negative_1", "negative_2", "negative_10"))),
-        (["query", "passage", "hard_negatives", "negative_2"], {}, Columns("query", "passage", ("hard_negatives", "negative_2"))),
+        (
+            ["query", "positive", "negative_10", "negative_2", "negative_1"], {},
+            Columns("query", "positive", ("negative_1", "negative_2", "negative_10"))
+        ),
+        (
+            ["query", "passage", "hard_negatives", "negative_2"], {},
+            Columns("query", "passage", ("hard_negatives", "negative_2"))
+        ),
         (["query", "response", "negatives", "score", "label"], {}, Columns("query", "response", ("negatives",))),
         (["sentence1", "sentence2", "label"], {}, Columns("sentence1", "sentence2", label="label")),
         (["sentence1", "sentence2", "similarity"], {}, Columns("sentence1", "sentence2", score="similarity")),
@@ -447,9 +553,15 @@ def test_a_missing_file_is_no_hub_id(path, tmp_path, monkeypatch):
         (["text1", "text2", "label", "score"], {"label": "", "score": ""}, Columns("text1", "text2")),
         (["sentence1", "sentence2", "label"], {"score": "label"}, Columns("sentence1", "sentence2", score="label")),
         (["premise", "hypothesis", "gold"], {"label": "gold"}, Columns("premise", "hypothesis", label="gold")),
-        (["a", "b", "bad", "bad_3", "bad_2", "bad_x"], {"query": "a", "positive": "b", "negative": "bad"}, Columns("a", "b", ("bad", "bad_2", "bad_3"))),
+        (
+            ["a", "b", "bad", "bad_3", "bad_2", "bad_x"], {"query": "a", "positive": "b", "negative": "bad"},
+            Columns("a", "b", ("bad", "bad_2", "bad_3"))
+        ),
         (["query", "positive", "negative"], {"negative": ""}, PAIR),
-        (["query", "positive", "negative"], {"query": "positive", "positive": "query", "negative": None}, Columns("positive", "query", ("negative",))),
+        (
+            ["query", "positive", "negative"], {"query": "positive", "positive": "query", "negative": None},
+            Columns("positive", "query", ("negative",))
+        ),
         (["question", "answer", "title"], {"query": "answer", "positive": "title"}, Columns("answer", "title")),
     ],
 )
@@ -460,14 +572,31 @@ def test_columns_go_by_their_usual_names_and_what_is_stated_wins(names, stated, 
 @pytest.mark.parametrize(
     ("names", "stated", "sentence"),
     [
-        (["id", "title", "body"], {}, r"a\.csv: which columns hold the texts is not clear from their names: id, title, body; "
+        (
+            ["id", "title", "body"], {},
+            r"a\.csv: which columns hold the texts is not clear from their names: id, title, body; "
                                       r"set data\.columns\.query=<column> and data\.columns\.positive=<column>"),
         (["query", "body"], {}, r"not clear from their names: query, body; set data\.columns\.positive=<column>$"),
-        (["anchor", "body"], {"query": "anchr"}, r"a\.csv: data\.columns\.query='anchr' names no column; it has anchor, body\. Did you mean 'anchor'\?"),
-        (["anchor", "body"], {"negative": "zzz"}, r"data\.columns\.negative='zzz' names no column; it has anchor, body$"),
-        (["a", "b"], {"query": "a", "positive": "a"}, r"data\.columns\.query and data\.columns\.positive both name the column 'a'; give each its own"),
-        (["a"], {"anchor": "a"}, r"data\.columns has the unknown key 'anchor'; it maps query, positive, negative, label, score"),
-        (["query", "positive", "n", "l"], {"negative": "n", "label": "l"}, r"data\.columns\.negative and data\.columns\.label are both set, .*; keep one"),
+        (
+            ["anchor", "body"], {"query": "anchr"},
+            r"a\.csv: data\.columns\.query='anchr' names no column; it has anchor, body\. Did you mean 'anchor'\?"
+        ),
+        (
+            ["anchor", "body"], {"negative": "zzz"},
+            r"data\.columns\.negative='zzz' names no column; it has anchor, body$"
+        ),
+        (
+            ["a", "b"], {"query": "a", "positive": "a"},
+            r"data\.columns\.query and data\.columns\.positive both name the column 'a'; give each its own"
+        ),
+        (
+            ["a"], {"anchor": "a"},
+            r"data\.columns has the unknown key 'anchor'; it maps query, positive, negative, label, score"
+        ),
+        (
+            ["query", "positive", "n", "l"], {"negative": "n", "label": "l"},
+            r"data\.columns\.negative and data\.columns\.label are both set, .*; keep one"
+        ),
         ([f"c{i}" for i in range(99)], {}, r"c10, c11 and 87 more; set"),
         (["a\nb", "x" * 99], {}, r"names: 'a\\nb', x{40}; set"),
     ],
@@ -481,10 +610,14 @@ def test_columns_that_fit_nothing_are_refused_with_the_files_own(names, stated, 
 def test_the_log_line_says_what_is_read_from_where():
     named = Columns("anchor", "pos", ("neg", "neg_2"))
     assert describe(named, 1) == "query from 'anchor', positive from 'pos'; hard negatives from 'neg', 'neg_2'"
-    assert describe(named, 0).endswith("'neg_2'; data.num_hard_negatives=0 uses no hard negatives, 1 one for each query")
+    assert describe(named, 0).endswith(
+        "'neg_2'; data.num_hard_negatives=0 uses no hard negatives, 1 one for each query"
+    )
     assert describe(PAIR, 0) == "query from 'query', positive from 'positive'; no hard negatives"
     assert "pairs judged by 'gold': 1, 1.0, true, entailment" in describe(Columns("a", "b", label="gold"), 1)
-    assert "pairs judged by 'sim': data.positive_score and more make a positive" in describe(Columns("a", "b", score="sim"), 1)
+    assert "pairs judged by 'sim': data.positive_score and more make a positive" in describe(
+        Columns("a", "b", score="sim"), 1
+    )
 
 
 def test_names_are_those_of_the_first_rows_together_and_no_row_is_lost():
@@ -504,7 +637,9 @@ SCORED = Columns("a", "b", score="judged")
 
 
 def made(row: object, columns: Columns = FULL, num_hard_negatives: int = 0, **options) -> Example | InputError:
-    ((where, found),) = examples(iter([("a.jsonl, line 1", row)]), columns, num_hard_negatives=num_hard_negatives, **options)
+    ((where, found),) = examples(
+        iter([("a.jsonl, line 1", row)]), columns, num_hard_negatives=num_hard_negatives, **options
+    )
     assert where == "a.jsonl, line 1"
     return found
 
@@ -514,7 +649,8 @@ def test_texts_and_lists_of_texts_become_positives_and_hard_negatives():
     assert made(row, num_hard_negatives=1) == Example("q", "p", ("n", "m", "k"), ("p2",))
     assert made(row) == Example("q", "p", (), ("p2",))
     assert made({**row, "negative": None, "positive": " p "}, num_hard_negatives=1) == Example("q", " p ", ("k",))
-    assert made({**row, "negative": "n", "negative_2": ""}, num_hard_negatives=1) == Example("q", "p", ("n",), ("p2",))  # an empty cell of a CSV
+    # an empty cell of a CSV
+    assert made({**row, "negative": "n", "negative_2": ""}, num_hard_negatives=1) == Example("q", "p", ("n",), ("p2",))
 
 
 @pytest.mark.parametrize(
@@ -525,20 +661,50 @@ def test_texts_and_lists_of_texts_become_positives_and_hard_negatives():
         ({"query": 7, "positive": "p"}, 0, "line 1, query: expected text, got int 7; give a string"),
         ({"query": ["q"], "positive": "p"}, 0, "line 1, query: expected text, got list ['q']; give a string"),
         ({"query": "q", "positive": None}, 0, "line 1, positive: expected text, got NoneType None; give a string"),
-        ({"query": "q", "positive": {"text": "p"}}, 0, "line 1, positive: expected text, got dict {'text': 'p'}; give a string"),
-        ({"query": "q", "positive": []}, 0, "line 1, column 'positive': the list of positives is empty; remove the row or give it a text"),
+        (
+            {"query": "q", "positive": {"text": "p"}}, 0,
+            "line 1, positive: expected text, got dict {'text': 'p'}; give a string"
+        ),
+        (
+            {"query": "q", "positive": []}, 0,
+            "line 1, column 'positive': the list of positives is empty; remove the row or give it a text"
+        ),
         ({"query": "q", "positive": ["p", 5]}, 0, "line 1, positive 2: expected text, got int 5; give a string"),
         ({"query": " \t", "positive": "p"}, 0, "line 1, query: the text is blank; remove the row or give it text"),
         ({"query": "q", "positive": "\n"}, 0, "line 1, positive: the text is blank; remove the row or give it text"),
-        ({"query": "q", "positive": "q"}, 0, "line 1: the positive equals the query 'q'; such a pair teaches nothing, remove it"),
-        ({"query": "q", "positive": ["p", "q"]}, 0, "line 1: the positive equals the query 'q'; such a pair teaches nothing, remove it"),
-        ({"query": "q", "positive": "p", "negative": ["n", "p"]}, 1, "line 1: a hard negative equals the positive 'p'; remove one of them"),
-        ({"query": "q", "positive": ["o", "p"], "negative": "p"}, 1, "line 1: a hard negative equals the positive 'p'; remove one of them"),
-        ({"query": "q", "positive": "p", "negative": " "}, 1, "line 1, hard negative 1: the text is blank; remove the row or give it text"),
-        ({"query": "q", "positive": "p", "negative": ["n", 3]}, 1, "line 1, hard negative 2: expected text, got int 3; give a string"),
-        ({"query": "q", "positive": "p", "negative": []}, 1, "line 1: 0 hard negatives in column 'negative' or 'negative_2', data.num_hard_negatives asks "
-                                                             "for 1; lower it, or name the column by data.columns.negative=<column>"),
-        ({"query": "q", "positive": "p", "negative": "n", "negative_2": ""}, 2, "line 1: 1 hard negatives in column 'negative' or 'negative_2', data.num"),
+        (
+            {"query": "q", "positive": "q"}, 0,
+            "line 1: the positive equals the query 'q'; such a pair teaches nothing, remove it"
+        ),
+        (
+            {"query": "q", "positive": ["p", "q"]}, 0,
+            "line 1: the positive equals the query 'q'; such a pair teaches nothing, remove it"
+        ),
+        (
+            {"query": "q", "positive": "p", "negative": ["n", "p"]}, 1,
+            "line 1: a hard negative equals the positive 'p'; remove one of them"
+        ),
+        (
+            {"query": "q", "positive": ["o", "p"], "negative": "p"}, 1,
+            "line 1: a hard negative equals the positive 'p'; remove one of them"
+        ),
+        (
+            {"query": "q", "positive": "p", "negative": " "}, 1,
+            "line 1, hard negative 1: the text is blank; remove the row or give it text"
+        ),
+        (
+            {"query": "q", "positive": "p", "negative": ["n", 3]}, 1,
+            "line 1, hard negative 2: expected text, got int 3; give a string"
+        ),
+        (
+            {"query": "q", "positive": "p", "negative": []}, 1,
+            "line 1: 0 hard negatives in column 'negative' or 'negative_2', data.num_hard_negatives asks "
+                                                             "for 1; lower it, or name the column by "
+                                                             "data.columns.negative=<column>"),
+        (
+            {"query": "q", "positive": "p", "negative": "n", "negative_2": ""}, 2,
+            "line 1: 1 hard negatives in column 'negative' or 'negative_2', data.num"
+        ),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_a_value_with_its_sentence(row, num_hard_negatives, sentence):
@@ -549,18 +715,39 @@ def test_a_bad_row_is_a_value_with_its_sentence(row, num_hard_negatives, sentenc
 
 def test_malformed_rows_pass_through_in_their_place():
     bad = InputError("bad")
-    found = examples(iter([("1", {"query": "q", "positive": "p"}), ("2", bad), ("3", {"query": "r", "positive": "p"})]), PAIR, num_hard_negatives=0)
+    found = examples(
+        iter([("1", {"query": "q", "positive": "p"}), ("2", bad), ("3", {"query": "r", "positive": "p"})]), PAIR,
+        num_hard_negatives=0
+    )
     assert list(found) == [("1", Example("q", "p")), ("2", bad), ("3", Example("r", "p"))]
 
 
 @pytest.mark.parametrize(
     ("columns", "options", "sentence"),
     [
-        (PAIR, {"num_hard_negatives": 2}, r"_negatives=2, but no column of hard negatives is known; set data\.columns\.negative=<column>, or data\.num"),
-        (PAIR, {"positive_score": 1}, r"data\.positive_score or data\.negative_score is set, but no column of scores is used; set data\.columns\.score"),
-        (SCORED, {}, r"column 'judged' scores the pairs, .* is not said; set data\.positive_score=<score>, or data\.columns\.score='' to take every pair"),
-        (SCORED, {"num_hard_negatives": 1, "positive_score": 4}, r"below which score in column 'judged' .* set data\.negative_score=<score>, or data\.num"),
-        (SCORED, {"positive_score": 4, "negative_score": 5}, r"data\.negative_score=5 is above data\.positive_score=4; a pair cannot be both"),
+        (
+            PAIR, {"num_hard_negatives": 2},
+            r"_negatives=2, but no column of hard negatives is known; set data\.columns\.negative=<column>, or "
+            r"data\.num"
+        ),
+        (
+            PAIR, {"positive_score": 1},
+            r"data\.positive_score or data\.negative_score is set, but no column of scores is used; set "
+            r"data\.columns\.score"
+        ),
+        (
+            SCORED, {},
+            r"column 'judged' scores the pairs, .* is not said; set data\.positive_score=<score>, or "
+            r"data\.columns\.score='' to take every pair"
+        ),
+        (
+            SCORED, {"num_hard_negatives": 1, "positive_score": 4},
+            r"below which score in column 'judged' .* set data\.negative_score=<score>, or data\.num"
+        ),
+        (
+            SCORED, {"positive_score": 4, "negative_score": 5},
+            r"data\.negative_score=5 is above data\.positive_score=4; a pair cannot be both"
+        ),
     ],
 )
 def test_settings_that_fit_no_row_are_refused_before_any_is_read(columns, options, sentence):
@@ -568,33 +755,56 @@ def test_settings_that_fit_no_row_are_refused_before_any_is_read(columns, option
         examples(iter(()), columns, **{"num_hard_negatives": 0, **options})
 
 
-def judged(table: list[tuple], columns: Columns, num_hard_negatives: int = 0, **options) -> tuple[list[Example], list[str]]:
-    found = ((f"row {i + 1}", {"a": query, "b": document, "judged": value}) for i, (query, document, value) in enumerate(table))
+def judged(
+    table: list[tuple], columns: Columns, num_hard_negatives: int = 0, **options
+) -> tuple[list[Example], list[str]]:
+    found = (
+        (f"row {i + 1}", {"a": query, "b": document, "judged": value}) for i,
+        (query, document, value) in enumerate(table)
+    )
     candidates = list(examples(found, columns, num_hard_negatives=num_hard_negatives, **options))
-    assert sum(not isinstance(each, OfRows) for _, each in candidates) == len(table)  # each row counts once for the share of errors
-    return [each.example for _, each in candidates if isinstance(each, OfRows)], [str(each) for _, each in candidates if isinstance(each, InputError)]
+    # each row counts once for the share of errors
+    assert sum(not isinstance(each, OfRows) for _, each in candidates) == len(table)
+    return [each.example for _, each in candidates if isinstance(each, OfRows)], [
+        str(each) for _, each in candidates if isinstance(each, InputError)
+    ]
 
 
-@pytest.mark.parametrize(("yes", "no", "neither"), [(1, 0, "neutral"), ("1", "0", "-"), (True, False, "neutral"), (1.0, 0.0, "not_entailment"),
-                                                    ("Entailment", "contradiction", "neutral"), ("true", "FALSE ", "-")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("yes", "no", "neither"),
+    [(1, 0, "neutral"), ("1", "0", "-"), (True, False, "neutral"), (1.0, 0.0, "not_entailment"),
+                                                    ("Entailment", "contradiction", "neutral"),
+                                                    ("true", "FALSE ", "-")])
 def test_labelled_pairs_are_grouped_by_query_in_the_order_of_the_file(yes, no, neither, caplog):
-    table = [("q", "n1", no), ("r", "x", neither), ("q", "p1", yes), ("s", "p3", yes), ("q", "p2", yes), ("q", "n2", no), ("q", "p1", yes), ("t", "n", no)]
+    table = [
+        ("q", "n1", no), ("r", "x", neither), ("q", "p1", yes), ("s", "p3", yes), ("q", "p2", yes), ("q", "n2", no),
+        ("q", "p1", yes), ("t", "n", no)
+    ]
     caplog.set_level(logging.INFO)
     found, wrong = judged(table, LABELLED)
     assert not wrong
     assert found == [Example("q", "p1", (), ("p2",)), Example("s", "p3")]
-    summary = "8 pairs judged by 'judged': 1 left out as neither positive nor hard negative; 2 of 4 queries left out for want of a positive"
+    summary = (
+        "8 pairs judged by 'judged': 1 left out as neither positive nor hard negative; 2 of 4 queries left out for "
+        "want of a positive"
+    )
     assert caplog.messages == [summary]
     found, wrong = judged(table, LABELLED, 2)
     assert found == [Example("q", "p1", ("n1", "n2"), ("p2",)), Example("s", "p3")]
     assert not wrong
-    assert caplog.messages[-1] == f"{summary}; 1 have fewer than 2 hard negatives, and positives of other queries are used instead"
+    expected = (
+        f"{summary}; 1 have fewer than 2 hard negatives, and positives "
+        f"of other queries are used instead"
+    )
+    assert caplog.messages[-1] == expected
 
 
 def test_scored_pairs_are_judged_by_two_thresholds():
     table = [("q", "p", 4.0), ("q", "n", 1.9), ("q", "between", 2.0), ("q", "p2", "5"), ("r", "low", 0)]
     assert judged(table, SCORED, 1, positive_score=4, negative_score=2) == ([Example("q", "p", ("n",), ("p2",))], [])
-    assert judged(table, SCORED, positive_score=0) == ([Example("q", "p", (), ("n", "between", "p2")), Example("r", "low")], [])
+    assert judged(table, SCORED, positive_score=0) == (
+        [Example("q", "p", (), ("n", "between", "p2")), Example("r", "low")], []
+    )
 
 
 @pytest.mark.parametrize(
@@ -607,7 +817,10 @@ def test_scored_pairs_are_judged_by_two_thresholds():
         (LABELLED, (" ", "p", 0), "row 1, query (column 'a'): the text is blank"),
         (LABELLED, ("q", "", 0), "row 1, document (column 'b'): the text is blank"),
         (LABELLED, ("q", "q", 1), "row 1: the positive equals the query 'q'"),
-        (SCORED, ("q", "p", "high"), "row 1, column 'judged': expected a number, got str 'high'; fix or remove the row"),
+        (
+            SCORED, ("q", "p", "high"),
+            "row 1, column 'judged': expected a number, got str 'high'; fix or remove the row"
+        ),
         (SCORED, ("q", "p", float("nan")), "row 1, column 'judged': expected a number, got float nan"),
         (SCORED, ("q", "p", True), "row 1, column 'judged': expected a number, got bool True"),
         (SCORED, ("q", "p", [1]), "row 1, column 'judged': expected a number, got list [1]"),
@@ -615,7 +828,9 @@ def test_scored_pairs_are_judged_by_two_thresholds():
 )
 def test_a_bad_judged_row_is_named_and_the_others_are_grouped(columns, row, sentence):
     good = [("r", "p", 1), ("r", "n", 0)]
-    found, (error,) = judged([row, *good], columns, 1, **({"positive_score": 1, "negative_score": 1} if columns.score else {}))
+    found, (error,) = judged(
+        [row, *good], columns, 1, **({"positive_score": 1, "negative_score": 1} if columns.score else {})
+    )
     assert found == [Example("r", "p", ("n",))]
     assert error.startswith(sentence)
 
@@ -636,7 +851,10 @@ def test_numbers_as_labels_of_inference_pairs_are_refused_as_their_order_differs
 
 
 def candidates(*wrong: int, count: int = 1000):
-    return ((f"row {i}", InputError(f"row {i}: bad") if i in wrong else Example(f"q{i}", f"p{i}")) for i in range(1, count + 1))
+    return (
+        (f"row {i}", InputError(f"row {i}: bad") if i in wrong else Example(f"q{i}", f"p{i}"))
+        for i in range(1, count + 1)
+    )
 
 
 def test_stop_raises_the_first_error_and_gives_what_is_before():
@@ -650,7 +868,10 @@ def test_skip_goes_on_writes_the_rejected_while_going_and_says_how_many(tmp_path
     rejected = tmp_path / "run" / "rejected.jsonl"
     found = accepted(candidates(3, 700), on_error="skip", rejected=rejected)
     assert [next(found).query for _ in range(5)] == ["q1", "q2", "q4", "q5", "q6"]
-    assert [json.loads(line) for line in rejected.read_text().splitlines()] == [{"where": "row 3", "reason": "row 3: bad"}]  # before the end
+    # before the end
+    assert [
+        json.loads(line) for line in rejected.read_text().splitlines()
+    ] == [{"where": "row 3", "reason": "row 3: bad"}]
     assert len(list(found)) == 993
     assert [json.loads(line)["where"] for line in rejected.read_text().splitlines()] == ["row 3", "row 700"]
     assert caplog.messages == [f"2 of 1000 rows rejected, listed in {rejected}; the first: row 3: bad"]
@@ -659,19 +880,25 @@ def test_skip_goes_on_writes_the_rejected_while_going_and_says_how_many(tmp_path
 
 
 def test_skip_counts_bad_rows_over_the_whole_file_and_stops_early_where_half_are_bad(tmp_path):
-    assert len(list(accepted(candidates(*range(1, 11)), on_error="skip", max_error_share=0.01))) == 990  # all of them at the beginning
-    with pytest.raises(InputError, match=r"^11 of 1000 rows rejected, listed in .*rejected\.jsonl; the first: row 1: bad\. More than "
-                                         r"data\.max_error_share=0\.01 are not skipped; fix the rows or raise it$"):  # fmt: skip
+    # all of them at the beginning
+    assert len(list(accepted(candidates(*range(1, 11)), on_error="skip", max_error_share=0.01))) == 990
+    with pytest.raises(
+        InputError, match=r"^11 of 1000 rows rejected, listed in .*rejected\.jsonl; the first: row 1: bad\. More than "
+                                         r"data\.max_error_share=0\.01 are not skipped; fix the rows or raise it$"):
         list(accepted(candidates(*range(1, 12)), on_error="skip", rejected=tmp_path / "rejected.jsonl"))
     before = []
-    with pytest.raises(InputError, match=r"^58 of 115 rows rejected; .* More than data\.max_error_share=0\.01 are not skipped"):
+    with pytest.raises(
+        InputError, match=r"^58 of 115 rows rejected; .* More than data\.max_error_share=0\.01 are not skipped"
+    ):
         before.extend(accepted(candidates(*range(58, 1000)), on_error="skip"))
     assert len(before) == 57  # the rest was not read
     assert len(list(accepted(candidates(*range(1, 1001)), on_error="skip", max_error_share=1))) == 0
 
 
 def test_a_short_file_is_judged_at_its_end():
-    with pytest.raises(InputError, match=r"^1 of 10 rows rejected; the first: row 10: bad\. More than data\.max_error_share=0\.05"):
+    with pytest.raises(
+        InputError, match=r"^1 of 10 rows rejected; the first: row 10: bad\. More than data\.max_error_share=0\.05"
+    ):
         list(accepted(candidates(10, count=10), on_error="skip", max_error_share=0.05))
     assert len(list(accepted(candidates(10, count=10), on_error="skip", max_error_share=0.1))) == 9
 
@@ -693,14 +920,22 @@ def test_rows_of_judged_pairs_count_for_the_share_while_they_are_read():
 def test_a_file_goes_through_as_the_module_says(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"anchor,pos,neg\nq1,p1,n1\nq2,p2\nq3,p3,n3\n")
     names, found = with_names(rows(tmp_path / "a.csv"))
-    made = accepted(examples(found, guess_columns(names, {}), num_hard_negatives=1), on_error="skip", max_error_share=0.5)
+    made = accepted(
+        examples(found, guess_columns(names, {}), num_hard_negatives=1), on_error="skip", max_error_share=0.5
+    )
     assert list(made) == [Example("q1", "p1", ("n1",)), Example("q3", "p3", ("n3",))]
 
 
 # --- anything at all ---
 
-# whatever some reader takes for a line's end, a quote, a separator or the end of a file; marks, wide characters, the last one
-TEXTS = st.text(st.sampled_from("\"'`,;|\t\n\r\\ aZ0#{}[]:\x01\x0b\x0c\x1a\x1c\x85\u2028\u2029\xa0éß\u0301ع東🙂\ufeff\ufffe\uffff\U0010ffff"), max_size=12)
+# whatever some reader takes for a line's end, a quote, a separator or the end of a file; marks, wide characters, the
+# last one
+TEXTS = st.text(
+    st.sampled_from(
+        "\"'`,;|\t\n\r\\ aZ0#{}[]:\x01\x0b\x0c\x1a\x1c\x85\u2028\u2029\xa0éß\u0301ع東🙂\ufeff\ufffe\uffff\U0010ffff"
+    ),
+    max_size=12
+)
 TSV_TEXTS = TEXTS.map(lambda text: "".join(character for character in text if character not in "\t\n\r"))
 FEW = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -741,7 +976,9 @@ def test_written_binary_tables_come_back(table, name, chunk, tmp_path):
     assert values(write(tmp_path / name, table, chunk=chunk)) == table
 
 
-GOOD = [{"query": f"query {i} naïve", "positive": f"positive {i} 東京", "negative": [f"negative {i}"]} for i in range(12)]
+GOOD = [
+    {"query": f"query {i} naïve", "positive": f"positive {i} 東京", "negative": [f"negative {i}"]} for i in range(12)
+]
 LINES = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in GOOD]
 PIECES = [b"\n", b"\0", b"\xff", b'"', b"{", b"}", b"[", b"\r", b"\\u0000", b"\xef\xbb\xbf", b'{"query": "x"}']
 JUNK = st.binary(max_size=30) | st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join)
@@ -749,7 +986,9 @@ SPLICES = st.lists(st.tuples(st.integers(0, sum(map(len, LINES))), st.integers(0
 
 
 def spliced(splices: list[tuple[int, int, bytes]]) -> tuple[bytes, list[int]]:
-    """The file with bytes put in place of others, from the end on, and the numbers of the lines that keep all of theirs."""
+    """The file with bytes put in place of others, from the end on, and the numbers of the lines that keep all of
+    theirs.
+    """
     content, untouched = b"".join(LINES), set(range(len(LINES)))
     starts = [sum(map(len, LINES[:i])) for i in range(len(LINES))]
     end = len(content)
@@ -757,7 +996,9 @@ def spliced(splices: list[tuple[int, int, bytes]]) -> tuple[bytes, list[int]]:
         last = min(place + length, end)
         if place <= last:
             content, end = content[:place] + junk + content[last:], place
-            untouched -= {i for i, start in enumerate(starts) if start < max(last, place + 1) and place < start + len(LINES[i])}
+            untouched -= {
+                i for i, start in enumerate(starts) if start < max(last, place + 1) and place < start + len(LINES[i])
+            }
             if last > place:  # a line's end may be gone, and the next line then hangs on what is before
                 untouched -= {i for i, start in enumerate(starts) if start == last}
             untouched -= {i for i, start in enumerate(starts) if start == place}
@@ -770,7 +1011,9 @@ def test_bytes_spliced_into_a_file_cost_the_lines_they_touch_and_no_other(splice
     content, untouched = spliced(splices)
     (tmp_path / "a.jsonl").write_bytes(content)
     columns = Columns("query", "positive", ("negative",))
-    found = accepted(examples(rows(tmp_path / "a.jsonl"), columns, num_hard_negatives=1), on_error="skip", max_error_share=1)
+    found = accepted(
+        examples(rows(tmp_path / "a.jsonl"), columns, num_hard_negatives=1), on_error="skip", max_error_share=1
+    )
     kept, error = until_error(found)
     if error:
         assert not untouched or "UTF-16" in str(error)
@@ -781,7 +1024,10 @@ def test_bytes_spliced_into_a_file_cost_the_lines_they_touch_and_no_other(splice
 
 
 @settings(FEW, max_examples=80)
-@given(kind=st.sampled_from([".csv", ".tsv", ".jsonl.gz", ".csv.gz", ".parquet", ".arrow"]), content=st.binary(max_size=200))
+@given(
+    kind=st.sampled_from([".csv", ".tsv", ".jsonl.gz", ".csv.gz", ".parquet", ".arrow"]),
+    content=st.binary(max_size=200)
+)
 def test_any_bytes_give_rows_or_an_input_error(kind, content, tmp_path):
     (tmp_path / f"a{kind}").write_bytes(content)
     _, error = until_error(rows(tmp_path / f"a{kind}"))
@@ -801,7 +1047,9 @@ def test_files_named_after_another_split_anywhere_in_the_name_are_left_out(tmp_p
 def test_a_file_and_its_gzipped_twin_are_refused(tmp_path):
     for name in ("train.jsonl", "train.jsonl.gz"):
         write(tmp_path / name, TABLE)
-    with pytest.raises(InputError, match=r"holds both train\.jsonl and train\.jsonl\.gz, which would be read as two; remove one"):
+    with pytest.raises(
+        InputError, match=r"holds both train\.jsonl and train\.jsonl\.gz, which would be read as two; remove one"
+    ):
         values(tmp_path)
 
 
@@ -809,14 +1057,24 @@ def test_csv_may_be_separated_by_semicolons(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfquery;positive\r\n1,5 km;"a; ""b"""\r\nx;y;z\r\n')
     (_, first), (_, second) = rows(tmp_path / "a.csv")
     assert first == {"query": "1,5 km", "positive": 'a; "b"'}
-    assert "3 fields where the header names 2 columns: 'x;y;z'; quote texts that hold a semicolon or a line end" in str(second)
+    expected = (
+        "3 fields where the header names 2 columns: 'x;y;z'; quote texts "
+        "that hold a semicolon or a line end"
+    )
+    assert expected in str(second)
 
 
 def test_quoted_fields_of_a_tsv_are_text_and_told_once(tmp_path, caplog):
     (tmp_path / "a.tsv").write_bytes(b'query\tpositive\nq\t"He said ""hi"" twice"\nr\t"and ""again"""\ns\t"quoted"\n')
-    assert [row["positive"] for row in values(tmp_path / "a.tsv")] == ['"He said ""hi"" twice"', '"and ""again"""', '"quoted"']
+    assert [row["positive"] for row in values(tmp_path / "a.tsv")] == [
+        '"He said ""hi"" twice"', '"and ""again"""', '"quoted"'
+    ]
     (message,) = caplog.messages
-    assert "line 2: '\"He said \"\"hi\"\" twice\"' looks quoted, and TSV has no quoting: the quotes are read as text" in message
+    expected = (
+        "line 2: '\"He said \"\"hi\"\" twice\"' looks quoted, and TSV has "
+        "no quoting: the quotes are read as text"
+    )
+    assert expected in message
 
 
 def test_a_json_array_is_told_what_json_lines_are(tmp_path):
@@ -843,16 +1101,26 @@ def test_columns_that_are_not_used_are_told():
     assert describe(guess_columns(names, {}), 0, names).endswith("no hard negatives; not used: judgement, url")
 
 
-@pytest.mark.parametrize(("late", "num_hard_negatives", "role"), [({"label": 0}, 0, "label"), ({"score": 0.1}, 0, "score"), ({"negative": "n"}, 1, "negative"),
-                                                                   ({"negative": "n"}, 0, None), ({"url": "u"}, 0, None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("late", "num_hard_negatives", "role"),
+    [({"label": 0}, 0, "label"), ({"score": 0.1}, 0, "score"), ({"negative": "n"}, 1, "negative"),
+                                                                   ({"negative": "n"}, 0, None),
+                                                                   ({"url": "u"}, 0, None)])
 def test_a_column_that_comes_late_and_says_something_is_an_error(late, num_hard_negatives, role, tmp_path):
-    table = [{"query": f"q{n}", "positive": f"p{n}"} | ({"negative_2": "m"} if num_hard_negatives else {}) for n in range(150)]
+    table = [
+        {"query": f"q{n}", "positive": f"p{n}"} | ({"negative_2": "m"} if num_hard_negatives else {})
+        for n in range(150)
+    ]
     file = write(tmp_path / "a.jsonl", [*table, {**table[0], "query": "late", **late}])
     if role is None:
         assert len(accepted_all(file, num_hard_negatives)) == 151
         return
     (column,) = late
-    with pytest.raises(InputError, match=rf"line 151: the column '{column}', which is in none of the first rows, would be taken for a {role}; write it"):
+    with pytest.raises(
+        InputError,
+        match=rf"line 151: the column '{column}', which is in none of the first rows, would be taken for a {role}; "
+        rf"write it"
+    ):
         accepted_all(file, num_hard_negatives)
     if not num_hard_negatives:
         assert len(accepted_all(file, **{role: ""})) == 151

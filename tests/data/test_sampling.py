@@ -25,10 +25,14 @@ class Numbers:
 
 
 def source(
-    size: int, *, positives: int = 1, negatives: int = 0, take: int = 0, weight: float = 1.0, name: str = "s", batches: str = "random"
+    size: int, *, positives: int = 1, negatives: int = 0, take: int = 0, weight: float = 1.0, name: str = "s",
+    batches: str = "random"
 ) -> Source:  # fmt: skip
     made = Examples.of(
-        Example(f"{name} q{n}", f"{name} p{n}.0", tuple(f"{name} n{n}.{k}" for k in range(negatives)), tuple(f"{name} p{n}.{k}" for k in range(1, positives)))
+        Example(
+            f"{name} q{n}", f"{name} p{n}.0", tuple(f"{name} n{n}.{k}" for k in range(negatives)),
+            tuple(f"{name} p{n}.{k}" for k in range(1, positives))
+        )
         for n in range(size)
     )
     walked = Walk(np.random.default_rng(9).permutation(size)) if batches == "hard" else None
@@ -43,7 +47,10 @@ def feed(examples: int, queries: int, processes: int, seed: int, batches: str = 
 @pytest.mark.parametrize(("examples", "queries", "processes"), SIZES)
 def test_an_epoch_sees_every_example_exactly_once_over_all_processes(examples, queries, processes, batches):
     made = feed(examples, queries, processes, seed=3, batches=batches)
-    batches = [made.rows(batch, rank) for batch in range(-(-3 * examples // (queries * processes))) for rank in range(processes)]
+    batches = [
+        made.rows(batch, rank) for batch in range(-(-3 * examples // (queries * processes)))
+        for rank in range(processes)
+    ]
     assert all(len(batch) == queries for batch in batches)  # no process ever holds fewer
     seen = Counter((epoch, example) for batch in batches for _, example, epoch in batch)
     assert set(seen.values()) == {1}
@@ -61,7 +68,10 @@ def test_several_processes_together_draw_the_batch_of_one_process_that_is_as_lar
 
 @pytest.mark.parametrize("batches", BATCHES)
 def test_rows_depend_on_the_position_alone(batches):
-    one, other = (Feed([source(50, name="a", batches=batches), source(70, name="b", weight=2, batches=batches)], 4, 2, 1) for _ in range(2))
+    one, other = (
+        Feed([source(50, name="a", batches=batches), source(70, name="b", weight=2, batches=batches)], 4, 2, 1)
+        for _ in range(2)
+    )
     forwards = [one.rows(batch, 1) for batch in range(20)]
     assert [other.rows(batch, 1) for batch in reversed(range(20))] == forwards[::-1]
 
@@ -69,7 +79,9 @@ def test_rows_depend_on_the_position_alone(batches):
 @pytest.mark.parametrize("batches", BATCHES)
 def test_epochs_and_seeds_are_shuffled_differently(batches):
     made, reseeded = feed(50, 50, 1, 1, batches), feed(50, 50, 1, 2, batches)
-    first, second, other = ([example for _, example, _ in rows] for rows in (made.rows(0, 0), made.rows(1, 0), reseeded.rows(0, 0)))
+    first, second, other = (
+        [example for _, example, _ in rows] for rows in (made.rows(0, 0), made.rows(1, 0), reseeded.rows(0, 0))
+    )
     assert sorted(first) == sorted(second) == sorted(other) == list(range(50))
     assert first != second != other != first
     assert second != [example for _, example, _ in reseeded.rows(1, 0)]  # the next epoch is not the next seed
@@ -80,7 +92,10 @@ def test_batches_are_of_one_source_and_sources_come_by_weight():
     drawn = [{row[0] for rank in range(2) for row in made.rows(batch, rank)} for batch in range(40)]
     assert all(len(sources) == 1 for sources in drawn)
     assert Counter(sources.pop() for sources in drawn) == {0: 30, 1: 10}
-    small = [example for batch in range(40) for rank in range(2) for source, example, epoch in made.rows(batch, rank) if source == 1 and epoch == 0]
+    small = [
+        example for batch in range(40) for rank in range(2) for source, example,
+        epoch in made.rows(batch, rank) if source == 1 and epoch == 0
+    ]
     assert sorted(small) == list(range(20))  # each source has epochs of its own
 
 
@@ -133,10 +148,16 @@ def test_a_batch_has_framed_ids_and_hashes_in_query_major_order():
 
 
 def test_too_few_examples_for_one_batch_are_refused():
-    with pytest.raises(InputError, match=r"s: 7 training examples do not fill one batch of 4 queries on each of 2 processes; lower trainer"):
+    with pytest.raises(
+        InputError,
+        match=r"s: 7 training examples do not fill one batch of 4 queries on each of 2 processes; lower trainer"
+    ):
         feed(7, 4, 2, seed=0)
 
 
 def test_mixed_sources_need_the_same_number_of_hard_negatives():
-    with pytest.raises(InputError, match=r"data\.mixed=true puts examples of all sources into one batch, so all need the same num_hard_negatives"):
+    with pytest.raises(
+        InputError,
+        match=r"data\.mixed=true puts examples of all sources into one batch, so all need the same num_hard_negatives"
+    ):
         Feed([source(50, negatives=1, take=1), source(50, name="b")], 4, mixed=True)

@@ -15,8 +15,16 @@ from sgpt.runtime.errors import InputError
 
 CHANCE = random.Random(0)
 DOCUMENTS = {f"d{n:02}": f"text {n}" for n in range(30)}
-RUN = {f"q{n}": {document: CHANCE.choice([1.0, 1 / 3, -2e-7, 1e20, 0.1 + 0.2]) for document in CHANCE.sample(sorted(DOCUMENTS), 20)} for n in range(6)}
-QRELS = {query: {document: CHANCE.choice([0, 1, 2]) for document in CHANCE.sample(sorted(DOCUMENTS), 10)} for query in RUN}
+RUN = {
+    f"q{n}": {
+        document: CHANCE.choice([1.0, 1 / 3, -2e-7, 1e20, 0.1 + 0.2])
+        for document in CHANCE.sample(sorted(DOCUMENTS), 20)
+    }
+    for n in range(6)
+}
+QRELS = {
+    query: {document: CHANCE.choice([0, 1, 2]) for document in CHANCE.sample(sorted(DOCUMENTS), 10)} for query in RUN
+}
 
 
 @pytest.fixture
@@ -37,7 +45,8 @@ def test_a_written_run_is_what_pytrec_eval_reads_and_ranks_alike(tmp_path):
         assert (q0, tag) == ("Q0", "BM25_of_us")
         ranks.setdefault(query, []).append(document)
         assert int(rank) == len(ranks[query])
-    for query, documents in ranks.items():  # a document at our rank r has the reciprocal rank 1/r by trec_eval: ties rank as there
+    # a document at our rank r has the reciprocal rank 1/r by trec_eval: ties rank as there
+    for query, documents in ranks.items():
         for rank, document in enumerate(documents, 1):
             found = pytrec_eval.RelevanceEvaluator({query: {document: 1}}, {"recip_rank"}).evaluate({query: RUN[query]})
             assert found[query]["recip_rank"] == pytest.approx(1 / rank)

@@ -1,4 +1,6 @@
-"""Systems side by side, BEIR's rules, and the script: against pytrec_eval, numbers worked by hand and the parts called alone."""
+"""Systems side by side, BEIR's rules, and the script: against pytrec_eval, numbers worked by hand and the parts called
+alone.
+"""
 
 import json
 import re
@@ -16,7 +18,15 @@ import sgpt.retrieval.dense
 from sgpt.data.formats.beir import read_retrieval
 from sgpt.data.formats.scored_pairs import read_pairs
 from sgpt.data.formats.trec import ranked
-from sgpt.data.test_sets.beir_sets import AVERAGES, BEIR_SETS, FORUMS, BeirFolder, averages, find_beir_folders, read_beir_folder
+from sgpt.data.test_sets.beir_sets import (
+    AVERAGES,
+    BEIR_SETS,
+    FORUMS,
+    BeirFolder,
+    averages,
+    find_beir_folders,
+    read_beir_folder,
+)
 from sgpt.evaluation import compare, systems
 from sgpt.evaluation.evaluate import EvaluateConfig, EvaluationConfig, read_sets
 from sgpt.evaluation.systems import find_sets
@@ -35,13 +45,20 @@ NOUNS = ["date", "file", "list", "path", "text"]
 PAIRS = [(f"{verb}-{noun}", verb, noun) for verb in VERBS for noun in NOUNS]
 
 
-def beir(folder: Path, corpus: dict[str, str], queries: dict[str, str], qrels: dict[str, dict[str, dict[str, int]]]) -> Path:
+def beir(
+    folder: Path, corpus: dict[str, str], queries: dict[str, str], qrels: dict[str, dict[str, dict[str, int]]]
+) -> Path:
     """qrels: split -> query -> document -> relevance."""
     (folder / "qrels").mkdir(parents=True)
     for name, texts in (("corpus", corpus), ("queries", queries)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items()))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items())
+        )
     for split, judged in qrels.items():
-        lines = [f"{query}\t{document}\t{score}" for query, documents in judged.items() for document, score in documents.items()]
+        lines = [
+            f"{query}\t{document}\t{score}" for query, documents in judged.items() for document,
+            score in documents.items()
+        ]
         (folder / "qrels" / f"{split}.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
     return folder
 
@@ -50,10 +67,16 @@ def beir(folder: Path, corpus: dict[str, str], queries: dict[str, str], qrels: d
 def toy(tmp_path_factory) -> Path:
     """Fifty documents; thirty queries of test, twenty of dev, some with a word that no document has."""
     corpus = {f"d-{name}": f"how to {verb} every {noun} of the folder" for name, verb, noun in PAIRS}
-    queries = {f"q-{name}": f"{verb} a {noun}" if place % 4 else f"unheard {noun}" for place, (name, verb, noun) in enumerate(PAIRS)}
+    queries = {
+        f"q-{name}": f"{verb} a {noun}" if place % 4 else f"unheard {noun}" for place,
+        (name, verb, noun) in enumerate(PAIRS)
+    }
     judged = {f"q-{name}": {f"d-{name}": 2, f"d-{VERBS[0]}-{noun}": 1} for name, _, noun in PAIRS}
     dev = list(judged)[30:]
-    splits = {"test": {query: judged[query] for query in judged if query not in dev}, "dev": {query: judged[query] for query in dev}}
+    splits = {
+        "test": {query: judged[query] for query in judged if query not in dev},
+        "dev": {query: judged[query] for query in dev}
+    }
     return beir(tmp_path_factory.mktemp("sets") / "toy", corpus, queries, splits)
 
 
@@ -62,7 +85,10 @@ def shared_words(chosen, run, depth):
     def score(query: str, document: str) -> float:
         words = set(chosen.queries[query].split()) & set(chosen.corpus[document].split())
         return len(words) - len(chosen.corpus[document]) / 1000
-    return {query: {document: score(query, document) for document in ranked(documents)[:depth]} for query, documents in run.items()}
+    return {
+        query: {document: score(query, document) for document in ranked(documents)[:depth]} for query,
+        documents in run.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +121,12 @@ def test_the_weight_is_the_best_on_dev_and_knows_nothing_of_test(compared):
     left, right = bm25_run(dev), retrieve(encoder, dev)
 
     def mean(weight: float) -> float:
-        evaluator = pytrec_eval.RelevanceEvaluator({query: dict(documents) for query, documents in dev.qrels.items()}, {"ndcg_cut.10"})
-        rows = evaluator.evaluate({query: dict(documents) for query, documents in interpolated(left, right, weight, 100).items()})
+        evaluator = pytrec_eval.RelevanceEvaluator(
+            {query: dict(documents) for query, documents in dev.qrels.items()}, {"ndcg_cut.10"}
+        )
+        rows = evaluator.evaluate(
+            {query: dict(documents) for query, documents in interpolated(left, right, weight, 100).items()}
+        )
         return sum(row["ndcg_cut_10"] for row in rows.values()) / len(dev.qrels)
 
     scores = {step / 20: mean(step / 20) for step in range(21)}
@@ -114,8 +144,13 @@ def test_of_equal_weights_the_one_nearest_to_one_half_is_taken():
 def test_without_a_split_to_tune_on_the_fusion_by_scores_is_left_out_and_the_reason_is_given(toy, compared, tmp_path):
     encoder, chosen, *_ = compared
     alone = beir(tmp_path / "alone", {"d": "a text"}, {"q": "a text"}, {"test": {"q": {"d": 1}}})
-    assert compare.tuning_set(BeirFolder("alone", alone, "test", None), chosen, "dev")[1].endswith("alone has: test; no other split is there to tune it on")
-    for split, reason in (("train", r"on split 'train', and .*toy has: dev, test; set dev_split=dev$"), ("test", r"on split 'test', which is what is scored")):
+    assert compare.tuning_set(BeirFolder("alone", alone, "test", None), chosen, "dev")[1].endswith(
+        "alone has: test; no other split is there to tune it on"
+    )
+    for split, reason in (
+        ("train", r"on split 'train', and .*toy has: dev, test; set dev_split=dev$"),
+        ("test", r"on split 'test', which is what is scored")
+    ):
         dev, said = compare.tuning_set(BeirFolder("toy", toy, "test", None), chosen, split)
         assert dev is None
         assert re.search(reason, said), said
@@ -132,17 +167,25 @@ def test_the_numbers_are_those_of_the_runs(compared):
     for name, numbers in found.items():
         assert numbers["metrics"] == ranking(chosen.qrels, systems[name].run)
         assert numbers["cost"]["queries_per_second"] == pytest.approx(len(chosen.queries) / systems[name].seconds)
-    assert found["model"]["cost"]["bytes_per_document"] == found["model_reranked"]["cost"]["bytes_per_document"] == 32 * 4
+    assert found["model"]["cost"][
+        "bytes_per_document"
+    ] == found["model_reranked"]["cost"]["bytes_per_document"] == 32 * 4
     assert "bytes_per_document" not in found["reciprocal_rank"]["cost"]
     assert systems["model_reranked"].seconds > systems["model"].seconds
 
 
 def test_ten_reranked_documents_come_from_the_same_scores(compared):
-    """Worked again from the first stage's ten best, by pytrec_eval: what stands behind them cannot enter the first ten."""
+    """Worked again from the first stage's ten best, by pytrec_eval: what stands behind them cannot enter the first ten.
+    """
     _, chosen, _, systems, found = compared
     for name, first in (("bm25_reranked", "bm25"), ("model_reranked", "model")):
-        ten = {query: {document: systems[name].scores[query][document] for document in ranked(run)[:10]} for query, run in systems[first].run.items()}
-        evaluator = pytrec_eval.RelevanceEvaluator({query: dict(documents) for query, documents in chosen.qrels.items()}, {"ndcg_cut.10"})
+        ten = {
+            query: {document: systems[name].scores[query][document] for document in ranked(run)[:10]} for query,
+            run in systems[first].run.items()
+        }
+        evaluator = pytrec_eval.RelevanceEvaluator(
+            {query: dict(documents) for query, documents in chosen.qrels.items()}, {"ndcg_cut.10"}
+        )
         rows = evaluator.evaluate({query: documents for query, documents in ten.items() if documents})
         expected = sum(row["ndcg_cut_10"] for row in rows.values()) / len(chosen.qrels)
         assert found[name]["reranking"]["ndcg@10_reranked_top_10"] == pytest.approx(expected)
@@ -151,7 +194,9 @@ def test_ten_reranked_documents_come_from_the_same_scores(compared):
 def test_a_depth_below_ten_is_called_by_its_number(compared):
     encoder, chosen, *_ = compared
     found = compare.measured(chosen, compare.rank(encoder, chosen, rescore=shared_words, depth=4), depth=4)
-    assert [list(found[name]["reranking"]) for name in ("bm25", "bm25_reranked")] == [["ndcg@10_perfect_top_4"], ["ndcg@10_reranked_top_4"]]
+    assert [
+        list(found[name]["reranking"]) for name in ("bm25", "bm25_reranked")
+    ] == [["ndcg@10_perfect_top_4"], ["ndcg@10_reranked_top_4"]]
     assert found["bm25_reranked"]["reranking"]["ndcg@10_reranked_top_4"] == found["bm25_reranked"]["metrics"]["ndcg@10"]
 
 
@@ -180,7 +225,9 @@ def test_the_table_has_a_column_for_each_system_and_a_dash_for_what_is_not_there
     *_, found = compared
     made = systems_table({"toy": found, "stsb": {"model": {"metrics": {"spearman_cosine": 0.5}}}}, "title")
     assert [column.header for column in made.columns] == ["set", "metric", *compare.SYSTEMS.values()]
-    rows = dict(zip(made.columns[1].cells, zip(*(list(column.cells) for column in made.columns[2:]), strict=True), strict=True))
+    rows = dict(
+        zip(made.columns[1].cells, zip(*(list(column.cells) for column in made.columns[2:]), strict=True), strict=True)
+    )
     assert rows["ndcg@10"] == tuple(f"{100 * found[system]['metrics']['ndcg@10']:.2f}" for system in compare.SYSTEMS)
     assert rows["spearman_cosine"] == ("–", "50.00", "–", "–", "–", "–")
     assert rows["bytes per document"][1] == "128"
@@ -193,7 +240,9 @@ def test_runs_are_files_that_pytrec_eval_scores_alike(compared, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {f"cqadupstack_android.{system}.trec" for system in systems}
     for name, system in systems.items():
         with (tmp_path / f"cqadupstack_android.{name}.trec").open() as lines:
-            assert ranking_per_query(chosen.qrels, pytrec_eval.parse_run(lines)) == ranking_per_query(chosen.qrels, system.run)
+            assert ranking_per_query(
+                chosen.qrels, pytrec_eval.parse_run(lines)
+            ) == ranking_per_query(chosen.qrels, system.run)
 
 
 # --- BEIR's rules ---
@@ -205,12 +254,16 @@ def test_a_full_disk_is_told_of_before_anything_is_encoded(toy, tiny_encoder, mo
 
     monkeypatch.setattr(sgpt.retrieval.dense, "IN_MEMORY", 0)
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(InputError, match=r"TMPDIR can name: no room for 0\.00 GB of embeddings \(No space left on device\)"):
+    with pytest.raises(
+        InputError, match=r"TMPDIR can name: no room for 0\.00 GB of embeddings \(No space left on device\)"
+    ):
         retrieve(tiny_encoder("gpt_neo"), read_retrieval(toy, "test"))
 
 
 def test_many_queries_are_searched_for_some_at_a_time(monkeypatch):
-    queries, documents = (torch.randn(number, 16, generator=torch.Generator().manual_seed(number)) for number in (23, 500))
+    queries, documents = (
+        torch.randn(number, 16, generator=torch.Generator().manual_seed(number)) for number in (23, 500)
+    )
     expected, rows = (queries @ documents.T).topk(20, dim=1)
     monkeypatch.setattr(sgpt.retrieval.dense, "QUERIES_AT_A_TIME", 5)
     found = search(queries, documents, 20, chunk=64)
@@ -229,11 +282,17 @@ def test_embeddings_in_a_file_give_the_same_results(toy, tiny_encoder, monkeypat
 @pytest.fixture
 def beir_root(tmp_path) -> Path:
     """ArguAna and another set, in which queries are documents under one id; MS MARCO with two splits; CQADupStack."""
-    texts = {f"t{n}": f"argument {word} stands against {other}" for n, (word, other) in enumerate([("one", "two"), ("two", "three"), ("three", "one")])}
+    texts = {
+        f"t{n}": f"argument {word} stands against {other}" for n,
+        (word, other) in enumerate([("one", "two"), ("two", "three"), ("three", "one")])
+    }
     qrels = {"t0": {"t1": 1}, "t1": {"t2": 1}}
     for name in ("arguana", "other"):
         beir(tmp_path / name, texts, texts, {"test": qrels})
-    beir(tmp_path / "msmarco", {"d": "a text", "e": "another"}, {"q": "a text", "r": "other"}, {"test": {"q": {"d": 1}}, "dev": {"r": {"e": 1}}})
+    beir(
+        tmp_path / "msmarco", {"d": "a text", "e": "another"}, {"q": "a text", "r": "other"},
+        {"test": {"q": {"d": 1}}, "dev": {"r": {"e": 1}}}
+    )
     for forum in FORUMS:
         beir(tmp_path / "cqadupstack" / forum, {"d": f"of {forum}"}, {"q": forum}, {"test": {"q": {"d": 1}}})
     return tmp_path
@@ -252,7 +311,8 @@ def test_the_query_itself_is_no_result_where_beir_says_so(beir_root, tiny_encode
 def test_msmarco_counts_on_dev_unless_a_split_is_named(beir_root):
     assert [place.split for place in find_beir_folders(["msmarco", "arguana"], None, beir_root)] == ["dev", "test"]
     assert [place.split for place in find_beir_folders(["msmarco"], "test", beir_root)] == ["test"]
-    assert [place.folder for place in find_beir_folders(["other"], None, beir_root)] == [beir_root / "other"]  # any folder of the root
+    # any folder of the root
+    assert [place.folder for place in find_beir_folders(["other"], None, beir_root)] == [beir_root / "other"]
     [chosen] = read_sets(EvaluationConfig([str(beir_root / "msmarco")], split=None)).retrieval
     assert list(chosen.qrels) == ["r"]
 
@@ -263,14 +323,18 @@ def test_documents_with_an_empty_text_are_no_candidates_in_a_set_of_beir(tmp_pat
         [place] = find_beir_folders([str(folder)], None, tmp_path)
         chosen = read_beir_folder(place)
         assert list(chosen.corpus) == kept
-        assert chosen.qrels == {"q": {"d": 1, "e": 1}}  # a relevant document that cannot be found costs, as in the original
+        # a relevant document that cannot be found costs, as in the original
+        assert chosen.qrels == {"q": {"d": 1, "e": 1}}
 
 
 def test_cqadupstack_is_the_mean_of_its_twelve_forums(beir_root):
     there = find_beir_folders(["cqadupstack"], None, beir_root)
     assert [place.name for place in there] == [f"cqadupstack/{forum}" for forum in FORUMS]
     assert read_beir_folder(there[0]).corpus == {"d": "of android"}
-    sets = {place.name: {"model": {"metrics": {"ndcg@10": number / 100}, "reranking": {}, "cost": {}}} for number, place in enumerate(there)}
+    sets = {
+        place.name: {"model": {"metrics": {"ndcg@10": number / 100}, "reranking": {}, "cost": {}}} for number,
+        place in enumerate(there)
+    }
     assert with_cqadupstack(sets)["cqadupstack"]["model"]["metrics"]["ndcg@10"] == pytest.approx(0.055)
     del sets["cqadupstack/tex"]
     assert with_cqadupstack(sets) == sets
@@ -278,15 +342,23 @@ def test_cqadupstack_is_the_mean_of_its_twelve_forums(beir_root):
 
 def test_the_averages_are_the_papers(beir_root):
     """nDCG@10 of SGPT-BE-5.8B and of BM25, table 4 of the paper: .490 and .428 over 18 sets, .550 and .477 over 11."""
-    names = ["trec-covid", "bioasq", "nfcorpus", "nq", "hotpotqa", "fiqa", "signal1m", "trec-news", "robust04", "arguana", "webis-touche2020",
+    names = [
+        "trec-covid", "bioasq", "nfcorpus", "nq", "hotpotqa", "fiqa", "signal1m", "trec-news", "robust04", "arguana",
+        "webis-touche2020",
              "cqadupstack", "quora", "dbpedia-entity", "scidocs", "fever", "climate-fever", "scifact"]  # fmt: skip
-    sgpt = [.873, .413, .362, .524, .593, .372, .267, .481, .514, .514, .254, .381, .846, .399, .197, .783, .305, .747]  # fmt: skip
-    bm25 = [.688, .488, .306, .326, .602, .254, .330, .405, .425, .472, .347, .326, .808, .320, .165, .649, .186, .611]  # fmt: skip
+    sgpt = [.873, .413, .362, .524, .593, .372, .267, .481, .514, .514, .254, .381, .846, .399, .197, .783, .305, .747]
+    bm25 = [.688, .488, .306, .326, .602, .254, .330, .405, .425, .472, .347, .326, .808, .320, .165, .649, .186, .611]
     scores = zip(names, sgpt, bm25, strict=True)
-    sets = {name: {"model": {"metrics": {"ndcg@10": ours}}, "bm25": {"metrics": {"ndcg@10": theirs}}} for name, ours, theirs in scores}
+    sets = {
+        name: {"model": {"metrics": {"ndcg@10": ours}}, "bm25": {"metrics": {"ndcg@10": theirs}}} for name, ours,
+        theirs in scores
+    }
     sets["msmarco"] = {"model": {"metrics": {"ndcg@10": 0.399}}}
     found = beir_averages(sets)
-    numbers = {kind: {system: round(groups["metrics"]["ndcg@10"], 3) for system, groups in systems.items()} for kind, systems in found.items()}
+    numbers = {
+        kind: {system: round(groups["metrics"]["ndcg@10"], 3) for system, groups in systems.items()} for kind,
+        systems in found.items()
+    }
     assert numbers == {"average": {"bm25": 0.428, "model": 0.490}, "sub_average": {"bm25": 0.477, "model": 0.550}}
     assert {kind: len(names) for kind, names in AVERAGES.items()} == {"average": 18, "sub_average": 11}
     assert len(BEIR_SETS) == 19
@@ -297,14 +369,19 @@ def test_the_averages_are_the_papers(beir_root):
 
 def test_what_is_not_there_is_refused_with_what_to_do(beir_root):
     cases = {
-        "scifactt": r"scifactt: no such folder, none of this name in .*, and no name of a BEIR set; did you mean scifact\?",
-        "nowhere": r"nowhere: no such folder, none of this name in .*, and no name of a BEIR set; a BEIR folder with .* or one of msmarco, trec-covid",
-        "robust04": r"robust04: not in .*, and its licence allows no public copy; make it as .* then set beir_root=<folder that holds robust04/>",
+        "scifactt": r"scifactt: no such folder, none of this name in .*, and no name of a BEIR set; did you mean "
+        r"scifact\?",
+        "nowhere": r"nowhere: no such folder, none of this name in .*, and no name of a BEIR set; a BEIR folder with "
+        r".* or one of msmarco, trec-covid",
+        "robust04": r"robust04: not in .*, and its licence allows no public copy; make it as .* then set "
+        r"beir_root=<folder that holds robust04/>",
     }
     for entry, message in cases.items():
         with pytest.raises(InputError, match=message):
             find_beir_folders([entry], None, beir_root)
-    with pytest.raises(InputError, match=r"arguana/qrels/dev\.tsv: no such file; .*arguana has the splits: test; set split="):
+    with pytest.raises(
+        InputError, match=r"arguana/qrels/dev\.tsv: no such file; .*arguana has the splits: test; set split="
+    ):
         find_beir_folders(["arguana"], "dev", beir_root)
     with pytest.raises(InputError, match=r"two evaluation sets are called 'arguana'"):
         find_beir_folders(["arguana", str(beir_root / "arguana")], None, beir_root)
@@ -315,7 +392,9 @@ def test_what_is_not_there_is_refused_with_what_to_do(beir_root):
 
 def test_the_semeval_files_give_a_set_a_year_and_all_sources_of_it_together(tmp_path):
     rows = [{"year": year, "file": file, "part": part, "score": place, "sentence1": f"{file} {place}", "sentence2": "b"}
-            for place, (year, file, part) in enumerate([(2012, "MSRpar", "test"), (2012, "OnWN", "test"), (2012, "OnWN", "train"), (2013, "FNWN", "test"),
+            for place,
+            (year, file, part) in enumerate(
+                [(2012, "MSRpar", "test"), (2012, "OnWN", "test"), (2012, "OnWN", "train"), (2013, "FNWN", "test"),
                                                         (2013, "OnWN", "test")])]  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     first, second = read_pairs(tmp_path / "pairs.jsonl", "test")
@@ -356,7 +435,10 @@ def project(toy, tiny_base, tmp_path_factory) -> Path:
     tokenizer.save_pretrained(folder / "decoder")
     for name, place in (("base", tiny_base("gpt_neo")), ("bert", tiny_base("bert")), ("toy", toy)):
         (folder / name).symlink_to(place)
-    pairs = [{"sentence1": f"{verb} a {noun}", "sentence2": f"how to {verb}", "score": place} for place, (_, verb, noun) in enumerate(PAIRS)]
+    pairs = [
+        {"sentence1": f"{verb} a {noun}", "sentence2": f"how to {verb}", "score": place} for place,
+        (_, verb, noun) in enumerate(PAIRS)
+    ]
     (folder / "similar.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     return folder
 
@@ -367,19 +449,23 @@ def started(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_script_gives_one_table_of_all_systems_their_runs_and_both_files(project):
-    ended = started(project, "model=base", "retrieval=[toy]", "sts=[similar.jsonl]", "rerank=decoder", "prompt=G", "depth=12", "runs=out/runs",
+    ended = started(
+        project, "model=base", "retrieval=[toy]", "sts=[similar.jsonl]", "rerank=decoder", "prompt=G", "depth=12",
+        "runs=out/runs",
                     "output=out/model.json", "systems_output=out/systems.json")  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     model, systems = (json.loads((project / "out" / f"{name}.json").read_text()) for name in ("model", "systems"))
     assert {name: set(metrics) for name, metrics in model.items()} == {  # as before there were other systems
-        "toy": {"ndcg@10", "map@100", "recall@100", "mrr@10"}, "similar": {"spearman_cosine", "pearson_cosine"}}  # fmt: skip
+        "toy": {"ndcg@10", "map@100", "recall@100", "mrr@10"}, "similar": {"spearman_cosine", "pearson_cosine"}}
     assert list(systems["sets"]["toy"]) == list(compare.SYSTEMS)
     assert systems["sets"]["toy"]["model"]["metrics"] == model["toy"]
     chosen = read_retrieval(project / "toy", "test")
     for name, numbers in systems["sets"]["toy"].items():
         with (project / "out" / "runs" / f"toy.{name}.trec").open() as lines:
             assert ranking(chosen.qrels, pytrec_eval.parse_run(lines)) == pytest.approx(numbers["metrics"])
-    assert re.search(r"set .* BM25 .* bi-encoder .* BM25→CE .* bi-encoder→CE .* fused by rank .* fused by score", ended.stdout)
+    assert re.search(
+        r"set .* BM25 .* bi-encoder .* BM25→CE .* bi-encoder→CE .* fused by rank .* fused by score", ended.stdout
+    )
     assert ended.stdout.count("┏") == 1
 
 
@@ -387,10 +473,16 @@ def test_the_script_gives_one_table_of_all_systems_their_runs_and_both_files(pro
     (["model=base", "retrieval=[toy]", "rerank=bert"], r"bert"),
     (["model=base", "retrieval=[toy]", "rerank=decoder", "prompt=Z"], r"prompt"),
     (["model=base", "retrieval=[toy,./toy]"], r"two evaluation sets are called 'toy'"),
-    (["model=base", "retrieval=[toy]", "split=train"], r"toy/qrels/train\.tsv: no such file; toy has the splits: dev, test"),
+    (
+        ["model=base", "retrieval=[toy]", "split=train"],
+        r"toy/qrels/train\.tsv: no such file; toy has the splits: dev, test"
+    ),
     (["model=base", "useb=toy"], r"useb=toy: holds none of askubuntu, cqadupstack, twitterpara, scidocs"),
     (["model=base", "retrieval=[toy]", "output=toy"], r"output=toy is a folder; name a file in it"),
-    (["model=base", "retrieval=[toy]", "systems_output=toy/corpus.jsonl/s.json"], r"toy/corpus\.jsonl/s\.json: nothing can be written there"),
+    (
+        ["model=base", "retrieval=[toy]", "systems_output=toy/corpus.jsonl/s.json"],
+        r"toy/corpus\.jsonl/s\.json: nothing can be written there"
+    ),
     (["model=base"], r"set model=<folder or hub id> and retrieval="),
 ])  # fmt: skip
 def test_the_script_refuses_in_one_sentence(arguments, message, project):

@@ -1,4 +1,6 @@
-"""Counts of data whose counts are known, the batches as the loss judges them, the page, and the script from the command line."""
+"""Counts of data whose counts are known, the batches as the loss judges them, the page, and the script from the command
+line.
+"""
 
 import json
 import os
@@ -47,7 +49,10 @@ def source(tokenizer) -> Source:
     return made(tokenizer, EXAMPLES)
 
 
-def made(tokenizer, examples: list[Example] | Examples, *, limits: MarkersConfig = LIMITS, negatives: int = 1, name: str = "hand-made") -> Source:
+def made(
+    tokenizer, examples: list[Example] | Examples, *, limits: MarkersConfig = LIMITS, negatives: int = 1,
+    name: str = "hand-made"
+) -> Source:
     kept = examples if isinstance(examples, Examples) else Examples.of(examples)
     framed = frames(limits, tokenizer)
     tokens = Tokens(kept, tokenizer, max(frame.content_tokens for frame in framed.values()))
@@ -80,8 +85,10 @@ def test_counts_are_those_that_were_made(source, tokenizer):
         for one in EXAMPLES
     )
     assert count_source(source) == Counts(
-        examples=20, texts=len(texts), positives=21, repeated_queries=1, repeated_positives=1, queries_by_positives=(18, 0, 1, 0),
-        hard_negatives=(1, 1.0, 2), positives_asked=1, contrary_negatives=1, short_of_negatives=0, short_texts=1, short_text="x",
+        examples=20, texts=len(texts), positives=21, repeated_queries=1, repeated_positives=1,
+        queries_by_positives=(18, 0, 1, 0),
+        hard_negatives=(1, 1.0, 2), positives_asked=1, contrary_negatives=1, short_of_negatives=0, short_texts=1,
+        short_text="x",
         tokens=pytest.approx(tokens, rel=1e-9),
     )  # fmt: skip
 
@@ -148,7 +155,9 @@ def test_ignored_candidates_are_those_that_a_loop_over_the_texts_finds(source, t
     documents = [[source.examples.texts[text] for text in one.documents] for one in drawn]
     others = [[source.examples.texts[text] for text in one.other_positives] for one in drawn]
     for i, query in enumerate(batch.queries):
-        wrong = {queries[i], *(text for j in range(20) if queries[j] == queries[i] for text in (documents[j][0], *others[j]))}
+        wrong = {
+            queries[i], *(text for j in range(20) if queries[j] == queries[i] for text in (documents[j][0], *others[j]))
+        }
         expected = [
             2 * j + place
             for j, of_other in enumerate(documents) for place, text in enumerate(of_other)
@@ -160,7 +169,17 @@ def test_ignored_candidates_are_those_that_a_loop_over_the_texts_finds(source, t
 
 def test_a_batch_is_shown_as_the_model_gets_it_cut_in_the_middle(tokenizer):
     words = " ".join(f"word{n}" for n in range(40))
-    feed = Feed([made(tokenizer, [Example(f"a\nquestion {n} {words}", f"answer {n}") for n in range(4)], limits=MarkersConfig(), negatives=0)], 4)
+    feed = Feed(
+        [
+            made(
+                tokenizer,
+                [Example(f"a\nquestion {n} {words}", f"answer {n}") for n in range(4)],
+                limits=MarkersConfig(),
+                negatives=0,
+            )
+        ],
+        4
+    )
     batch = see(0, feed.batch(0, 0), tokenizer)
     number = feed.rows(0, 0)[0][1]
     tokens, text = batch.queries[0].query
@@ -190,10 +209,13 @@ def test_a_run_over_two_sources_is_told_by_their_weights(tokenizer):
     assert told["optimizer steps an epoch"] == "4.0"
     assert told["optimizer steps of the run"] == "7"
     assert (told["queries a batch"], told["candidates a query"]) == ("10", "20")
-    assert told["tokens an epoch, about"] == f"{count_source(one).tokens + count_source(two).tokens:,.0f}"  # weights go by size here
+    # weights go by size here
+    assert told["tokens an epoch, about"] == f"{count_source(one).tokens + count_source(two).tokens:,.0f}"
     assert inspection.describe_sources(found)["examples"] == ["20", "60"]
     computed, padded = (sum(getattr(batch, name) for batch in found.batches) for name in ("computed", "padded"))
-    assert told["the same, padded to the longest row"] == f"{padded:,}, of which packing saves {100 * (padded - computed) / padded:.1f}%"
+    assert told[
+        "the same, padded to the longest row"
+    ] == f"{padded:,}, of which packing saves {100 * (padded - computed) / padded:.1f}%"
 
 
 # --- what looks wrong ---
@@ -207,13 +229,31 @@ def test_good_data_raises_no_warning(tokenizer):
 @pytest.mark.parametrize(
     ("examples", "queries", "expected"),
     [
-        ([Example(f"question {n}", f"answer {n}", ("bad",)) for n in range(20)], 4, "has 20 examples, which fill 5.0 batches"),
-        ([Example(f"question {n % 30}", f"answer {n}", ("bad",)) for n in range(40)], 4, "25.0% of the queries repeat an earlier one"),
-        ([Example(f"question {n}", "word " * 40 + str(n), ("bad",)) for n in range(40)], 4, "50.0% of the documents are longer than 12 tokens"),
-        ([Example("question " * 9 + str(n), f"answer {n}", ("bad",)) for n in range(40)], 4, "100.0% of the queries are longer than 8 tokens"),
-        ([Example(f"question {n}", f"answer {n}", ("z",)) for n in range(40)], 4, "texts of one character: 1, for example 'z'"),
         (
-            [Example("question 0", "bad", ("answer 0",)), *(Example(f"question {n}", f"answer {n}", ("bad",)) for n in range(40))],
+            [Example(f"question {n}", f"answer {n}", ("bad",)) for n in range(20)], 4,
+            "has 20 examples, which fill 5.0 batches"
+        ),
+        (
+            [Example(f"question {n % 30}", f"answer {n}", ("bad",)) for n in range(40)], 4,
+            "25.0% of the queries repeat an earlier one"
+        ),
+        (
+            [Example(f"question {n}", "word " * 40 + str(n), ("bad",)) for n in range(40)], 4,
+            "50.0% of the documents are longer than 12 tokens"
+        ),
+        (
+            [Example("question " * 9 + str(n), f"answer {n}", ("bad",)) for n in range(40)], 4,
+            "100.0% of the queries are longer than 8 tokens"
+        ),
+        (
+            [Example(f"question {n}", f"answer {n}", ("z",)) for n in range(40)], 4,
+            "texts of one character: 1, for example 'z'"
+        ),
+        (
+            [
+                Example("question 0", "bad", ("answer 0",)),
+                *(Example(f"question {n}", f"answer {n}", ("bad",)) for n in range(40))
+            ],
             4, "hard negatives that are a positive of the same query in another row: 2;",
         ),
     ],
@@ -226,9 +266,12 @@ def test_what_looks_wrong_is_said_once_with_the_source(tokenizer, examples, quer
 
 
 def test_a_batch_without_any_negative_is_warned_of(tokenizer):
-    found = inspected(tokenizer, made(tokenizer, [Example(f"question {n}", f"answer {n}") for n in range(40)], negatives=0), queries=1)
+    found = inspected(
+        tokenizer, made(tokenizer, [Example(f"question {n}", f"answer {n}") for n in range(40)], negatives=0), queries=1
+    )
     assert inspection.warnings(found) == [
-        "a batch has one query and no hard negative, so there is nothing to learn from: raise trainer.queries_per_process"
+        "a batch has one query and no hard negative, so there is nothing to learn from: raise "
+        "trainer.queries_per_process"
     ]
 
 
@@ -247,11 +290,15 @@ def page(tokenizer, tmp_path_factory) -> str:
 def test_the_page_holds_the_numbers_the_plots_and_the_warnings(page):
     assert "<h1>a &amp; b</h1>" in page
     for label, value in {
-        "examples": "21", "queries that repeat an earlier one": "1 (4.8%)", "positives that are another example&#x27;s query": "1 (4.5%)",
-        "queries by number of positives": "1: 95.0%, 2: 0.0%, 3: 5.0%, 4+: 0.0%", "candidates a query": "42", "optimizer steps of the run": "7",
+        "examples": "21", "queries that repeat an earlier one": "1 (4.8%)",
+        "positives that are another example&#x27;s query": "1 (4.5%)",
+        "queries by number of positives": "1: 95.0%, 2: 0.0%, 3: 5.0%, 4+: 0.0%", "candidates a query": "42",
+        "optimizer steps of the run": "7",
     }.items():  # fmt: skip
         assert f"<td>{label}</td><td>{value}</td>" in page
-    assert re.findall(r"<figcaption><b>(.*?)</b>", page) == [f"&lt;i&gt;hand&lt;/i&gt;: tokens of the {plural}" for plural in ("queries", "documents")]
+    assert re.findall(r"<figcaption><b>(.*?)</b>", page) == [
+        f"&lt;i&gt;hand&lt;/i&gt;: tokens of the {plural}" for plural in ("queries", "documents")
+    ]
     assert re.findall(r"<h2>(.*?)</h2>", page)[0] == "What looks wrong"
     assert "hard negatives that are a positive of the same query in another row: 1;" in page
     assert "[filler question number 0]" in page  # a query of the batch
@@ -279,7 +326,9 @@ def test_a_page_never_takes_the_place_of_a_run_or_of_its_files(place, tmp_path):
 def test_counts_of_real_triplets_are_those_of_plain_python(tokenizer, tmp_path):
     if not NLI.is_file():
         pytest.skip(f"no NLI triplets at {NLI}")
-    config = DataConfig(path=str(NLI), columns={"query": "anchor"}, num_hard_negatives=1, cache=str(tmp_path), limit=2000)
+    config = DataConfig(
+        path=str(NLI), columns={"query": "anchor"}, num_hard_negatives=1, cache=str(tmp_path), limit=2000
+    )
     feed = build_feed(config, tokenizer, MarkersConfig("none", 16, 16), queries_per_process=32)
     found = inspect_feed(feed, tokenizer, num_examples=500, num_batches=1, steps=1)
     rows = list(feed.sources[0].examples)
@@ -291,15 +340,25 @@ def test_counts_of_real_triplets_are_those_of_plain_python(tokenizer, tmp_path):
     assert counted.repeated_queries == len(rows) - len(queries)
     assert counted.repeated_positives == len(rows) - len({row.positive for row in rows})
     assert counted.positives_asked == sum(row.positive in queries for row in rows)
-    assert counted.contrary_negatives == sum(text in positives[row.query] for row in rows for text in row.hard_negatives)
-    assert counted.queries_by_positives == tuple(np.bincount([min(4, len(found)) for found in positives.values()], minlength=5)[1:])
+    assert counted.contrary_negatives == sum(
+        text in positives[row.query] for row in rows for text in row.hard_negatives
+    )
+    assert counted.queries_by_positives == tuple(
+        np.bincount([min(4, len(found)) for found in positives.values()], minlength=5)[1:]
+    )
     assert found.samples[0].examples == 500
     assert found.samples[0].scripts["LATIN"] > 0.99
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "train" / "inspect_data.py"), "name=look", "trainer.queries_per_process=8", *arguments]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable, str(REPOSITORY / "train" / "inspect_data.py"), "name=look", "trainer.queries_per_process=8",
+        *arguments
+    ]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}, capture_output=True,
+        text=True, timeout=120
+    )
 
 
 def test_the_script_prints_and_writes_what_it_found(tmp_path):

@@ -34,7 +34,9 @@ needs_scifact = pytest.mark.skipif(not SCIFACT.is_dir(), reason=f"no SciFact at 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Path:
-    """70 documents, among them copies, a blank one and a query's text; 24 queries with one to three positives, two of them with equal texts."""
+    """70 documents, among them copies, a blank one and a query's text; 24 queries with one to three positives, two of
+    them with equal texts.
+    """
     chance = random.Random(0)
     words = ["cat", "dog", "house", "tree", "river", "stone", "cloud", "train", "music", "bread", "glass", "light"]
     corpus = {f"d{n}": " ".join(chance.choices(words, k=chance.randint(3, 8))) for n in range(70)}
@@ -42,7 +44,9 @@ def toy(tmp_path_factory) -> Path:
     queries = {f"q{n}": " ".join(chance.sample(words, k=3)) for n in range(24)}
     queries["q11"] = queries["q5"]
     corpus["d60"] = queries["q3"]
-    qrels = {query: {document: chance.randint(0, 2) for document in chance.sample(sorted(corpus), 3)} for query in queries}
+    qrels = {
+        query: {document: chance.randint(0, 2) for document in chance.sample(sorted(corpus), 3)} for query in queries
+    }
     qrels["q0"] = {"d50": 1}  # blank: nothing to learn from
     qrels["q3"] = {"d60": 1, "d3": 2, "d13": 1}  # d60 is the query itself
     qrels["q4"] = {"d10": 2, "d3": 1}  # copies of each other
@@ -53,12 +57,19 @@ def scores_of(folder: Path, seed: int = 1) -> dict[str, dict[str, float]]:
     """Random scores with many ties for every query and document; a copy may have another score than its original."""
     chance = random.Random(seed)
     dataset = read_retrieval(folder, "train")
-    return {query: {document: round(chance.uniform(1, 9), 1) for document in dataset.corpus} for query in dataset.queries}
+    return {
+        query: {document: round(chance.uniform(1, 9), 1) for document in dataset.corpus} for query in dataset.queries
+    }
 
 
 def trec(file: Path, run: dict[str, dict[str, float]]) -> Path:
     ranked = ((query, sorted(scores.items(), key=lambda pair: -pair[1])) for query, scores in run.items())
-    file.write_text("".join(f"{query} Q0 {document} {rank} {score!r} tag\n" for query, scores in ranked for rank, (document, score) in enumerate(scores, 1)))
+    file.write_text(
+        "".join(
+            f"{query} Q0 {document} {rank} {score!r} tag\n" for query, scores in ranked for rank,
+            (document, score) in enumerate(scores, 1)
+        )
+    )
     return file
 
 
@@ -77,21 +88,31 @@ def rows_of(folder: Path, scratch: Path, **options) -> list[dict]:
     return mine_block(task.queries, task, ranker, rescore)[0]
 
 
-def reference(dataset: RetrievalSet, run: dict[str, dict[str, float]], first: int, last: int, count: int, margin: float, ratio: float) -> dict:
-    """query id -> [(text, score)] of its negatives, from texts alone. Every document has a positive score in the run."""
+def reference(
+    dataset: RetrievalSet, run: dict[str, dict[str, float]], first: int, last: int, count: int, margin: float,
+    ratio: float
+) -> dict:
+    """query id -> [(text, score)] of its negatives, from texts alone. Every document has a positive score in the run.
+    """
     corpus, found = {document: text.strip() for document, text in dataset.corpus.items()}, {}
     place = {text: number for number, text in reversed([*enumerate(corpus.values())])}
     for query, judged in dataset.qrels.items():
         text = dataset.queries[query]
         twins = [other for other in dataset.qrels if dataset.queries[other] == text]
-        never = {corpus[document] for twin in twins for document, score in dataset.qrels[twin].items() if score > 0} | {text, ""}
+        never = {
+            corpus[document] for twin in twins for document, score in dataset.qrels[twin].items() if score > 0
+        } | {text, ""}
         own = {corpus[document] for document, score in judged.items() if score > 0} - {text, ""}
         if not own:
             continue
-        best = {text: max(score for document, score in run[query].items() if corpus[document] == text) for text in place}
+        best = {
+            text: max(score for document, score in run[query].items() if corpus[document] == text) for text in place
+        }
         ranking = sorted(best.keys() - never, key=lambda text: (-best[text], place[text]))[first - 1 : last]
         weakest = min(best[text] for text in own)
-        found[query] = [(text, best[text]) for text in ranking if best[text] <= weakest - margin and best[text] <= ratio * weakest][:count]
+        found[query] = [
+            (text, best[text]) for text in ranking if best[text] <= weakest - margin and best[text] <= ratio * weakest
+        ][:count]
     return found
 
 
@@ -103,10 +124,17 @@ def reference(dataset: RetrievalSet, run: dict[str, dict[str, float]], first: in
 @pytest.mark.parametrize(("first", "last", "count"), [(1, 50, 5), (10, 30, 3), (3, 4, 1), (60, 100, 9)])
 def test_negatives_are_those_of_a_reference_of_ten_lines(first, last, count, ratio, margin, toy, tmp_path):
     run = scores_of(toy)
-    rows = rows_of(toy, tmp_path, source="run", trec=str(as_json(tmp_path / "run.json", run)), score_margin=margin, score_ratio=ratio,
+    rows = rows_of(
+        toy, tmp_path, source="run", trec=str(as_json(tmp_path / "run.json", run)), score_margin=margin,
+        score_ratio=ratio,
                    first_rank=first, last_rank=last, negatives_per_query=count)  # fmt: skip
-    expected = reference(read_retrieval(toy, "train"), run, first, last, count, -1e9 if margin is None else margin, 1e9 if ratio is None else ratio)
-    assert {row["ids"]["query"]: list(zip(row["negative"], row["scores"]["negative"], strict=True)) for row in rows} == expected
+    expected = reference(
+        read_retrieval(toy, "train"), run, first, last, count, -1e9 if margin is None else margin,
+        1e9 if ratio is None else ratio
+    )
+    assert {
+        row["ids"]["query"]: list(zip(row["negative"], row["scores"]["negative"], strict=True)) for row in rows
+    } == expected
     assert "q0" not in expected
 
 
@@ -123,7 +151,10 @@ def test_positives_are_all_there_the_most_relevant_first_without_copies_and_the_
 
 
 def test_random_negatives_come_from_the_window_and_depend_on_the_seed_only(toy, tmp_path):
-    options = {"source": "run", "trec": str(as_json(tmp_path / "run.json", scores_of(toy))), "first_rank": 5, "last_rank": 30, "score_ratio": 0.9}
+    options = {
+        "source": "run", "trec": str(as_json(tmp_path / "run.json", scores_of(toy))), "first_rank": 5, "last_rank": 30,
+        "score_ratio": 0.9
+    }
     whole = {row["ids"]["query"]: row["negative"] for row in rows_of(toy, tmp_path, **options, negatives_per_query=26)}
     drawn = [rows_of(toy, tmp_path, **options, pick="random", seed=seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -148,9 +179,15 @@ def test_a_ratio_below_zero_means_as_far_below(tmp_path):
 
 def test_bm25_its_trec_run_and_its_json_give_the_same_bytes(toy, tmp_path):
     """Some positives share no word with their query; margins are left out, as these have no score in a run."""
-    found = {query: {d: s for d, s in scores.items() if s > 0} for query, scores in bm25_run(read_retrieval(toy, "train"), depth=70).items()}
+    found = {
+        query: {d: s for d, s in scores.items() if s > 0} for query,
+        scores in bm25_run(read_retrieval(toy, "train"), depth=70).items()
+    }
     files = {"bm25": None, "trec": trec(tmp_path / "run.trec", found), "json": as_json(tmp_path / "run.json", found)}
-    rows = {name: rows_of(toy, tmp_path, **({"source": "run", "trec": str(file)} if file else {})) for name, file in files.items()}
+    rows = {
+        name: rows_of(toy, tmp_path, **({"source": "run", "trec": str(file)} if file else {})) for name,
+        file in files.items()
+    }
     assert rows["trec"] == rows["json"]
     for row, other in zip(rows["trec"], rows["bm25"], strict=True):
         row["scores"]["positive"] = [score or 0.0 for score in row["scores"]["positive"]]
@@ -163,28 +200,45 @@ def test_a_models_cosines_rank_and_the_window_is_exact(toy, tiny_base, tmp_path)
     encoder, dataset = Encoder.from_pretrained(base), read_retrieval(toy, "train")
     documents = torch.from_numpy(encoder.encode_documents(list(dataset.corpus.values()), normalize=True))
     queries = torch.from_numpy(encoder.encode_queries(list(dataset.queries.values()), normalize=True))
-    run = {query: dict(zip(dataset.corpus, row.tolist(), strict=True)) for query, row in zip(dataset.queries, queries @ documents.T, strict=True)}
+    run = {
+        query: dict(zip(dataset.corpus, row.tolist(), strict=True)) for query,
+        row in zip(dataset.queries, queries @ documents.T, strict=True)
+    }
     expected = reference(dataset, run, 4, 40, 5, 0.01, 1e9)
     assert [row["ids"]["query"] for row in rows] == list(expected)
     for row in rows:  # scores and not texts: float32 may order neighbours otherwise in other packs
-        assert row["scores"]["negative"] == pytest.approx([score for _, score in expected[row["ids"]["query"]]], abs=1e-5)
-        assert row["scores"]["negative"] == pytest.approx([run[row["ids"]["query"]][document] for document in row["ids"]["negative"]], abs=1e-5)
+        assert row["scores"]["negative"] == pytest.approx(
+            [score for _, score in expected[row["ids"]["query"]]], abs=1e-5
+        )
+        assert row["scores"]["negative"] == pytest.approx(
+            [run[row["ids"]["query"]][document] for document in row["ids"]["negative"]], abs=1e-5
+        )
 
 
 def test_a_decoder_orders_the_window_by_the_log_probability_of_the_query(toy, language_model, tmp_path):
     folder = language_model("gpt2")
-    window = {row["ids"]["query"]: row["negative"] for row in rows_of(toy, tmp_path, first_rank=2, last_rank=21, negatives_per_query=20)}
+    window = {
+        row["ids"]["query"]: row["negative"]
+        for row in rows_of(toy, tmp_path, first_rank=2, last_rank=21, negatives_per_query=20)
+    }
     rows = rows_of(toy, tmp_path, first_rank=2, last_rank=21, rescore=str(folder))
     for row in rows[:3]:
-        scores = sorted((as_the_original(folder, row["query"], text) for text in window[row["ids"]["query"]]), reverse=True)
+        scores = sorted(
+            (as_the_original(folder, row["query"], text) for text in window[row["ids"]["query"]]), reverse=True
+        )
         assert row["scores"]["negative"] == pytest.approx(scores[: len(row["negative"])], abs=1e-4)
 
 
 def test_a_query_that_a_decoder_cannot_read_is_refused_before_anything_is_mined(language_model, tmp_path):
     corpus = {f"d{number}": f"apple {number}" for number in range(9)}
-    folder = beir(tmp_path / "long", corpus, {"short": "apple", "long": "apple " * 200}, {"short": {"d1": 1}, "long": {"d2": 1}})
+    folder = beir(
+        tmp_path / "long", corpus, {"short": "apple", "long": "apple " * 200}, {"short": {"d1": 1}, "long": {"d2": 1}}
+    )
     with pytest.raises(InputError, match=r"query 'apple apple .* takes \d+ tokens"):
-        mined(folder, tmp_path / "rows.jsonl", rescore=str(language_model("gpt2")), queries_per_block=1, last_rank=5, negatives_per_query=2)
+        mined(
+            folder, tmp_path / "rows.jsonl", rescore=str(language_model("gpt2")), queries_per_block=1, last_rank=5,
+            negatives_per_query=2
+        )
     assert not list(tmp_path.glob("rows.jsonl*"))
 
 
@@ -198,17 +252,23 @@ def test_a_cross_encoder_orders_the_window_and_margins_are_by_its_scores(toy, ti
     torch.nn.init.normal_(model.classifier.weight, std=2.0)
     model.save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(tiny_base("bert")).save_pretrained(folder)
-    window = {row["ids"]["query"]: row["negative"] for row in rows_of(toy, tmp_path, first_rank=2, last_rank=21, negatives_per_query=20)}
+    window = {
+        row["ids"]["query"]: row["negative"]
+        for row in rows_of(toy, tmp_path, first_rank=2, last_rank=21, negatives_per_query=20)
+    }
     rows = rows_of(toy, tmp_path, first_rank=2, last_rank=21, rescore=str(folder), score_ratio=0.98)
     scorer = CrossEncoder(str(folder), device="cpu")
     dropped = 0
     for row in rows[:6]:
         positives = row["positive"] if isinstance(row["positive"], list) else [row["positive"]]
-        scores = [float(scorer.predict([(row["query"], text)])[0]) for text in (*positives, *window[row["ids"]["query"]])]
+        scores = [
+            float(scorer.predict([(row["query"], text)])[0]) for text in (*positives, *window[row["ids"]["query"]])
+        ]
         weakest, others = min(scores[: len(positives)]), sorted(scores[len(positives) :], reverse=True)
         kept = [score for score in others if score <= 0.98 * weakest]
         dropped += len(others) - len(kept)
-        assert row["scores"]["positive"] == pytest.approx(scores[: len(positives)], abs=1e-4)  # alone and in a padded batch
+        # alone and in a padded batch
+        assert row["scores"]["positive"] == pytest.approx(scores[: len(positives)], abs=1e-4)
         assert row["scores"]["negative"] == pytest.approx(kept[:5], abs=1e-4)
     assert dropped > 0
 
@@ -228,7 +288,9 @@ def test_rows_are_read_as_training_examples(toy, tmp_path):
     assert len(examples) == len(rows) == statistics["counts"]["rows"] > 10
     for example, row in zip(examples, rows, strict=True):
         positives = row["positive"] if isinstance(row["positive"], list) else [row["positive"]]
-        assert (example.query, [example.positive, *example.other_positives], [*example.hard_negatives]) == (row["query"], positives, row["negative"])
+        assert (
+            example.query, [example.positive, *example.other_positives], [*example.hard_negatives]
+        ) == (row["query"], positives, row["negative"])
     assert any(example.other_positives for example in examples)
 
 
@@ -245,7 +307,9 @@ def test_queries_with_few_negatives_are_kept_or_dropped_and_counted(toy, tmp_pat
     assert (kept["counts"]["queries"], kept["counts"]["rows"]) == (24, 24 - unusable)
     assert kept["counts"]["negatives"] == sum(len(row["negative"]) for row in rows["kept"])
     assert (kept["counts"]["documents"], kept["counts"]["blank"]) == (70, 1)
-    assert kept["counts"]["copies"] == 70 - 1 - len({text.strip() for text in read_retrieval(toy, "train").corpus.values()} - {""})
+    assert kept["counts"]["copies"] == 70 - 1 - len(
+        {text.strip() for text in read_retrieval(toy, "train").corpus.values()} - {""}
+    )
 
 
 def test_a_compressed_output_holds_the_same_rows_in_the_same_bytes_each_time(toy, tmp_path):
@@ -291,12 +355,17 @@ def test_a_finished_output_is_kept_and_resuming_it_shows_its_statistics(toy, tmp
 def test_resuming_on_other_texts_is_refused(toy, tmp_path):
     dataset = read_retrieval(toy, "train")
     for number, corpus in enumerate((dataset.corpus, {**dataset.corpus, "d69": "another text"})):
-        folder = beir(tmp_path / str(number) / "b", dataset.corpus if number == 0 else corpus, dataset.queries, dataset.qrels)
+        folder = beir(
+            tmp_path / str(number) / "b", dataset.corpus if number == 0 else corpus, dataset.queries, dataset.qrels
+        )
         (tmp_path / "b").unlink(missing_ok=True)
         (tmp_path / "b").symlink_to(folder)
         if number == 0:
             mined(tmp_path / "b", tmp_path / "rows.jsonl")
-    with pytest.raises(InputError, match=r"rows\.jsonl was begun with something else .*: corpus of .*/b has changed\. Put it back and resume"):
+    with pytest.raises(
+        InputError,
+        match=r"rows\.jsonl was begun with something else .*: corpus of .*/b has changed\. Put it back and resume"
+    ):
         mined(tmp_path / "b", tmp_path / "rows.jsonl", resume=True)
 
 
@@ -309,7 +378,9 @@ def started(toy, tiny_base, tmp_path_factory) -> tuple[Path, dict[str, Ended]]:
     (folder / "toy").symlink_to(toy)
     (folder / "base").symlink_to(tiny_base("gpt_neo"))
     wide = [f"{key}={value}" for key, value in WIDE.items()]
-    model = ["data=toy", "source=model", "model=base", "queries_per_block=1", "documents_per_block=4", "threads=1", *wide]
+    model = [
+        "data=toy", "source=model", "model=base", "queries_per_block=1", "documents_per_block=4", "threads=1", *wide
+    ]
     named = {
         "model": Start([*model, "output=model.jsonl"]),
         "model killed": Start([*model, "output=killed.jsonl"], ("killed.jsonl.part-0", 5)),
@@ -363,7 +434,9 @@ def test_a_killed_run_of_scifact_resumes_where_it_was_and_ends_with_the_same_byt
 
 
 def test_an_output_has_one_writer(toy, tmp_path):
-    with sole_writer(tmp_path / "rows.jsonl"), pytest.raises(InputError, match=r"rows\.jsonl: another process is writing it now"):
+    with sole_writer(tmp_path / "rows.jsonl"), pytest.raises(
+        InputError, match=r"rows\.jsonl: another process is writing it now"
+    ):
         mined(toy, tmp_path / "rows.jsonl")
     assert mined(toy, tmp_path / "rows.jsonl")
     assert not list(tmp_path.glob(".*"))
@@ -382,25 +455,36 @@ def test_the_script_ends_with_a_table_and_refuses_in_one_sentence(started):
     assert re.search(r"negative scores, median .*\d\.\d", ended["model"].out)
     assert re.search(r"report +model\.report\.html", ended["model"].out)
     assert ended["model again"].codes == ended["no model"].codes == [2]
-    assert ended["model again"].err == "error: model.jsonl exists; resume with resume=true, or choose another output=<file>\n"
+    assert ended[
+        "model again"
+    ].err == "error: model.jsonl exists; resume with resume=true, or choose another output=<file>\n"
     assert ended["no model"].err == "error: source=model needs model=<path>\n"
     assert ended["model not resumed"].err == (
-        "error: killed.jsonl.manifest.json belongs to a killed run; resume with resume=true, or choose another output=<file>\n"
+        "error: killed.jsonl.manifest.json belongs to a killed run; resume with resume=true, or choose another "
+        "output=<file>\n"
     )
 
 
 @needs_scifact
 def test_bm25_margins_count_positives_at_any_depth(started):
     dataset = read_retrieval(started[0] / "scifact", "train")
-    rows, expected, deep = [row for _, row in read_rows(started[0] / "scifact.jsonl")], bm25_run(dataset, len(dataset.corpus)), 0
+    rows, expected, deep = [
+        row for _, row in read_rows(started[0] / "scifact.jsonl")
+    ], bm25_run(dataset, len(dataset.corpus)), 0
     for row in rows:
         scores = expected[row["ids"]["query"]]
         for side in ("positive", "negative"):
-            assert row["scores"][side] == pytest.approx([scores.get(document, 0.0) for document in row["ids"][side]], abs=1e-6)
+            assert row["scores"][side] == pytest.approx(
+                [scores.get(document, 0.0) for document in row["ids"][side]], abs=1e-6
+            )
         judged = {document for document, score in dataset.qrels[row["ids"]["query"]].items() if score > 0}
         weakest = min(scores.get(document, 0.0) for document in judged)
-        others = sorted((score for document, score in scores.items() if document not in judged and score > 0), reverse=True)[1:20]
-        assert row["scores"]["negative"] == pytest.approx([score for score in others if score <= 0.9 * weakest][:3], abs=1e-6)
+        others = sorted(
+            (score for document, score in scores.items() if document not in judged and score > 0), reverse=True
+        )[1:20]
+        assert row["scores"]["negative"] == pytest.approx(
+            [score for score in others if score <= 0.9 * weakest][:3], abs=1e-6
+        )
         deep += weakest < others[-1]
     assert deep > 0  # some positive is ranked below the window
 
@@ -410,15 +494,26 @@ def test_bm25_margins_count_positives_at_any_depth(started):
 
 LINE = "q1 Q0 d1 1 3.5 tag\n"
 BAD_RUNS = {
-    "six fields": (LINE + "q1 Q0 d2 2 1.5\n", {}, r"run, line 2: 5 fields, a TREC run has 6, query-id Q0 document-id rank score tag: 'q1 Q0 d2 2 1\.5'"),
+    "six fields": (
+        LINE + "q1 Q0 d2 2 1.5\n", {},
+        r"run, line 2: 5 fields, a TREC run has 6, query-id Q0 document-id rank score tag: 'q1 Q0 d2 2 1\.5'"
+    ),
     "no number": ("q1 Q0 d1 1 high tag\n", {}, r"run, line 1: rank '1' or score 'high' is no number"),
     "not finite": ("q1 Q0 d1 1 nan tag\n", {}, r"run, line 1: score 'nan' is not finite"),
-    "unknown query": ("q99 Q0 d1 1 3.5 tag\n", {}, r"run, line 1: query id 'q99' is not in .*toy; the run belongs to another folder"),
+    "unknown query": (
+        "q99 Q0 d1 1 3.5 tag\n", {}, r"run, line 1: query id 'q99' is not in .*toy; the run belongs to another folder"
+    ),
     "unknown document": ("q1 Q0 x1 1 3.5 tag\n", {}, r"run, line 1: document id 'x1' is not in .*toy"),
     "twice": (LINE + LINE, {}, r"run, line 2: document id 'd1' stands twice under query id 'q1'"),
-    "distances": (LINE + "q1 Q0 d2 2 4.5 tag\n", {}, r"run, line 2: rank 2 scores 4\.5, more than rank 1 with 3\.5; higher must be better"),
+    "distances": (
+        LINE + "q1 Q0 d2 2 4.5 tag\n", {},
+        r"run, line 2: rank 2 scores 4\.5, more than rank 1 with 3\.5; higher must be better"
+    ),
     "nothing": ("", {}, r"run: ranks none of the queries of split 'train'"),
-    "no positive": (LINE, {"score_ratio": 0.95}, r"run: query id 'q1' has no score for its positive 'd\d+', so score_margin and score_ratio cannot be applied"),
+    "no positive": (
+        LINE, {"score_ratio": 0.95},
+        r"run: query id 'q1' has no score for its positive 'd\d+', so score_margin and score_ratio cannot be applied"
+    ),
     "not json": ('{"q1": ', {}, r"run, line 1: not JSON"),
     "a list": ('{"q1": ["d1"]}', {}, r"run, query id 'q1': holds list, expected document ids with scores"),
     "a text": ('{"q1": {"d1": "3"}}', {}, r"run, query id 'q1': score '3' of 'd1' is no finite number"),
@@ -446,10 +541,16 @@ def test_a_bad_run_file_is_refused_with_its_place_and_leaves_nothing(name, toy, 
         ({"pick": "first"}, r"pick='first' is unknown; choose top or random"),
         ({"on_few": "fill"}, r"on_few='fill' is unknown; choose keep or drop"),
         ({"first_rank": 0}, r"first_rank=0 must be 1 or more"),
-        ({"first_rank": 98, "last_rank": 100, "negatives_per_query": 4}, r"first_rank=98 to last_rank=100 cannot hold negatives_per_query=4"),
+        (
+            {"first_rank": 98, "last_rank": 100, "negatives_per_query": 4},
+            r"first_rank=98 to last_rank=100 cannot hold negatives_per_query=4"
+        ),
         ({"score_margin": -0.1}, r"score_margin=-0\.1 must be 0 or more"),
         ({"score_ratio": 1.5}, r"score_ratio=1\.5 must be above 0 and at most 1"),
-        ({"on_error": "skip", "columns": {"query": "title"}}, r"columns\.query, on_error: of pairs in a file, and data=.* is read as a BEIR folder"),
+        (
+            {"on_error": "skip", "columns": {"query": "title"}},
+            r"columns\.query, on_error: of pairs in a file, and data=.* is read as a BEIR folder"
+        ),
         ({"output": "rows.json"}, r"output=rows\.json is no name of JSON lines"),
         ({"data": ""}, r"set data=<BEIR folder or file of pairs> and output="),
         ({"output": ""}, r"set data=<BEIR folder or file of pairs> and output="),
@@ -465,7 +566,9 @@ def test_what_cannot_be_is_refused(options, message, toy):
 
 def test_a_folder_without_columns_or_positives_is_refused(tmp_path):
     folder = beir(tmp_path / "b", {"d": "text"}, {"q": "query"}, {"q": {"d": 0}})
-    with pytest.raises(InputError, match=r"train\.tsv: no judgement is above 0, so no document is relevant to any query"):
+    with pytest.raises(
+        InputError, match=r"train\.tsv: no judgement is above 0, so no document is relevant to any query"
+    ):
         mined(folder, tmp_path / "rows.jsonl")
     (folder / "corpus.jsonl").write_text('{"_id": "d", "body": "text"}\n')
     with pytest.raises(InputError, match=r"corpus\.jsonl, line 1: needs the columns _id and text; it has _id, body"):
@@ -481,14 +584,23 @@ def test_a_model_without_a_scoring_head_is_no_cross_encoder(toy, tiny_base, tmp_
 def test_pairs_are_mined_as_the_beir_folder_that_they_make(columns, toy, tmp_path):
     """Written out by hand: a query a row, its positive a document."""
     dataset = read_retrieval(toy, "train")
-    judged = ((dataset.queries[query], dataset.corpus[document]) for query, documents in dataset.qrels.items() for document in documents)
+    judged = (
+        (dataset.queries[query], dataset.corpus[document]) for query,
+        documents in dataset.qrels.items() for document in documents
+    )
     pairs = [(query, text) for query, text in judged if text.strip() and text != query]
     asked, answer = columns.get("query", "question"), columns.get("positive", "answer")
     with (tmp_path / "pairs.csv").open("w", encoding="utf-8", newline="") as out:
         csv.writer(out).writerows([(asked, answer), *pairs])
     queries, documents = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True))
-    qrels = {str(n): {str(documents.index(text)): 1 for query, text in pairs if query == asked_for} for n, asked_for in enumerate(queries)}
-    folder = beir(tmp_path / "same", {str(n): text for n, text in enumerate(documents)}, {str(n): text for n, text in enumerate(queries)}, qrels)
+    qrels = {
+        str(n): {str(documents.index(text)): 1 for query, text in pairs if query == asked_for} for n,
+        asked_for in enumerate(queries)
+    }
+    folder = beir(
+        tmp_path / "same", {str(n): text for n, text in enumerate(documents)},
+        {str(n): text for n, text in enumerate(queries)}, qrels
+    )
     few = {"last_rank": 20, "negatives_per_query": 3}
     expected = mined(folder, tmp_path / "folder.jsonl", **few)[1]
     assert mined(tmp_path / "pairs.csv", tmp_path / "file.jsonl", columns=columns, **few)[1] == expected
@@ -505,7 +617,10 @@ def test_bad_rows_of_pairs_stop_mining_or_are_skipped_and_listed(tmp_path):
     pairs = [("same", "same"), *((f"question {n}", f"answer {n} of question {n}") for n in range(30))]
     with (tmp_path / "pairs.csv").open("w", encoding="utf-8", newline="") as out:
         csv.writer(out).writerows([("question", "answer"), *pairs])
-    with pytest.raises(InputError, match=r"pairs\.csv, line 2: the positive equals the query 'same'; .* or skip such rows with on_error=skip$"):
+    with pytest.raises(
+        InputError,
+        match=r"pairs\.csv, line 2: the positive equals the query 'same'; .* or skip such rows with on_error=skip$"
+    ):
         mined(tmp_path / "pairs.csv", tmp_path / "rows.jsonl")
     few = {"last_rank": 20, "negatives_per_query": 3, "on_error": "skip"}
     assert mined(tmp_path / "pairs.csv", tmp_path / "rows.jsonl", max_error_share=0.1, **few)[1].count(b"\n") == 30

@@ -24,8 +24,10 @@ ANALYSIS = {
         "after": {"positive": [0.7, 0.8, 0.75], "negative": [0.1, 0.2, 0.3]},
     },
     "change": {
-        "transformer.wpe.bias": 0.01, "transformer.h.0.ln_1.bias": 0.2, "transformer.h.0.attn.attention.out_proj.bias": 0.4,
-        "transformer.h.0.mlp.c_fc.bias": 0.6, "transformer.h.10.mlp.c_fc.bias": 0.5, "transformer.h.2.mlp.c_fc.bias": 0.5,
+        "transformer.wpe.bias": 0.01, "transformer.h.0.ln_1.bias": 0.2,
+        "transformer.h.0.attn.attention.out_proj.bias": 0.4,
+        "transformer.h.0.mlp.c_fc.bias": 0.6, "transformer.h.10.mlp.c_fc.bias": 0.5,
+        "transformer.h.2.mlp.c_fc.bias": 0.5,
         "transformer.ln_f.bias": 0.123,
     },
 }  # fmt: skip
@@ -35,7 +37,8 @@ SECTIONS = ["Results", "Training", "Cosine of query and document", "Size of the 
 def log_line(step: int) -> dict:
     line = {
         "step": step, "loss": 3.0 / step, "learning_rate": 1e-3, "grad_norm": 1.5, "queries_per_second": 80.0,
-        "tokens_per_second": 9000.0, "padding_share": 0.1, "positive_cosine": 0.7, "hardest_negative_cosine": 0.4, "seconds": step,
+        "tokens_per_second": 9000.0, "padding_share": 0.1, "positive_cosine": 0.7, "hardest_negative_cosine": 0.4,
+        "seconds": step,
     }  # fmt: skip
     return line | ({"dev": {"pydocs": {"ndcg@10": 0.3}}} if step % 20 == 0 else {})
 
@@ -53,12 +56,17 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def make_run(run: Path) -> Path:
     run.mkdir()
-    (run / "config.yaml").write_text("model: nano\nnote: <script>alert(1)</script>\nloss: {name: info_nce, scale: 20.0}\n")
+    (run / "config.yaml").write_text(
+        "model: nano\nnote: <script>alert(1)</script>\nloss: {name: info_nce, scale: 20.0}\n"
+    )
     (run / "metrics.jsonl").write_text("".join(json.dumps(log_line(step)) + "\n" for step in range(1, 81)))
     write_json(run / "results.json", RESULTS)
     write_json(run / "analysis.json", ANALYSIS)
     parameters = {"trained": 12288, "total": 6402048}
-    write_json(run / "manifest.json", {"parameters": parameters, "seconds": 1830, "git": {"commit": "<b>abc</b>"}, "seeds": [0, 1]})
+    write_json(
+        run / "manifest.json",
+        {"parameters": parameters, "seconds": 1830, "git": {"commit": "<b>abc</b>"}, "seeds": [0, 1]}
+    )
     return run
 
 
@@ -91,7 +99,8 @@ def test_headline_table_and_tiles_show_the_numbers_of_the_run(page: str) -> None
     for scores in RESULTS.values():
         for metrics in scores.values():
             assert all(f">{value:.4f}</td>" in page for value in metrics.values())
-    assert "<td class='rise'>+0.2187</td><td class='rise'>+0.0514</td>" in page  # nDCG@10, after − before and after − BM25
+    # nDCG@10, after − before and after − BM25
+    assert "<td class='rise'>+0.2187</td><td class='rise'>+0.0514</td>" in page
     assert "<td class='fall'>−0.0100</td><td>–</td>" in page  # Spearman fell, and BM25 has none
     assert "<td class=best>0.8400</td>" in page  # BM25's recall is the best of the three
     assert "12,288 <small>of 6,402,048 (0.19%)" in page
@@ -138,7 +147,9 @@ def test_missing_analysis_drops_only_its_sections(run: Path) -> None:
     assert sections(page_of(run)) == ["Results", "Training", "How it was made"]
 
 
-@pytest.mark.parametrize(("part", "dropped"), [("similarity", "Cosine of query and document"), ("change", "Size of the bias change")])
+@pytest.mark.parametrize(
+    ("part", "dropped"), [("similarity", "Cosine of query and document"), ("change", "Size of the bias change")]
+)
 def test_missing_part_of_the_analysis_drops_only_its_section(run: Path, part: str, dropped: str) -> None:
     write_json(run / "analysis.json", {key: value for key, value in ANALYSIS.items() if key != part})
     assert sections(page_of(run)) == [title for title in SECTIONS if title != dropped]
@@ -159,7 +170,9 @@ def test_similarity_note_gives_the_share_of_draws_the_positive_wins(page: str) -
 def test_bias_change_is_averaged_per_layer_in_layer_order(page: str) -> None:
     drawing = page[page.index('aria-label="Per layer"') : page.index('aria-label="Per layer and kind"')]
     labels = re.findall(r"<text[^>]*>(embeddings|layer \d+|final norm|\.\d{3})</text>", drawing)
-    assert labels == ["embeddings", "layer 0", "layer 2", "layer 10", "final norm", ".010", ".400", ".500", ".500", ".123"]
+    assert labels == [
+        "embeddings", "layer 0", "layer 2", "layer 10", "final norm", ".010", ".400", ".500", ".500", ".123"
+    ]
 
 
 def test_last_line_counts_when_a_resumed_run_logged_a_step_twice(run: Path) -> None:
@@ -185,7 +198,10 @@ def test_malformed_log_line_is_refused_with_file_line_and_remedy(run: Path) -> N
         ("config.yaml", "model: nano\nloss: [1\n", r"config\.yaml, line 3: not YAML"),
         ("results.json", '{"after":\n oops}', r"results\.json, line 2: not JSON"),
         ("results.json", '{"after": {"pydocs": {"ndcg@10": "high"}}}', r"results\.json: 'pydocs\.ndcg@10' is 'high'"),
-        ("analysis.json", '{"similarity": {"before": {"positive": [0.1]}}}', r"analysis\.json: 'similarity' .*'negative'"),
+        (
+            "analysis.json", '{"similarity": {"before": {"positive": [0.1]}}}',
+            r"analysis\.json: 'similarity' .*'negative'"
+        ),
         ("manifest.json", "[]", r"manifest\.json: holds list"),
     ],
 )

@@ -21,12 +21,18 @@ def test_reciprocal_ranks_are_summed_over_the_runs_that_hold_the_document():
 
 def test_a_smaller_constant_lets_the_first_rank_weigh_more():
     runs = [{"q": {"x": 3.0, "y": 2.0, "z": 1.0}}, {"q": {"z": 3.0, "y": 2.0, "x": 1.0}}, {"q": {"y": 1.0}}]
-    assert reciprocal_rank_fusion(runs, depth=3, k=1)["q"] == pytest.approx({"x": 1 / 2 + 1 / 4, "y": 1 / 3 + 1 / 3 + 1 / 2, "z": 1 / 4 + 1 / 2})
+    assert reciprocal_rank_fusion(runs, depth=3, k=1)["q"] == pytest.approx(
+        {"x": 1 / 2 + 1 / 4, "y": 1 / 3 + 1 / 3 + 1 / 2, "z": 1 / 4 + 1 / 2}
+    )
 
 
 def test_random_runs_fuse_as_a_loop_over_sorted_pairs_does():
     chance = random.Random(0)
-    runs = [{f"q{n}": {f"d{d:02}": chance.choice([1.0, 2.0, 3.5]) for d in chance.sample(range(40), 20)} for n in range(5)} for _ in range(3)]  # many ties
+    # many ties
+    runs = [
+        {f"q{n}": {f"d{d:02}": chance.choice([1.0, 2.0, 3.5]) for d in chance.sample(range(40), 20)} for n in range(5)}
+        for _ in range(3)
+    ]
     found = reciprocal_rank_fusion(runs, depth=100)
     for query in runs[0]:
         expected: dict[str, float] = {}
@@ -39,7 +45,8 @@ def test_random_runs_fuse_as_a_loop_over_sorted_pairs_does():
 
 def test_scores_are_brought_to_zero_to_one_for_each_query():
     assert min_max({**LEXICAL, "one": {"x": -35.0}, "equal": {"x": 2.0, "y": 2.0}, "none": {}}) == {
-        "q": pytest.approx({"a": 1.0, "b": 0.6, "c": 0.0}), "one": {"x": 1.0}, "equal": {"x": 1.0, "y": 1.0}, "none": {}}  # fmt: skip
+        "q": pytest.approx({"a": 1.0, "b": 0.6, "c": 0.0}), "one": {"x": 1.0}, "equal": {"x": 1.0, "y": 1.0},
+        "none": {}}
 
 
 def test_interpolation_weighs_the_second_run_and_a_document_not_found_counts_zero():
@@ -52,7 +59,9 @@ def test_interpolation_weighs_the_second_run_and_a_document_not_found_counts_zer
 
 def test_a_query_that_one_run_lacks_is_fused_from_the_other():
     alone = {"q": {"a": 2.0, "b": 1.0}}
-    assert list(reciprocal_rank_fusion([alone, {}], depth=5)["q"]) == list(interpolated({}, alone, 0.5, depth=5)["q"]) == ["a", "b"]
+    assert list(
+        reciprocal_rank_fusion([alone, {}], depth=5)["q"]
+    ) == list(interpolated({}, alone, 0.5, depth=5)["q"]) == ["a", "b"]
 
 
 def test_reordering_moves_the_first_and_keeps_the_others_behind_them():

@@ -56,14 +56,21 @@ def in_memory(encoder: Encoder, corpus: dict[str, str]) -> torch.Tensor:
 # --- exact ---
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3)])  # float16 rounds entries below 1 by 2.4e-4 at most
-def test_exact_search_by_memory_map_finds_what_one_product_in_memory_finds(encoder, queries, tmp_path, dtype, tolerance):
-    scores, rows = open_index(encoder, CORPUS, tmp_path / "index", IndexConfig(dtype=dtype, documents_per_block=16))(queries, 7)
+# float16 rounds entries below 1 by 2.4e-4 at most
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3)])
+def test_exact_search_by_memory_map_finds_what_one_product_in_memory_finds(
+    encoder, queries, tmp_path, dtype, tolerance
+):
+    scores, rows = open_index(
+        encoder, CORPUS, tmp_path / "index", IndexConfig(dtype=dtype, documents_per_block=16)
+    )(queries, 7)
     product = queries @ in_memory(encoder, CORPUS).T
     torch.testing.assert_close(scores, product.sort(dim=1, descending=True).values[:, :7], rtol=0, atol=tolerance)
     torch.testing.assert_close(product.gather(1, rows), scores, rtol=0, atol=tolerance)
     assert np.load(tmp_path / "index" / "embeddings.npy", mmap_mode="r").dtype == dtype
-    expected = {"fingerprint": encoder.fingerprint(CORPUS), "documents": 100, "dtype": dtype, "kind": "exact", "encoded": 100}
+    expected = {
+        "fingerprint": encoder.fingerprint(CORPUS), "documents": 100, "dtype": dtype, "kind": "exact", "encoded": 100
+    }
     description = read_description(tmp_path / "index")
     assert description.pop("environment")["threads"] == torch.get_num_threads()
     assert description == {**expected, "documents_per_block": 16}
@@ -125,13 +132,16 @@ for kill in kills:
         killed(corpus[kill])
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    ends.append([code, json.load(open(os.path.join(os.path.dirname(folder), ".index.building", "index.json")))["encoded"], os.path.exists(folder)])
+    description = json.load(open(os.path.join(os.path.dirname(folder), ".index.building", "index.json")))
+    ends.append([code, description["encoded"], os.path.exists(folder)])
 print(json.dumps(ends))
 """
 
 
 @pytest.mark.bitwise
-def test_a_killed_build_looks_like_no_index_and_resumes_where_it_was_with_as_many_threads(encoder, encoded, tiny_base, tmp_path):
+def test_a_killed_build_looks_like_no_index_and_resumes_where_it_was_with_as_many_threads(
+    encoder, encoded, tiny_base, tmp_path
+):
     with threads(1):  # as the killed process has
         open_index(encoder, CORPUS, tmp_path / "whole", BLOCKS)
     encoded.clear()
@@ -143,7 +153,8 @@ def test_a_killed_build_looks_like_no_index_and_resumes_where_it_was_with_as_man
     half[64:] = 7  # as a kill inside of a write leaves them
     half.flush()
     with threads(2):
-        open_index(encoder, CORPUS, tmp_path / "index", IndexConfig(documents_per_block=50))  # other bits, were it to count
+        # other bits, were it to count
+        open_index(encoder, CORPUS, tmp_path / "index", IndexConfig(documents_per_block=50))
         assert torch.get_num_threads() == 2
     assert encoded == list(CORPUS.values())[64:]
     for name in ("embeddings.npy", "index.json"):
@@ -171,7 +182,8 @@ def test_an_index_is_used_again_until_a_text_a_weight_or_the_dtype_changes(encod
     assert not encodes({**CORPUS, "d3": "another text"}, dtype="float16")
     with torch.no_grad():
         bias -= 1
-    (folder / "index.json").write_text(json.dumps({"fingerprint": encoder.fingerprint(CORPUS), "documents": 100}))  # as before there were dtypes
+    # as before there were dtypes
+    (folder / "index.json").write_text(json.dumps({"fingerprint": encoder.fingerprint(CORPUS), "documents": 100}))
     assert encodes(CORPUS)
 
 
@@ -215,7 +227,11 @@ def test_a_corpus_without_documents_is_refused(encoder, tmp_path):
 
 def test_without_faiss_its_kind_is_refused_before_anything_is_encoded(encoder, encoded, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(InputError, match=r"index\.kind=faiss: faiss is not installed; pip install 'sgpt-framework\[faiss\]', or .* index\.kind=exact"):
+    with pytest.raises(
+        InputError,
+        match=r"index\.kind=faiss: faiss is not installed; pip install 'sgpt-framework\[faiss\]', or .* "
+        r"index\.kind=exact"
+    ):
         open_index(encoder, CORPUS, tmp_path / "index", IndexConfig("faiss"))
     assert not encoded
     assert not list(tmp_path.iterdir())
@@ -285,12 +301,16 @@ def test_all_documents_are_found_where_all_are_asked_for(encoder, queries, tmp_p
     pytest.importorskip("faiss", reason="faiss is not installed: pip install 'sgpt-framework[faiss]'")
     scores, rows = open_index(encoder, CORPUS, tmp_path / "index", IndexConfig("faiss"))(queries, 1000)
     assert rows.sort(dim=1).values.tolist() == [list(range(100))] * 4
-    torch.testing.assert_close(scores, (queries @ in_memory(encoder, CORPUS).T).sort(dim=1, descending=True).values, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        scores, (queries @ in_memory(encoder, CORPUS).T).sort(dim=1, descending=True).values, rtol=0, atol=1e-6
+    )
 
 
 def test_a_graph_of_one_document_finds_it(encoder, tmp_path):
     pytest.importorskip("faiss", reason="faiss is not installed: pip install 'sgpt-framework[faiss]'")
     hits = Searcher(encoder, {"only": "a cat"}, tmp_path / "index", IndexConfig("faiss"))("a dog")
     assert [hit.name for hit in hits] == ["only"]
-    cosine = F.cosine_similarity(encoder.encode_queries(["a dog"], as_tensor=True), encoder.encode_documents(["a cat"], as_tensor=True))
+    cosine = F.cosine_similarity(
+        encoder.encode_queries(["a dog"], as_tensor=True), encoder.encode_documents(["a cat"], as_tensor=True)
+    )
     assert hits[0].score == pytest.approx(cosine.item(), abs=1e-5)

@@ -1,4 +1,6 @@
-"""Metrics against hand-worked numbers, against pytrec_eval called directly, and against the formulas of correlations and intervals."""
+"""Metrics against hand-worked numbers, against pytrec_eval called directly, and against the formulas of correlations
+and intervals.
+"""
 
 import math
 import random
@@ -25,7 +27,9 @@ def test_one_relevant_document_at_rank_three():
 def test_graded_relevance_gains_as_stated_and_not_as_a_power_of_two():
     """trec_eval's nDCG: gain 2 and 1, discounts log2(rank + 1)."""
     found = ranking({"q": {"a": 1, "b": 2}}, {"q": run("a", "b")})
-    assert found["ndcg@10"] == pytest.approx((1 / math.log2(2) + 2 / math.log2(3)) / (2 / math.log2(2) + 1 / math.log2(3)))
+    assert found["ndcg@10"] == pytest.approx(
+        (1 / math.log2(2) + 2 / math.log2(3)) / (2 / math.log2(2) + 1 / math.log2(3))
+    )
 
 
 def test_map_and_recall_count_relevant_documents_that_were_not_found():
@@ -42,13 +46,17 @@ def test_reciprocal_rank_is_cut_at_ten():
 
 def test_documents_past_100_count_for_nothing():
     documents = [f"x{n:03}" for n in range(100)]
-    assert ranking({"q": {"d": 1}}, {"q": run(*documents, "d")}) == {"ndcg@10": 0, "map@100": 0, "recall@100": 0, "mrr@10": 0}
+    assert ranking({"q": {"d": 1}}, {"q": run(*documents, "d")}) == {
+        "ndcg@10": 0, "map@100": 0, "recall@100": 0, "mrr@10": 0
+    }
 
 
 @pytest.mark.parametrize(("relevant", "rank"), [("c", 1), ("b", 2), ("a", 3)])
 def test_ties_rank_by_document_id_from_the_end_of_the_alphabet(relevant, rank):
     found = ranking({"q": {relevant: 1}}, {"q": dict.fromkeys(("a", "b", "c"), 0.5)})
-    assert found == pytest.approx({"ndcg@10": 1 / math.log2(rank + 1), "map@100": 1 / rank, "recall@100": 1, "mrr@10": 1 / rank})
+    assert found == pytest.approx(
+        {"ndcg@10": 1 / math.log2(rank + 1), "map@100": 1 / rank, "recall@100": 1, "mrr@10": 1 / rank}
+    )
 
 
 def test_ties_at_the_cut_of_ten_are_cut_as_trec_eval_ranks_them():
@@ -73,12 +81,22 @@ def test_random_runs_equal_pytrec_eval_called_directly():
     """trec_eval knows no MRR@10: its reciprocal rank is set to zero here where it says eleven or more."""
     chance = random.Random(0)
     documents = [f"d{n}" for n in range(150)]
-    qrels = {f"q{n}": {document: chance.choice([0, 1, 1, 2]) for document in chance.sample(documents, 12)} for n in range(30)}
-    results = {query: {document: round(chance.random(), 1) for document in chance.sample(documents, chance.randint(1, 140))} for query in qrels}  # many ties
-    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "map_cut.100", "recall.100", "recip_rank"}).evaluate(results)
+    qrels = {
+        f"q{n}": {document: chance.choice([0, 1, 1, 2]) for document in chance.sample(documents, 12)} for n in range(30)
+    }
+    # many ties
+    results = {
+        query: {document: round(chance.random(), 1) for document in chance.sample(documents, chance.randint(1, 140))}
+        for query in qrels
+    }
+    theirs = pytrec_eval.RelevanceEvaluator(
+        qrels, {"ndcg_cut.10", "map_cut.100", "recall.100", "recip_rank"}
+    ).evaluate(results)
     for query, row in ranking_per_query(qrels, results).items():
         reciprocal = theirs[query]["recip_rank"]
-        expected = {"ndcg@10": theirs[query]["ndcg_cut_10"], "map@100": theirs[query]["map_cut_100"], "recall@100": theirs[query]["recall_100"],
+        expected = {
+            "ndcg@10": theirs[query]["ndcg_cut_10"], "map@100": theirs[query]["map_cut_100"],
+            "recall@100": theirs[query]["recall_100"],
                     "mrr@10": reciprocal if reciprocal > 1 / 10.5 else 0}  # fmt: skip
         assert row == pytest.approx(expected)
     means = ranking(qrels, results)
@@ -105,7 +123,12 @@ def test_the_main_metric_is_ndcg_or_spearman():
 def test_scores_that_differ_past_single_precision_are_ties_as_for_trec_eval():
     scores = {"a": 1.0 + 1e-9, "b": 1.0, "c": 1.0 + 1e-5}
     assert ranked(scores) == ["c", "b", "a"]
-    theirs = {document: pytrec_eval.RelevanceEvaluator({"q": {document: 1}}, {"recip_rank"}).evaluate({"q": scores})["q"]["recip_rank"] for document in scores}
+    theirs = {
+        document: pytrec_eval.RelevanceEvaluator(
+            {"q": {document: 1}}, {"recip_rank"}
+        ).evaluate({"q": scores})["q"]["recip_rank"]
+        for document in scores
+    }
     assert theirs == pytest.approx({"c": 1, "b": 1 / 2, "a": 1 / 3})
     assert cut({"q": scores}, 2) == {"q": {"c": 1.0 + 1e-5, "b": 1.0}}
 
@@ -116,7 +139,10 @@ def test_a_perfect_reranker_is_as_good_as_the_best_of_all_orders():
         qrels = {"q": {document: chance.choice([0, 1, 2]) for document in "abcdxyz"}}
         run = {"q": {document: chance.random() for document in "abcdefgh"}}
         top, rest = ranked(run["q"])[:5], ranked(run["q"])[5:]
-        orders = ({"q": {document: float(-place) for place, document in enumerate((*order, *rest))}} for order in permutations(top))
+        orders = (
+            {"q": {document: float(-place) for place, document in enumerate((*order, *rest))}}
+            for order in permutations(top)
+        )
         best = max(ranking(qrels, order)["ndcg@10"] for order in orders)
         assert ranking(qrels, perfect(qrels, run, 5))["ndcg@10"] == pytest.approx(best)
 
@@ -126,14 +152,18 @@ def test_the_perfect_reranker_of_a_run_without_relevant_documents_scores_zero():
 
 
 def test_the_interval_of_many_queries_is_the_normal_one():
-    """The mean of 2,000 differences is normal by the central limit theorem; 10,000 resamples leave about 3 % of the half width to chance."""
+    """The mean of 2,000 differences is normal by the central limit theorem; 10,000 resamples leave about 3 % of the
+    half width to chance.
+    """
     chance = np.random.default_rng(1)
     theirs = chance.uniform(0, 1, 2000)
     ours = theirs + chance.exponential(0.1, 2000) - 0.08
     found = difference(ours, theirs)
     half = 1.96 * (ours - theirs).std() / math.sqrt(2000)
     assert found.mean == pytest.approx((ours - theirs).mean())
-    assert (found.low, found.high) == (pytest.approx(found.mean - half, abs=0.05 * half), pytest.approx(found.mean + half, abs=0.05 * half))
+    assert (found.low, found.high) == (
+        pytest.approx(found.mean - half, abs=0.05 * half), pytest.approx(found.mean + half, abs=0.05 * half)
+    )
 
 
 def test_the_interval_is_paired_and_equals_percentiles_of_a_loop_over_resamples():
@@ -144,7 +174,8 @@ def test_the_interval_is_paired_and_equals_percentiles_of_a_loop_over_resamples(
     found = difference(ours, theirs)
     rows = [chance.integers(0, 40, 40) for _ in range(10_000)]
     low, high = np.percentile([ours[row].mean() - theirs[row].mean() for row in rows], [2.5, 97.5])
-    assert (found.low, found.high) == (pytest.approx(low, abs=5e-4), pytest.approx(high, abs=5e-4))  # two samplings of 10,000
+    # two samplings of 10,000
+    assert (found.low, found.high) == (pytest.approx(low, abs=5e-4), pytest.approx(high, abs=5e-4))
     assert found == difference(ours, theirs)  # seeded
     assert found != difference(ours, theirs, seed=1)
 

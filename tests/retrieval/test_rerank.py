@@ -51,7 +51,9 @@ def started(toy, language_model, tiny_base, tmp_path_factory):
         "resumed": Start([*common, "output=killed.trec", "resume=true"], port=free_port()),
         "by two": Start([*common, "output=two.trec"], port=free_port()),
         "again": Start([*common, "output=whole.trec", "resume=true"]),
-        "killed with encoder": Start([*common, "output=e.trec", "first=encoder", "encoder=encoder"], ("e.trec.part-0", 4)),
+        "killed with encoder": Start(
+            [*common, "output=e.trec", "first=encoder", "encoder=encoder"], ("e.trec.part-0", 4)
+        ),
         "whole with encoder": Start([*common, "output=f.trec", "first=encoder", "encoder=encoder"], port=free_port()),
         "no run": Start([*common, "output=x.trec", "first=run", "trec=nowhere"], port=free_port()),
         "misspelt": Start([*common, "output=x.trec", "promt=A"]),
@@ -66,10 +68,14 @@ def test_the_run_holds_the_loop_s_scores_of_bm25_s_documents(started, toy, langu
         run = pytrec_eval.parse_run(lines)
     dataset = read_retrieval(toy, "train")
     first = bm25_run(dataset, 20)
-    assert {query: set(documents) for query, documents in run.items()} == {query: set(documents) for query, documents in first.items()}
+    assert {query: set(documents) for query, documents in run.items()} == {
+        query: set(documents) for query, documents in first.items()
+    }
     some = random.Random(1).sample([(query, document) for query in run for document in run[query]], 12)
     for query, document in some:
-        assert run[query][document] == pytest.approx(as_the_original(language_model("gpt_neo"), dataset.queries[query], dataset.corpus[document]), abs=1e-4)
+        assert run[query][document] == pytest.approx(
+            as_the_original(language_model("gpt_neo"), dataset.queries[query], dataset.corpus[document]), abs=1e-4
+        )
 
 
 @pytest.mark.bitwise
@@ -90,11 +96,18 @@ def test_a_killed_run_resumes_where_it_was_and_ends_with_the_same_bytes(started)
 @pytest.mark.bitwise
 def test_a_killed_run_does_not_encode_the_corpus_again(started, monkeypatch):
     folder, ended = started
-    assert (ended["killed with encoder"].codes, ended["whole with encoder"].codes) == ([-9], [0, 0]), ended["whole with encoder"].err
+    assert (
+        ended["killed with encoder"].codes, ended["whole with encoder"].codes
+    ) == ([-9], [0, 0]), ended["whole with encoder"].err
     (folder / "encoder").unlink()
     monkeypatch.chdir(folder)
     with threads(2):  # it was begun with one, which it takes again
-        run_rerank(RerankConfig("toy", "train", "base", output="e.trec", first="encoder", encoder="encoder", depth=20, documents_per_block=2, resume=True))
+        run_rerank(
+            RerankConfig(
+                "toy", "train", "base", output="e.trec", first="encoder", encoder="encoder", depth=20,
+                documents_per_block=2, resume=True
+            )
+        )
     assert (folder / "e.trec").read_bytes() == (folder / "f.trec").read_bytes()
     assert sorted(file.name for file in folder.glob("e.trec.*")) == ["e.trec.json", "e.trec.manifest.json"]
 
@@ -102,16 +115,24 @@ def test_a_killed_run_does_not_encode_the_corpus_again(started, monkeypatch):
 def test_a_job_is_not_resumed_with_other_threads_weights_or_texts(toy, language_model, tmp_path):
     for name, source in (("toy", toy), ("base", language_model("gpt2"))):
         shutil.copytree(source, tmp_path / name)
-    config = RerankConfig(str(tmp_path / "toy"), "train", str(tmp_path / "base"), output=str(tmp_path / "o.trec"), depth=3, threads=1)
+    config = RerankConfig(
+        str(tmp_path / "toy"), "train", str(tmp_path / "base"), output=str(tmp_path / "o.trec"), depth=3, threads=1
+    )
     run_rerank(config)
     manifest = tmp_path / "o.trec.manifest.json"
     stated = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({key: value for key, value in stated.items() if key != "finished"}))  # as if it had been killed
+    # as if it had been killed
+    manifest.write_text(json.dumps({key: value for key, value in stated.items() if key != "finished"}))
     (tmp_path / "o.trec").unlink()
-    with pytest.raises(InputError, match=r"o\.trec was begun with something else than is there now: threads 1 -> 2\. Put it back"):
+    with pytest.raises(
+        InputError, match=r"o\.trec was begun with something else than is there now: threads 1 -> 2\. Put it back"
+    ):
         run_rerank(replace(config, resume=True, threads=2))
     weights = load_file(tmp_path / "base" / "model.safetensors")
-    save_file({**weights, "transformer.ln_f.bias": weights["transformer.ln_f.bias"] + 1e-6}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**weights, "transformer.ln_f.bias": weights["transformer.ln_f.bias"] + 1e-6},
+        tmp_path / "base" / "model.safetensors", {"format": "pt"}
+    )
     corpus = tmp_path / "toy" / "corpus.jsonl"
     corpus.write_text(corpus.read_text().replace("parser", "Parser"))
     with pytest.raises(InputError, match=r"documents of .*/toy has changed; model .*/base has changed\."):
@@ -120,7 +141,9 @@ def test_a_job_is_not_resumed_with_other_threads_weights_or_texts(toy, language_
 
 def test_an_output_has_one_writer(toy, language_model, tmp_path):
     config = RerankConfig(str(toy), "train", str(language_model("gpt2")), output=str(tmp_path / "o.trec"), depth=3)
-    with sole_writer(tmp_path / "o.trec"), pytest.raises(InputError, match=r"o\.trec: another process is writing it now"):
+    with sole_writer(tmp_path / "o.trec"), pytest.raises(
+        InputError, match=r"o\.trec: another process is writing it now"
+    ):
         run_rerank(config)
     assert run_rerank(config)
     assert not list(tmp_path.glob(".*"))
@@ -144,12 +167,17 @@ def test_the_metrics_are_trec_eval_s(started, toy):
     assert results["bm25 → CE, 20"]["ndcg@10"] == pytest.approx(np.mean([row["ndcg_cut_10"] for row in rows]))
     assert results["bm25 → CE, 20"]["map@100"] == pytest.approx(np.mean([row["map_cut_100"] for row in rows]))
     first = bm25_run(dataset, 20)
-    shallow = {query: {document: run[query][document] for document in documents} for query, documents in cut(first, 10).items()}
+    shallow = {
+        query: {document: run[query][document] for document in documents} for query, documents in cut(first, 10).items()
+    }
     assert {metric: results["bm25 → CE, 10"][metric] for metric in ("ndcg@10", "mrr@10")} == pytest.approx(
         {metric: number for metric, number in ranking(dataset.qrels, shallow).items() if metric.endswith("@10")}
     )
-    assert results["bm25 → CE, 10"]["recall@100"] == pytest.approx(results["bm25"]["recall@100"])  # the others stay behind the ten
-    assert results["perfect, 20"]["ndcg@10"] == ranking(dataset.qrels, perfect(dataset.qrels, first, 20))["ndcg@10"] >= results["bm25"]["ndcg@10"]
+    # the others stay behind the ten
+    assert results["bm25 → CE, 10"]["recall@100"] == pytest.approx(results["bm25"]["recall@100"])
+    assert results["perfect, 20"]["ndcg@10"] == ranking(
+        dataset.qrels, perfect(dataset.qrels, first, 20)
+    )["ndcg@10"] >= results["bm25"]["ndcg@10"]
     assert "bm25 → CE, 20" in ended["again"].out  # a finished run is shown
     assert ended["again"].codes == [0]
 
@@ -167,16 +195,22 @@ def test_the_script_refuses_in_one_sentence(started):
 def test_any_first_stage(toy, language_model, tiny_base, tmp_path):
     folder = language_model("gpt2")
     common = {"data": str(toy), "split": "train", "model": str(folder), "depth": 10}
-    by_model = run_rerank(RerankConfig(**common, output=str(tmp_path / "a.trec"), first="encoder", encoder=str(tiny_base("gpt_neo"))))
+    by_model = run_rerank(
+        RerankConfig(**common, output=str(tmp_path / "a.trec"), first="encoder", encoder=str(tiny_base("gpt_neo")))
+    )
     assert next(iter(by_model)) == "encoder"
-    by_run = run_rerank(RerankConfig(**common, output=str(tmp_path / "b.trec"), first="run", trec=str(tmp_path / "a.trec")))
+    by_run = run_rerank(
+        RerankConfig(**common, output=str(tmp_path / "b.trec"), first="run", trec=str(tmp_path / "a.trec"))
+    )
     assert by_run["run → CE, 10"] == by_model["encoder → CE, 10"]
     assert (tmp_path / "a.trec").read_text() == (tmp_path / "b.trec").read_text()
 
 
 def test_of_a_run_the_missing_queries_are_counted_and_an_empty_one_is_refused(toy, language_model, tmp_path, caplog):
     common = {"data": str(toy), "split": "train", "model": str(language_model("gpt2")), "depth": 2, "first": "run"}
-    query, document = next((query, next(iter(documents))) for query, documents in read_retrieval(toy, "train").qrels.items())
+    query, document = next(
+        (query, next(iter(documents))) for query, documents in read_retrieval(toy, "train").qrels.items()
+    )
     (tmp_path / "one.trec").write_text(f"{query} Q0 {document} 1 1.0 x\n")
     run_rerank(RerankConfig(**common, output=str(tmp_path / "a.trec"), trec=str(tmp_path / "one.trec")))
     assert re.search(r"one\.trec: \d+ of \d+ queries are not in it and count as without results", caplog.text)
@@ -194,14 +228,27 @@ def quora(tmp_path) -> Path:
 
 
 def test_a_set_of_beir_follows_its_rules(quora, language_model, tmp_path):
-    """A query is no candidate of its own, also where somebody's run has it; in such a run a document without a text is known."""
-    (tmp_path / "theirs.json").write_text(json.dumps({query: {"t0": 3.0, "t1": 2.0, "t2": 1.0, "e": 0.5} for query in ("t0", "t1")}))
-    for first, options, expected in (("bm25", {}, {"t0", "t1", "t2"}), ("run", {"trec": str(tmp_path / "theirs.json")}, {"t0", "t1", "t2", "e"})):
+    """A query is no candidate of its own, also where somebody's run has it; in such a run a document without a text is
+    known.
+    """
+    (tmp_path / "theirs.json").write_text(
+        json.dumps({query: {"t0": 3.0, "t1": 2.0, "t2": 1.0, "e": 0.5} for query in ("t0", "t1")})
+    )
+    for first, options, expected in (
+        ("bm25", {}, {"t0", "t1", "t2"}), ("run", {"trec": str(tmp_path / "theirs.json")}, {"t0", "t1", "t2", "e"})
+    ):
         output = tmp_path / f"{first}.trec"
-        results = run_rerank(RerankConfig(str(quora), "train", str(language_model("gpt2")), output=str(output), first=first, depth=5, **options))
-        assert list(results) == [first, f"{first} → CE, 5", "perfect, 5"]  # five are fewer than the ten that are reported with a greater depth
+        results = run_rerank(
+            RerankConfig(
+                str(quora), "train", str(language_model("gpt2")), output=str(output), first=first, depth=5, **options
+            )
+        )
+        # five are fewer than the ten that are reported with a greater depth
+        assert list(results) == [first, f"{first} → CE, 5", "perfect, 5"]
         with output.open() as lines:
-            assert {query: set(documents) for query, documents in pytrec_eval.parse_run(lines).items()} == {name: expected - {name} for name in ("t0", "t1")}
+            assert {
+                query: set(documents) for query, documents in pytrec_eval.parse_run(lines).items()
+            } == {name: expected - {name} for name in ("t0", "t1")}
 
 
 @pytest.mark.parametrize(("change", "told"), [
@@ -213,8 +260,13 @@ def test_what_cannot_be_scored_or_written_stops_a_run_before_it_begins(change, t
     texts = {"corpus": {"d0": "a parser", "d1": "an option"}, "queries": {"q0": "parser", "q1": "option"}}
     texts = {name: rows | change.get(name, {}) for name, rows in texts.items()}
     folder = beir(tmp_path / "odd", texts["corpus"], texts["queries"], {"q0": {"d0": 1}, "q1": {"d1": 1}})
-    (tmp_path / "all.json").write_text(json.dumps({query: dict.fromkeys(texts["corpus"], 1.0) for query in texts["queries"]}))
-    options = {"output": str(tmp_path / "out.trec"), "first": "run", "trec": str(tmp_path / "all.json"), "documents_per_block": 1}
+    (tmp_path / "all.json").write_text(
+        json.dumps({query: dict.fromkeys(texts["corpus"], 1.0) for query in texts["queries"]})
+    )
+    options = {
+        "output": str(tmp_path / "out.trec"), "first": "run", "trec": str(tmp_path / "all.json"),
+        "documents_per_block": 1
+    }
     with pytest.raises(InputError, match=told):
         run_rerank(RerankConfig(str(folder), "train", str(language_model("gpt2")), **options))
     assert not list(tmp_path.glob("out.trec*"))
@@ -254,8 +306,16 @@ def test_bad_input_is_refused(toy, language_model, tmp_path):
         rerank(ranker, dataset, {"nobody": {"d0": 1.0}})
     (tmp_path / "bad.trec").write_text("q0 Q0 nowhere 1 2.0 x\n")
     with pytest.raises(InputError, match=r"bad\.trec, line 1: document id 'nowhere' is not in"):
-        run_rerank(RerankConfig(str(toy), "train", str(language_model("gpt2")), output=str(tmp_path / "c.trec"), first="run", trec=str(tmp_path / "bad.trec")))
-    for given, told in (({"first": "magic"}, "first='magic' is unknown; choose one of bm25, encoder, run"), ({"first": "run"}, "first=run needs trec="),
-                        ({"encoder": "x"}, "first=bm25 does not read encoder=x"), ({"depth": 0}, "depth=0 must be 1 or more")):  # fmt: skip
+        run_rerank(
+            RerankConfig(
+                str(toy), "train", str(language_model("gpt2")), output=str(tmp_path / "c.trec"), first="run",
+                trec=str(tmp_path / "bad.trec")
+            )
+        )
+    for given, told in (
+        ({"first": "magic"}, "first='magic' is unknown; choose one of bm25, encoder, run"),
+        ({"first": "run"}, "first=run needs trec="),
+                        ({"encoder": "x"}, "first=bm25 does not read encoder=x"),
+                        ({"depth": 0}, "depth=0 must be 1 or more")):
         with pytest.raises(InputError, match=told):
             RerankConfig(**given)

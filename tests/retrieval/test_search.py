@@ -1,4 +1,6 @@
-"""One frozen trunk for the encoder and the re-ranker: each gives what it gives alone, and next to the language model there are only biases."""
+"""One frozen trunk for the encoder and the re-ranker: each gives what it gives alone, and next to the language model
+there are only biases.
+"""
 
 import numpy as np
 import pytest
@@ -18,13 +20,21 @@ from sgpt.text.markers import MarkersConfig
 from sgpt.training.tuning import TuningConfig, learning, tune
 from tests.conftest import LIMITS
 
-CORPUS = {f"d{n}": text for n, text in enumerate(["parse a date", "open a file", "sort a list of names", "date arithmetic", "close the file again"])}
+CORPUS = {
+    f"d{n}": text for n,
+    text in enumerate(
+        ["parse a date", "open a file", "sort a list of names", "date arithmetic", "close the file again"]
+    )
+}
 
 
 def tuned_run(base, folder, seed: int = 0) -> Encoder:
     """A run folder whose biases were moved at random, saved as a training run saves them."""
     trunk = load_trunk(ModelConfig(str(base)))
-    encoder = Encoder(tune(trunk, TuningConfig()), load_tokenizer(str(base)), Contract("weighted_mean", MarkersConfig("brackets", **LIMITS), base=str(base)))
+    encoder = Encoder(
+        tune(trunk, TuningConfig()), load_tokenizer(str(base)),
+        Contract("weighted_mean", MarkersConfig("brackets", **LIMITS), base=str(base))
+    )
     before = {name: value.detach().clone() for name, value in learning(trunk).items()}
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -52,7 +62,10 @@ def test_beside_the_language_model_there_are_only_biases(language_model, tmp_pat
     tensors = [*ranker.model.parameters(), *ranker.model.buffers(), *encoder.parameters(), *encoder.buffers(), *delta]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     model = AutoModelForCausalLM.from_pretrained(language_model("gpt_neo"))
-    one = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (*model.parameters(), *model.buffers())}
+    one = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+    }
     biases = sum(value.numel() * 4 for name, value in model.named_parameters() if name.endswith("bias"))
     assert sum(storages.values()) <= sum(one.values()) + biases
 
@@ -62,7 +75,10 @@ def test_several_tuned_models_over_one_trunk(language_model, tmp_path):
     base = language_model("gpt_neo")
     alone = [tuned_run(base, tmp_path / str(seed), seed) for seed in range(3)]
     trunk, tokenizer = load_trunk(ModelConfig(str(base))), load_tokenizer(str(base))
-    together = [Encoder(trunk, tokenizer, one.contract, delta=Delta(trunk, tmp_path / str(seed) / "adapter")) for seed, one in enumerate(alone)]
+    together = [
+        Encoder(trunk, tokenizer, one.contract, delta=Delta(trunk, tmp_path / str(seed) / "adapter")) for seed,
+        one in enumerate(alone)
+    ]
     for _ in range(2):
         for one, shared in zip(alone, together, strict=True):
             assert np.array_equal(shared.encode_queries(["parse a date"]), one.encode_queries(["parse a date"]))
@@ -75,7 +91,9 @@ def test_the_searcher_re_ranks_what_it_found(language_model, tmp_path):
     found = plain("open the date", top=3)
     again = Searcher(encoder, CORPUS, tmp_path / "index", ranker=ranker, depth=3)("open the date", top=2)
     names = [hit.name for hit in found]
-    alone = CrossEncoder.from_pretrained(language_model("gpt_neo")).score(["open the date"] * 3, [CORPUS[name] for name in names])
+    alone = CrossEncoder.from_pretrained(language_model("gpt_neo")).score(
+        ["open the date"] * 3, [CORPUS[name] for name in names]
+    )
     scores = dict(zip(names, alone, strict=True))
     assert [hit.name for hit in again] == sorted(names, key=lambda name: -scores[name])[:2]
     assert [hit.score for hit in again] == sorted(scores.values(), reverse=True)[:2]
@@ -92,7 +110,10 @@ def test_an_index_knows_the_weights_it_was_made_with(language_model, tmp_path):
     fresh = Searcher(second, CORPUS, tmp_path / "other")("a date", 5)
     assert [(hit.name, hit.score) for hit in after] == [(hit.name, hit.score) for hit in fresh]
     assert [hit.score for hit in before] != [hit.score for hit in after]
-    assert Searcher(Encoder.from_pretrained(tmp_path / "1" / "adapter"), CORPUS, tmp_path / "index")("a date", 5) == after  # the same model, opened by itself
+    # the same model, opened by itself
+    assert Searcher(
+        Encoder.from_pretrained(tmp_path / "1" / "adapter"), CORPUS, tmp_path / "index"
+    )("a date", 5) == after
 
 
 def test_what_cannot_share_is_refused(language_model, tiny_base, tmp_path):

@@ -42,11 +42,16 @@ time.sleep(600)
 
 
 def test_three_starts_fill_one_cache_once(tmp_path: Path):
-    starts = [subprocess.Popen([sys.executable, "-c", STORING, str(tmp_path), str(n)], stdout=subprocess.PIPE, text=True) for n in range(3)]
+    starts = [
+        subprocess.Popen([sys.executable, "-c", STORING, str(tmp_path), str(n)], stdout=subprocess.PIPE, text=True)
+        for n in range(3)
+    ]
     assert [start.communicate(timeout=120)[0].strip() for start in starts] == ["100"] * 3
     assert (tmp_path / "filled").read_text() == "once\n"
     examples = Examples.open(tmp_path / "cache" / "key")
-    assert [(example.query, example.positive) for example in examples] == [(f"query {n}", f"answer {n}") for n in range(100)]
+    assert [
+        (example.query, example.positive) for example in examples
+    ] == [(f"query {n}", f"answer {n}") for n in range(100)]
 
 
 def test_a_run_has_one_writer_and_is_free_when_that_is_killed(tmp_path: Path):
@@ -54,7 +59,9 @@ def test_a_run_has_one_writer_and_is_free_when_that_is_killed(tmp_path: Path):
     writer = subprocess.Popen([sys.executable, "-c", HOLDING, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert writer.stdout.readline() == "begun\n"
-        with pytest.raises(InputError, match=r"runs/mine: another process is writing it now; wait for it, or choose another name"):
+        with pytest.raises(
+            InputError, match=r"runs/mine: another process is writing it now; wait for it, or choose another name"
+        ):
             start_run(RunFolder(folder), {"seed": 1})
         assert (folder / "config.yaml").read_text() == "{}\n"
     finally:

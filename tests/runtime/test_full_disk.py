@@ -1,4 +1,6 @@
-"""Disks that fill up, files that may not grow, places where nothing can be written: one sentence, exit code 2, and the run can be resumed."""
+"""Disks that fill up, files that may not grow, places where nothing can be written: one sentence, exit code 2, and the
+run can be resumed.
+"""
 
 import os
 import re
@@ -35,13 +37,19 @@ def reference(tmp_path_factory: pytest.TempPathFactory, start: Forks, training) 
 
 
 def weights(place: Path) -> dict[str, bytes]:
-    return {file: (place / "runs" / "run" / file).read_bytes() for file in ("export/model.safetensors", "adapter/adapter_model.safetensors")}
+    return {
+        file: (place / "runs" / "run" / file).read_bytes()
+        for file in ("export/model.safetensors", "adapter/adapter_model.safetensors")
+    }
 
 
 @pytest.mark.parametrize("limit", [1_000, *slow(200, 3_000, 9_000, 60_000)])
 def test_a_file_that_may_not_grow_is_one_sentence_and_the_run_resumes(tmp_path, start, training, reference, limit):
     stopped = start("biencoder", *training(tmp_path), limit=limit)
-    assert re.match(rf"{re.escape(str(tmp_path))}/\S+ could not be written(: files may not grow so large|, with [\d.,]+ MB free;)", stopped.sentence)
+    assert re.match(
+        rf"{re.escape(str(tmp_path))}/\S+ could not be written(: files may not grow so large|, with [\d.,]+ MB free;)",
+        stopped.sentence
+    )
     assert "(ulimit -f" in stopped.sentence
     assert stopped.sentence.endswith(", then start it again with resume=true")
     assert start("biencoder", *training(tmp_path), "resume=true").code == 0
@@ -58,7 +66,10 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     def sized(kilobytes: int) -> Path:
         nonlocal mounted
         size = ["-o", f"{'remount,' if mounted else ''}size={kilobytes}k"]
-        ended = subprocess.run(["mount", *([] if mounted else options), *size, *([] if mounted else ["tmpfs"]), str(place)], capture_output=True, text=True)
+        ended = subprocess.run(
+            ["mount", *([] if mounted else options), *size, *([] if mounted else ["tmpfs"]), str(place)],
+            capture_output=True, text=True
+        )
         if ended.returncode:
             pytest.skip(f"no file system of a chosen size can be mounted here: {ended.stderr.strip()}")
         mounted = True
@@ -76,7 +87,8 @@ def test_a_full_disk_is_one_sentence_and_the_run_resumes(small_disk, start, trai
     place = small_disk(kilobytes)
     sentence = start("biencoder", *training(place)).sentence
     assert re.fullmatch(
-        rf"{re.escape(str(place))}\S* could not be written(: the disk is full, with \d+\.\d MB free; make room, |, with \d+\.\d MB free; if that is too little "
+        rf"{re.escape(str(place))}\S* could not be written(: the disk is full, with \d+\.\d MB free; make room, |, "
+        rf"with \d+\.\d MB free; if that is too little "
         r"make room, or let files grow larger \(ulimit -f\), )then start it again with resume=true", sentence
     ), sentence
     small_disk(20_000)
@@ -86,13 +98,19 @@ def test_a_full_disk_is_one_sentence_and_the_run_resumes(small_disk, start, trai
 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
-    """read_only(folder): nothing can be written below it. Root may write where it is not allowed to, but not into what is mounted so."""
+    """read_only(folder): nothing can be written below it. Root may write where it is not allowed to, but not into what
+    is mounted so.
+    """
     made: list[Path] = []
 
     def make(folder: Path) -> None:
         if os.geteuid():
             folder.chmod(0o555)
-        elif (told := subprocess.run(["mount", "--bind", "-o", "ro", str(folder), str(folder)], capture_output=True, text=True)).returncode:
+        elif (
+            told := subprocess.run(
+                ["mount", "--bind", "-o", "ro", str(folder), str(folder)], capture_output=True, text=True
+            )
+        ).returncode:
             pytest.skip(f"nothing can be mounted here: {told.stderr.strip()}")
         made.append(folder)
 
@@ -104,7 +122,9 @@ def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
 
 
 @pytest.mark.slow
-def test_where_nothing_can_be_written_the_keys_that_choose_another_place_are_named(tmp_path, start, training, read_only):
+def test_where_nothing_can_be_written_the_keys_that_choose_another_place_are_named(
+    tmp_path, start, training, read_only
+):
     corpus, beir = tmp_path / "corpus.jsonl", tmp_path / "toy"
     corpus.write_text('{"_id": "a", "text": "seven"}\n')
     (beir / "qrels").mkdir(parents=True)
@@ -134,4 +154,6 @@ def test_where_nothing_can_be_written_the_keys_that_choose_another_place_are_nam
     ):
         sentence = start(script, *overrides).sentence
         assert all(key in sentence for key in keys), (script, overrides, sentence)
-        assert str(run if script in ("search", "export") and "output" not in str(overrides) else place) in sentence, sentence
+        assert str(
+            run if script in ("search", "export") and "output" not in str(overrides) else place
+        ) in sentence, sentence

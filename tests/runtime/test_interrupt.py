@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM, sent to scripts as users start them: saved, one line that says how to resume, the shell's exit code, the same run."""
+"""Ctrl-C and SIGTERM, sent to scripts as users start them: saved, one line that says how to resume, the shell's exit
+code, the same run.
+"""
 
 import json
 import re
@@ -31,15 +33,20 @@ def folder(tiny_base, tmp_path_factory) -> Path:
 
 def training(name: str, *more: str) -> list[str]:
     return [
-        f"name={name}", "data.path='my rows.jsonl'", "model.path=base", "trainer.threads=1", "trainer.queries_per_process=4", "trainer.epochs=9",
-        f"trainer.max_steps={STEPS}", "trainer.log_every_steps=1", "trainer.evaluate_every_steps=1", "dev.retrieval=[toy]", "dev.split=train",
-        "evaluation.retrieval=[toy]", "evaluation.split=train", "markers.query_max_tokens=24", "markers.document_max_tokens=40", *more,
+        f"name={name}", "data.path='my rows.jsonl'", "model.path=base", "trainer.threads=1",
+        "trainer.queries_per_process=4", "trainer.epochs=9",
+        f"trainer.max_steps={STEPS}", "trainer.log_every_steps=1", "trainer.evaluate_every_steps=1",
+        "dev.retrieval=[toy]", "dev.split=train",
+        "evaluation.retrieval=[toy]", "evaluation.split=train", "markers.query_max_tokens=24",
+        "markers.document_max_tokens=40", *more,
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def ended(folder) -> dict[str, Ended]:
-    def interrupted(name: str, signum: int, *, lines: int = 6, port: int | None = None, file: str = "metrics.jsonl") -> Start:
+    def interrupted(
+        name: str, signum: int, *, lines: int = 6, port: int | None = None, file: str = "metrics.jsonl"
+    ) -> Start:
         return Start(training(name), (f"runs/{name}/{file}", lines), port, signum)
 
     return start_all("biencoder", folder, {
@@ -78,7 +85,8 @@ def test_an_interrupted_run_is_saved_and_resumed_it_is_the_uninterrupted_one(nam
     assert f"resumed from runs/{name}/checkpoints/step-{step}" in resumed.err
     assert "Traceback" not in stopped.err
     assert checkpoint(folder, name) == checkpoint(folder, whole)
-    assert log_lines(folder, name) == log_lines(folder, whole)  # no step is missing or there twice, and no evaluation of the dev set
+    # no step is missing or there twice, and no evaluation of the dev set
+    assert log_lines(folder, name) == log_lines(folder, whole)
 
 
 def test_the_line_holds_what_was_typed_quoted_for_the_shell(ended):
@@ -104,14 +112,21 @@ def test_at_the_search_prompt_it_ends_quietly(ended):
 
 def test_a_terminated_run_is_saved_too(ended, folder):
     assert ended["terminated"].codes == [143], ended["terminated"].err
-    step = re.search(r"^interrupted: step (\d+) of \d+ is saved; resume with: ", ended["terminated"].err, flags=re.MULTILINE)[1]
+    step = re.search(
+        r"^interrupted: step (\d+) of \d+ is saved; resume with: ", ended["terminated"].err, flags=re.MULTILINE
+    )[1]
     assert [path.name for path in (folder / "runs" / "terminated" / "checkpoints").iterdir()] == [f"step-{step}"]
 
 
 def test_a_second_press_ends_at_once_and_the_echo_of_the_first_does_not(ctrl_c):
     """torchrun passes Ctrl-C on to its processes, which the terminal has told already."""
-    program = "import time; from sgpt.runtime.interrupt import Stop\nwith Stop():\n    print('ready', flush=True)\n    time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = (
+        "import time; from sgpt.runtime.interrupt import Stop\nwith Stop():\n    print('ready', flush=True)\n    "
+        "time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)

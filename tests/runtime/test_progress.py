@@ -1,4 +1,5 @@
-"""Lines in a log file: soon, then often enough whatever the work is busy with, and none where nobody asked for a log."""
+"""Lines in a log file: soon, then often enough whatever the work is busy with, and none where nobody asked for a log.
+"""
 
 import logging
 import subprocess

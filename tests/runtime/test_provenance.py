@@ -1,4 +1,6 @@
-"""A resumed run is the same run: the same bits on fewer cores, and refused by name where data, weights or processes are others."""
+"""A resumed run is the same run: the same bits on fewer cores, and refused by name where data, weights or processes are
+others.
+"""
 
 import json
 import shutil
@@ -10,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.provenance import check_same, computing_versions, content_hash, environment, set_threads, tokenizer_hash, weights_hash
+from sgpt.runtime.provenance import (
+    check_same,
+    computing_versions,
+    content_hash,
+    environment,
+    set_threads,
+    tokenizer_hash,
+    weights_hash,
+)
 from tests.starts import Ended, Start, beir, free_port, start_all
 
 WORDS = ["parse", "date", "string", "open", "file", "read", "write", "sort", "list", "number", "path", "folder"]
@@ -91,15 +101,26 @@ def test_a_run_resumed_on_fewer_cores_takes_as_many_threads_again_and_ends_with_
 def test_a_run_is_not_resumed_on_another(name, started):
     ended = started[f"other {name}"]
     assert ended.codes == [2], ended.err
-    refused = f"error: runs/killed was begun with something else than is there now: {CHANGED[name][1]}. Put it back and resume"
+    refused = (
+        f"error: runs/killed was begun with something else than is there now: {CHANGED[name][1]}. Put it back and "
+        f"resume"
+    )
     assert refused in ended.err
 
 
 def test_a_run_is_not_resumed_by_another_number_of_processes_or_threads(started):
     assert started["two processes"].codes == [2, 2], started["two processes"].err
-    assert "runs/killed was begun with something else than is there now: processes 1 -> 2" in started["two processes"].err
+    expected = (
+        "runs/killed was begun with something else than is "
+        "there now: processes 1 -> 2"
+    )
+    assert expected in started["two processes"].err
     assert started["other threads"].codes == [2]
-    assert "runs/killed was started with another configuration: trainer.threads: None -> 3" in started["other threads"].err
+    expected = (
+        "runs/killed was started with another configuration: "
+        "trainer.threads: None -> 3"
+    )
+    assert expected in started["other threads"].err
 
 
 def recorded(**changed) -> dict:
@@ -115,16 +136,25 @@ def recorded(**changed) -> dict:
         ({}, {"processes": 2}, "data is not there"),
         ({"threads": 99}, {"data": "a", "processes": 2}, r"threads 99 -> \d+"),
         ({"device": "NVIDIA H100"}, {"data": "a", "processes": 2}, "device NVIDIA H100 -> cpu"),
-        ({"versions": computing_versions() | {"torch": "1.0"}}, {"data": "a", "processes": 2}, r"torch 1\.0 -> .* \(pip install torch==1\.0\)"),
+        (
+            {"versions": computing_versions() | {"torch": "1.0"}}, {"data": "a", "processes": 2},
+            r"torch 1\.0 -> .* \(pip install torch==1\.0\)"
+        ),
     ],
 )
 def test_what_has_changed_is_named(changed, inputs, said):
-    with pytest.raises(InputError, match=rf"^run was begun with something else than is there now: {said}\. Put it back and resume, or rename$"):
+    with pytest.raises(
+        InputError,
+        match=rf"^run was begun with something else than is there now: {said}\. Put it back and resume, or rename$"
+    ):
         check_same(Path("run"), recorded(**changed), inputs, otherwise="rename")
 
 
 def test_a_manifest_of_before_inputs_were_recorded_is_refused():
-    with pytest.raises(InputError, match=r"^run: begun by an older version of this framework, which did not record what it was begun with; rename$"):
+    with pytest.raises(
+        InputError,
+        match=r"^run: begun by an older version of this framework, which did not record what it was begun with; rename$"
+    ):
         check_same(Path("run"), {"environment": {"threads": 2}}, {}, otherwise="rename")
 
 

@@ -1,4 +1,6 @@
-"""Every key of every script with values that cannot be: a configuration, or one sentence that names the key and the value."""
+"""Every key of every script with values that cannot be: a configuration, or one sentence that names the key and the
+value.
+"""
 
 import math
 import re
@@ -21,9 +23,13 @@ from sgpt.retrieval.searcher import SearchConfig
 from sgpt.runtime.errors import InputError
 from sgpt.training.config import TrainConfig
 
-SCRIPTS = (TrainConfig, InspectConfig, EvaluateConfig, ExportConfig, SearchConfig, PretrainConfig, MineConfig, RerankConfig, MtebConfig)
+SCRIPTS = (
+    TrainConfig, InspectConfig, EvaluateConfig, ExportConfig, SearchConfig, PretrainConfig, MineConfig, RerankConfig,
+    MtebConfig
+)
 HOSTILE = (
-    math.nan, math.inf, -math.inf, -1, -1.5, 0, 0.5, 1.5, 1e30, 1e300, 2**31, 2**63, 2**70, 10**400, True, None, "", " ", "x" * 100_000,
+    math.nan, math.inf, -math.inf, -1, -1.5, 0, 0.5, 1.5, 1e30, 1e300, 2**31, 2**63, 2**70, 10**400, True, None, "",
+    " ", "x" * 100_000,
     "/proc/x", "a\0b", "\udce4", "null", ["a\0b"], [], {}, {"a": 1},
 )  # fmt: skip
 NEEDED = {  # by keys which nothing reads else
@@ -34,7 +40,9 @@ NEEDED = {  # by keys which nothing reads else
 
 def nested(schema: type) -> list[type]:
     """The dataclass and those in its fields."""
-    inner = [option for kind in get_type_hints(schema).values() for option in (kind, *get_args(kind)) if is_dataclass(option)]
+    inner = [
+        option for kind in get_type_hints(schema).values() for option in (kind, *get_args(kind)) if is_dataclass(option)
+    ]
     return [schema, *(found for option in inner for found in nested(option))]
 
 

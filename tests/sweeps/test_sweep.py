@@ -1,4 +1,6 @@
-"""hydra/launcher=accelerate: real sweeps of a stand-in training script; it needs no torch, so a job costs the launch only."""
+"""hydra/launcher=accelerate: real sweeps of a stand-in training script; it needs no torch, so a job costs the launch
+only.
+"""
 
 import fcntl
 import json

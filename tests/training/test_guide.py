@@ -1,4 +1,6 @@
-"""A guide: its embeddings are made once, shared out and never stale; its mask is GISTEmbedLoss', curated hard negatives apart."""
+"""A guide: its embeddings are made once, shared out and never stale; its mask is GISTEmbedLoss', curated hard negatives
+apart.
+"""
 
 import json
 from dataclasses import replace
@@ -31,7 +33,9 @@ from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, learning, tune
 from tests.conftest import random_trunk
 
-WORDS = ["parse a date", "open a file", "sort words", "sum numbers", "join paths", "read lines", "make a folder", "find text"]
+WORDS = [
+    "parse a date", "open a file", "sort words", "sum numbers", "join paths", "read lines", "make a folder", "find text"
+]
 EXAMPLES = [Example(word, f"how to {word} from a string", (f"never {word}", f"{word} or not")) for word in WORDS]
 
 
@@ -46,9 +50,17 @@ def guide(tiny_encoder, tmp_path_factory) -> Path:
 def feed_of(folder: Path, tokenizer, *, examples=EXAMPLES, queries=8, processes=1, **options) -> Feed:
     file = folder / "train.jsonl"
     if not file.is_file():
-        file.write_text("".join(json.dumps({"query": e.query, "positive": e.positive, "negative": [*e.hard_negatives]}) + "\n" for e in examples))
+        file.write_text(
+            "".join(
+                json.dumps({"query": e.query, "positive": e.positive, "negative": [*e.hard_negatives]}) + "\n"
+                for e in examples
+            )
+        )
     config = DataConfig(**{"path": str(file), "cache": str(folder / "cache"), "num_hard_negatives": 1, **options})
-    return build_feed(config, tokenizer, MarkersConfig(query_max_tokens=24, document_max_tokens=40), queries_per_process=queries, processes=processes)
+    return build_feed(
+        config, tokenizer, MarkersConfig(query_max_tokens=24, document_max_tokens=40), queries_per_process=queries,
+        processes=processes
+    )
 
 
 def with_guide(batch: Batch, queries: torch.Tensor, documents: torch.Tensor) -> Batch:
@@ -65,13 +77,16 @@ def test_batches_bring_the_guides_embeddings_in_query_major_order_each_text_in_i
     drawn = [source.draw(example, epoch, feed.seed) for _, example, epoch in feed.rows(0, 0)]
     queries = [source.examples.texts[one.query] for one in drawn]
     documents = [source.examples.texts[text] for one in drawn for text in one.documents]
-    assert np.abs(batch.guide_queries.numpy() - encoder.encode_queries(queries, normalize=True)).max() < 1e-6  # texts next to each other change the last bits
+    # texts next to each other change the last bits
+    assert np.abs(batch.guide_queries.numpy() - encoder.encode_queries(queries, normalize=True)).max() < 1e-6
     assert np.abs(batch.guide_documents.numpy() - encoder.encode_documents(documents, normalize=True)).max() < 1e-6
 
 
 def test_a_symmetric_sources_documents_are_queries_to_the_guide(guide, tmp_path, tiny_encoder):
     encoder = Encoder.from_pretrained(guide)
-    source = guided(feed_of(tmp_path, tiny_encoder("gpt2").tokenizer, symmetric=True), LossConfig(guide=str(guide))).sources[0]
+    source = guided(
+        feed_of(tmp_path, tiny_encoder("gpt2").tokenizer, symmetric=True), LossConfig(guide=str(guide))
+    ).sources[0]
     text = source.examples.positives[3][0]
     expected = encoder.encode_queries([source.examples.texts[text]], normalize=True)[0]
     assert np.abs(source.guide["document"][text] - expected).max() < 1e-6
@@ -104,7 +119,9 @@ def test_embeddings_are_made_once_and_a_killed_start_resumes(guide, tmp_path, ti
 
 
 @pytest.mark.bitwise
-def test_a_block_that_is_made_again_has_the_bits_of_the_first_start_whatever_the_threads_are_now(guide, tmp_path, tiny_encoder):
+def test_a_block_that_is_made_again_has_the_bits_of_the_first_start_whatever_the_threads_are_now(
+    guide, tmp_path, tiny_encoder
+):
     feed, config = feed_of(tmp_path, tiny_encoder("gpt2").tokenizer), LossConfig(guide=str(guide))
     with threads(1):
         guided(feed, config)
@@ -120,7 +137,9 @@ def test_another_model_is_never_served_the_embeddings_of_the_first(guide, tiny_e
     tokenizer = tiny_encoder("gpt2").tokenizer
     other = tmp_path / "other"
     export(tiny_encoder("gpt2", pooling="last_token"), other, card="")
-    one, two = (guided(feed_of(tmp_path, tokenizer), LossConfig(guide=str(folder))).batch(0, 0) for folder in (guide, other))
+    one, two = (
+        guided(feed_of(tmp_path, tokenizer), LossConfig(guide=str(folder))).batch(0, 0) for folder in (guide, other)
+    )
     assert not torch.allclose(one.guide_queries, two.guide_queries)
 
 
@@ -135,40 +154,62 @@ def st_model(tiny_encoder, folder: Path, family: str) -> tuple[Encoder, Sentence
 
 @pytest.mark.parametrize(("strategy", "margin"), [("absolute", 0.0), ("absolute", 0.01), ("relative", 0.0)])
 @pytest.mark.parametrize("hard_negatives", [0, 1])
-def test_the_loss_is_gist_embed_loss_where_no_curated_negative_is_above_the_threshold(hard_negatives, strategy, margin, tiny_encoder, tmp_path):
-    """Their relative margin is a share of the positive's score, so another difference for each query: only without one is it ours."""
+def test_the_loss_is_gist_embed_loss_where_no_curated_negative_is_above_the_threshold(
+    hard_negatives, strategy, margin, tiny_encoder, tmp_path
+):
+    """Their relative margin is a share of the positive's score, so another difference for each query: only without one
+    is it ours.
+    """
     encoder, model = st_model(tiny_encoder, tmp_path / "model", "gpt_neo")
     judge, st_judge = st_model(tiny_encoder, tmp_path / "judge", "gpt2")
-    pool = [*(f"{word} {n} {word[:3]}" for word in WORDS for n in range(4)), *(f"{'?! ' * n}{word[::-1]}" for word in WORDS for n in range(4))]
+    pool = [
+        *(f"{word} {n} {word[:3]}" for word in WORDS for n in range(4)),
+        *(f"{'?! ' * n}{word[::-1]}" for word in WORDS for n in range(4))
+    ]
     seen = judge.encode(WORDS, "query", normalize=True) @ judge.encode(pool, "query", normalize=True).T
     chosen, taken = [], set()
-    for word, scores in zip(WORDS, seen, strict=True):  # a positive that others beat, and a curated negative that does not
+    # a positive that others beat, and a curated negative that does not
+    for word, scores in zip(WORDS, seen, strict=True):
         ranked = [int(text) for text in np.argsort(-scores) if text not in taken]
         positive, negative = ranked[6], ranked[-1]
         taken |= {positive, negative}
         assert scores[negative] < scores[positive] - margin
         chosen.append(Example(word, pool[positive], (pool[negative],)[:hard_negatives]))
     batch = collate(chosen, encoder.tokenizer, encoder.frames)
-    columns = [WORDS, [e.positive for e in chosen], *([[e.hard_negatives[0] for e in chosen]] if hard_negatives else [])]
+    columns = [
+        WORDS, [e.positive for e in chosen], *([[e.hard_negatives[0] for e in chosen]] if hard_negatives else [])
+    ]
     documents = [text for e in chosen for text in (e.positive, *e.hard_negatives)]
-    batch = with_guide(batch, *(judge.encode(texts, "query", normalize=True, as_tensor=True) for texts in (WORDS, documents)))
-    theirs = GISTEmbedLoss(model, st_judge, temperature=1 / 20, margin_strategy=strategy, margin=margin, contrast_anchors=False, contrast_positives=False)
+    batch = with_guide(
+        batch, *(judge.encode(texts, "query", normalize=True, as_tensor=True) for texts in (WORDS, documents))
+    )
+    theirs = GISTEmbedLoss(
+        model, st_judge, temperature=1 / 20, margin_strategy=strategy, margin=margin, contrast_anchors=False,
+        contrast_positives=False
+    )
     assert not theirs.must_retokenize
     expected = theirs([model.preprocess(column) for column in columns], None)
     with torch.no_grad():
-        value, outcome = objective(encoder(batch.queries), encoder(batch.documents), batch, LossConfig(guide="judge", guide_margin=margin))
+        value, outcome = objective(
+            encoder(batch.queries), encoder(batch.documents), batch, LossConfig(guide="judge", guide_margin=margin)
+        )
     assert 0.05 < health(outcome)["masked_share"] < 0.95
     assert value.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_gist_embed_loss_leaves_out_curated_negatives_above_the_threshold_and_we_do_not(tiny_encoder, tmp_path):
-    """The guide takes each hard negative for better than the positive: theirs is the loss without hard negatives' own part, ours is larger."""
+    """The guide takes each hard negative for better than the positive: theirs is the loss without hard negatives' own
+    part, ours is larger.
+    """
     encoder, model = st_model(tiny_encoder, tmp_path / "model", "gpt_neo")
     judge, st_judge = st_model(tiny_encoder, tmp_path / "judge", "gpt2")
-    chosen = [Example(word, f"?! ?! {word[::-1]}", (f"{word} {word}",)) for word in WORDS]  # curated: nearly the query itself
+    # curated: nearly the query itself
+    chosen = [Example(word, f"?! ?! {word[::-1]}", (f"{word} {word}",)) for word in WORDS]
     batch = collate(chosen, encoder.tokenizer, encoder.frames)
     documents = [text for e in chosen for text in (e.positive, *e.hard_negatives)]
-    batch = with_guide(batch, *(judge.encode(texts, "query", normalize=True, as_tensor=True) for texts in (WORDS, documents)))
+    batch = with_guide(
+        batch, *(judge.encode(texts, "query", normalize=True, as_tensor=True) for texts in (WORDS, documents))
+    )
     seen = batch.guide_queries @ batch.guide_documents.T
     assert all(seen[i, 2 * i + 1] > seen[i, 2 * i] for i in range(8))
     theirs = GISTEmbedLoss(model, st_judge, temperature=1 / 20, contrast_anchors=False, contrast_positives=False)
@@ -178,8 +219,14 @@ def test_gist_embed_loss_leaves_out_curated_negatives_above_the_threshold_and_we
         ours = objective(queries, candidates, batch, LossConfig(guide="judge"))[0].item()
         scores = 20 * torch.cosine_similarity(queries[:, None], candidates[None], dim=-1)
     above = seen > seen[torch.arange(8), 2 * torch.arange(8)][:, None]
-    without = [scores[i, [c for c in range(16) if c == 2 * i or not above[i, c]]].logsumexp(0) - scores[i, 2 * i] for i in range(8)]
-    with_own = [scores[i, [c for c in range(16) if c // 2 == i or not above[i, c]]].logsumexp(0) - scores[i, 2 * i] for i in range(8)]
+    without = [
+        scores[i, [c for c in range(16) if c == 2 * i or not above[i, c]]].logsumexp(0) - scores[i, 2 * i]
+        for i in range(8)
+    ]
+    with_own = [
+        scores[i, [c for c in range(16) if c // 2 == i or not above[i, c]]].logsumexp(0) - scores[i, 2 * i]
+        for i in range(8)
+    ]
     assert expected.item() == pytest.approx(float(sum(without)) / 8, abs=1e-6)
     assert ours == pytest.approx(float(sum(with_own)) / 8, abs=1e-6)
     assert ours > expected.item() + 0.01
@@ -187,8 +234,12 @@ def test_gist_embed_loss_leaves_out_curated_negatives_above_the_threshold_and_we
 
 def random_guide(batch: Batch, seed: int = 0) -> Batch:
     """Unit vectors at random, float64; about half of the candidates score above the positive."""
-    drawn = torch.randn(len(batch.queries) + len(batch.documents), 6, generator=torch.Generator().manual_seed(seed)).double()
-    return with_guide(batch, *torch.nn.functional.normalize(drawn, dim=1).split([len(batch.queries), len(batch.documents)]))
+    drawn = torch.randn(
+        len(batch.queries) + len(batch.documents), 6, generator=torch.Generator().manual_seed(seed)
+    ).double()
+    return with_guide(
+        batch, *torch.nn.functional.normalize(drawn, dim=1).split([len(batch.queries), len(batch.documents)])
+    )
 
 
 def encoder_of(base: str) -> Encoder:
@@ -199,14 +250,22 @@ def encoder_of(base: str) -> Encoder:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("margin", [0.0, 0.2])
-def test_candidates_above_the_guides_threshold_are_left_out_in_both_directions_and_curated_ones_stay(margin, symmetric, tiny_base):
-    """Written out in float64. Random guides score many curated negatives above the positive; GISTEmbedLoss would leave them out."""
+def test_candidates_above_the_guides_threshold_are_left_out_in_both_directions_and_curated_ones_stay(
+    margin, symmetric, tiny_base
+):
+    """Written out in float64. Random guides score many curated negatives above the positive; GISTEmbedLoss would leave
+    them out.
+    """
     encoder = encoder_of(str(tiny_base("gpt_neo")))
     batch = random_guide(collate(EXAMPLES, encoder.tokenizer, encoder.frames))
     with torch.no_grad():
         queries, documents = encoder(batch.queries), encoder(batch.documents)
-        value, outcome = objective(queries, documents, batch, LossConfig(guide="g", guide_margin=margin, symmetric=symmetric))
-        scores = 20 * torch.stack([torch.stack([torch.cosine_similarity(q, d, dim=0) for d in documents]) for q in queries])
+        value, outcome = objective(
+            queries, documents, batch, LossConfig(guide="g", guide_margin=margin, symmetric=symmetric)
+        )
+        scores = 20 * torch.stack(
+            [torch.stack([torch.cosine_similarity(q, d, dim=0) for d in documents]) for q in queries]
+        )
     seen, total, left_out, curated = batch.guide_queries @ batch.guide_documents.T, 0.0, 0, 0
     for i in range(8):
         threshold = seen[i, 3 * i] - margin
@@ -225,7 +284,9 @@ def test_candidates_above_the_guides_threshold_are_left_out_in_both_directions_a
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_recomputed_and_in_chunks_it_is_the_same_step(symmetric, tiny_base, monkeypatch):
-    encoder, config = encoder_of(str(tiny_base("gpt_neo"))), LossConfig(guide="g", guide_margin=0.1, symmetric=symmetric)
+    encoder, config = encoder_of(str(tiny_base("gpt_neo"))), LossConfig(
+        guide="g", guide_margin=0.1, symmetric=symmetric
+    )
     batch = random_guide(collate(EXAMPLES, encoder.tokenizer, encoder.frames))
     encoder.tokens_per_pack = 60
 
@@ -240,7 +301,10 @@ def test_recomputed_and_in_chunks_it_is_the_same_step(symmetric, tiny_base, monk
     for keep_bytes in (float("inf"), 0):
         found, again = step(keep_bytes)
         assert again == pytest.approx(seen, rel=1e-12)
-        assert all(float((found[name] - gradient).norm()) <= 1e-10 * float(gradient.norm()) for name, gradient in expected.items())
+        assert all(
+            float((found[name] - gradient).norm()) <= 1e-10 * float(gradient.norm()) for name,
+            gradient in expected.items()
+        )
 
 
 def test_a_text_that_is_the_positive_to_the_guide_is_treated_alike_in_chunks_of_any_size(tiny_base, monkeypatch):
@@ -248,7 +312,8 @@ def test_a_text_that_is_the_positive_to_the_guide_is_treated_alike_in_chunks_of_
     encoder = encoder_of(str(tiny_base("gpt_neo")))
     batch = collate([Example(f"query {n}", f"text {n}") for n in range(8)], encoder.tokenizer, encoder.frames)
     queries = torch.nn.functional.normalize(torch.randn(8, 384, generator=torch.Generator().manual_seed(0)), dim=1)
-    batch = with_guide(batch, queries, queries[:1].expand(8, -1).contiguous())  # every document is one and the same to it
+    # every document is one and the same to it
+    batch = with_guide(batch, queries, queries[:1].expand(8, -1).contiguous())
     for size in (1, 8, 24, 10**6):
         monkeypatch.setattr("sgpt.training.loss.SCORES_AT_A_TIME", size)
         with torch.no_grad():
@@ -258,7 +323,10 @@ def test_a_text_that_is_the_positive_to_the_guide_is_treated_alike_in_chunks_of_
 
 # --- two processes ---
 
-LOSSES = {"one way": LossConfig(guide="g", guide_margin=0.002), "both ways": LossConfig(guide="g", guide_margin=0.002, symmetric=True)}
+LOSSES = {
+    "one way": LossConfig(guide="g", guide_margin=0.002),
+    "both ways": LossConfig(guide="g", guide_margin=0.002, symmetric=True)
+}
 
 
 def steps(base: str, guide: str, folder: Path, rank: int, processes: int) -> dict:
@@ -304,14 +372,17 @@ def test_two_processes_give_the_gradient_of_the_whole_batch(guide, tiny_base, tm
     with threads(1):  # as each of the two has
         whole = steps(base, str(guide), tmp_path / "one", 0, 1)
     assert len(stored(tmp_path / "one" / "cache")) == 2 + 5 + 1
-    assert stored(tmp_path / "one" / "cache") == stored(tmp_path / "two" / "cache")  # the embeddings and the walk, bit for bit
+    # the embeddings and the walk, bit for bit
+    assert stored(tmp_path / "one" / "cache") == stored(tmp_path / "two" / "cache")
     for rank in range(2):
         found = torch.load(tmp_path / "two" / f"{rank}.pt")
         for name, expected in whole.items():
             assert 0 < expected["health"]["masked_share"] < 0.9
             assert found[name]["health"] == pytest.approx(expected["health"], rel=1e-6)
             for key in expected.keys() - {"health"}:
-                assert float((found[name][key] - expected[key]).norm()) < 1e-10 * float(expected[key].norm()), (name, key)
+                assert float(
+                    (found[name][key] - expected[key]).norm()
+                ) < 1e-10 * float(expected[key].norm()), (name, key)
 
 
 # --- what is refused ---
@@ -327,18 +398,29 @@ def test_a_sentence_transformers_folder_serves_with_its_prompts(tmp_path, tiny_e
     for prompts in ({}, {"query": "query: ", "document": ""}):
         (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
         found = guided(feed, LossConfig(guide=str(folder))).sources[0].guide["query"]
-        theirs = SentenceTransformer(str(folder), device="cpu").encode_query([feed.sources[0].examples.texts[text]], normalize_embeddings=True)
+        theirs = SentenceTransformer(str(folder), device="cpu").encode_query(
+            [feed.sources[0].examples.texts[text]], normalize_embeddings=True
+        )
         assert np.abs(found[text] - theirs[0]).max() < 1e-6
     assert not caplog.text
 
 
 def test_bad_settings_are_refused(tmp_path, tiny_base, tiny_encoder):
     feed = feed_of(tmp_path, tiny_encoder("gpt2").tokenizer)
-    with pytest.raises(InputError, match=r"loss\.guide=nowhere: no such folder; give a run, an export or a sentence-transformers folder"):
+    with pytest.raises(
+        InputError,
+        match=r"loss\.guide=nowhere: no such folder; give a run, an export or a sentence-transformers folder"
+    ):
         guided(feed, LossConfig(guide="nowhere"))
-    with pytest.raises(InputError, match=r"data\.grouping_model=.*: a bare base knows no similarity of texts; give a run, an export or"):
+    with pytest.raises(
+        InputError, match=r"data\.grouping_model=.*: a bare base knows no similarity of texts; give a run, an export or"
+    ):
         grouped(feed, DataConfig(batches="hard", grouping_model=str(tiny_base("gpt2"))))
-    with pytest.raises(InputError, match=r"loss\.guide_margin=0\.1 has no effect without a guide; set loss\.guide=<folder of a model>, or leave it 0"):
+    with pytest.raises(
+        InputError,
+        match=r"loss\.guide_margin=0\.1 has no effect without a guide; set loss\.guide=<folder of a model>, or leave "
+        r"it 0"
+    ):
         LossConfig(guide_margin=0.1)
     with pytest.raises(InputError, match=r"loss\.guide_margin=nan must be a number"):
         LossConfig(guide="g", guide_margin=float("nan"))
@@ -346,7 +428,13 @@ def test_bad_settings_are_refused(tmp_path, tiny_base, tiny_encoder):
         DataConfig(batches="near")
     with pytest.raises(InputError, match=r"data\.batches=hard needs data\.grouping_model=<folder of a model>"):
         DataConfig(batches="hard")
-    with pytest.raises(InputError, match=r"data\.batches=random does not read data\.grouping_model; set data\.batches=hard"):
+    with pytest.raises(
+        InputError, match=r"data\.batches=random does not read data\.grouping_model; set data\.batches=hard"
+    ):
         DataConfig(grouping_model="g")
-    with pytest.raises(InputError, match=r"data\.batches=hard groups the queries of one source, and data\.mixed=true puts all sources"):
-        DataConfig(batches="hard", grouping_model="g", mixed=True, sources=[SourceConfig(path="a"), SourceConfig(path="b")])
+    with pytest.raises(
+        InputError, match=r"data\.batches=hard groups the queries of one source, and data\.mixed=true puts all sources"
+    ):
+        DataConfig(
+            batches="hard", grouping_model="g", mixed=True, sources=[SourceConfig(path="a"), SourceConfig(path="b")]
+        )
