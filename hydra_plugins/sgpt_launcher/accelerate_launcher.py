@@ -32,7 +32,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sgpt.runtime.errors import InputError
-from sgpt.sweeps.jobs import Job, best_job, compared_metric, read_after, read_jobs, split_overrides
+from sgpt.sweeps.jobs import SweepJob, best_job, compared_metric, read_after, read_jobs, split_overrides
 from sgpt.sweeps.process import failure, num_cores, run_logged, stop_signals_raise, wants_cpu
 from sgpt.sweeps.table import make_console, spinner, sweep_table
 
@@ -103,7 +103,7 @@ class AccelerateLauncher(Launcher):
             console.print(sweep_table(self.name, list(self.jobs.values())))
         return returns
 
-    def enter(self, number: int, overrides: list[str]) -> Job:
+    def enter(self, number: int, overrides: list[str]) -> SweepJob:
         """Resuming into the folder of other overrides would show their results under these, so that is refused."""
         folder = self.folder / str(number)
         earlier = self.jobs.get(number)
@@ -113,9 +113,9 @@ class AccelerateLauncher(Launcher):
                 f"and is now '{' '.join(overrides)}'; give this sweep another name (name=…) or remove {self.folder}."
             )
         # An earlier row stays as it is until its job's turn comes: a start that is stopped before then forgets nothing.
-        return self.jobs.setdefault(number, Job(number, overrides, folder=str(folder), log=f"{folder}.log"))
+        return self.jobs.setdefault(number, SweepJob(number, overrides, folder=str(folder), log=f"{folder}.log"))
 
-    def run(self, job: Job, place: str, console: "Console") -> JobReturn:
+    def run(self, job: SweepJob, place: str, console: "Console") -> JobReturn:
         """Does not raise for a job that fails: the others run all the same; at the end Hydra raises what the JobReturn
         carries.
         """
@@ -153,7 +153,7 @@ class AccelerateLauncher(Launcher):
             console.print(f"    | {line}", soft_wrap=True)
         return result
 
-    def job_return(self, job: Job, arguments: list[str]) -> JobReturn:
+    def job_return(self, job: SweepJob, arguments: list[str]) -> JobReturn:
         config = self.config_loader.load_sweep_config(self.config, arguments)
         with open_dict(config):
             config.hydra.job.id, config.hydra.job.num = str(job.job), job.job

@@ -49,7 +49,7 @@ def _check_processes(running: int) -> None:
     """InputError when fewer run together than were asked for: without a GPU, launchers start one or leave each alone,
     and say nothing.
     """
-    command = " ".join(interrupt.typed())
+    command = " ".join(interrupt.typed_command())
     stated = re.search(r" --num_processes[= ](\d+)", command)
     asked = max(int(os.environ.get("WORLD_SIZE", "1")), int(stated[1]) if stated else 1)
     if running < asked:

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from sgpt.cross_encoder.likelihood import Text, log_probabilities
+from sgpt.cross_encoder.likelihood import ScoredText, log_probabilities
 from sgpt.cross_encoder.prompts import PromptConfig, build_prompt
 from sgpt.decoder.attention import prepare
 from sgpt.decoder.families import LENGTH_WITHOUT_TABLE, family_of, position_limit
@@ -127,7 +127,7 @@ class CrossEncoder:
         ids = self._tokens(queries)
         return np.array([len(ids[query]) for query in queries], dtype=np.int64)
 
-    def texts(self, queries: Sequence[str], documents: Sequence[str]) -> list[Text]:
+    def texts(self, queries: Sequence[str], documents: Sequence[str]) -> list[ScoredText]:
         """Token ids of the pairs, cut to the model's length; those of one document are a group."""
         if isinstance(queries, str) or isinstance(documents, str) or len(queries) != len(documents):
             raise InputError(
@@ -151,7 +151,7 @@ class CrossEncoder:
             texts.append(self._text(read, scored, len(ids[tail]), groups[document], query))
         return texts
 
-    def _text(self, context: Ids, scored: Ids, tail: int, group: int, query: str) -> Text:
+    def _text(self, context: Ids, scored: Ids, tail: int, group: int, query: str) -> ScoredText:
         """The original's cut: the instruction, then the rightmost tokens of document, tail and what is scored.
 
         context: ids of all that stands before what is scored; tail: how many of them are behind the document.
@@ -168,7 +168,7 @@ class CrossEncoder:
         ids = (*instruction, *(*behind, *scored)[-room:])
         if len(ids) == len(scored):  # the first scored token needs one before it
             ids = (self.tokenizer.eos_token_id, *ids)
-        return Text(ids, len(scored), group)
+        return ScoredText(ids, len(scored), group)
 
     def _tokens(self, texts: Iterable[str]) -> dict[str, Ids]:
         """text -> its token ids, without special tokens."""

@@ -30,7 +30,7 @@ BRANCH_TOKENS = 512  # of a group at a time: the mask between its texts is squar
 
 
 @dataclass(frozen=True)
-class Text:
+class ScoredText:
     """Token ids of which the last `targets`, one or more, are scored, each given all before it; at least one id is not.
 
     group: texts of one group may begin alike, as those of one document do.
@@ -64,11 +64,11 @@ class _Task:
     """What is scored, and how."""
 
     model: nn.Module
-    texts: list[Text]
+    texts: list[ScoredText]
     tokens_per_pack: int
     choices: tuple[int, ...]
 
-    def members(self, indices: Iterable[int]) -> list[Text]:
+    def members(self, indices: Iterable[int]) -> list[ScoredText]:
         return [self.texts[index] for index in indices]
 
 
@@ -103,7 +103,7 @@ Scored = Iterator[tuple[list[int], Tensor]]  # indices of texts, and their sums
 @torch.inference_mode()
 def log_probabilities(
     model: nn.Module,
-    texts: Sequence[Text],
+    texts: Sequence[ScoredText],
     *,
     tokens_per_pack: int,
     choices: Sequence[int] = (),
@@ -267,7 +267,7 @@ def _padded(task: _Task) -> Scored:
         yield pack.rows, torch.stack(sums)
 
 
-def _common_start(texts: Sequence[Text]) -> int:
+def _common_start(texts: Sequence[ScoredText]) -> int:
     """Number of leading tokens that all texts share and of which none predicts a target."""
     read = [text.read for text in texts]
     pairs = zip(min(read), max(read), strict=False)  # what the first and the last in order share, all share

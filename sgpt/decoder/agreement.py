@@ -42,7 +42,7 @@ def check_agreement(
         )
     ids, mask = _padded(rows, getattr(trunk.config, "pad_token_id", None))
     largest = max(float(row.abs().max()) for row in alone)
-    allowed = ROUNDINGS * (rounding(trunk, rows, alone) + torch.finfo(alone[0].dtype).eps)
+    allowed = ROUNDINGS * (trunk_rounding(trunk, rows, alone) + torch.finfo(alone[0].dtype).eps)
 
     def difference(padded: Tensor, expected: list[Tensor]) -> float:
         """padded [rows, T, D]; expected: the real tokens of each row, [length, D]."""
@@ -84,7 +84,7 @@ def probe_rows(trunk: nn.Module, limit: int | None) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def rounding(trunk: nn.Module, rows: list[Tensor], alone: list[Tensor]) -> float:
+def trunk_rounding(trunk: nn.Module, rows: list[Tensor], alone: list[Tensor]) -> float:
     """The largest change, as a share of the largest number, when each operation's result is changed in its last bit."""
     generator = torch.Generator().manual_seed(1)
 

@@ -28,7 +28,7 @@ FETCHED = [  # from the hub
     "special_tokens_map.json", "added_tokens.json", "chat_template*", "sgpt.json", "modules.json",
     "config_sentence_transformers.json", "sentence_*_config.json", "*Pooling/config.json",
 ]  # fmt: skip
-NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")  # weights of other forms: opening a pickle runs its code
+OTHER_FORMS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")  # of weights: opening a pickle runs its code
 LFS_POINTER = b"version https://git-lfs"
 # of modules that were wrapped one by one
 INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -156,7 +156,7 @@ def stored_tensors(folder: Path, path: str) -> dict[str, Path]:
     if whole.is_file():
         return dict.fromkeys(_names(whole), whole)
     if not index.is_file():
-        pickled = [file.name for file in sorted(folder.glob("*")) if file.suffix in NOT_READ]
+        pickled = [file.name for file in sorted(folder.glob("*")) if file.suffix in OTHER_FORMS]
         if pickled:
             raise unloadable(
                 path,

@@ -39,8 +39,8 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import replace_folder
 
 log = logging.getLogger(__name__)
-HALVES = {torch.bfloat16, torch.float16}
-NOT_READ = {"README.md", *WRITTEN}  # by our reader: whoever changes these changes what others read
+HALF_TYPES = {torch.bfloat16, torch.float16}
+WRITTEN_FOR_OTHERS = {"README.md", *WRITTEN}  # by our reader: whoever changes these changes what others read
 
 
 def export(encoder: Encoder, folder: Path, *, card: str) -> dict:
@@ -73,7 +73,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _write(encoder: Encoder, folder: Path, card: str) -> None:
-    half = {parameter.dtype for parameter in encoder.trunk.parameters()} & HALVES
+    half = {parameter.dtype for parameter in encoder.trunk.parameters()} & HALF_TYPES
     encoder = _whole(encoder)
     encoder.trunk.save_pretrained(folder, state_dict=_stored(encoder.trunk, *half))
     config = json.loads((folder / "config.json").read_text())
@@ -85,7 +85,7 @@ def _write(encoder: Encoder, folder: Path, card: str) -> None:
     write_tokenizer(encoder.tokenizer, encoder.contract.markers, folder)
     write_modules(encoder.contract, encoder.tokenizer, encoder.embedding_size, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    read = [file.name for file in folder.iterdir() if file.is_file() and file.name not in NOT_READ]
+    read = [file.name for file in folder.iterdir() if file.is_file() and file.name not in WRITTEN_FOR_OTHERS]
     measured = {"probes": probes(encoder.encode), "rounding": rounding(encoder.encode_in)}
     replace(encoder.contract, **measured).save(folder, read)
 

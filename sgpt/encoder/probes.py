@@ -16,7 +16,7 @@ from sgpt.encoder.contract import Contract
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import ROLES, Role
 
-TEXTS = ("parse a date from a string", "", " [[1]]{}\n?", "naïve 東京 🙂")
+PROBE_TEXTS = ("parse a date from a string", "", " [[1]]{}\n?", "naïve 東京 🙂")
 NUMBERS = 32  # of each embedding: any wrong weight, token or pooling shows in every number
 TOLERANCE = 1e-3  # of the largest entry, in float32: other machines sum in another order
 # times the measured rounding is allowed: other machines round elsewhere, and a wrong weight shows by far more
@@ -27,9 +27,9 @@ Encode = Callable[[Sequence[str], Role], np.ndarray]  # as `Encoder.encode`: emb
 
 def probes(encode: Encode) -> dict[str, list]:
     """{"texts", "query", "document"}: the first NUMBERS numbers of each embedding, for the contract."""
-    measured: dict[str, list] = {"texts": list(TEXTS)}
+    measured: dict[str, list] = {"texts": list(PROBE_TEXTS)}
     for role in ROLES:
-        rows = encode(TEXTS, role)[:, :NUMBERS].tolist()
+        rows = encode(PROBE_TEXTS, role)[:, :NUMBERS].tolist()
         measured[role] = [[float(f"{number:.7g}") for number in row] for row in rows]
     return measured
 

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sgpt.data.feed.sampling import Source
-from sgpt.data.feed.store import EXAMPLES, TEXTS, TOKENS, Column
+from sgpt.data.feed.store import EXAMPLE_SCHEMA, TEXT_SCHEMA, TOKEN_SCHEMA, Column
 from sgpt.runtime.progress import progress_bar
 from sgpt.text.markers import Frame
 
 MOST_POSITIVES_COUNTED = 4  # 1, 2, 3, and so many or more
-LIST_TYPES = {field.name: field.type for schema in (TEXTS, EXAMPLES, TOKENS) for field in schema}
+LIST_TYPES = {field.name: field.type for schema in (TEXT_SCHEMA, EXAMPLE_SCHEMA, TOKEN_SCHEMA) for field in schema}
 
 
 @dataclass(frozen=True)

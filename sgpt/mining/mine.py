@@ -46,7 +46,7 @@ def _mine(config: MineConfig, job: Job, device: torch.device | str) -> dict[str,
     rescore = None
     if config.rescore:
         rescore = cross_encoder(config.rescore, task.device, [query.text for query in task.queries])
-    if not job.start(inputs_of(task, ranker)):
+    if not job.start(mining_inputs(task, ranker)):
         return job.results
     blocks = job.blocks
     ranker.prepare(blocks)
@@ -59,7 +59,7 @@ def _mine(config: MineConfig, job: Job, device: torch.device | str) -> dict[str,
     return job.finish(lambda: write_output(task, Blocks(job.output)))
 
 
-def inputs_of(task: Task, ranker: Ranker) -> Inputs:
+def mining_inputs(task: Task, ranker: Ranker) -> Inputs:
     """Everything that decides the rows, but for the configuration."""
     dataset, config = task.dataset, task.config
     inputs: dict[str, str | int] = {

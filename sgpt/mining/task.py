@@ -58,7 +58,7 @@ class Task:
 
 def read_task(config: MineConfig, device: torch.device | str = "cpu") -> Task:
     """Reads and checks everything; InputError where there is nothing to mine for."""
-    dataset = read_set(config)
+    dataset = read_mining_set(config)
     pool = pool_of(dataset.corpus)
     queries = queries_of(dataset, pool, config.limit)
     if not queries:
@@ -69,7 +69,7 @@ def read_task(config: MineConfig, device: torch.device | str = "cpu") -> Task:
     return Task(config, dataset, pool, queries, torch.device(device))
 
 
-def read_set(config: MineConfig) -> RetrievalSet:
+def read_mining_set(config: MineConfig) -> RetrievalSet:
     """Reads a BEIR folder, or pairs in a file or in a folder of files."""
     path = Path(config.data)
     if not path.exists() or any((path / name).exists() for name in ("corpus.jsonl", "corpus.jsonl.gz", "qrels")):

@@ -165,7 +165,8 @@ figure{margin:0;padding:14px 16px;min-width:0}
 figcaption{display:flex;flex-wrap:wrap;gap:2px 16px;align-items:baseline;margin-bottom:8px}
 figcaption b{margin-right:auto}
 .key{font-size:.82rem;color:var(--quiet);white-space:nowrap}
-.key::before{content:"";display:inline-block;width:.7em;height:.7em;margin-right:.45em;border-radius:2px;background:var(--c)}
+.key::before{content:"";display:inline-block;width:.7em;height:.7em;margin-right:.45em;border-radius:2px;
+  background:var(--c)}
 svg{display:block;width:100%;height:auto} svg *{stroke-linejoin:round} svg text{font-family:inherit!important}
 details{padding:12px 18px;margin-bottom:12px} summary{cursor:pointer;font-weight:600}
 pre{overflow-x:auto;margin:12px 0 4px;font:13px/1.5 ui-monospace,Consolas,monospace}

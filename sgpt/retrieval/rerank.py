@@ -135,7 +135,7 @@ def run_rerank(config: RerankConfig, device: torch.device | str = "cpu") -> dict
 
 
 def _run_rerank(config: RerankConfig, job: Job, device: torch.device | str) -> dict[str, Any]:
-    dataset = fewer_queries(read_set(config), config.limit)
+    dataset = fewer_queries(read_reranking_set(config), config.limit)
     first = from_main(lambda: _first_stage_of(job, config, dataset, device))
     scoring = ScoreConfig(config.mean, config.prior)
     ranker = CrossEncoder.from_pretrained(
@@ -145,7 +145,7 @@ def _run_rerank(config: RerankConfig, job: Job, device: torch.device | str) -> d
     refuse_unscorable(ranker, dataset, first)  # before anything is written
     check_ids(job.output, first)
     keep = {FIRST_STAGE: json.dumps(first)} if config.first == "encoder" else {}
-    if not job.start(inputs_of(config, dataset, first, ranker), keep):
+    if not job.start(reranking_inputs(config, dataset, first, ranker), keep):
         return job.results
     pairs = sum(map(len, first.values()))
     log.info("%s: %s pairs of %s by %s, on %s", job.output, f"{pairs:,}", dataset.name, config.model, device)
@@ -175,7 +175,7 @@ def _first_stage_of(job: Job, config: RerankConfig, dataset: RetrievalSet, devic
     return cut(first_stage(config, dataset, device), config.depth)
 
 
-def read_set(config: RerankConfig) -> RetrievalSet:
+def read_reranking_set(config: RerankConfig) -> RetrievalSet:
     """The queries, judgements and documents, by BEIR's rules where the folder is called like one of its sets."""
     folder = Path(config.data)
     rules = BEIR_SETS.get(folder.absolute().name)
@@ -307,7 +307,7 @@ def _posterior(scores: dict[str, float]) -> dict[str, float]:
     return {document: score - total for document, score in scores.items()}
 
 
-def inputs_of(config: RerankConfig, dataset: RetrievalSet, first: Run, ranker: CrossEncoder) -> Inputs:
+def reranking_inputs(config: RerankConfig, dataset: RetrievalSet, first: Run, ranker: CrossEncoder) -> Inputs:
     """Everything that decides the scores, but for the configuration."""
     ranked = sorted({document for documents in first.values() for document in documents})
     return {

@@ -53,7 +53,7 @@ def listening() -> Iterator[None]:
     heard = [signum for signum, handler in handlers.items() if handler != signal.SIG_IGN]
     before = {signum: signal.signal(signum, _hear) for signum in heard}
     _asked.signum = None
-    _asked.command = typed()  # while the launcher is alive: it ends at a signal too
+    _asked.command = typed_command()  # while the launcher is alive: it ends at a signal too
     try:
         yield
     finally:
@@ -147,13 +147,13 @@ def keeping(what: str) -> Iterator[None]:
 
 def command_again(*, resume: bool) -> str:
     """The command that was typed, quoted for the shell. resume: with `resume=true` in it."""
-    command = list(_asked.command or typed())
+    command = list(_asked.command or typed_command())
     if resume:
         command = [argument for argument in command if not argument.startswith("resume=")] + ["resume=true"]
     return shlex.join(command)
 
 
-def typed() -> Sequence[str]:
+def typed_command() -> Sequence[str]:
     """This process's own command line, or that of the launcher that started it with the same script and arguments."""
     import psutil
 

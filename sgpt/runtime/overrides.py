@@ -31,7 +31,7 @@ SWEEP = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag|extend_list)\(
 NO_INTERPOLATION = re.compile(r"(?<!\\)\$\{(?![\w.:/@-]+(,[^{}]*)?\})")
 
 
-class Text(NamedTuple):
+class TextKey(NamedTuple):
     """A key that holds texts. depth: 0 of a text, 1 of a list, 2 of a list of lists. nullable: null is no text."""
 
     depth: int
@@ -61,7 +61,7 @@ def quoted(value: str, *, verbatim: bool = True) -> str:
     return f"'{escaped}'"
 
 
-def _as_typed(argument: str, known: Mapping[str, Text], verbatim: Sequence[str], sweeping: bool) -> str:
+def _as_typed(argument: str, known: Mapping[str, TextKey], verbatim: Sequence[str], sweeping: bool) -> str:
     key, equals, value = argument.partition("=")
     name = key.lstrip("+")
     if not equals or key.startswith(("-", "~", "hydra")):
@@ -73,7 +73,7 @@ def _as_typed(argument: str, known: Mapping[str, Text], verbatim: Sequence[str],
     return f"{key}={_value(name, value, known, known.get(name))}"
 
 
-def _value(key: str, value: str, known: Mapping[str, Text], kind: Text | None) -> str:
+def _value(key: str, value: str, known: Mapping[str, TextKey], kind: TextKey | None) -> str:
     """kind: None where only the keys in its braces say what is a text, or nothing does."""
     inner = value.strip()
     if _stands(inner, kind):
@@ -81,7 +81,7 @@ def _value(key: str, value: str, known: Mapping[str, Text], kind: Text | None) -
     if kind and kind.depth == 0:
         return quoted(value, verbatim=False)
     if inner[:1] == "[" and inner[-1:] == "]":
-        member = kind and Text(kind.depth - 1, False)
+        member = kind and TextKey(kind.depth - 1, False)
         key_of_members = "data" if key == SOURCES else key
         parts = _split(inner[1:-1])
         if member == (0, False):  # texts, which may be paths with commas
@@ -113,7 +113,7 @@ def _paths(parts: list[str]) -> list[str]:
     return paths
 
 
-def _stands(value: str, kind: Text | None) -> bool:
+def _stands(value: str, kind: TextKey | None) -> bool:
     return (value == "null" and (kind is None or kind.nullable)) or QUOTED.fullmatch(value) is not None
 
 
@@ -141,13 +141,13 @@ def _split(text: str) -> list[str]:
 
 
 @cache
-def texts(config_name: str) -> dict[str, Text]:
+def texts(config_name: str) -> dict[str, TextKey]:
     """The keys of a script that are texts or lists of them, by the defaults in its YAML."""
-    kinds: dict[str, Text] = {}
+    kinds: dict[str, TextKey] = {}
     for key, value in _leaves(_composed(config_name)):
         if key not in NO_TEXT and (value is None or isinstance(value, str | list)):
             depth = DEPTHS.get(key, int(isinstance(value, list)))
-            kinds[key] = Text(depth, value is None or key in OR_NULL)
+            kinds[key] = TextKey(depth, value is None or key in OR_NULL)
     kinds.pop(SOURCES, None)
     return kinds
 

@@ -9,7 +9,7 @@ COMPARED_METRICS = ("ndcg@10", "spearman_cosine")
 
 
 @dataclass
-class Job:
+class SweepJob:
     """One row of the table and of sweep.json."""
 
     job: int
@@ -23,11 +23,11 @@ class Job:
     error: str | None = None
 
 
-def read_jobs(path: Path) -> dict[int, Job]:
+def read_jobs(path: Path) -> dict[int, SweepJob]:
     """The jobs of earlier starts. What they left as running was killed with them, unless its log is still locked."""
     if not path.is_file():
         return {}
-    jobs = [Job(**row) for row in json.loads(path.read_text(encoding="utf-8"))["jobs"]]
+    jobs = [SweepJob(**row) for row in json.loads(path.read_text(encoding="utf-8"))["jobs"]]
     for job in jobs:
         job.status = "stopped" if job.status == "running" else job.status
     return {job.job: job for job in jobs}
@@ -52,13 +52,13 @@ def compared_metric(after: dict[str, dict[str, float]]) -> tuple[str, float]:
     raise ValueError(f"none of {', '.join(COMPARED_METRICS)} in the results of {', '.join(after)}")
 
 
-def best_job(jobs: list[Job]) -> Job | None:
+def best_job(jobs: list[SweepJob]) -> SweepJob | None:
     """NaN, from a run that diverged, is not comparable and never the best."""
     comparable = [job for job in jobs if job.main_metric is not None and not isnan(job.main_metric)]
     return max(comparable, key=lambda job: job.main_metric or 0.0, default=None)  # `or`: for the type checker
 
 
-def split_overrides(jobs: list[Job]) -> tuple[list[str], dict[int, list[str]]]:
+def split_overrides(jobs: list[SweepJob]) -> tuple[list[str], dict[int, list[str]]]:
     """What all jobs share, and of each job the rest. A single job shares with nobody: all its overrides are shown."""
     several = len(jobs) > 1
     shared = [item for item in jobs[0].overrides if several and all(item in job.overrides for job in jobs)]

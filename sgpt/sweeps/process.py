@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sgpt.sweeps.jobs import Job
+from sgpt.sweeps.jobs import SweepJob
 
 SHOWN_LOG_LINES = 25
 STOP_SECONDS = 45  # torchrun, asked to stop, gives its workers 30 s before it kills them
@@ -99,7 +99,7 @@ def stop_signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def failure(job: Job, exit_code: int, last_lines: list[str]) -> str:
+def failure(job: SweepJob, exit_code: int, last_lines: list[str]) -> str:
     message = f"job {job.job} ({' '.join(job.overrides)}) ended with exit code {exit_code}; log: {job.log}"
     if not any("Error" in line for line in last_lines):
         # accelerate says 1 for every failure and, being quiet, not that a signal ended the script

@@ -4,7 +4,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from sgpt.sweeps.jobs import Job, best_job, compared_metric, split_overrides
+from sgpt.sweeps.jobs import SweepJob, best_job, compared_metric, split_overrides
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ def spinner(console: "Console", text: str) -> AbstractContextManager[object]:
     return console.status(Text(text)) if console.is_terminal else nullcontext()  # Text: a plain str is read as markup
 
 
-def sweep_table(name: str, jobs: list[Job]) -> "Table":
+def sweep_table(name: str, jobs: list[SweepJob]) -> "Table":
     """Every metric of "after", a column each; `*` marks the job with the best main metric."""
     from rich.table import Table
 

@@ -29,7 +29,7 @@ from sgpt.pretraining.model import PretrainConfig
 from sgpt.retrieval.rerank import RerankConfig
 from sgpt.retrieval.searcher import SearchConfig
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.overrides import Text, as_typed, texts
+from sgpt.runtime.overrides import TextKey, as_typed, texts
 from sgpt.training.config import TrainConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -222,14 +222,14 @@ def test_a_text_is_read_as_it_was_typed(typed_in, read):
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_the_keys_that_are_taken_for_texts_are_those_of_the_dataclasses(name):
     """Lists of keys in braces, data.sources, are no texts; null by default or by its type is null."""
-    def keys(schema: type, prefix: str = "") -> dict[str, Text]:
-        found: dict[str, Text] = {}
+    def keys(schema: type, prefix: str = "") -> dict[str, TextKey]:
+        found: dict[str, TextKey] = {}
         for key, kind in get_type_hints(schema).items():
             plain, nullable = (get_args(kind)[0], True) if type(None) in get_args(kind) else (kind, False)
             if depth := {str: 0, list[str]: 1, list[list[str]]: 2}.get(plain, -1) + 1:
-                found[prefix + key] = Text(depth - 1, nullable)
+                found[prefix + key] = TextKey(depth - 1, nullable)
             elif plain == dict[str, str | None]:
-                found |= {f"{prefix}{key}.{role}": Text(0, True) for role in COLUMN_ROLES}
+                found |= {f"{prefix}{key}.{role}": TextKey(0, True) for role in COLUMN_ROLES}
             elif is_dataclass(plain) and not nullable:
                 found |= keys(plain, f"{prefix}{key}.")
         return found

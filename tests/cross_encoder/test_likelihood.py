@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from sgpt.cross_encoder import likelihood
-from sgpt.cross_encoder.likelihood import Text, log_probabilities
+from sgpt.cross_encoder.likelihood import ScoredText, log_probabilities
 from sgpt.decoder.attention import prepare
 from tests.conftest import FAMILIES
 
@@ -18,7 +18,7 @@ VOCABULARY = 97
 
 @cache
 def models(family: str, dtype: torch.dtype = torch.float32, **changed):
-    """(transformers' model as it comes, with eager attention; the same weights with ours)"""
+    """transformers' model as it comes, with eager attention, and the same weights with ours."""
     name, shape = FAMILIES[family]
     made = []
     for _ in range(2):
@@ -37,7 +37,7 @@ def models(family: str, dtype: torch.dtype = torch.float32, **changed):
 
 
 @torch.inference_mode()
-def reference(model, text: Text, choices=()) -> float:
+def reference(model, text: ScoredText, choices=()) -> float:
     logits = model(input_ids=torch.tensor([text.ids[:-1]])).logits[0, -text.targets :].double()
     if choices:
         others = torch.ones(VOCABULARY, dtype=torch.bool)
@@ -46,13 +46,13 @@ def reference(model, text: Text, choices=()) -> float:
     return sum(row.log_softmax(0)[target].item() for row, target in zip(logits, text.ids[-text.targets :], strict=True))
 
 
-def texts(groups: int = 5, queries: int = 4, prefix: int = 9, seed: int = 0) -> list[Text]:
+def texts(groups: int = 5, queries: int = 4, prefix: int = 9, seed: int = 0) -> list[ScoredText]:
     """Documents of one token and up, after one instruction; the same queries for each, the shortest of one token."""
     drawn = random.Random(seed)
     ids = lambda count: tuple(drawn.randrange(1, VOCABULARY) for _ in range(count))  # noqa: E731
     start, asked = ids(prefix), [ids(1 + 5 * number) for number in range(queries)]
     return [
-        Text(start + document + query, len(query), group)
+        ScoredText(start + document + query, len(query), group)
         for group in range(groups)
         for document in [ids(1 + 17 * group)]
         for query in asked
@@ -93,7 +93,11 @@ def test_every_token_is_computed_once(monkeypatch):
     """10 queries over 3 documents: the instruction once, each document once, each query's own tokens once."""
     computed = []
     real = likelihood.forward_with_prefix
-    counting = lambda trunk, pack, *rest, **options: computed.append(len(pack)) or real(trunk, pack, *rest, **options)  # noqa: E731
+
+    def counting(trunk, pack, *rest, **options):
+        computed.append(len(pack))
+        return real(trunk, pack, *rest, **options)
+
     monkeypatch.setattr(likelihood, "forward_with_prefix", counting)
     _, ours = models("gpt_neo")
     drawn = random.Random(3)
@@ -103,7 +107,11 @@ def test_every_token_is_computed_once(monkeypatch):
         [ids(30, first) for first in (2, 3, 4)],
         [ids(6, 50 + first) for first in range(10)],
     )
-    given = [Text(start + document + query, 6, group) for group, document in enumerate(documents) for query in queries]
+    given = [
+        ScoredText(start + document + query, 6, group)
+        for group, document in enumerate(documents)
+        for query in queries
+    ]
     log_probabilities(ours, given * 2, tokens_per_pack=100)
     last = 1  # of the document: its hidden state predicts the query's first token, so each query computes it
     assert sum(computed) == 9 + 3 * (30 - last) + 3 * 10 * (last + 6 - 1)
@@ -120,7 +128,7 @@ def test_one_document_alone_shares_its_beginning():
 @pytest.mark.parametrize("family", ["gpt_neo", "bloom"])
 def test_a_single_text_of_two_tokens(family):
     plain, ours = models(family)
-    text = Text((5, 6), 1)
+    text = ScoredText((5, 6), 1)
     assert log_probabilities(ours, [text], tokens_per_pack=8).tolist() == pytest.approx(
         [reference(plain, text)], abs=1e-5
     )
@@ -129,7 +137,7 @@ def test_a_single_text_of_two_tokens(family):
 def test_choices_share_out_the_probability():
     plain, ours = models("gpt2")
     given = [
-        Text((*text.ids[: len(text.ids) - text.targets], choice), 1, text.group)
+        ScoredText((*text.ids[: len(text.ids) - text.targets], choice), 1, text.group)
         for text in texts()
         for choice in (7, 11)
     ]

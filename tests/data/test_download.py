@@ -85,7 +85,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path) -> Iterator[tuple[str, Path, list[str]]]:
-    """(address, folder that is served, paths asked for)"""
+    """The address, the folder that is served, and the paths asked for."""
     folder = tmp_path / "served"
     folder.mkdir()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))) as server:

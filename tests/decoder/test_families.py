@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from sgpt.cross_encoder.cross_encoder import load_language_model
-from sgpt.cross_encoder.likelihood import Text, log_probabilities
+from sgpt.cross_encoder.likelihood import ScoredText, log_probabilities
 from sgpt.decoder import agreement, families
 from sgpt.decoder.trunk import ModelConfig, load_trunk
 from sgpt.encoder.encoder import Encoder
@@ -120,7 +120,7 @@ def test_scores_of_other_decoders_are_those_of_each_text_alone(family, tmp_path)
         load_language_model(ModelConfig(str(tmp_path))),
         AutoModelForCausalLM.from_pretrained(tmp_path).eval(),
     )
-    texts = [Text(tuple(range(5, 5 + length)), 3) for length in (6, 20, 11)]
+    texts = [ScoredText(tuple(range(5, 5 + length)), 3) for length in (6, 20, 11)]
     expected = []
     for text in texts:
         with torch.no_grad():

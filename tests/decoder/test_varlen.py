@@ -1,7 +1,6 @@
-"""The one-kernel attention of a GPU. What is asked of the kernel is checked by a loop that does what its documentation
-says;
+"""The one-kernel attention of a GPU. A loop that does what the kernel's documentation says checks what is asked of it.
 
-it stands in for the kernel on this processor, below torch's own function. On a GPU the kernel itself is run.
+On this processor the loop is used instead of the kernel, below torch's own function. On a GPU the kernel itself is run.
 """
 
 import logging

@@ -28,7 +28,7 @@ IN_SENTENCE_TRANSFORMERS = {
 def padded(
     rows: list[list[list[float]]], side: str, width: int, rubbish: float = 77.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """token embeddings with rubbish on the padding, and the mask"""
+    """Token embeddings with rubbish on the padding, and the mask."""
     hidden, mask = (
         torch.full((len(rows), width, len(rows[0][0])), rubbish),
         torch.zeros(len(rows), width, dtype=torch.long),

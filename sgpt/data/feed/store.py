@@ -27,13 +27,13 @@ from sgpt.text.tokens import content_ids
 
 FORMAT = 2  # of these files; a change makes every key another
 ROWS_AT_A_TIME = 20_000
-TEXTS = pa.schema([("text", pa.large_string()), ("hash", pa.int64())])
-EXAMPLES = pa.schema([
+TEXT_SCHEMA = pa.schema([("text", pa.large_string()), ("hash", pa.int64())])
+EXAMPLE_SCHEMA = pa.schema([
     ("query", pa.int64()),
     ("positives", pa.large_list(pa.int64())),
     ("hard_negatives", pa.large_list(pa.int64())),
 ])  # fmt: skip
-TOKENS = pa.schema([("ids", pa.large_list(pa.int32()))])
+TOKEN_SCHEMA = pa.schema([("ids", pa.large_list(pa.int32()))])
 
 
 def text_hash(text: str) -> int:
@@ -89,7 +89,7 @@ class Examples:
     def open(cls, folder: Path) -> "Examples":
         """By memory map, of a folder that `stored` filled."""
         columns = {}
-        for file, schema in (("texts.arrow", TEXTS), ("examples.arrow", EXAMPLES)):
+        for file, schema in (("texts.arrow", TEXT_SCHEMA), ("examples.arrow", EXAMPLE_SCHEMA)):
             for name in schema.names:
                 columns[name] = Column(folder / file, name)
         return cls(columns, folder.name, folder)
@@ -97,7 +97,7 @@ class Examples:
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Examples":
         """In memory."""
-        texts, rows = _Lists(TEXTS), _Lists(EXAMPLES)
+        texts, rows = _Lists(TEXT_SCHEMA), _Lists(EXAMPLE_SCHEMA)
         writer = Writer(texts, rows)
         for example in examples:
             writer.example(example)
@@ -152,7 +152,10 @@ def _fill(folder: Path, fill: Callable[[Writer], None]) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     temporary.mkdir(exist_ok=True)
     try:
-        with _Table(temporary / "texts.arrow", TEXTS) as texts, _Table(temporary / "examples.arrow", EXAMPLES) as rows:
+        with (
+            _Table(temporary / "texts.arrow", TEXT_SCHEMA) as texts,
+            _Table(temporary / "examples.arrow", EXAMPLE_SCHEMA) as rows,
+        ):
             fill(Writer(texts, rows))
     except BaseException:
         shutil.rmtree(temporary)
@@ -224,7 +227,7 @@ class Tokens:
 
 def _tokenise(texts: Sequence[str], tokenizer, limit: int, file: Path) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
-    with _Table(temporary, TOKENS) as table, progress_bar("tokenising", len(texts)) as advance:
+    with _Table(temporary, TOKEN_SCHEMA) as table, progress_bar("tokenising", len(texts)) as advance:
         for part in _batches(texts):
             for ids in content_ids(part, tokenizer, limit):
                 table.add(ids)

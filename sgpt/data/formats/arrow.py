@@ -7,14 +7,14 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import parquet
 
-from sgpt.data.formats.row import Rows, attempt, checked_names, listed, same_split, short_reason, shown, sound
+from sgpt.data.formats.row import PlacedRows, attempt, checked_names, listed, same_split, short_reason, shown, sound
 from sgpt.runtime.errors import InputError
 
 Labels = dict[str, list[str]]  # column of class labels -> their names, by number
 BATCH_ROWS = 1024
 
 
-def parquet_rows(file: Path) -> Rows:
+def parquet_rows(file: Path) -> PlacedRows:
     def batches() -> Iterator[pa.RecordBatch]:
         with parquet.ParquetFile(file, buffer_size=1 << 20, page_checksum_verification=True) as source:
             yield from _named_batches(source.schema_arrow, source.iter_batches(BATCH_ROWS), file)
@@ -22,7 +22,7 @@ def parquet_rows(file: Path) -> Rows:
     return _batch_rows(file, batches())
 
 
-def arrow_rows(file: Path) -> Rows:
+def arrow_rows(file: Path) -> PlacedRows:
     """The file format, which begins with its name, or the stream format, which datasets writes under the same
     ending.
     """
@@ -49,7 +49,7 @@ def _named_batches(schema: pa.Schema, batches: Iterable[pa.RecordBatch], file: P
             yield batch.slice(start, BATCH_ROWS)
 
 
-def _batch_rows(file: Path, batches: Iterator[pa.RecordBatch]) -> Rows:
+def _batch_rows(file: Path, batches: Iterator[pa.RecordBatch]) -> PlacedRows:
     """Class labels by name, as `datasets` writes the names into the schema."""
     number = 0
     try:
@@ -121,7 +121,7 @@ def _flaw(row: pa.RecordBatch) -> str | None:
     return None
 
 
-def saved_rows(folder: Path, split: str) -> Rows:
+def saved_rows(folder: Path, split: str) -> PlacedRows:
     import datasets
 
     try:
@@ -140,7 +140,7 @@ def saved_rows(folder: Path, split: str) -> Rows:
     return _dataset_rows(dataset, str(folder))
 
 
-def hub_rows(path: Path, split: str, subset: str | None, streaming: bool) -> Rows:
+def hub_rows(path: Path, split: str, subset: str | None, streaming: bool) -> PlacedRows:
     import datasets
 
     try:
@@ -153,7 +153,7 @@ def hub_rows(path: Path, split: str, subset: str | None, streaming: bool) -> Row
     return _dataset_rows(dataset, str(path))
 
 
-def _dataset_rows(dataset, name: str) -> Rows:
+def _dataset_rows(dataset, name: str) -> PlacedRows:
     """Class labels by name."""
     import datasets
 

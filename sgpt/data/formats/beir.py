@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sgpt.data.feed.example import Example, checked_example
 from sgpt.data.formats.lines import checked_lines, json_rows
-from sgpt.data.formats.row import Rows, attempt, listed, same_split, shown, spells_nothing
+from sgpt.data.formats.row import PlacedRows, attempt, listed, same_split, shown, spells_nothing
 from sgpt.data.formats.rows import kind_of, rows
 from sgpt.runtime.errors import InputError
 
@@ -259,7 +259,7 @@ def _table(folder: Path, name: str) -> Path:
     )
 
 
-def _by_id(table: Rows, bad: Bad | None = None) -> dict[str, dict]:
+def _by_id(table: PlacedRows, bad: Bad | None = None) -> dict[str, dict]:
     """Rows with text as id and text, and a title that is text or none, which null and NaN are."""
     by_id: dict[str, dict] = {}
     nothing: list[str] = []

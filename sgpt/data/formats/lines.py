@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sgpt.data.formats.row import Rows, attempt, repeated, shown, sound
+from sgpt.data.formats.row import PlacedRows, attempt, repeated, shown, sound
 from sgpt.runtime.errors import InputError
 
 MAX_LINE_BYTES = 64 << 20  # a longer line is no example but a file without line ends, and would be held in memory whole
@@ -73,7 +73,7 @@ def _cannot_be_read_on(where: str, error: Exception) -> InputError:
 
 
 def text_lines(file: Path) -> Iterator[tuple[int, str | InputError]]:
-    """(number from 1, line without its end)"""
+    """Pairs of a line's number, from 1, and the line without its end."""
     for number, line in byte_lines(file):
         yield number, line if isinstance(line, InputError) else attempt(decoded, line, f"{file}, line {number}")
 
@@ -153,7 +153,7 @@ def decoded(line: bytes, where: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def json_rows(file: Path) -> Rows:
+def json_rows(file: Path) -> PlacedRows:
     for number, line in byte_lines(file):
         if isinstance(line, InputError) or line.strip():
             where = f"{file}, line {number}"

@@ -7,7 +7,7 @@ from typing import TypeVar
 from sgpt.runtime.errors import InputError
 
 Checked = TypeVar("Checked")
-Rows = Iterator[tuple[str, dict | InputError]]
+PlacedRows = Iterator[tuple[str, dict | InputError]]
 NOTHING = ("nan", "none", "null", "n/a", "<na>", "nat")
 LISTED = 12  # names that a message shows
 SPLITS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sgpt.data.formats.arrow import arrow_rows, hub_rows, parquet_rows, saved_rows
 from sgpt.data.formats.lines import json_rows
-from sgpt.data.formats.row import SPLITS, Rows, meaning_of_split, same_split
+from sgpt.data.formats.row import SPLITS, PlacedRows, meaning_of_split, same_split
 from sgpt.data.formats.tables import csv_rows, tsv_rows
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import may_be_hub_id
@@ -22,7 +22,7 @@ from sgpt.runtime.files import may_be_hub_id
 log = logging.getLogger(__name__)
 
 
-def rows(path: Path, split: str = "train", *, subset: str | None = None, streaming: bool = False) -> Rows:
+def rows(path: Path, split: str = "train", *, subset: str | None = None, streaming: bool = False) -> PlacedRows:
     """("<file>, line n" or "<file>, row n", row) of a file, of a folder, or of a data set of the hub.
 
     Files: JSON lines, CSV, TSV (each also .gz), Parquet, Arrow IPC. Folders: files of one kind, read in the order of
@@ -37,7 +37,7 @@ def rows(path: Path, split: str = "train", *, subset: str | None = None, streami
         raise InputError(f"{path}: no rows in it; give a file with at least one")
 
 
-def of_split(all_rows: Rows, split: str, source: str) -> Rows:
+def of_split(all_rows: PlacedRows, split: str, source: str) -> PlacedRows:
     """Without the rows whose column `split` names another one; what has no such column is of every split."""
     others, kept = Counter(), 0
     for where, row in all_rows:
@@ -54,7 +54,7 @@ def of_split(all_rows: Rows, split: str, source: str) -> Rows:
         log.warning(f"{source}: by the column split, {left_out} left out; {split!r} is the split to read")
 
 
-def _source(path: Path, split: str, subset: str | None, streaming: bool) -> Rows:
+def _source(path: Path, split: str, subset: str | None, streaming: bool) -> PlacedRows:
     if path.exists() and (subset or streaming):
         key = f"data.subset={subset}" if subset else "data.streaming=true"
         raise InputError(f"{key}: is for a data set of the hub, and {path} is here; leave it out")
@@ -88,7 +88,7 @@ def kind_of(file: Path) -> str | None:
     return kind if kind in FILE_READERS and (not name.endswith(".gz") or kind in TEXT) else None
 
 
-def _read_file(file: Path) -> Rows:
+def _read_file(file: Path) -> PlacedRows:
     kind = kind_of(file)
     if kind is None:
         raise InputError(
@@ -137,7 +137,7 @@ def _of_split(name: str, split: str) -> bool:
 
 
 TEXT = (".jsonl", ".json", ".csv", ".tsv")
-FILE_READERS: dict[str, Callable[[Path], Rows]] = {
+FILE_READERS: dict[str, Callable[[Path], PlacedRows]] = {
     ".jsonl": json_rows,
     ".json": json_rows,
     ".csv": csv_rows,

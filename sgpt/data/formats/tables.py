@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from sgpt.data.formats.lines import MAX_LINE_BYTES, byte_lines, decoded, text_lines
-from sgpt.data.formats.row import Rows, attempt, checked_names, shown
+from sgpt.data.formats.row import PlacedRows, attempt, checked_names, shown
 from sgpt.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ FIRST_RECORDS = 100  # by which a CSV's manner of quoting is recognised
 SEPARATOR_LINE = re.compile(rb'"?sep=([ -~\t])"?[\r\n]*')  # how a spreadsheet names the separator, before the header
 
 
-def csv_rows(file: Path) -> Rows:
+def csv_rows(file: Path) -> PlacedRows:
     """Separated by commas; by semicolons where the header has no comma; or as a first line `sep=;` says.
 
     Spreadsheets write the last two, where the comma is in numbers.
@@ -29,11 +29,11 @@ def csv_rows(file: Path) -> Rows:
     return _table_rows(file, _csv_records(file, separator, skip=int(bool(named))), separator)
 
 
-def tsv_rows(file: Path) -> Rows:
+def tsv_rows(file: Path) -> PlacedRows:
     return _table_rows(file, _tsv_records(file), "\t")
 
 
-def _table_rows(file: Path, records: Iterator[tuple[int, list[str] | InputError]], separator: str) -> Rows:
+def _table_rows(file: Path, records: Iterator[tuple[int, list[str] | InputError]], separator: str) -> PlacedRows:
     """The first record names the columns; without them nothing can be read, so what is wrong with it is raised."""
     header: list[str] = []
     for number, fields in records:

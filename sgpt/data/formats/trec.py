@@ -82,7 +82,7 @@ def read_run(file: Path, data: Path, dataset: RetrievalSet, key: str) -> dict[st
 
 
 def _run_lines(file: Path) -> Iterator[tuple[str, str, str, float]]:
-    """("file, line n", query id, document id, score)"""
+    """Its place ("file, line n"), query id, document id and score of each line."""
     return _json_run(file) if begins_with(file, b"{") else _trec_run(file)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from sgpt.data.formats.row import Rows, listed
+from sgpt.data.formats.row import PlacedRows, listed
 from sgpt.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Columns:
     score: str | None = None
 
 
-def with_names(rows: Rows, first: int = 100) -> tuple[list[str], Rows]:
+def with_names(rows: PlacedRows, first: int = 100) -> tuple[list[str], PlacedRows]:
     """The columns of the first rows together (in JSON lines some may be left out of a row), and all the rows again."""
     head = list(islice(rows, first))
     names = dict.fromkeys(name for _, row in head if not isinstance(row, InputError) for name in row)
@@ -131,8 +131,8 @@ def _numbered(stated: str, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def without_late_columns(
-    rows: Rows, names: Sequence[str], columns: Columns, stated: Mapping[str, str | None], num_hard_negatives: int
-) -> Rows:
+    rows: PlacedRows, names: Sequence[str], columns: Columns, stated: Mapping[str, str | None], num_hard_negatives: int
+) -> PlacedRows:
     """The rows, with an error in place of each that has a late column which would be taken for a label, score or
     negative.
 

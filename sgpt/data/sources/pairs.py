@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sgpt.data.feed.example import Example, checked_example, checked_text
-from sgpt.data.formats.row import Rows, attempt, listed, shown, spells_nothing
+from sgpt.data.formats.row import PlacedRows, attempt, listed, shown, spells_nothing
 from sgpt.data.sources.columns import LABELS, Columns
 from sgpt.runtime.errors import InputError
 
@@ -38,7 +38,7 @@ class OfRows:
 
 
 def examples(
-    rows: Rows, columns: Columns, *, num_hard_negatives: int,
+    rows: PlacedRows, columns: Columns, *, num_hard_negatives: int,
     labels: Sequence[str] = (), positive_score: float | None = None, negative_score: float | None = None,
 ) -> Candidates:  # fmt: skip
     """(place, example or what is wrong with the row). InputError at once for settings that fit no row.
@@ -77,7 +77,7 @@ def examples(
     )
 
 
-def _warned_of_odd_texts(rows: Rows, columns: Sequence[str]) -> Rows:
+def _warned_of_odd_texts(rows: PlacedRows, columns: Sequence[str]) -> PlacedRows:
     """The rows, and behind the last one a warning for texts that are most likely none.
 
     Those are nan, None, and a list as Python or JSON writes it.
@@ -230,7 +230,7 @@ class _Group:
     documents: dict[str, bool] = field(default_factory=dict)
 
 
-def _grouped(rows: Rows, columns: Columns, judged_by: str, judge: Judge, num_hard_negatives: int) -> Candidates:
+def _grouped(rows: PlacedRows, columns: Columns, judged_by: str, judge: Judge, num_hard_negatives: int) -> Candidates:
     """Pairs that are neither, and queries without a positive, are left out and counted.
 
     In judged data they are no mistake, nor are queries without a hard negative.

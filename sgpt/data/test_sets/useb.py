@@ -189,7 +189,7 @@ TASK_READERS = {"askubuntu": _askubuntu, "cqadupstack": _cqadupstack, "twitterpa
 
 
 def _lines(file: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
-    """("file, line n", the first `columns` tab-separated fields)"""
+    """The place ("file, line n") and the first `columns` tab-separated fields of each line."""
     for where, line in checked_lines(file, "the task needs it"):
         fields = line.split("\t")
         if len(fields) < columns:
@@ -215,8 +215,8 @@ def _object(value: object, where: str) -> dict[str, Any]:
 
 def _of_texts(value: object, where: str) -> dict[str, str]:
     if odd := next((name for name, text in _object(value, where).items() if not isinstance(text, str)), None):
-        raise InputError(f"{where}: {shown(odd)} is {shown(value[odd])}, which is no text; write it in quotes")  # type: ignore[index]
-    return value  # type: ignore[return-value]
+        raise InputError(f"{where}: {shown(odd)} is {shown(value[odd])}, which is no text; write it in quotes")
+    return value
 
 
 def _is_judgement(value: object) -> bool:
