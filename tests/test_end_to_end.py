@@ -331,7 +331,9 @@ def test_a_finished_run_is_never_overwritten_in_silence(project, starts):
 def test_resuming_a_finished_run_shows_its_table(project, starts):
     ended = starts["resumed"]
     assert (ended.code, ended.err) == (0, "")
-    assert ended.out == (project / "first.txt").read_text()
+    said, _, shown = ended.out.partition("\n")
+    assert said.startswith("runs/first was finished at ")
+    assert shown == (project / "first.txt").read_text()
 
 
 def test_resuming_with_another_configuration_is_refused(project, starts):

@@ -175,6 +175,9 @@ def complete(run: RunFolder, config: TrainConfig, encoder: Encoder | None = None
         if encoder is not None or not is_exported(run):
             run.lock = run.lock or lock(run.folder)
             write_export(run, config, encoder or reopen(run, config)[0])
+        else:
+            finished = run.read("manifest.json", {})["finished"]
+            print(f"{run.folder} was finished at {finished}; nothing was trained or read again, and this is its table")
     finally:
         run.close()
         show_run(run)

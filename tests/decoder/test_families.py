@@ -80,7 +80,7 @@ def test_the_bound_is_the_rounding_of_these_weights(family, dtype, tmp_path):
     rows = agreement.probe_rows(trunk, 100)
     with torch.no_grad():
         alone = [trunk(row[None]).last_hidden_state[0] for row in rows]
-    measured = agreement.rounding(trunk, rows, alone)
+    measured = agreement.trunk_rounding(trunk, rows, alone)
     eps = torch.finfo(getattr(torch, dtype)).eps
     assert eps / 4 < measured < 30 * eps
     if dtype == "float32":
