@@ -55,7 +55,7 @@ def main(composed: DictConfig) -> None:
     feed = grouped(feed, config.data, accelerator.device)
     feed = guided(feed, config.loss, accelerator.device)
     check_feed(feed)
-    config.trainer.steps(feed.batches_per_epoch)
+    config.trainer.steps(feed.batches_per_epoch)  # refuses a run that is too short for one optimizer step
     contract = Contract(config.pooling.name, config.markers, base=config.model.path)
     trunk = load_trunk(config.model)
     encoder = Encoder(trunk, tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
@@ -80,7 +80,8 @@ def main(composed: DictConfig) -> None:
     state = train(encoder, feed, accelerator, run, config.trainer, config.loss, config.optim, evaluate_dev)
 
     if accelerator.is_main_process:
-        remove_folder(run.folder / "export")  # of an earlier checkpoint, where somebody looked in between
+        # one that train/export.py made of an earlier checkpoint would pass for this run's
+        remove_folder(run.folder / "export")
         save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, base, run.folder / "adapter")
         record_after(run, encoder, sets, base, state)
         write_report(run.folder)

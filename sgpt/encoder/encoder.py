@@ -44,10 +44,11 @@ TEXTS_AT_A_TIME = 16_384  # whose token ids exist
 
 
 class Encoder(nn.Module):
-    """trunk: any decoder or BERT-like encoder. contract: markers, limits, pooling. `forward` is what training calls.
+    """Texts to embeddings: a tokenizer, markers, a trunk and pooling.
 
-    delta: where others use the trunk as well, what makes it this encoder's (sgpt/encoder/delta.py); `encode` puts it on
-    and off.
+    trunk: any decoder or BERT-like encoder. contract: markers, limits, pooling. Training calls `packs`, `embed_pack`
+    and `restore_order`; `forward` is the three in one. delta: where others use the trunk as well, what makes it this
+    encoder's (sgpt/encoder/delta.py); `encode` puts it on and off.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What can be set in mining. Unknown names, ranges and contradictions are refused here."""
+"""What can be set in mining. Unknown names, numbers out of range and contradictions are refused here."""
 
 from dataclasses import dataclass, field
 
@@ -50,7 +50,9 @@ class MineConfig:
     negatives_per_query: int = 8
     """At most so many hard negatives of each query."""
     pick: str = "top"
-    """Which of the window that pass the margins: the top ones, or a random choice by `seed` and the query's id."""
+    """Which candidates of the window are taken, of those that pass the margins: the top ones, or a random choice by
+    `seed` and the query's id.
+    """
     score_margin: float | None = None
     """A negative scores at most the weakest positive's score minus this; null for any score."""
     score_ratio: float | None = None

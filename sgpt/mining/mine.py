@@ -1,8 +1,8 @@
 """The whole of mining: read, resume what a killed job left, mine block by block, write.
 
-Blocks of documents to encode and of queries to mine, not single ones: a text's embedding differs in its last bits with
-the texts that are computed together with it, and so any number of processes (of as many threads each) writes the same
-file.
+Documents are encoded and queries mined in blocks that are always cut alike. A text's embedding differs in its last bits
+with the texts computed together with it, so this is what makes any number of processes (of as many threads each) write
+the same file.
 """
 
 import logging

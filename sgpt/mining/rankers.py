@@ -32,8 +32,8 @@ class Candidate(NamedTuple):
 class Ranking(NamedTuple):
     """What a ranker says of one query.
 
-    candidates: best first, barred rows among them. positives: their scores in the order of the query's, None where the
-    ranker has none.
+    candidates: best first, barred rows among them. positives: their scores in the order of the query's positives, None
+    where the ranker has none.
     """
 
     candidates: list[Candidate]

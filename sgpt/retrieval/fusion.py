@@ -1,4 +1,4 @@
-"""Two runs fused into one, by ranks or by scores; and the top of a run ordered again.
+"""Runs fused into one, by ranks (any number) or by scores (two); and the top of a run ordered again.
 
 Runs in, a run out; nothing is changed in place.
 """

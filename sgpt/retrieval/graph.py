@@ -23,9 +23,8 @@ MOST_EFFORT = 8192
 class Graphs:
     """Graphs over the index's embeddings, in files opened by memory map.
 
-    exact: answers where they find too few documents.
-
-    effort: documents that a walk keeps in sight, hnswlib's ef.
+    exact: answers queries for which the graphs lead to too few documents. effort: how many documents a walk keeps in
+    sight (hnswlib's ef).
     """
 
     def __init__(self, folder: Path, exact: Find) -> None:

@@ -1,20 +1,24 @@
 """An index: a folder with the embeddings of one corpus, opened by memory map, and two ways to search it.
 
     embeddings.npy     [documents, D], of length 1, float32 or float16, in the order of the corpus
-    graph-0-<n>.faiss  with kind=faiss: the embeddings once more, with a graph of neighbours; a file a gigabyte
-    index.json         fingerprint of model, contract and corpus, number of documents, dtype, kind, and what it was
-                       built with: versions, threads, block size; it is written last
+    graph-<first>-<end>.faiss
+                       with kind=faiss: the embeddings of these rows once more, with a graph of neighbours; a file for
+                       each gigabyte of embeddings
+    index.json         fingerprint of model, contract and corpus, number of documents, dtype, kind, how many are
+        encoded,
+                       block size and environment (versions, threads …); written anew after each block
 
 Embeddings go into the file block by block (sgpt/runtime/embed.py), in `.<name>.building` next to the index, whose name
 it takes when it is whole. After a kill the next start resumes there, with as many threads and blocks as large, so that
-every bit is that of a build without a kill. With another fingerprint or dtype an index is stale and built again; a
+every bit is that of a build without a kill; with other versions of what computes it starts again, and says so. With
+another fingerprint or dtype an index is stale and built again; a
 change of kind encodes nothing.
 
 Exact search reads all embeddings for a query, 8 MiB at a time: it is the default, and good to about a million documents
 (0.15 s for one query over 1,000,000 x 256 float32, on one core). Beyond, FAISS walks a graph (HNSW; Malkov and Yashunin
-2016, arXiv 1603.09320) as far as a sample of the documents needs, as queries, to find 99 % of its ten nearest.
-index.json says how far, and the recall; queries that are unlike all documents may have a lower one. Not inverted lists:
-for that recall they had to read 80 of 110 lists of 12,000 questions.
+2016, arXiv 1603.09320). How far it walks is measured: a sample of documents, taken as queries, must find 99 % of their
+ten nearest neighbours. index.json says how far, and the recall; queries that are unlike all documents may have a lower
+one. Inverted lists were tried and left out: on 12,000 questions they had to read 80 of 110 lists to reach that recall.
 """
 
 import logging
@@ -59,7 +63,9 @@ class IndexConfig:
 
 
 def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: IndexConfig | None = None) -> Find:
-    """The function that searches the corpus, whose rows are counted in its order. Builds what is missing or stale.
+    """Opens the index of a corpus, and builds what is missing or stale; returns the function that searches it.
+
+    Rows are counted in the order of the corpus.
 
     Raises InputError for a corpus without documents, and where faiss is asked for and not installed.
     """

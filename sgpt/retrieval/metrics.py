@@ -21,13 +21,16 @@ MAIN_METRICS = ("ndcg@10", "spearman_cosine")
 
 
 def ranking(qrels: Qrels, run: Run) -> dict[str, float]:
-    """Means over all queries of `qrels` of nDCG@10, MAP@100, Recall@100, MRR@10; a query without results counts 0."""
+    """Means of nDCG@10, MAP@100, Recall@100, MRR@10 over the queries that have a relevant document; no results count 0.
+    """
     per_query = ranking_per_query(qrels, run)
     return {name: sum(row[name] for row in per_query.values()) / max(1, len(per_query)) for name in RANKING_METRICS}
 
 
 def ranking_per_query(qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
-    """As `ranking`, a row for each query of `qrels`. Ties rank by document id, descending, as trec_eval does."""
+    """As `ranking`, a row for each query that has a relevant document. Ties rank by document id, descending, as
+    trec_eval does.
+    """
     import pytrec_eval
 
     judged = {}

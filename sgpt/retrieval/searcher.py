@@ -1,7 +1,7 @@
 """Search in a corpus with a stored index (sgpt/retrieval/index.py), and re-ranking of the results by SGPT-CE.
 
-One decoder does both: the encoder's biases are a delta over its frozen trunk, which is on while texts are embedded and
-off while the language-model head scores (`load_encoder_and_reranker`). That costs kilobytes more than the language
+One decoder does both (`load_encoder_and_reranker`): the encoder's biases are a delta over a frozen trunk. The delta is
+on while texts are embedded, and off while the language-model head scores. It costs kilobytes more than the language
 model.
 """
 
@@ -35,7 +35,7 @@ class Hit:
 class Searcher:
     """An encoder and the index of one corpus; builds or opens the index when made.
 
-    ranker: scores the best `depth` documents again, and of these the results are the best.
+    ranker: scores the best `depth` documents again; the results are the best of these by its scores.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ def load_encoder_and_reranker(
     if not (folder / DELTA).is_file():
         raise InputError(f"{folder} holds no {DELTA}, {remedy}")
     model = load_language_model(ModelConfig(contract.base, trained_dtype(folder)))
-    convert(model, dtype)  # not opened so: a base that was trained over in half precision has the values of that
+    convert(model, dtype)  # a base in half precision under trained biases keeps its rounded values
     model = model.to(device)
     tokenizer = load_tokenizer(contract.base)
     check_tokenizer(tokenizer, folder)
@@ -93,7 +93,8 @@ class SearchConfig:
     query: str | None = None
     """What to search for; null asks at a prompt."""
     corpus: str | None = None
-    """JSON lines of _id and text, or a BEIR folder; null takes what the run was trained to search."""
+    """JSON lines of _id and text, or a BEIR folder; null takes data/raw/pydocs/stdlib, whatever the run was trained on.
+    """
     top: int = 10
     """Results shown for each query."""
     rerank: bool = False

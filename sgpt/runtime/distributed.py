@@ -3,7 +3,7 @@
 Each process scores its own Q queries against the documents of all; its loss is the mean over its queries. The gradient
 of the one-process batch is then the mean over processes, provided that documents carry gradient back to their owner:
 `gather_with_gradient` sums what every process owes a document, `average_gradients` divides by W once per step.
-`Accelerator.gather` carries no gradient and is for metrics only; the ways of getting this wrong differ by factors of W
+`gather` carries no gradient and is for hashes and metrics only; the ways of getting this wrong differ by factors of W
 or, worse, in direction.
 """
 

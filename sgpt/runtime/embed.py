@@ -1,4 +1,4 @@
-"""The one way to embed many texts: block by block, by all processes, each block on the disk before it counts as done.
+"""Many texts embedded so that a kill loses little: block by block, each on the disk before it counts as done.
 
 Used by the index of a corpus, by mining and by a guide of training. They differ in what says that a block is done (a
 number in `index.json`, a line of a job, a file of its own), so each brings its own `save`. A text's embedding differs
@@ -31,7 +31,7 @@ def embed_blocks(
 ) -> None:  # fmt: skip
     """Embeds and saves this process's share of the `missing` blocks, and waits for the other processes.
 
-    size: texts in a block. first_threads: those of the start that began, None where they are set already. alone: this
+    size: texts in a block. first_threads: the threads of the first start, None where they are set already. alone: this
     process does all blocks and waits for nobody, for work that only one process has the lock of.
     """
     with threads(first_threads):

@@ -2,7 +2,8 @@
 
 A second press ends both at once.
 
-All files are written whole or not at all, so that work may end anywhere; a loop that keeps its state in memory asks
+Files are written whole or not at all, and the part files of a job are cut back to their last whole line, so that work
+may end anywhere; a loop that keeps its state in memory asks
 `Stop.agreed` after each step. Exit codes are the shell's: 130 after Ctrl-C, 143 after SIGTERM.
 """
 

@@ -32,7 +32,7 @@ from sgpt.runtime.files import lock, unlock, write_whole
 from sgpt.runtime.progress import progress_bar
 from sgpt.runtime.provenance import Inputs, check_same, differences, environment, recorded_threads, threads
 
-# Keys that may be others on resuming. The number of threads that compute is compared with the environment.
+# Keys that may differ on resuming; how many threads really compute is compared by check_same.
 _MAY_CHANGE = {"resume", "threads"}
 
 
@@ -72,14 +72,14 @@ class Job:
 
     @property
     def results(self) -> dict[str, Any]:
-        """Of a finished job: what `finish` was given; {} on all but the main process."""
+        """Of a finished job: what `write` returned to `finish`; {} on all but the main process."""
         return self.manifest[self.result] if world()[0] == 0 else {}
 
     def start(self, inputs: Inputs, keep: Mapping[str, str] | None = None) -> bool:
         """Whether there is work to do; False where the job was finished before.
 
-        inputs: everything that decides the result, but for the configuration; InputError where a job that was started
-        before had others, or other threads. keep: ending -> text of files next to the output that a resumed job reads.
+        inputs: everything that decides the result, but for the configuration; InputError where the job was started with
+        other inputs, versions or threads. keep: ending -> text of files next to the output that a resumed job reads.
         """
         if self.resumed:
             check_same(self.output, self.manifest, inputs, otherwise="choose another output=<file>")

@@ -1,8 +1,9 @@
 """The progress of long work: bars on a terminal, plain lines in a log file, on the main process only.
 
-A bar appears when its work lasts longer than two seconds. Where the output is no terminal, a thread writes a line
-instead, then too, and again whenever nothing was written for 30 seconds, whatever the work is busy with: it need not
-report often.
+A bar appears at the first progress after two seconds. Where the output is no terminal, a thread writes a line after two
+seconds of new work, after ten where nothing was written yet, and after 30 seconds of silence; for this the work need
+not report often.
+
 A library that is imported stays quiet: lines come only where the log of `sgpt` is on, as it is in every script.
 """
 

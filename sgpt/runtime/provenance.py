@@ -55,7 +55,7 @@ def computing_versions() -> dict[str, str]:
 
 
 def check_same(where: Path, manifest: Mapping[str, Any], inputs: Inputs, *, otherwise: str) -> None:
-    """Of what is to be resumed: InputError that names the inputs, versions or threads that are others now.
+    """Raises InputError, naming them, where inputs, versions or threads of what is to be resumed are others now.
 
     manifest: as it was begun; of what is finished the inputs alone count. otherwise: what to do where they cannot be
     had again, the end of the sentence. A processor or a commit that is another is logged, as last bits may differ from

@@ -63,7 +63,9 @@ class Frame:
         return len(self.before) + self.content_tokens + len(self.after)
 
     def put_around(self, content: list[int]) -> list[int]:
-        """content: ids of the bare text, any length. Returns at most `max_tokens` ids; the markers are always there."""
+        """content: ids of the bare text, any length. Returns the frame around at most `content_tokens` of them; the
+        markers are always there.
+        """
         return [*self.before, *content[: self.content_tokens], *self.after]
 
 

@@ -1,4 +1,6 @@
-"""InfoNCE over in-batch candidates (van den Oord 2018; as used by SGPT: cosine, scale 20, query to documents).
+"""What a training step minimises: losses over in-batch candidates, by default InfoNCE.
+
+InfoNCE: van den Oord 2018; as used by SGPT: cosine, scale 20, query to documents.
 
 Letters: Q queries of this process, R documents a query, W processes, C = W·Q·R candidates.
 
@@ -125,8 +127,8 @@ class LossConfig:
 class StepResult:
     """What a step computed, without its graph.
 
-    loss: scalar, this process' mean. queries [Q, D], candidates [C, D]: of length 1, for the log.
-    tokens: computed, of distinct texts; positions: those and their padding; kept_tokens: whose activations stayed
+    loss: scalar, this process' mean. queries [Q, D], candidates [C, D]: of length 1, for the log. tokens: how many were
+    computed, of distinct texts. positions: tokens and their padding. kept_tokens: how many tokens' activations stayed
     alive.
     """
 

@@ -70,8 +70,8 @@ def duplicate_queries(
 ) -> Tensor:
     """ignored [Q, W·Q] of the other direction, where each positive document finds its query among all queries.
 
-    Query j is no negative of the positive of i where that positive is none of j's in `duplicates`, and where both
-    queries have one text. Arguments as there.
+    Query j is ignored for the positive of i where that positive answers j, where it has the text of j, and where i and
+    j have the same text. Arguments as in `duplicates`.
     """
     own_positives = all_document_hashes[positives]
     all_positives = _all_positives(all_document_hashes, documents_per_query, all_other_positives)
@@ -84,11 +84,11 @@ def duplicate_queries(
 def answers(
     query_hashes: Tensor, all_query_hashes: Tensor, all_positive_hashes: Tensor, document_hashes: Tensor
 ) -> Tensor:
-    """[Q, C] boolean: whether a document has the text of a positive of any query that has the text of this one.
+    """[queries, documents] boolean: whether a document has the text of a positive of any query with this query's text.
 
-    query_hashes [Q], document_hashes [C]: of any; all_query_hashes [W·Q] with all their positives, all_positive_hashes
-    [W·Q, any]. Through a table of the different texts: comparing every query with every other and all their positives
-    would be cubic.
+    query_hashes [queries] and document_hashes [documents] are of any texts; all_query_hashes [W·Q] and
+    all_positive_hashes [W·Q, any] say which texts answer which. Through a table of the different texts: comparing every
+    query with every other and all their positives would be cubic.
     """
     query_texts, query_numbers = query_hashes.unique(return_inverse=True)
     document_texts, document_numbers = document_hashes.unique(return_inverse=True)
@@ -223,8 +223,8 @@ class Negatives:
     def _above_guide(self, rows: Tensor, candidates: Tensor, positives: Tensor, documents_per_query: int) -> Tensor:
         """ignored [rows, C] by the guide's embeddings of rows and candidates.
 
-        Texts that are one to the guide tie with the positive but for rounding, and must do so alike in chunks of any
-        size and on any number of processes: a candidate has to be above by more than that.
+        Texts that are equal to the guide score like the positive up to rounding, which depends on chunk and process;
+        ROUNDING keeps such ties from being decided by it.
         """
         cosines = scaled_cosines(rows, candidates, 1.0)
         return above_margin(cosines, positives, documents_per_query, self.guide_margin - ROUNDING)

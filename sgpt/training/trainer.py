@@ -1,6 +1,7 @@
 """The training loop, readable from top to bottom.
 
-The loop owns control flow: log, save and evaluate are three `if every(n, step)` lines, so their order is visible.
+The loop owns control flow: whether a step is logged, evaluated and saved are flags made by `every`, acted on in that
+order.
 """
 
 import logging
@@ -151,7 +152,7 @@ def train(
         metrics.write_dev(state, evaluate())  # interrupted after the step was saved, before it was measured
 
     batch_numbers = range(state.batches, steps * config.gradient_accumulation)
-    batches = ahead(lambda number: feed.batch(number, rank), batch_numbers)  # a thread prepares the next ones
+    batches = ahead(lambda number: feed.batch(number, rank), batch_numbers)  # a thread prepares the next one
     encoder.train()
     with Stop() as stop, under_way("training", steps) as work:
         while state.step < steps:

@@ -133,6 +133,13 @@ def test_the_positives_of_others_stand_in_for_hard_negatives_and_never_ones_own(
             assert not own.intersection(documents[1:])
 
 
+def test_a_positive_of_its_own_is_never_taken_for_a_hard_negative():
+    """Where all examples share one positive there is no other text: the query would be trained against its answer."""
+    one_positive = Examples.of([Example(f"q{n}", "the answer") for n in range(4)])
+    with pytest.raises(InputError, match=r"s: a query has no hard negative, and no other example has another positive"):
+        Source("s", one_positive, Numbers(), FRAMES, 1).draw(0, 0, 0)
+
+
 def test_a_batch_has_framed_ids_and_hashes_in_query_major_order():
     made = Feed([source(4, positives=2, negatives=3, take=2)], 4)
     batch, rows = made.batch(0, 0), made.rows(0, 0)

@@ -91,7 +91,9 @@ def _guide_embeddings(draws: Sequence[Draw]) -> tuple[Tensor, Tensor] | tuple[No
 
 
 def collate(examples: Sequence[Example], tokenizer, frames: dict[Role, Frame]) -> Batch:
-    """A batch of strings: the first positive and all hard negatives of each."""
+    """A batch of strings, for tests and benchmarks: the first positive and all hard negatives of each. A run calls
+    `make_batch`.
+    """
     kept = Examples.of(examples)
     tokens = Tokens(kept, tokenizer, max(frame.content_tokens for frame in frames.values()))
     draws = []

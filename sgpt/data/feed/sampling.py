@@ -54,9 +54,14 @@ class Source:
             if len(positives) > 1:
                 positive = int(generator.integers(len(positives)))
             if missing > 0:
-                negatives = [*negatives, *self._positives_of_others(positives, missing, generator)] or positives
+                negatives = [*negatives, *self._positives_of_others(positives, missing, generator)]
+                if not negatives:  # a positive of its own would be trained against
+                    raise InputError(
+                        f"{self.name}: a query has no hard negative, and no other example has another positive to be "
+                        "used instead; set data.num_hard_negatives=0, or give hard negatives"
+                    )
         first = epoch * self.num_hard_negatives
-        hard = [negatives[(first + turn) % len(negatives)] for turn in range(self.num_hard_negatives)]
+        hard = [negatives[(first + offset) % len(negatives)] for offset in range(self.num_hard_negatives)]
         documents = (positives[positive], *hard)
         others = tuple(text for index, text in enumerate(positives) if index != positive)
         return Draw(

@@ -4,11 +4,11 @@
                   examples.arrow       query, positives, hard_negatives: numbers of texts
                   tokens-<key>.arrow   token ids of every text, without markers, cut at the longest limit
                   embeddings-<key>/    of the texts, by a guide (embeddings.py)
-                  walk-<key>.npy       its order of the queries (grouping.py)
+                  walk-<key>.npy       the order of the examples by data.grouping_model (grouping.py)
 
 The first key is made of the source's bytes (of the hub's revision) and its reader's settings, the others of the
-tokenizer and the limit, or of the guide's weights. Whatever changes gives another key, so nothing stale is ever served.
-Everything is written under a temporary name and renamed.
+tokenizer and the limit, or of the weights of the guide or grouping model. Whatever changes gives another key, so
+nothing stale is ever served. Everything is written under a temporary name and renamed.
 """
 
 import hashlib

@@ -8,7 +8,7 @@ from sgpt.runtime.errors import InputError
 
 Checked = TypeVar("Checked")
 PlacedRows = Iterator[tuple[str, dict | InputError]]
-NOTHING = ("nan", "none", "null", "n/a", "<na>", "nat")
+NOTHING = ("nan", "none", "null", "n/a", "<na>", "nat")  # how programs write a missing value as text
 LISTED = 12  # names that a message shows
 SPLITS = {
     "train": "train",
@@ -33,7 +33,9 @@ def meaning_of_split(split: str) -> str:
 
 
 def attempt(make: Callable[..., Checked], *arguments: object) -> Checked | InputError:
-    """What `make` gives or the InputError it raises, as a value: raised inside a generator it would end it."""
+    """What `make` returns, or the InputError it raises, as a value: an exception would end the generator it is raised
+    in.
+    """
     try:
         return make(*arguments)
     except InputError as error:

@@ -61,11 +61,10 @@ def with_names(rows: PlacedRows, first: int = 100) -> tuple[list[str], PlacedRow
 
 
 def guess_columns(names: Sequence[str], stated: Mapping[str, str | None], where: str = "the data") -> Columns:
-    """What is stated wins, None is not stated; the rest goes by the usual names.
+    """What `stated` names is used; a role that is None there is guessed by the usual names.
 
-    Stated as "", negative, label or score is not used.
-
-    A label or a score is looked for only where there are no negatives: it says the same in another way.
+    negative, label or score stated as "" is not used. A label or a score is guessed only where there are no negatives,
+    which say the same.
     """
     named = _stated(stated, names, where)
     free = [name for name in names if name not in named.values()]
@@ -136,8 +135,8 @@ def without_late_columns(
     """The rows, with an error in place of each that has a late column which would be taken for a label, score or
     negative.
 
-    A column is late when none of the first rows has it: nobody guessed it, and what it says would be lost. What is
-    stated is not guessed, and neither is what is stated as "", none.
+    A column is late when none of the first rows has it: nobody guessed it, and what it says would be lost. Only
+    roles that are guessed are looked at: what is stated, or stated as "" (none), is left alone.
     """
     judged = columns.label or columns.score
     wanted = {

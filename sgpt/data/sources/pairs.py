@@ -1,4 +1,6 @@
-"""From raw rows to examples: which column is what, what a label or a score makes of a pair, and which rows are good.
+"""From rows to examples: what a row, a label or a score makes of a pair.
+
+Columns are recognised in columns.py, bad rows counted in bad_rows.py:
 
     all_rows = rows(path)
     names, all_rows = with_names(all_rows)
