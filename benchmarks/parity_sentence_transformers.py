@@ -135,7 +135,7 @@ def train_theirs(
             pass
 
         def __iter__(self):
-            yield from ([example for _, example, _ in feed.rows(step, 0)] for step in range(steps))
+            yield from ([example for _, example, _ in feed.drawn_examples(step, 0)] for step in range(steps))
 
         def __len__(self) -> int:
             return steps

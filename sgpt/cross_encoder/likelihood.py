@@ -19,7 +19,7 @@ from sgpt.decoder.attention import Layers
 from sgpt.decoder.continuation import forward_with_prefix
 from sgpt.decoder.packing import Pack, PrefixCache, packs
 from sgpt.decoder.trunk import takes_packs
-from sgpt.text.tokens import Rows
+from sgpt.text.tokens import TokenLists
 
 POSITIONS_AT_A_TIME = 256  # whose logits exist: 51 MB for GPT-2's vocabulary
 # Share of all tokens from which a prefix is cached: a cache costs attention its causal kernel, which is more than a
@@ -214,7 +214,7 @@ def _branch_sums(task: _Task, branches: Sequence[_Branch], layers: Layers) -> tu
     return members, _sums(task, pack, cache, members, lengths)
 
 
-def _rows(task: _Task, branch: _Branch) -> Rows:
+def _rows(task: _Task, branch: _Branch) -> TokenLists:
     """What of its texts is behind the group's prefix."""
     return [list(text.read[branch.start :]) for text in task.members(branch.members)]
 
@@ -250,7 +250,7 @@ def _computed(model: nn.Module, rows: Sequence[Sequence[int]], prefix: _Prefix) 
 
 def _padded(task: _Task) -> Scored:
     """For families that do not take packs: the model's own logits over right-padded rows."""
-    rows: Rows = [list(text.read) for text in task.texts]
+    rows: TokenLists = [list(text.read) for text in task.texts]
     for pack in packs(rows, task.tokens_per_pack, padded=True):
         input_ids, attention_mask = pack.to(task.model.device).padded(0)
         logits = task.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()

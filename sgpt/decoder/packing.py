@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sgpt.text.tokens import Rows
+from sgpt.text.tokens import TokenLists
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class PrefixCache:
         return before, torch.cat([values[:, span] for span in spans], 1)
 
 
-def packs(rows: Rows, tokens_per_pack: int, *, padded: bool = False) -> Iterator[Pack]:
+def packs(rows: TokenLists, tokens_per_pack: int, *, padded: bool = False) -> Iterator[Pack]:
     """Every row with a token is in exactly one pack of at most `tokens_per_pack` tokens (one row, if that alone is
     longer).
 
@@ -102,14 +102,14 @@ def packs(rows: Rows, tokens_per_pack: int, *, padded: bool = False) -> Iterator
         yield _pack(rows, members)
 
 
-def distinct(rows: Rows) -> tuple[Rows, list[int]]:
+def distinct(rows: TokenLists) -> tuple[TokenLists, list[int]]:
     """The different rows, and for each given row its index among them: equal texts are computed once."""
     numbers: dict[tuple[int, ...], int] = {}
     indices = [numbers.setdefault(tuple(row), len(numbers)) for row in rows]
     return [list(row) for row in numbers], indices
 
 
-def _pack(rows: Rows, members: list[int]) -> Pack:
+def _pack(rows: TokenLists, members: list[int]) -> Pack:
     """members: indices of rows, longest first."""
     lengths = [len(rows[row]) for row in members]
     blocks = tuple((sum(1 for _ in equal), length) for length, equal in groupby(lengths))

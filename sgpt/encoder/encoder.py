@@ -37,7 +37,7 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import progress_bar
 from sgpt.runtime.provenance import content_hash, tokenizer_hash, weights_hash
 from sgpt.text.markers import ROLES, Frame, MarkersConfig, Role, frames
-from sgpt.text.tokens import Rows, content_ids, marked
+from sgpt.text.tokens import TokenLists, content_ids, marked
 
 TOKENS_PER_PACK = 4096
 TEXTS_AT_A_TIME = 16_384  # whose token ids exist
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         delta: AbstractContextManager | None = None,
     ) -> None:
         super().__init__()
-        self.weights = nullcontext() if delta is None else delta
+        self.delta = nullcontext() if delta is None else delta
         self.trunk, self.tokenizer, self.contract = trunk, tokenizer, contract
         check_vocabulary(tokenizer, trunk)
         self.tokens_per_pack = tokens_per_pack
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         _check_limits(contract.markers, trunk)
         self.train(trunk.training)  # a new module says it is training, and `encode` would leave its trunk so
 
-    def forward(self, rows: Rows) -> Tensor:
+    def forward(self, rows: TokenLists) -> Tensor:
         """Token ids of any lengths -> embeddings [rows, D], with gradient, in the order given.
 
         A row without any token gives zeros.
@@ -77,15 +77,15 @@ class Encoder(nn.Module):
         packs = list(self.packs(rows))
         return self.restore_order(packs, [self.embed_pack(pack) for pack in packs], len(rows))
 
-    def packs(self, rows: Rows) -> Iterator[Pack]:
+    def packs(self, rows: TokenLists) -> Iterator[Pack]:
         """The rows in packs of `tokens_per_pack`, longest first, on this encoder's device."""
         padded = not takes_packs(self.trunk)
         return (pack.to(self.device) for pack in packs(rows, self.tokens_per_pack, padded=padded))
 
     def embed_pack(self, pack: Pack) -> Tensor:
         """[rows of the pack, D], with gradient. No padding is computed, except for trunks that do not take packs."""
-        inside = getattr(self.weights, "inside", True)
-        assert inside, "the trunk is the base here: call this inside of `with encoder.weights:`"
+        inside = getattr(self.delta, "inside", True)
+        assert inside, "the trunk is the base here: call this inside of `with encoder.delta:`"
         with self._precision():
             if not takes_packs(self.trunk):
                 return self.embed(*pack.padded(self.tokenizer.pad_token_id))
@@ -110,7 +110,7 @@ class Encoder(nn.Module):
         hidden = token_embeddings(self.trunk, input_ids, attention_mask)
         return POOLINGS[self.contract.pooling](hidden, attention_mask)
 
-    def token_ids(self, texts: Sequence[str], role: Role) -> Rows:
+    def token_ids(self, texts: Sequence[str], role: Role) -> TokenLists:
         """Marked and truncated ids; the content is tokenised alone, so nothing merges with a marker."""
         return marked(self._prompted(texts, role), self.tokenizer, self.frames[role])
 
@@ -148,7 +148,7 @@ class Encoder(nn.Module):
         self.eval()
         embeddings = torch.empty(len(texts), self.embedding_size) if out is None else out
         unit = self.contract.normalize if normalize is None else normalize
-        with self.weights, progress_bar(f"encoding {len(texts):,} {role} texts", len(texts), progress) as advance:
+        with self.delta, progress_bar(f"encoding {len(texts):,} {role} texts", len(texts), progress) as advance:
             for start in range(0, len(texts), TEXTS_AT_A_TIME):
                 part = embeddings[start : start + TEXTS_AT_A_TIME].zero_()
                 for pack in self.packs(self.token_ids(texts[start : start + TEXTS_AT_A_TIME], role)):
@@ -176,7 +176,7 @@ class Encoder(nn.Module):
         contents = content_ids(self._prompted(texts, role), self.tokenizer)
         return sum(len(ids) > room for ids in contents) / max(1, len(texts))
 
-    def padding_share(self, rows: Rows) -> float:
+    def padding_share(self, rows: TokenLists) -> float:
         """Share of computed positions that are padding, 0 to 1: none in packs."""
         if takes_packs(self.trunk):
             return 0.0
@@ -187,7 +187,7 @@ class Encoder(nn.Module):
         """Changes with any weight, any rule of the tokenizer and any part of the contract; with a corpus, with any
         document.
         """
-        with self.weights:
+        with self.delta:
             weights = weights_hash(dict(self.trunk.named_parameters()))
         parts = [self.contract.fingerprint(), weights, tokenizer_hash(self.tokenizer)]
         return content_hash(parts, corpus or {})
@@ -199,7 +199,7 @@ class Encoder(nn.Module):
         """
         if all(parameter.dtype == dtype for parameter in self.trunk.parameters()):
             return self
-        with self.weights:
+        with self.delta:
             trunk = copy.deepcopy(self.trunk)
         for parameter in trunk.parameters():
             parameter.data = parameter.data.to(dtype)

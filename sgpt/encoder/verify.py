@@ -13,7 +13,7 @@ from sgpt.encoder.sentence_transformers import installed_version, is_installed
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import ROLES, Role
 from sgpt.text.template import SEAM
-from sgpt.text.tokens import Rows
+from sgpt.text.tokens import TokenLists
 
 TOLERANCE = 1e-5  # of a row's largest entry, in float32: another order of summation
 ROUNDINGS = 2  # times what these very weights make of a rounding is allowed, where that is more
@@ -61,7 +61,7 @@ def hostile_texts(encoder: Encoder) -> list[str]:
 @dataclass(frozen=True)
 class _Reader:
     name: str
-    token_ids: Callable[[list[str], Role], Rows]
+    token_ids: Callable[[list[str], Role], TokenLists]
     embed: Callable[[list[str], Role], np.ndarray]
 
 
@@ -84,7 +84,7 @@ def _sentence_transformers_reader(folder: Path, encoder: Encoder) -> _Reader:
 
     model = SentenceTransformer(str(folder), device=str(encoder.device), trust_remote_code=False)
 
-    def token_ids(texts: list[str], role: Role) -> Rows:
+    def token_ids(texts: list[str], role: Role) -> TokenLists:
         batch = model.preprocess(texts, task=role)
         rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
         return [ids[mask.bool()].tolist() for ids, mask in rows]
@@ -96,7 +96,7 @@ def _sentence_transformers_reader(folder: Path, encoder: Encoder) -> _Reader:
     return _Reader(f"sentence-transformers {installed_version('sentence-transformers')}", token_ids, embed)
 
 
-def _compare_ids(reader: _Reader, role: Role, texts: list[str], expected: Rows, encoder: Encoder) -> None:
+def _compare_ids(reader: _Reader, role: Role, texts: list[str], expected: TokenLists, encoder: Encoder) -> None:
     for text, ours, theirs in zip(texts, expected, reader.token_ids(texts, role), strict=True):
         if ours != theirs:
             tokenizer, markers = type(encoder.tokenizer).__name__, encoder.contract.markers.name
@@ -148,7 +148,7 @@ def _difference(given: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return np.abs(given - expected).max(1) / np.abs(expected).max(1).clip(min=1e-9)
 
 
-def _with_tokens(texts: list[str], encoder: Encoder, role: Role) -> tuple[list[str], Rows, np.ndarray]:
+def _with_tokens(texts: list[str], encoder: Encoder, role: Role) -> tuple[list[str], TokenLists, np.ndarray]:
     """The texts that have any token in this role, with the encoder's ids and embeddings."""
     compared = [text for text, ids in zip(texts, encoder.token_ids(texts, role), strict=True) if ids]
     return compared, encoder.token_ids(compared, role), encoder.encode(compared, role)

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from sgpt.text.markers import Frame
 
 WHOLE_TEXTS = 256  # tokenised before they are cut
-Rows = list[list[int]]  # token ids of one text each, ragged
+TokenLists = list[list[int]]  # token ids of one text each, ragged
 
 
-def marked(texts: Sequence[str], tokenizer, frame: Frame) -> Rows:
+def marked(texts: Sequence[str], tokenizer, frame: Frame) -> TokenLists:
     """Token ids in their frame. The content is tokenised alone: nothing can merge with a marker."""
     return [frame.put_around(ids) for ids in content_ids(texts, tokenizer, frame.content_tokens)]
 

@@ -214,7 +214,7 @@ def announce(encoder: Encoder, feed: Feed, config: TrainerConfig, optim: OptimCo
     num_examples = sum(len(source.examples) for source in feed.sources)
     num_queries = config.queries_per_process * accelerator.num_processes
     num_candidates = num_queries * (1 + feed.sources[0].num_hard_negatives)
-    sample = [feed.sources[source].examples[example] for source, example, _ in feed.rows(0, 0)[:256]]
+    sample = [feed.sources[source].examples[example] for source, example, _ in feed.drawn_examples(0, 0)[:256]]
     queries = [example.query for example in sample]
     positives = [example.positive for example in sample]
 

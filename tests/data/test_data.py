@@ -517,7 +517,7 @@ def test_stored_token_ids_are_those_of_the_tokenizer_cut_and_framed(tmp_path, ti
     texts = ["parse a date from a string of many, many, many words", "x", "東京 🙂 [why?]"]
     file = lines(tmp_path / "train.jsonl", *({"query": text, "positive": f"about {text}"} for text in texts))
     made = feed(tmp_path, encoder.tokenizer, path=str(file))
-    for place, (_, row, _) in enumerate(made.rows(0, 0)):
+    for place, (_, row, _) in enumerate(made.drawn_examples(0, 0)):
         batch = made.batch(0, 0)
         assert batch.queries[place] == encoder.token_ids([texts[row]], "query")[0]
         assert batch.documents[place] == encoder.token_ids([f"about {texts[row]}"], "document")[0]
@@ -536,7 +536,7 @@ def test_several_sources_keep_their_own_markers_and_limits(tmp_path, tiny_encode
         SourceConfig(path=str(one), weight=4.0),
         SourceConfig(path=str(other), markers="none", document_max_tokens=6, symmetric=True, weight=8.0),
     ])  # fmt: skip
-    by_source = {made.rows(number, 0)[0][0]: made.batch(number, 0) for number in range(6)}
+    by_source = {made.drawn_examples(number, 0)[0][0]: made.batch(number, 0) for number in range(6)}
     marks = [tokenizer.convert_tokens_to_ids(mark) for mark in "[]{}"]
     assert all(row[0] == marks[0] and row[-1] == marks[1] for row in by_source[0].queries)
     assert all(row[0] == marks[2] and row[-1] == marks[3] and len(row) == 16 for row in by_source[0].documents)
@@ -583,7 +583,7 @@ def test_the_share_of_a_source_is_told_and_kept(weights, told, batches, tmp_path
     caplog.set_level(logging.INFO)
     made = feed(tmp_path, tiny_encoder("gpt2").tokenizer, sources=two_sources(tmp_path, **weights))
     assert f"batches by source: {tmp_path}/a.jsonl {told}" in caplog.text
-    assert sum(made.rows(number, 0)[0][0] == 0 for number in range(100)) == batches
+    assert sum(made.drawn_examples(number, 0)[0][0] == 0 for number in range(100)) == batches
 
 
 @pytest.mark.parametrize(

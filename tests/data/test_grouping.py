@@ -151,7 +151,7 @@ def test_a_second_start_draws_the_same_batches_bit_for_bit_and_embeds_nothing(
     monkeypatch.setattr(opened, "encode", refused)
     again = feed()
     for batch in range(13):
-        assert first.rows(batch, 0) == again.rows(batch, 0)
+        assert first.drawn_examples(batch, 0) == again.drawn_examples(batch, 0)
     write(file, 25)
     with pytest.raises(AssertionError, match="embedded again"):  # other data: nothing old is served
         feed()

@@ -48,7 +48,7 @@ def feed(examples: int, queries: int, processes: int, seed: int, batches: str = 
 def test_an_epoch_sees_every_example_exactly_once_over_all_processes(examples, queries, processes, batches):
     made = feed(examples, queries, processes, seed=3, batches=batches)
     batches = [
-        made.rows(batch, rank) for batch in range(-(-3 * examples // (queries * processes)))
+        made.drawn_examples(batch, rank) for batch in range(-(-3 * examples // (queries * processes)))
         for rank in range(processes)
     ]
     assert all(len(batch) == queries for batch in batches)  # no process ever holds fewer
@@ -63,7 +63,8 @@ def test_an_epoch_sees_every_example_exactly_once_over_all_processes(examples, q
 def test_several_processes_together_draw_the_batch_of_one_process_that_is_as_large(processes, batches):
     several, one = (feed(100, queries, number, 0, batches) for queries, number in ((4, processes), (4 * processes, 1)))
     for batch in range(40):
-        assert [row for rank in range(processes) for row in several.rows(batch, rank)] == one.rows(batch, 0)
+        drawn = [row for rank in range(processes) for row in several.drawn_examples(batch, rank)]
+        assert drawn == one.drawn_examples(batch, 0)
 
 
 @pytest.mark.parametrize("batches", BATCHES)
@@ -72,29 +73,30 @@ def test_rows_depend_on_the_position_alone(batches):
         Feed([source(50, name="a", batches=batches), source(70, name="b", weight=2, batches=batches)], 4, 2, 1)
         for _ in range(2)
     )
-    forwards = [one.rows(batch, 1) for batch in range(20)]
-    assert [other.rows(batch, 1) for batch in reversed(range(20))] == forwards[::-1]
+    forwards = [one.drawn_examples(batch, 1) for batch in range(20)]
+    assert [other.drawn_examples(batch, 1) for batch in reversed(range(20))] == forwards[::-1]
 
 
 @pytest.mark.parametrize("batches", BATCHES)
 def test_epochs_and_seeds_are_shuffled_differently(batches):
     made, reseeded = feed(50, 50, 1, 1, batches), feed(50, 50, 1, 2, batches)
     first, second, other = (
-        [example for _, example, _ in rows] for rows in (made.rows(0, 0), made.rows(1, 0), reseeded.rows(0, 0))
+        [example for _, example, _ in one.drawn_examples(batch, 0)]
+        for one, batch in ((made, 0), (made, 1), (reseeded, 0))
     )
     assert sorted(first) == sorted(second) == sorted(other) == list(range(50))
     assert first != second != other != first
-    assert second != [example for _, example, _ in reseeded.rows(1, 0)]  # the next epoch is not the next seed
+    assert second != [example for _, example, _ in reseeded.drawn_examples(1, 0)]  # the next epoch is not the next seed
 
 
 def test_batches_are_of_one_source_and_sources_come_by_weight():
     made = Feed([source(50, name="a", weight=3), source(20, name="b", weight=1)], 4, 2, 0)
-    drawn = [{row[0] for rank in range(2) for row in made.rows(batch, rank)} for batch in range(40)]
+    drawn = [{row[0] for rank in range(2) for row in made.drawn_examples(batch, rank)} for batch in range(40)]
     assert all(len(sources) == 1 for sources in drawn)
     assert Counter(sources.pop() for sources in drawn) == {0: 30, 1: 10}
     small = [
         example for batch in range(40) for rank in range(2) for source, example,
-        epoch in made.rows(batch, rank) if source == 1 and epoch == 0
+        epoch in made.drawn_examples(batch, rank) if source == 1 and epoch == 0
     ]
     assert sorted(small) == list(range(20))  # each source has epochs of its own
 
@@ -102,7 +104,7 @@ def test_batches_are_of_one_source_and_sources_come_by_weight():
 def test_mixed_batches_hold_every_source_by_weight():
     made = Feed([source(50, name="a", weight=3), source(20, name="b", weight=1)], 8, 1, 0, mixed=True)
     for batch in range(20):
-        assert Counter(source for source, _, _ in made.rows(batch, 0)) == {0: 6, 1: 2}
+        assert Counter(source for source, _, _ in made.drawn_examples(batch, 0)) == {0: 6, 1: 2}
 
 
 def test_one_positive_is_drawn_each_epoch_and_the_others_are_known():
@@ -142,7 +144,7 @@ def test_a_positive_of_its_own_is_never_taken_for_a_hard_negative():
 
 def test_a_batch_has_framed_ids_and_hashes_in_query_major_order():
     made = Feed([source(4, positives=2, negatives=3, take=2)], 4)
-    batch, rows = made.batch(0, 0), made.rows(0, 0)
+    batch, rows = made.batch(0, 0), made.drawn_examples(0, 0)
     examples = made.sources[0].examples
     assert batch.documents_per_query == 3
     for place, (_, example, epoch) in enumerate(rows):

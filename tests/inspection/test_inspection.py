@@ -150,7 +150,7 @@ def test_scripts_are_shares_of_the_letters():
 def test_ignored_candidates_are_those_that_a_loop_over_the_texts_finds(source, tokenizer):
     feed = Feed([source], 20)
     batch = see(0, feed.batch(0, 0), tokenizer)
-    drawn = [source.draw(example, epoch, 0) for _, example, epoch in feed.rows(0, 0)]
+    drawn = [source.draw(example, epoch, 0) for _, example, epoch in feed.drawn_examples(0, 0)]
     queries = [source.examples.texts[one.query] for one in drawn]
     documents = [[source.examples.texts[text] for text in one.documents] for one in drawn]
     others = [[source.examples.texts[text] for text in one.other_positives] for one in drawn]
@@ -181,7 +181,7 @@ def test_a_batch_is_shown_as_the_model_gets_it_cut_in_the_middle(tokenizer):
         4
     )
     batch = see(0, feed.batch(0, 0), tokenizer)
-    number = feed.rows(0, 0)[0][1]
+    number = feed.drawn_examples(0, 0)[0][1]
     tokens, text = batch.queries[0].query
     assert (tokens, text) == (length(tokenizer, f"a\nquestion {number} {words}"), f"[a⏎question {number} {words}]")
     lines = list(inspection.table_lines(batch, 2, 60))

@@ -58,7 +58,7 @@ def test_each_gives_what_it_gives_alone(language_model, tmp_path, family):
 def test_beside_the_language_model_there_are_only_biases(language_model, tmp_path):
     tuned_run(language_model("gpt_neo"), tmp_path)
     encoder, ranker = load_encoder_and_reranker(tmp_path)
-    delta = [value for _, value in encoder.weights.pairs]
+    delta = [value for _, value in encoder.delta.pairs]
     tensors = [*ranker.model.parameters(), *ranker.model.buffers(), *encoder.parameters(), *encoder.buffers(), *delta]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     model = AutoModelForCausalLM.from_pretrained(language_model("gpt_neo"))

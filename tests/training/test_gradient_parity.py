@@ -39,7 +39,7 @@ from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.runtime.distributed import average_gradients, gather
 from sgpt.text.markers import MarkersConfig
-from sgpt.text.tokens import Rows
+from sgpt.text.tokens import TokenLists
 from sgpt.training.loss import LossConfig
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, learning, tune
@@ -135,9 +135,9 @@ class Texts(NamedTuple):
     Those are in no batch but may be others' documents.
     """
 
-    queries: Rows
-    documents: Rows
-    others: list[Rows]
+    queries: TokenLists
+    documents: TokenLists
+    others: list[TokenLists]
 
     def batch(self, rank: int = 0, processes: int = 1) -> Batch:
         """What one of the processes holds."""
@@ -152,7 +152,7 @@ class Texts(NamedTuple):
         )
 
 
-def _hashes(rows: Rows) -> Tensor:
+def _hashes(rows: TokenLists) -> Tensor:
     return torch.tensor([hash(tuple(row)) for row in rows], dtype=torch.long)
 
 
@@ -194,7 +194,7 @@ def plain_trunk(family: str, dtype: torch.dtype, tuning: str) -> nn.Module:
     return tune(trunk, TuningConfig(tuning))
 
 
-def padded(texts: Rows, side: str) -> tuple[Tensor, Tensor]:
+def padded(texts: TokenLists, side: str) -> tuple[Tensor, Tensor]:
     """input_ids, attention_mask [rows, T]."""
     longest = max(map(len, texts))
     gaps = [[PAD] * (longest - len(text)) for text in texts]
@@ -202,7 +202,7 @@ def padded(texts: Rows, side: str) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids), (torch.tensor(ids) != PAD).long()
 
 
-def plain_embeddings(trunk: nn.Module, texts: Rows, side: str = "right") -> Tensor:
+def plain_embeddings(trunk: nn.Module, texts: TokenLists, side: str = "right") -> Tensor:
     """[rows, D]: token i of n weighs i / (1 + … + n)."""
     input_ids, attention_mask = padded(texts, side)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -74,7 +74,7 @@ def test_batches_bring_the_guides_embeddings_in_query_major_order_each_text_in_i
     encoder = Encoder.from_pretrained(guide)
     feed = guided(feed_of(tmp_path, tiny_encoder("gpt2").tokenizer), LossConfig(guide=str(guide)))
     batch, source = feed.batch(0, 0), feed.sources[0]
-    drawn = [source.draw(example, epoch, feed.seed) for _, example, epoch in feed.rows(0, 0)]
+    drawn = [source.draw(example, epoch, feed.seed) for _, example, epoch in feed.drawn_examples(0, 0)]
     queries = [source.examples.texts[one.query] for one in drawn]
     documents = [source.examples.texts[text] for one in drawn for text in one.documents]
     # texts next to each other change the last bits

@@ -12,7 +12,7 @@ from sgpt.data.feed.embeddings import Embeddings
 from sgpt.data.feed.example import Example
 from sgpt.data.feed.store import Examples, Tokens
 from sgpt.text.markers import Frame, Role
-from sgpt.text.tokens import Rows
+from sgpt.text.tokens import TokenLists
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Batch:
     one.
     """
 
-    queries: Rows
-    documents: Rows
+    queries: TokenLists
+    documents: TokenLists
     query_hashes: Tensor
     document_hashes: Tensor
     other_positive_hashes: Tensor

@@ -118,7 +118,7 @@ class Feed:
     def batches_per_epoch(self) -> float:
         return sum(len(source.examples) for source in self.sources) / self.queries_in_total
 
-    def rows(self, batch: int, rank: int) -> list[tuple[int, int, int]]:
+    def drawn_examples(self, batch: int, rank: int) -> list[tuple[int, int, int]]:
         """(source, example, epoch) of each query of one process in batch number `batch`, counted over the whole run."""
         q = self.queries_per_process
         if self.mixed:  # every query has a turn
@@ -136,7 +136,7 @@ class Feed:
 
     def batch(self, number: int, rank: int) -> Batch:
         """Batch `number`, counted over the whole run, of one process."""
-        rows = self.rows(number, rank)
+        rows = self.drawn_examples(number, rank)
         return make_batch([self.sources[source].draw(example, epoch, self.seed) for source, example, epoch in rows])
 
     def _order(self, source: int, epoch: int) -> np.ndarray:
