@@ -340,7 +340,7 @@ def _fill_rows(config: SourceConfig, writer: Writer, rejected: Path) -> None:
     checked_rows = columns_of.without_late_columns(
         split_rows, names, columns, config.columns, config.num_hard_negatives
     )
-    candidates = pairs.examples(
+    parsed_rows = pairs.examples(
         checked_rows,
         columns,
         num_hard_negatives=config.num_hard_negatives,
@@ -348,12 +348,12 @@ def _fill_rows(config: SourceConfig, writer: Writer, rejected: Path) -> None:
         positive_score=config.positive_score,
         negative_score=config.negative_score,
     )
-    _write_accepted(candidates, config, writer, rejected)
+    _write_accepted(parsed_rows, config, writer, rejected)
 
 
-def _write_accepted(candidates: pairs.Candidates, config: SourceConfig, writer: Writer, rejected: Path) -> None:
+def _write_accepted(parsed_rows: pairs.ParsedRows, config: SourceConfig, writer: Writer, rejected: Path) -> None:
     examples = accepted(
-        candidates, on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share
+        parsed_rows, on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share
     )
     _write(examples, config, writer)
 
@@ -363,8 +363,8 @@ def _fill_pydocs(config: SourceConfig, writer: Writer, rejected: Path) -> None:
 
 
 def _fill_beir(config: SourceConfig, writer: Writer, rejected: Path) -> None:
-    candidates = beir.beir_examples(Path(config.path), config.split, config.triples, config.num_hard_negatives)
-    _write_accepted(candidates, config, writer, rejected)
+    parsed_rows = beir.beir_examples(Path(config.path), config.split, config.triples, config.num_hard_negatives)
+    _write_accepted(parsed_rows, config, writer, rejected)
 
 
 def _fill_nli(config: SourceConfig, writer: Writer, rejected: Path) -> None:

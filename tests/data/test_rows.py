@@ -28,7 +28,7 @@ from sgpt.data.formats import tables as tables_module
 from sgpt.data.formats.rows import rows
 from sgpt.data.sources.bad_rows import accepted
 from sgpt.data.sources.columns import Columns, describe, guess_columns, with_names, without_late_columns
-from sgpt.data.sources.pairs import OfRows, examples
+from sgpt.data.sources.pairs import GroupedExample, examples
 from sgpt.runtime.errors import InputError
 
 TABLE = [
@@ -762,11 +762,11 @@ def judged(
         (f"row {i + 1}", {"a": query, "b": document, "judged": value}) for i,
         (query, document, value) in enumerate(table)
     )
-    candidates = list(examples(found, columns, num_hard_negatives=num_hard_negatives, **options))
+    parsed_rows = list(examples(found, columns, num_hard_negatives=num_hard_negatives, **options))
     # each row counts once for the share of errors
-    assert sum(not isinstance(each, OfRows) for _, each in candidates) == len(table)
-    return [each.example for _, each in candidates if isinstance(each, OfRows)], [
-        str(each) for _, each in candidates if isinstance(each, InputError)
+    assert sum(not isinstance(each, GroupedExample) for _, each in parsed_rows) == len(table)
+    return [each.example for _, each in parsed_rows if isinstance(each, GroupedExample)], [
+        str(each) for _, each in parsed_rows if isinstance(each, InputError)
     ]
 
 

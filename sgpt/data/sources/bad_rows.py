@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgpt.data.feed.example import Example
-from sgpt.data.sources.pairs import Candidates, OfRows
+from sgpt.data.sources.pairs import GroupedExample, ParsedRows
 from sgpt.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -17,9 +17,9 @@ ROWS_BEFORE_SHARE, HOPELESS = 100, 0.5
 
 
 def accepted(
-    candidates: Candidates, *, on_error: str = "stop", rejected: Path | None = None, max_error_share: float = 0.01
+    parsed_rows: ParsedRows, *, on_error: str = "stop", rejected: Path | None = None, max_error_share: float = 0.01
 ) -> Iterator[Example]:
-    """The examples among the candidates.
+    """The examples among the parsed rows.
 
     on_error: "stop" raises the first error; "skip" writes each to `rejected` as {"where", "reason"} and leaves the row
     out. InputError when at the end more than max_error_share of the rows were errors; and as soon as, of a hundred or
@@ -29,35 +29,35 @@ def accepted(
         raise InputError(f"data.on_error={on_error!r} is unknown; choose stop or skip")
     if not 0 <= max_error_share <= 1:
         raise InputError(f"data.max_error_share={max_error_share} must be between 0 and 1")
-    return _skipping(candidates, rejected, max_error_share) if on_error == "skip" else _stopping(candidates)
+    return _skipping(parsed_rows, rejected, max_error_share) if on_error == "skip" else _stopping(parsed_rows)
 
 
-def _stopping(candidates: Candidates) -> Iterator[Example]:
-    for _, candidate in candidates:
-        if isinstance(candidate, InputError):
-            raise candidate
-        if candidate is not None:
-            yield _example_of(candidate)
+def _stopping(parsed_rows: ParsedRows) -> Iterator[Example]:
+    for _, parsed in parsed_rows:
+        if isinstance(parsed, InputError):
+            raise parsed
+        if parsed is not None:
+            yield _example_of(parsed)
 
 
-def _example_of(candidate: Example | OfRows) -> Example:
-    return candidate.example if isinstance(candidate, OfRows) else candidate
+def _example_of(parsed: Example | GroupedExample) -> Example:
+    return parsed.example if isinstance(parsed, GroupedExample) else parsed
 
 
-def _skipping(candidates: Candidates, rejected: Path | None, max_error_share: float) -> Iterator[Example]:
+def _skipping(parsed_rows: ParsedRows, rejected: Path | None, max_error_share: float) -> Iterator[Example]:
     tally = _Tally(rejected, max_error_share)
     with _opened(rejected) as out:
         try:
-            for where, candidate in candidates:
-                tally.seen += not isinstance(candidate, OfRows)
-                if isinstance(candidate, InputError):
-                    tally.count(candidate)
+            for where, parsed in parsed_rows:
+                tally.seen += not isinstance(parsed, GroupedExample)
+                if isinstance(parsed, InputError):
+                    tally.count(parsed)
                     if out:  # whole after a kill, too
-                        out.write(json.dumps({"where": where, "reason": str(candidate)}, ensure_ascii=False) + "\n")
+                        out.write(json.dumps({"where": where, "reason": str(parsed)}, ensure_ascii=False) + "\n")
                         out.flush()
                     tally.check_hopeless()
-                elif candidate is not None:
-                    yield _example_of(candidate)
+                elif parsed is not None:
+                    yield _example_of(parsed)
             tally.check()
         finally:  # also when the reader needs no more
             if tally.bad:

@@ -5,8 +5,8 @@ Columns are recognised in columns.py, bad rows counted in bad_rows.py:
     all_rows = rows(path)
     names, all_rows = with_names(all_rows)
     columns = guess_columns(names, stated)
-    candidates = examples(all_rows, columns, num_hard_negatives=1)
-    good = accepted(candidates, on_error="skip", rejected=folder / "rejected.jsonl")
+    parsed_rows = examples(all_rows, columns, num_hard_negatives=1)
+    good = accepted(parsed_rows, on_error="skip", rejected=folder / "rejected.jsonl")
 """
 
 import logging
@@ -22,7 +22,7 @@ from sgpt.data.sources.columns import LABELS, Columns
 from sgpt.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
-Candidates = Iterator[tuple[str, "Example | InputError | OfRows | None"]]
+ParsedRows = Iterator[tuple[str, "Example | InputError | GroupedExample | None"]]
 Judge = Callable[[object, str], bool | None]
 LIST = re.compile(r"""\[\s*(?P<quote>['"]).*(?P=quote)\s*,?\s*\]""", re.DOTALL)
 NUMBER = re.compile(r"-?[0-9]+(\.0+)?")
@@ -33,8 +33,8 @@ SENTENCES = ("hypothesis", "sentence2", "text2", "sentence")
 
 
 @dataclass(frozen=True)
-class OfRows:
-    """What several rows made together, each of which was a candidate before."""
+class GroupedExample:
+    """An example made of several judged pairs of one query; each of these rows was yielded before, as None."""
 
     example: Example
 
@@ -42,7 +42,7 @@ class OfRows:
 def examples(
     rows: PlacedRows, columns: Columns, *, num_hard_negatives: int,
     labels: Sequence[str] = (), positive_score: float | None = None, negative_score: float | None = None,
-) -> Candidates:  # fmt: skip
+) -> ParsedRows:  # fmt: skip
     """(place, example or what is wrong with the row). InputError at once for settings that fit no row.
 
     All positives and hard negatives of a row are kept; of none of the latter when `num_hard_negatives` is 0. Judged
@@ -232,7 +232,7 @@ class _Group:
     documents: dict[str, bool] = field(default_factory=dict)
 
 
-def _grouped(rows: PlacedRows, columns: Columns, judged_by: str, judge: Judge, num_hard_negatives: int) -> Candidates:
+def _grouped(rows: PlacedRows, columns: Columns, judged_by: str, judge: Judge, num_hard_negatives: int) -> ParsedRows:
     """Pairs that are neither, and queries without a positive, are left out and counted.
 
     In judged data they are no mistake, nor are queries without a hard negative.
@@ -253,7 +253,7 @@ def _grouped(rows: PlacedRows, columns: Columns, judged_by: str, judge: Judge, n
         if positives:
             yield (
                 group.where,
-                OfRows(
+                GroupedExample(
                     checked_example(
                         query, positives[0], negatives if num_hard_negatives else (), group.where, positives[1:]
                     )
