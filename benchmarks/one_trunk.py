@@ -26,7 +26,7 @@ from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.searcher import load_encoder_and_reranker
 from sgpt.text.markers import MarkersConfig
-from sgpt.training.tuning import TuningConfig, learning, tune
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 
 COLUMNS = {"peak_mb": ("peak MB", ".0f"), "resident_mb": ("then MB", ".0f"), "load": ("load", ".1f")}
 QUERY = "When was it founded?"
@@ -59,10 +59,10 @@ def save_tuned(given: Setting) -> None:
     """A run's adapter, its biases moved at random."""
     contract = Contract("weighted_mean", MarkersConfig("brackets", 75, 300), base=given.model)
     encoder = Encoder(tune(load_trunk(ModelConfig(given.model)), TuningConfig()), load_tokenizer(given.model), contract)
-    base = {name: value.detach().clone() for name, value in learning(encoder.trunk).items()}
+    base = {name: value.detach().clone() for name, value in trainable_parameters(encoder.trunk).items()}
     torch.manual_seed(0)
     with torch.no_grad():
-        for value in learning(encoder.trunk).values():
+        for value in trainable_parameters(encoder.trunk).values():
             value.add_(0.02 * torch.randn_like(value))
     save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, base, Path(given.folder, "run", "adapter"))
 

@@ -24,18 +24,18 @@ def main(composed: DictConfig) -> None:
     from sgpt.report.run import write_report
     from sgpt.runtime.files import remove_folder
     from sgpt.training.config import TrainConfig
-    from sgpt.training.guide import grouped, guided
-    from sgpt.training.record import complete, finish_run, record_after, record_before, record_start, run_inputs
+    from sgpt.training.guide import with_guide, with_hard_batches
+    from sgpt.training.record import export_and_show, finish_run, record_after, record_before, record_start, run_inputs
     from sgpt.training.run_folder import open_run, start_run
     from sgpt.training.trackers import start_trackers
     from sgpt.training.trainer import announce, check_feed, train
-    from sgpt.training.tuning import learning, tune
+    from sgpt.training.tuning import trainable_parameters, tune
 
     log = logging.getLogger("sgpt.train")
     config = typed(TrainConfig, composed)
     run = open_run(Path(config.runs) / config.name, plain(config), resume=config.resume)
     if run.finished:
-        complete(run, config)
+        export_and_show(run, config)
         return
     accelerator = launch.start(config, run.threads)
 
@@ -52,8 +52,8 @@ def main(composed: DictConfig) -> None:
         )
         sets = evaluate.read_sets(config.evaluation)
         dev = evaluate.read_sets(config.dev)
-    feed = grouped(feed, config.data, accelerator.device)
-    feed = guided(feed, config.loss, accelerator.device)
+    feed = with_hard_batches(feed, config.data, accelerator.device)
+    feed = with_guide(feed, config.loss, accelerator.device)
     check_feed(feed)
     config.trainer.steps(feed.batches_per_epoch)  # refuses a run that is too short for one optimizer step
     contract = Contract(config.pooling.name, config.markers, base=config.model.path)
@@ -66,7 +66,7 @@ def main(composed: DictConfig) -> None:
     encoder.to(accelerator.device)
     log.info("%s: %s is trained on %s", run.folder, config.model.path, config.data.path or config.data.name)
     announce(encoder, feed, config.trainer, config.optim, accelerator)
-    base = {name: parameter.detach().clone() for name, parameter in learning(encoder.trunk).items()}
+    base = {name: parameter.detach().clone() for name, parameter in trainable_parameters(encoder.trunk).items()}
     if accelerator.is_main_process:
         start_run(run, plain(config))
         record_start(run, config, encoder, feed, inputs)
@@ -86,7 +86,7 @@ def main(composed: DictConfig) -> None:
         record_after(run, encoder, sets, base, state)
         write_report(run.folder)
         finish_run(run)
-        complete(run, config, encoder)
+        export_and_show(run, config, encoder)
     accelerator.end_training()
 
 

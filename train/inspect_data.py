@@ -22,7 +22,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.inspection import inspect as inspection
     from sgpt.inspection.inspect import InspectConfig
     from sgpt.inspection.page import check_output, write_inspection
-    from sgpt.training.guide import grouped
+    from sgpt.training.guide import with_hard_batches
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sgpt").setLevel(logging.INFO)
@@ -36,7 +36,7 @@ def main(composed: DictConfig) -> None:
         queries_per_process=config.trainer.queries_per_process,
         seed=config.trainer.seed,
     )
-    feed = grouped(feed, config.data)
+    feed = with_hard_batches(feed, config.data)
     steps = config.trainer.steps(feed.batches_per_epoch)
     found = inspection.inspect_feed(
         feed,

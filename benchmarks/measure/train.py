@@ -12,7 +12,7 @@ from sgpt.data.feed.example import Example
 from sgpt.decoder.trunk import load_tokenizer
 from sgpt.text.markers import frames
 from sgpt.training.optim import OptimConfig, build_optimizer
-from sgpt.training.tuning import learning
+from sgpt.training.tuning import trainable_parameters
 
 UNTIMED = 64  # examples at most of the untimed step; a large batch needs no second one to be warm
 
@@ -22,7 +22,7 @@ def train(setting: dict, variant: dict, steps: int, beside: str | None = None) -
     chosen, given = Variant(**variant), Setting(**setting)
     texts = given.examples()
     model, step = ENGINES[chosen.engine](given, **chosen.options)
-    parameters = learning(model)
+    parameters = trainable_parameters(model)
     optimizer = build_optimizer(parameters, OptimConfig())
     positions = count_positions(model)
 

@@ -29,7 +29,7 @@ from sgpt.training.loss import LossConfig
 log = logging.getLogger(__name__)
 
 
-def guided(feed: Feed, config: LossConfig, device: torch.device | str = "cpu") -> Feed:
+def with_guide(feed: Feed, config: LossConfig, device: torch.device | str = "cpu") -> Feed:
     """With `loss.guide`, batches bring the guide's embeddings of their queries and documents.
 
     All processes call it, and wait for each other.
@@ -47,7 +47,7 @@ def guided(feed: Feed, config: LossConfig, device: torch.device | str = "cpu") -
     return replace(feed, sources=sources)
 
 
-def grouped(feed: Feed, config: DataConfig, device: torch.device | str = "cpu") -> Feed:
+def with_hard_batches(feed: Feed, config: DataConfig, device: torch.device | str = "cpu") -> Feed:
     """With `data.batches=hard`, batches are runs of near queries. All processes call it, and wait for each other."""
     if not config.grouping_model:
         return feed

@@ -19,7 +19,7 @@ from sgpt.runtime.distributed import from_main, gather
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import clock, said
 from sgpt.training.checkpoint import TrainState
-from sgpt.training.loss import StepResult, health
+from sgpt.training.loss import StepResult, batch_statistics
 from sgpt.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class MetricsLog:
             "tokens_per_second": tokens / self.seconds,
             "padding_share": 1 - computed / max(1, positions),
             "kept_share": kept / max(1, computed),
-            **health(*results),
+            **batch_statistics(*results),
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
             "seconds": state.seconds,
         }

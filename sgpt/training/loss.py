@@ -141,7 +141,7 @@ class StepResult:
     kept_tokens: int = 0
 
     @property
-    def kept(self) -> float:
+    def kept_share(self) -> float:
         """Share of the tokens, 0 to 1."""
         return self.kept_tokens / max(1, self.tokens)
 
@@ -174,7 +174,7 @@ def objective(queries: Tensor, documents: Tensor, batch: Batch, config: LossConf
     return loss, StepResult(loss.detach(), queries.detach(), candidates.detach(), negatives)
 
 
-def health(*results: StepResult) -> dict[str, float | None]:
+def batch_statistics(*results: StepResult) -> dict[str, float | None]:
     """What the loss' number does not show, over all queries of these micro-batches on all processes.
 
     Mean cosine of the positives and of each query's hardest negative (None where nothing is a negative), mean number of

@@ -49,13 +49,13 @@ def duplicates(
 ) -> Tensor:
     """ignored [Q, C]: the candidates that only look like negatives of a query, decided by equal input text.
 
-    Candidate c is ignored for query i when it has the text of an answer to i (see `answers`), wherever it stands, or
+    Candidate c is ignored for query i when it has the text of an answer to i (`answer_mask`), wherever it stands, or
     i's own text. The positive itself and the hard negatives curated for i always count; what others curated for
     themselves does not. Hashes are int64; query_hashes [Q] of any queries, positives [Q] their rows among the
     candidates; all_* are gathered rank-major, [W·Q] and [C], all_other_positives [W·Q, any].
     """
     all_positives = _all_positives(all_document_hashes, documents_per_query, all_other_positives)
-    is_answer = answers(query_hashes, all_query_hashes, all_positives, all_document_hashes)
+    is_answer = answer_mask(query_hashes, all_query_hashes, all_positives, all_document_hashes)
     is_own_text = all_document_hashes[None] == query_hashes[:, None]
     return _never_own(is_answer | is_own_text, positives, documents_per_query)
 
@@ -75,13 +75,13 @@ def duplicate_queries(
     """
     own_positives = all_document_hashes[positives]
     all_positives = _all_positives(all_document_hashes, documents_per_query, all_other_positives)
-    is_answer = answers(all_query_hashes, all_query_hashes, all_positives, own_positives).T
+    is_answer = answer_mask(all_query_hashes, all_query_hashes, all_positives, own_positives).T
     is_own_text = own_positives[:, None] == all_query_hashes[None]
     is_same_query = query_hashes[:, None] == all_query_hashes[None]
     return _never_own(is_answer | is_own_text | is_same_query, positives // documents_per_query, 1)
 
 
-def answers(
+def answer_mask(
     query_hashes: Tensor, all_query_hashes: Tensor, all_positive_hashes: Tensor, document_hashes: Tensor
 ) -> Tensor:
     """[queries, documents] boolean: whether a document has the text of a positive of any query with this query's text.

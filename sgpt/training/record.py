@@ -31,7 +31,7 @@ from sgpt.training.card import card
 from sgpt.training.checkpoint import TrainState
 from sgpt.training.config import TrainConfig
 from sgpt.training.run_folder import RunFolder
-from sgpt.training.tuning import count_parameters, learning, tune
+from sgpt.training.tuning import count_parameters, trainable_parameters, tune
 
 SAMPLE = 512  # pairs in the similarity histogram
 
@@ -97,7 +97,7 @@ def record_before(run: RunFolder, encoder: Encoder, sets: Sets, *, bm25: bool) -
 
 def record_after(run: RunFolder, encoder: Encoder, sets: Sets, base: Mapping[str, Tensor], state: TrainState) -> None:
     """Scores the tuned model, and writes how far each parameter has moved from `base`, relative to its length there."""
-    learned = learning(encoder.trunk)
+    learned = trainable_parameters(encoder.trunk)
     change = {}
     for name, before in base.items():
         moved = (learned[name].detach() - before).norm()
@@ -160,11 +160,11 @@ def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
             )
     encoder.trunk = tune(encoder.trunk, config.tuning)
     encoder.eval()
-    checkpoint.load_parameters(newest / "trained.safetensors", learning(encoder.trunk))
+    checkpoint.load_parameters(newest / "trained.safetensors", trainable_parameters(encoder.trunk))
     return encoder, newest
 
 
-def complete(run: RunFolder, config: TrainConfig, encoder: Encoder | None = None) -> None:
+def export_and_show(run: RunFolder, config: TrainConfig, encoder: Encoder | None = None) -> None:
     """Ends a finished run: exports it where that is missing, and shows its table, whatever the export says.
 
     encoder: as it was trained; without, the one of the last checkpoint, after an export that was refused or killed.

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from sgpt.data.feed.prefetch import ahead
+from sgpt.data.feed.prefetch import prefetch
 from sgpt.data.feed.sampling import Feed
 from sgpt.encoder.encoder import TOKENS_PER_PACK, Encoder
 from sgpt.evaluation.evaluate import Results
@@ -31,7 +31,7 @@ from sgpt.training.loss import LossConfig, StepResult
 from sgpt.training.optim import OptimConfig, build_optimizer, build_schedule
 from sgpt.training.run_folder import RunFolder
 from sgpt.training.step import contrastive_step
-from sgpt.training.tuning import count_parameters, learning
+from sgpt.training.tuning import count_parameters, trainable_parameters
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def train(
     check_feed(feed)
     rank, processes = accelerator.process_index, accelerator.num_processes
     steps = config.steps(feed.batches_per_epoch)
-    parameters = learning(encoder.trunk)
+    parameters = trainable_parameters(encoder.trunk)
     optimizer = build_optimizer(parameters, optim)
     schedule = build_schedule(optimizer, optim, steps)
 
@@ -152,7 +152,7 @@ def train(
         metrics.write_dev(state, evaluate())  # interrupted after the step was saved, before it was measured
 
     batch_numbers = range(state.batches, steps * config.gradient_accumulation)
-    batches = ahead(lambda number: feed.batch(number, rank), batch_numbers)  # a thread prepares the next one
+    batches = prefetch(lambda number: feed.batch(number, rank), batch_numbers)  # a thread prepares the next one
     encoder.train()
     with Stop() as stop, under_way("training", steps) as work:
         while state.step < steps:
@@ -162,9 +162,9 @@ def train(
             mean_loss = torch.zeros((), device=encoder.device)  # stays there: reading it would wait for the GPU
             results: list[StepResult] = []
             for batch in islice(batches, config.gradient_accumulation):
-                share = 1 / config.gradient_accumulation
+                loss_weight = 1 / config.gradient_accumulation
                 with accelerator.autocast():
-                    result = contrastive_step(encoder, batch, loss, keep_bytes=keep_bytes, weight=share)
+                    result = contrastive_step(encoder, batch, loss, keep_bytes=keep_bytes, weight=loss_weight)
                 state.batches += 1
                 num_tokens += batch.num_tokens
                 mean_loss += result.loss / config.gradient_accumulation
@@ -251,7 +251,7 @@ def announce(encoder: Encoder, feed: Feed, config: TrainerConfig, optim: OptimCo
 
 def _precision(encoder: Encoder, config: TrainerConfig) -> str:
     """Precision of the trunk, of what learns and of the computation: "bfloat16 trunk, float32 biases"."""
-    trained = learning(encoder.trunk)
+    trained = trainable_parameters(encoder.trunk)
     lower = {parameter.dtype for parameter in encoder.trunk.parameters()} - {torch.float32}
     trunk = _name(lower.pop()) if lower else "float32"
     kind = "biases" if all(name.endswith("bias") for name in trained) else "learning parameters"

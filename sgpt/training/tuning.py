@@ -101,7 +101,7 @@ def tune(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     tuned = TUNINGS[config.name](trunk, config)
     if trunk.dtype.itemsize >= 4:
         return tuned
-    for parameter in learning(tuned).values():
+    for parameter in trainable_parameters(tuned).values():
         parameter.data = parameter.data.float()
     for module in tuned.modules():
         if is_norm(module):
@@ -136,18 +136,18 @@ def _scale_gradients(trunk: nn.Module) -> None:
         output.last_hidden_state = _EnlargeGradient.apply(output.last_hidden_state)
 
     trunk.register_forward_hook(enlarge)
-    for parameter in learning(trunk).values():
+    for parameter in trainable_parameters(trunk).values():
         parameter.register_hook(lambda gradient: gradient / GRADIENT_SCALE)
 
 
-def learning(module: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The learning parameters by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
     """How many numbers learn, and how many there are."""
-    learned = sum(parameter.numel() for parameter in learning(module).values())
+    learned = sum(parameter.numel() for parameter in trainable_parameters(module).values())
     total = sum(parameter.numel() for parameter in module.parameters())
     return learned, total
 
@@ -156,7 +156,7 @@ def _learn_only(trunk: nn.Module, learns: Callable[[str], bool]) -> dict[str, nn
     """Freezes the parameters but those whose name `learns`, and returns these."""
     for name, parameter in trunk.named_parameters():
         parameter.requires_grad_(learns(name))
-    return learning(trunk)
+    return trainable_parameters(trunk)
 
 
 def _refuse_without_biases(trunk: nn.Module, biases: dict[str, nn.Parameter]) -> None:

@@ -15,7 +15,7 @@ from sgpt.data.readers import DataConfig, build_feed
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
 from sgpt.text.markers import MarkersConfig
-from sgpt.training.guide import grouped
+from sgpt.training.guide import with_hard_batches
 
 
 def topics(number: int, each: int, spread: float = 0.3, size: int = 16) -> np.ndarray:
@@ -128,7 +128,7 @@ def test_a_second_start_draws_the_same_batches_bit_for_bit_and_embeds_nothing(
     )
 
     def feed():
-        return grouped(
+        return with_hard_batches(
             build_feed(
                 config, tokenizer, MarkersConfig(query_max_tokens=24, document_max_tokens=40), queries_per_process=4
             ),

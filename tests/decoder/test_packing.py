@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgpt.data.feed.prefetch import ahead
+from sgpt.data.feed.prefetch import prefetch
 from sgpt.decoder.packing import distinct, packs
 
 ROWS = st.lists(st.lists(st.integers(0, 9), max_size=30), max_size=40)
@@ -51,9 +51,9 @@ def test_equal_rows_are_computed_once():
 
 
 def test_batches_come_in_order_and_an_error_where_it_belongs():
-    assert list(ahead(lambda number: number * 2, range(5))) == [0, 2, 4, 6, 8]
-    assert list(ahead(lambda number: number, [])) == []
-    coming = ahead(lambda number: 1 / number, [1, 0])
+    assert list(prefetch(lambda number: number * 2, range(5))) == [0, 2, 4, 6, 8]
+    assert list(prefetch(lambda number: number, [])) == []
+    coming = prefetch(lambda number: 1 / number, [1, 0])
     assert next(coming) == 1
     with pytest.raises(ZeroDivisionError):
         next(coming)

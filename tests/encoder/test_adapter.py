@@ -14,7 +14,7 @@ from sgpt.encoder.adapter import load_adapter, save_adapter
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.runtime.errors import InputError
-from sgpt.training.tuning import TuningConfig, learning, tune
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import FAMILIES, random_trunk
 
 IDS = torch.arange(1, 19).reshape(2, 9)
@@ -28,10 +28,10 @@ def saved(encoder: Encoder, base: dict[str, torch.Tensor], folder: Path) -> Path
 def trained(encoder: Encoder, tuning: str = "bitfit") -> dict[str, torch.Tensor]:
     """Changes what `tuning` trains and returns the values before. 1e-10 is lost in base + (trained - base)."""
     encoder.trunk = tune(encoder.trunk, TuningConfig(tuning))
-    base = {name: parameter.detach().clone() for name, parameter in learning(encoder.trunk).items()}
+    base = {name: parameter.detach().clone() for name, parameter in trainable_parameters(encoder.trunk).items()}
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in learning(encoder.trunk).values():
+        for parameter in trainable_parameters(encoder.trunk).values():
             parameter.add_(torch.randn_like(parameter) * 0.1).flatten()[0] = 1e-10
     return base
 
@@ -54,7 +54,7 @@ def test_stock_peft_reproduces_the_tuned_trunk(family, tiny_encoder, tmp_path):
     assert stock.peft_config["default"].peft_type == "BEFT"
     norms = {name for name, module in encoder.trunk.named_modules() if "Norm" in type(module).__name__}
     assert set(stock.peft_config["default"].modules_to_save or ()) == {
-        name for name in norms if f"{name}.bias" in learning(encoder.trunk)
+        name for name in norms if f"{name}.bias" in trainable_parameters(encoder.trunk)
     }
     assert (hidden(stock) - untuned).abs().max() > 0.1
     # base + change rounds once more; GPT-Neo runs eagerly there
@@ -112,7 +112,7 @@ def test_conv1d_has_no_form_in_peft_and_says_so(tiny_encoder, tmp_path):
     assert json.loads((folder / "sgpt_delta.json").read_text())["form"] == "plain"
     change = load_file(folder / "adapter_model.safetensors")
     assert change.keys() == base.keys()
-    for name, parameter in learning(encoder.trunk).items():
+    for name, parameter in trainable_parameters(encoder.trunk).items():
         assert torch.allclose(base[name] + change[name], parameter, atol=1e-7)
 
 

@@ -19,7 +19,7 @@ from sgpt.encoder.adapter import save_adapter
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
 from sgpt.runtime.errors import InputError
-from sgpt.training.tuning import TuningConfig, learning, tune
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 
 TEXTS = ["sort a path", "naïve 東京 🙂"]
 VALUES = [None, True, 3, -1, 2.5, float("nan"), 1e400, "", "a", [], {}, [["a"]], {"a": "b"}]
@@ -34,9 +34,9 @@ def folders(tiny_encoder, tmp_path_factory) -> dict[str, tuple[Path, np.ndarray]
         encoder, place = tiny_encoder("gpt_neo"), tmp_path_factory.mktemp(kind)
         encoder.trunk = tune(encoder.trunk, TuningConfig("bitfit" if kind == "export" else kind))
         encoder.eval()
-        base = {name: parameter.detach().clone() for name, parameter in learning(encoder.trunk).items()}
+        base = {name: parameter.detach().clone() for name, parameter in trainable_parameters(encoder.trunk).items()}
         with torch.no_grad():
-            for parameter in learning(encoder.trunk).values():
+            for parameter in trainable_parameters(encoder.trunk).values():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
         if kind == "export":
             export(encoder, place / "whole", card="")
@@ -213,7 +213,7 @@ def test_an_adapter_over_another_tokenizer_is_refused(tiny_encoder, tmp_path):
     base = shutil.copytree(encoder.contract.base, tmp_path / "base")
     encoder.contract.base = str(base)
     encoder.trunk = tune(encoder.trunk, TuningConfig("bitfit"))
-    before = {name: value.detach().clone() for name, value in learning(encoder.trunk).items()}
+    before = {name: value.detach().clone() for name, value in trainable_parameters(encoder.trunk).items()}
     save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, before, tmp_path / "adapter")
     Encoder.from_pretrained(tmp_path / "adapter")
     tokenizer = json.loads((base / "tokenizer.json").read_text())

@@ -22,7 +22,7 @@ from sgpt.encoder.probes import probe_difference
 from sgpt.encoder.verify import hostile_texts, verify
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import ROLES, MarkersConfig
-from sgpt.training.tuning import TuningConfig, learning, tune
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import END, FAMILIES, LIMITS, REAL_GPT2, random_trunk
 
 SUFFIX = {"query": ("[", "]"), "document": ("{", "}")}
@@ -348,7 +348,7 @@ def test_low_rank_adapters_are_merged_and_the_encoder_keeps_its_own(tiny_encoder
     encoder = tiny_encoder("gpt_neo")
     encoder.trunk = tune(encoder.trunk, TuningConfig("lora"))
     with torch.no_grad():
-        for parameter in learning(encoder.trunk).values():
+        for parameter in trainable_parameters(encoder.trunk).values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     before = {name: parameter.clone() for name, parameter in encoder.trunk.named_parameters()}
     folder = exported_to(tmp_path / "export", encoder)

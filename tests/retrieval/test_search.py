@@ -17,7 +17,7 @@ from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.searcher import SearchConfig, Searcher, load_encoder_and_reranker
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
-from sgpt.training.tuning import TuningConfig, learning, tune
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import LIMITS
 
 CORPUS = {
@@ -35,10 +35,10 @@ def tuned_run(base, folder, seed: int = 0) -> Encoder:
         tune(trunk, TuningConfig()), load_tokenizer(str(base)),
         Contract("weighted_mean", MarkersConfig("brackets", **LIMITS), base=str(base))
     )
-    before = {name: value.detach().clone() for name, value in learning(trunk).items()}
+    before = {name: value.detach().clone() for name, value in trainable_parameters(trunk).items()}
     torch.manual_seed(seed)
     with torch.no_grad():
-        for value in learning(trunk).values():
+        for value in trainable_parameters(trunk).values():
             value.add_(torch.randn_like(value) * 0.3)
     save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, before, folder / "adapter")
     return encoder

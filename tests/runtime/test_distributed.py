@@ -17,9 +17,9 @@ from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.runtime.distributed import average_gradients, gather, gather_with_gradient
 from sgpt.text.markers import MarkersConfig
-from sgpt.training.loss import LossConfig, health
+from sgpt.training.loss import LossConfig, batch_statistics
 from sgpt.training.step import contrastive_step
-from sgpt.training.tuning import TuningConfig, learning, tune
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import random_trunk
 
 PROCESSES, QUERIES = 2, 4
@@ -69,11 +69,11 @@ def gradients(base: str, rank: int, processes: int, case: tuple[int, bool, float
     batch = collate(examples(hard_negatives)[rank * share : (rank + 1) * share], tokenizer, encoder.frames)
     config = LossConfig(symmetric=symmetric)
     result = contrastive_step(encoder, batch, config, keep_bytes=keep_bytes)
-    parameters = learning(trunk)
+    parameters = trainable_parameters(trunk)
     average_gradients(parameters.values())
     return {
         "loss": gather(result.loss[None]).mean().item(),
-        "health": health(result),
+        "health": batch_statistics(result),
         **{name: p.grad for name, p in parameters.items()},
     }
 

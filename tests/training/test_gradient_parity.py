@@ -42,7 +42,7 @@ from sgpt.text.markers import MarkersConfig
 from sgpt.text.tokens import TokenLists
 from sgpt.training.loss import LossConfig
 from sgpt.training.step import contrastive_step
-from sgpt.training.tuning import TuningConfig, learning, tune
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import FAMILIES, POSITIONS, WIDTH, random_trunk
 
 Gradient = dict[str, Tensor]  # of each learning tensor by its name in the trunk; the loss itself is "loss"
@@ -251,7 +251,8 @@ def plain_loss(embeddings: Tensor, texts: Texts, case: Case) -> Tensor:
 
 def taken(trunk: nn.Module, loss: Tensor) -> Gradient:
     """The gradients, taken away from the trunk; zero for a tensor that was not reached (BERT's pooler)."""
-    measured = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in learning(trunk).items()}
+    parameters = trainable_parameters(trunk)
+    measured = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
     trunk.zero_grad()
     return {**measured, "loss": loss.detach()}
 
@@ -307,12 +308,12 @@ def ours(name: str, family: str, precision: str, case: Case, tuning: str, rank: 
     for keep_bytes in _budgets(method, encoder, batch):
         with precisely(precision, family), _scores_at_a_time(method.scores_at_a_time):
             result = contrastive_step(encoder, batch, case.loss, keep_bytes=keep_bytes)
-            average_gradients(learning(encoder.trunk).values())
+            average_gradients(trainable_parameters(encoder.trunk).values())
         gradient = taken(encoder.trunk, gather(result.loss[None]).mean())
-        if method.keep != "some" or result.kept < 1:
+        if method.keep != "some" or result.kept_share < 1:
             break
-    as_asked = {"all": result.kept == 1, "some": 0 < result.kept < 1, "nothing": result.kept == 0}
-    assert as_asked[method.keep], (name, result.kept)
+    as_asked = {"all": result.kept_share == 1, "some": 0 < result.kept_share < 1, "nothing": result.kept_share == 0}
+    assert as_asked[method.keep], (name, result.kept_share)
     return gradient
 
 
@@ -548,7 +549,7 @@ def test_with_dropout_what_is_computed_again_gives_the_same_bits():
     def step(keep_bytes: float, seed: int = 0) -> tuple[float, Gradient]:
         torch.manual_seed(seed)
         result = contrastive_step(encoder, texts_of(case).batch(), case.loss, keep_bytes=keep_bytes)
-        return result.kept, taken(encoder.trunk, result.loss)
+        return result.kept_share, taken(encoder.trunk, result.loss)
 
     (_, kept), (partly, some), (nothing, again) = (step(budget) for budget in (float("inf"), 2e6, 0))
     assert nothing == 0 < partly < 1

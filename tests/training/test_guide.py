@@ -27,10 +27,10 @@ from sgpt.runtime.distributed import average_gradients
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.provenance import threads
 from sgpt.text.markers import MarkersConfig
-from sgpt.training.guide import grouped, guided
-from sgpt.training.loss import LossConfig, health, objective
+from sgpt.training.guide import with_guide, with_hard_batches
+from sgpt.training.loss import LossConfig, batch_statistics, objective
 from sgpt.training.step import contrastive_step
-from sgpt.training.tuning import TuningConfig, learning, tune
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import random_trunk
 
 WORDS = [
@@ -63,7 +63,7 @@ def feed_of(folder: Path, tokenizer, *, examples=EXAMPLES, queries=8, processes=
     )
 
 
-def with_guide(batch: Batch, queries: torch.Tensor, documents: torch.Tensor) -> Batch:
+def batch_with_guide(batch: Batch, queries: torch.Tensor, documents: torch.Tensor) -> Batch:
     return replace(batch, guide_queries=queries, guide_documents=documents)
 
 
@@ -72,7 +72,7 @@ def with_guide(batch: Batch, queries: torch.Tensor, documents: torch.Tensor) -> 
 
 def test_batches_bring_the_guides_embeddings_in_query_major_order_each_text_in_its_role(guide, tmp_path, tiny_encoder):
     encoder = Encoder.from_pretrained(guide)
-    feed = guided(feed_of(tmp_path, tiny_encoder("gpt2").tokenizer), LossConfig(guide=str(guide)))
+    feed = with_guide(feed_of(tmp_path, tiny_encoder("gpt2").tokenizer), LossConfig(guide=str(guide)))
     batch, source = feed.batch(0, 0), feed.sources[0]
     drawn = [source.draw(example, epoch, feed.seed) for _, example, epoch in feed.drawn_examples(0, 0)]
     queries = [source.examples.texts[one.query] for one in drawn]
@@ -84,7 +84,7 @@ def test_batches_bring_the_guides_embeddings_in_query_major_order_each_text_in_i
 
 def test_a_symmetric_sources_documents_are_queries_to_the_guide(guide, tmp_path, tiny_encoder):
     encoder = Encoder.from_pretrained(guide)
-    source = guided(
+    source = with_guide(
         feed_of(tmp_path, tiny_encoder("gpt2").tokenizer, symmetric=True), LossConfig(guide=str(guide))
     ).sources[0]
     text = source.examples.positives[3][0]
@@ -109,11 +109,11 @@ def test_embeddings_are_made_once_and_a_killed_start_resumes(guide, tmp_path, ti
     monkeypatch.setattr(Encoder, "from_pretrained", lambda folder: check)
     monkeypatch.setattr(Encoder, "encode", counted)
     with pytest.raises(KeyboardInterrupt):
-        guided(feed_of(tmp_path, tokenizer), config)
+        with_guide(feed_of(tmp_path, tokenizer), config)
     killed = False
-    first = guided(feed_of(tmp_path, tokenizer), config).batch(0, 0)
+    first = with_guide(feed_of(tmp_path, tokenizer), config).batch(0, 0)
     assert made == [5, 3, 5, 5, 5, 5, 5, 4]  # 8 queries, 24 documents; the third block was lost
-    again = guided(feed_of(tmp_path, tokenizer), config).batch(0, 0)
+    again = with_guide(feed_of(tmp_path, tokenizer), config).batch(0, 0)
     assert len(made) == 8
     assert torch.equal(first.guide_documents, again.guide_documents)
 
@@ -124,12 +124,12 @@ def test_a_block_that_is_made_again_has_the_bits_of_the_first_start_whatever_the
 ):
     feed, config = feed_of(tmp_path, tiny_encoder("gpt2").tokenizer), LossConfig(guide=str(guide))
     with threads(1):
-        guided(feed, config)
+        with_guide(feed, config)
     first = stored(tmp_path / "cache")
     for file in (tmp_path / "cache").rglob("*.npy"):
         file.unlink()
     with threads(2):
-        guided(feed, config)
+        with_guide(feed, config)
     assert stored(tmp_path / "cache") == first
 
 
@@ -138,7 +138,7 @@ def test_another_model_is_never_served_the_embeddings_of_the_first(guide, tiny_e
     other = tmp_path / "other"
     export(tiny_encoder("gpt2", pooling="last_token"), other, card="")
     one, two = (
-        guided(feed_of(tmp_path, tokenizer), LossConfig(guide=str(folder))).batch(0, 0) for folder in (guide, other)
+        with_guide(feed_of(tmp_path, tokenizer), LossConfig(guide=str(folder))).batch(0, 0) for folder in (guide, other)
     )
     assert not torch.allclose(one.guide_queries, two.guide_queries)
 
@@ -180,7 +180,7 @@ def test_the_loss_is_gist_embed_loss_where_no_curated_negative_is_above_the_thre
         WORDS, [e.positive for e in chosen], *([[e.hard_negatives[0] for e in chosen]] if hard_negatives else [])
     ]
     documents = [text for e in chosen for text in (e.positive, *e.hard_negatives)]
-    batch = with_guide(
+    batch = batch_with_guide(
         batch, *(judge.encode(texts, "query", normalize=True, as_tensor=True) for texts in (WORDS, documents))
     )
     theirs = GISTEmbedLoss(
@@ -193,7 +193,7 @@ def test_the_loss_is_gist_embed_loss_where_no_curated_negative_is_above_the_thre
         value, outcome = objective(
             encoder(batch.queries), encoder(batch.documents), batch, LossConfig(guide="judge", guide_margin=margin)
         )
-    assert 0.05 < health(outcome)["masked_share"] < 0.95
+    assert 0.05 < batch_statistics(outcome)["masked_share"] < 0.95
     assert value.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
@@ -207,7 +207,7 @@ def test_gist_embed_loss_leaves_out_curated_negatives_above_the_threshold_and_we
     chosen = [Example(word, f"?! ?! {word[::-1]}", (f"{word} {word}",)) for word in WORDS]
     batch = collate(chosen, encoder.tokenizer, encoder.frames)
     documents = [text for e in chosen for text in (e.positive, *e.hard_negatives)]
-    batch = with_guide(
+    batch = batch_with_guide(
         batch, *(judge.encode(texts, "query", normalize=True, as_tensor=True) for texts in (WORDS, documents))
     )
     seen = batch.guide_queries @ batch.guide_documents.T
@@ -237,7 +237,7 @@ def random_guide(batch: Batch, seed: int = 0) -> Batch:
     drawn = torch.randn(
         len(batch.queries) + len(batch.documents), 6, generator=torch.Generator().manual_seed(seed)
     ).double()
-    return with_guide(
+    return batch_with_guide(
         batch, *torch.nn.functional.normalize(drawn, dim=1).split([len(batch.queries), len(batch.documents)])
     )
 
@@ -279,7 +279,7 @@ def test_candidates_above_the_guides_threshold_are_left_out_in_both_directions_a
     assert 0 < left_out < 8 * 21
     assert curated
     assert value.item() == pytest.approx(total / 8 / (1 + symmetric), rel=1e-10)
-    assert health(outcome)["masked_share"] == pytest.approx(left_out / 8 / 23)
+    assert batch_statistics(outcome)["masked_share"] == pytest.approx(left_out / 8 / 23)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -292,9 +292,9 @@ def test_recomputed_and_in_chunks_it_is_the_same_step(symmetric, tiny_base, monk
 
     def step(keep_bytes: float) -> tuple[dict, dict]:
         outcome = contrastive_step(encoder, batch, config, keep_bytes=keep_bytes)
-        found = {name: p.grad.clone() for name, p in learning(encoder.trunk).items()}
+        found = {name: p.grad.clone() for name, p in trainable_parameters(encoder.trunk).items()}
         encoder.zero_grad()
-        return found, health(outcome) | {"loss": float(outcome.loss)}
+        return found, batch_statistics(outcome) | {"loss": float(outcome.loss)}
 
     expected, seen = step(float("inf"))
     monkeypatch.setattr("sgpt.training.loss.SCORES_AT_A_TIME", 3 * 24)  # three queries at a time
@@ -313,12 +313,12 @@ def test_a_text_that_is_the_positive_to_the_guide_is_treated_alike_in_chunks_of_
     batch = collate([Example(f"query {n}", f"text {n}") for n in range(8)], encoder.tokenizer, encoder.frames)
     queries = torch.nn.functional.normalize(torch.randn(8, 384, generator=torch.Generator().manual_seed(0)), dim=1)
     # every document is one and the same to it
-    batch = with_guide(batch, queries, queries[:1].expand(8, -1).contiguous())
+    batch = batch_with_guide(batch, queries, queries[:1].expand(8, -1).contiguous())
     for size in (1, 8, 24, 10**6):
         monkeypatch.setattr("sgpt.training.loss.SCORES_AT_A_TIME", size)
         with torch.no_grad():
             outcome = objective(encoder(batch.queries), encoder(batch.documents), batch, LossConfig(guide="g"))[1]
-        assert health(outcome)["masked_share"] == 0
+        assert batch_statistics(outcome)["masked_share"] == 0
 
 
 # --- two processes ---
@@ -334,12 +334,13 @@ def steps(base: str, guide: str, folder: Path, rank: int, processes: int) -> dic
     encoder = encoder_of(base)
     data = {"batches": "hard", "grouping_model": guide}
     feed = feed_of(folder, encoder.tokenizer, queries=8 // processes, processes=processes)
-    feed = guided(grouped(feed, DataConfig(**data)), LossConfig(guide=guide))
+    feed = with_guide(with_hard_batches(feed, DataConfig(**data)), LossConfig(guide=guide))
     found = {}
     for name, config in LOSSES.items():
         outcome = contrastive_step(encoder, feed.batch(0, rank), config, keep_bytes=0)
-        average_gradients(learning(encoder.trunk).values())
-        found[name] = {"health": health(outcome), **{key: p.grad.clone() for key, p in learning(encoder.trunk).items()}}
+        parameters = trainable_parameters(encoder.trunk)
+        average_gradients(parameters.values())
+        found[name] = {key: p.grad.clone() for key, p in parameters.items()} | {"health": batch_statistics(outcome)}
         encoder.zero_grad()
     return found
 
@@ -397,7 +398,7 @@ def test_a_sentence_transformers_folder_serves_with_its_prompts(tmp_path, tiny_e
     text = feed.sources[0].examples.queries[2]
     for prompts in ({}, {"query": "query: ", "document": ""}):
         (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
-        found = guided(feed, LossConfig(guide=str(folder))).sources[0].guide["query"]
+        found = with_guide(feed, LossConfig(guide=str(folder))).sources[0].guide["query"]
         theirs = SentenceTransformer(str(folder), device="cpu").encode_query(
             [feed.sources[0].examples.texts[text]], normalize_embeddings=True
         )
@@ -411,11 +412,11 @@ def test_bad_settings_are_refused(tmp_path, tiny_base, tiny_encoder):
         InputError,
         match=r"loss\.guide=nowhere: no such folder; give a run, an export or a sentence-transformers folder"
     ):
-        guided(feed, LossConfig(guide="nowhere"))
+        with_guide(feed, LossConfig(guide="nowhere"))
     with pytest.raises(
         InputError, match=r"data\.grouping_model=.*: a bare base knows no similarity of texts; give a run, an export or"
     ):
-        grouped(feed, DataConfig(batches="hard", grouping_model=str(tiny_base("gpt2"))))
+        with_hard_batches(feed, DataConfig(batches="hard", grouping_model=str(tiny_base("gpt2"))))
     with pytest.raises(
         InputError,
         match=r"loss\.guide_margin=0\.1 has no effect without a guide; set loss\.guide=<folder of a model>, or leave "

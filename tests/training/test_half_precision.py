@@ -35,7 +35,7 @@ from sgpt.text.markers import MarkersConfig
 from sgpt.training import record as outcome
 from sgpt.training.config import TrainConfig
 from sgpt.training.run_folder import open_run
-from sgpt.training.tuning import TuningConfig, learning, tune
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import LIMITS, random_trunk
 from tests.encoder.test_export import TOLERANCE, weighted_mean_by_hand
 from tests.test_end_to_end import ROWS, Ended, all_started, lines
@@ -47,10 +47,10 @@ def trained_in_half(encoder: Encoder, tuning: str) -> dict[str, torch.Tensor]:
     """Tunes and moves what is trained by what half precision cannot hold. Returns the values before."""
     encoder.trunk = tune(encoder.trunk, TuningConfig(tuning))
     encoder.eval()
-    before = {name: parameter.detach().clone() for name, parameter in learning(encoder.trunk).items()}
+    before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(encoder.trunk).items()}
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in learning(encoder.trunk).values():
+        for parameter in trainable_parameters(encoder.trunk).values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return before
 
@@ -80,7 +80,7 @@ def test_export_and_adapter_are_the_rounded_base_with_the_trained_tensors_unroun
     by_hand = {
         name: value.to(getattr(torch, dtype)).float() for name, value in load_file(f"{base}/model.safetensors").items()
     }
-    by_hand |= {name: parameter.detach() for name, parameter in learning(encoder.trunk).items()}
+    by_hand |= {name: parameter.detach() for name, parameter in trainable_parameters(encoder.trunk).items()}
     theirs = AutoModel.from_pretrained(run / "export")  # no dtype said: the config's
     assert theirs.dtype == torch.float32
     for opened in (
@@ -90,8 +90,8 @@ def test_export_and_adapter_are_the_rounded_base_with_the_trained_tensors_unroun
     ):
         assert all(torch.equal(parameter, by_hand[name]) for name, parameter in opened.named_parameters())
     stored = load_file(run / "export" / "model.safetensors")
-    assert {stored[name].dtype for name in learning(encoder.trunk)} == {torch.float32}
-    assert {value.dtype for name, value in stored.items() if name not in learning(encoder.trunk)} <= {
+    assert {stored[name].dtype for name in trainable_parameters(encoder.trunk)} == {torch.float32}
+    assert {value.dtype for name, value in stored.items() if name not in trainable_parameters(encoder.trunk)} <= {
         getattr(torch, dtype)
     }
     ours, sentence = Encoder.from_pretrained(run), SentenceTransformer(str(run / "export"), device="cpu")
@@ -139,7 +139,7 @@ def test_small_gradients_are_not_lost_in_float16(tuning, tiny_encoder):
         encoder.trunk = tune(encoder.trunk, TuningConfig(tuning))
         embeddings = encoder(encoder.token_ids(TEXTS, "query")).float()
         (torch.nn.functional.normalize(embeddings, dim=1)[:, 0].sum() / 20_000).backward()
-        return torch.cat([parameter.grad.flatten() for parameter in learning(encoder.trunk).values()])
+        return torch.cat([parameter.grad.flatten() for parameter in trainable_parameters(encoder.trunk).values()])
 
     exact = gradient("float32")
     assert (gradient("float16") - exact).norm() / exact.norm() < 0.02  # 2**-11 a rounding, over two layers
@@ -423,7 +423,7 @@ def test_killed_before_or_after_its_export_a_resumed_run_makes_that_alone(left, 
     else:
         shutil.rmtree(run / "export")
     config = typed(TrainConfig, OmegaConf.create(yaml.safe_load((run / "config.yaml").read_text())))
-    outcome.complete(open_run(run, plain(config), resume=True), config)
+    outcome.export_and_show(open_run(run, plain(config), resume=True), config)
     now = content(run)
     assert now.keys() == whole.keys()
     assert [name for name in whole if now[name] != whole[name]] == []

@@ -24,7 +24,7 @@ from sgpt.training.loss import LossConfig
 from sgpt.training.optim import OptimConfig
 from sgpt.training.run_folder import RunFolder
 from sgpt.training.trainer import TrainerConfig, announce, train
-from sgpt.training.tuning import TuningConfig, learning, tune
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 
 WORDS = ["parse", "date", "string", "open", "file", "read", "write", "sort", "list", "number",
          "path", "folder", "text", "line", "sum", "count", "join", "split", "find", "match"]  # fmt: skip
@@ -111,8 +111,8 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_run_bit_for_bit(method, 
 
     expected_batches = STEPS * config.get("gradient_accumulation", 1)
     assert (again.step, again.batches) == (state.step, state.batches) == (STEPS, expected_batches)
-    weights = learning(expected.trunk)
-    assert all(torch.equal(parameter, weights[name]) for name, parameter in learning(resumed.trunk).items())
+    weights = trainable_parameters(expected.trunk)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in trainable_parameters(resumed.trunk).items())
     one, other = (
         load_file(folder / "checkpoints" / f"step-{STEPS}" / "trained.safetensors") for folder in (whole, stopped)
     )
@@ -160,7 +160,8 @@ def test_a_finished_run_takes_no_further_step(tiny_encoder, tmp_path):
     again = fresh_encoder(tiny_encoder, "bitfit")
     assert trained(tmp_path / "run", again).step == STEPS
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-    assert all(torch.equal(parameter, learning(first.trunk)[name]) for name, parameter in learning(again.trunk).items())
+    expected = trainable_parameters(first.trunk)
+    assert all(torch.equal(p, expected[name]) for name, p in trainable_parameters(again.trunk).items())
 
 
 @pytest.mark.parametrize("log_every_steps", [1, 100])
@@ -168,7 +169,7 @@ def test_a_run_that_diverges_stops_with_one_sentence_and_saves_nothing_of_it(log
     """With a step logged only now and then, a checkpoint without numbers must not replace the last good one."""
     encoder = fresh_encoder(tiny_encoder, "bitfit")
     with torch.no_grad():
-        learning(encoder.trunk)["ln_f.bias"].fill_(float("nan"))
+        trainable_parameters(encoder.trunk)["ln_f.bias"].fill_(float("nan"))
     refusal = (
         r"step \d: the loss is nan, the gradient norm nan; lower optim\.learning_rate=.* "
         "Nothing of this step is saved, and earlier checkpoints are untouched"

@@ -11,7 +11,7 @@ from sgpt.decoder.trunk import load_tokenizer
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.text.markers import MarkersConfig
-from sgpt.training.loss import LOSSES, LossConfig, health, objective
+from sgpt.training.loss import LOSSES, LossConfig, batch_statistics, objective
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, tune
 from tests.conftest import random_trunk
@@ -95,7 +95,7 @@ def test_what_is_computed_again_gives_the_gradient_of_what_was_kept_for_every_pa
     assert len(expected) == len(list(encoder.parameters()))
     assert_equal_gradients(ours, expected, 1e-10)
     assert result.loss.item() == pytest.approx(value.item(), rel=1e-12)
-    assert result.kept == (0 if keep_bytes < 2 else pytest.approx(0.5, abs=0.45))
+    assert result.kept_share == (0 if keep_bytes < 2 else pytest.approx(0.5, abs=0.45))
 
 
 def test_a_budget_is_kept_to_and_used(tiny_base):
@@ -118,7 +118,7 @@ def test_a_budget_is_kept_to_and_used(tiny_base):
         del embeddings
     total, tokens = sum(size for _, size in sizes.values()), sum(length for length, _ in sizes.values())
     shares = [
-        contrastive_step(encoder, batch, loss, keep_bytes=budget).kept
+        contrastive_step(encoder, batch, loss, keep_bytes=budget).kept_share
         for budget in (0, total // 3, total // 2, 2 * total)
     ]
     assert shares[0] == 0
@@ -134,12 +134,12 @@ def test_scores_in_chunks_are_the_same_loss_and_gradient(symmetric, rows_at_a_ti
     encoder, loss = encoder_of("gpt_neo", tiny_base), LossConfig(symmetric=symmetric)
     batch = batch_of(encoder, 1)
     whole = contrastive_step(encoder, batch, loss)
-    expected, cosines = gradients(encoder), health(whole)
+    expected, cosines = gradients(encoder), batch_statistics(whole)
     monkeypatch.setattr("sgpt.training.loss.SCORES_AT_A_TIME", 12 * rows_at_a_time)  # 12 candidates
     chunked = contrastive_step(encoder, batch, loss)
     assert_equal_gradients(gradients(encoder), expected, 1e-12)
     assert chunked.loss.item() == pytest.approx(whole.loss.item(), rel=1e-12)
-    assert health(chunked) == pytest.approx(cosines, rel=1e-12)
+    assert batch_statistics(chunked) == pytest.approx(cosines, rel=1e-12)
 
 
 def test_dropout_is_replayed(tiny_base):
@@ -241,7 +241,7 @@ def test_health_gives_the_mean_cosines_of_positives_and_hardest_negatives(tiny_b
         "negatives_per_query": 11,
         "masked_share": 0,
     }
-    assert health(result) == pytest.approx(expected, rel=1e-6)
+    assert batch_statistics(result) == pytest.approx(expected, rel=1e-6)
 
 
 def test_candidates_above_the_positive_are_taken_for_false_negatives_and_curated_ones_stay(tiny_base):
@@ -260,5 +260,5 @@ def test_candidates_above_the_positive_are_taken_for_false_negatives_and_curated
         total -= float(20 * cosines[i, 2 * i] - (20 * cosines[i, kept]).exp().sum().log())
     assert 0 < masked < 60
     assert value.item() == pytest.approx(total / 6, rel=1e-10)
-    assert health(result)["masked_share"] == pytest.approx(masked / 6 / 11)
-    assert health(result)["negatives_per_query"] == pytest.approx(11 - masked / 6)
+    assert batch_statistics(result)["masked_share"] == pytest.approx(masked / 6 / 11)
+    assert batch_statistics(result)["negatives_per_query"] == pytest.approx(11 - masked / 6)

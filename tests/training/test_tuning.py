@@ -18,7 +18,7 @@ from transformers import (
 from sgpt.decoder.trunk import ModelConfig, load_trunk
 from sgpt.runtime.errors import InputError
 from sgpt.training.optim import OptimConfig, build_optimizer
-from sgpt.training.tuning import TuningConfig, count_parameters, learning, tune
+from sgpt.training.tuning import TuningConfig, count_parameters, trainable_parameters, tune
 
 
 def gpt_neo(width: int, layers: int, heads: int) -> GPTNeoConfig:
@@ -51,7 +51,7 @@ def test_bitfit_trains_as_many_numbers_as_the_original(name):
     config, expected = SGPT_COUNTS[name]
     trunk = tune(on_meta(config), TuningConfig("bitfit"))
     assert count_parameters(trunk)[0] == expected
-    assert all(parameter.endswith("bias") for parameter in learning(trunk))
+    assert all(parameter.endswith("bias") for parameter in trainable_parameters(trunk))
 
 
 def test_bert_base_has_109_million_numbers_of_which_0_094_percent_learn():
@@ -64,7 +64,7 @@ def test_buffers_called_bias_are_never_chosen(tiny_base):
     trunk = tune(load_trunk(ModelConfig(str(tiny_base("gpt_neo")))), TuningConfig("bitfit"))
     masks = [name for name, _ in trunk.named_buffers() if name.endswith("bias")]
     assert masks  # GPT-Neo's causal mask is a buffer of that name
-    assert not set(masks) & learning(trunk).keys()
+    assert not set(masks) & trainable_parameters(trunk).keys()
     assert not any(buffer.requires_grad for buffer in trunk.buffers())
 
 
@@ -97,7 +97,7 @@ def test_bitfit_refuses_a_base_without_enough_biases_and_names_the_alternatives(
 def test_bitfit_norm_trains_the_gains_of_llama():
     trunk = tune(on_meta(LlamaConfig(**TINY)), TuningConfig("bitfit_norm"))
     layers = [f"layers.{i}.{norm}.weight" for i in (0, 1) for norm in ("input_layernorm", "post_attention_layernorm")]
-    assert sorted(learning(trunk)) == sorted([*layers, "norm.weight"])
+    assert sorted(trainable_parameters(trunk)) == sorted([*layers, "norm.weight"])
 
 
 def test_bitfit_norm_trains_biases_and_gains_of_gpt_neo():
@@ -118,7 +118,7 @@ def test_a_step_changes_exactly_the_learning_tensors_bit_for_bit(method, tiny_en
     encoder.trunk = tune(encoder.trunk, TuningConfig(method))
     state = {name: tensor.clone() for name, tensor in encoder.trunk.state_dict().items()}
     buffers = {name: tensor.clone() for name, tensor in encoder.trunk.named_buffers()}
-    optimizer = build_optimizer(learning(encoder.trunk), OptimConfig(weight_decay=0.1))
+    optimizer = build_optimizer(trainable_parameters(encoder.trunk), OptimConfig(weight_decay=0.1))
     for _ in range(2):  # LoRA's A has no gradient in the first step, as its B begins at zero
         optimizer.zero_grad()
         embeddings = encoder(encoder.token_ids(["parse a date", "from a string of words"] * 3, "query"))
@@ -136,7 +136,8 @@ def test_a_step_changes_exactly_the_learning_tensors_bit_for_bit(method, tiny_en
 
 
 def test_vectors_are_not_decayed():
-    groups = build_optimizer(learning(tune(on_meta(GPT2Config()), TuningConfig("full"))), OptimConfig()).param_groups
+    parameters = trainable_parameters(tune(on_meta(GPT2Config()), TuningConfig("full")))
+    groups = build_optimizer(parameters, OptimConfig()).param_groups
     decays = {(p.ndim > 1, group["weight_decay"]) for group in groups for p in group["params"]}
     assert decays == {(True, 0.01), (False, 0.0)}
 
@@ -153,8 +154,8 @@ def test_over_a_bfloat16_trunk_the_biases_learn_in_float32(family, tiny_encoder)
     encoder = tiny_encoder(family, dtype="bfloat16")
     encoder.trunk = tune(encoder.trunk, TuningConfig("bitfit"))
     frozen = {name: p.clone() for name, p in encoder.trunk.named_parameters() if not p.requires_grad}
-    optimizer = build_optimizer(learning(encoder.trunk), OptimConfig(learning_rate=1e-5))
-    before = {name: p.clone() for name, p in learning(encoder.trunk).items()}
+    optimizer = build_optimizer(trainable_parameters(encoder.trunk), OptimConfig(learning_rate=1e-5))
+    before = {name: p.clone() for name, p in trainable_parameters(encoder.trunk).items()}
     encoder(encoder.token_ids(["parse a date", "from a string of words"], "query")).float().square().mul(
         torch.linspace(0, 1, 32)
     ).sum().backward()
@@ -162,7 +163,9 @@ def test_over_a_bfloat16_trunk_the_biases_learn_in_float32(family, tiny_encoder)
     assert {p.dtype for p in before.values()} == {torch.float32}
     # a step of 1e-5 is lost in bfloat16, whose next number after 0.3 is 0.002 away
     wanted = {
-        name: p for name, p in learning(encoder.trunk).items() if p.grad is not None and p.grad.abs().max() > 1e-4
+        name: p
+        for name, p in trainable_parameters(encoder.trunk).items()
+        if p.grad is not None and p.grad.abs().max() > 1e-4
     }  # nobody asks BERT's pooler
     assert all((p != before[name]).any() for name, p in wanted.items())
     assert all(torch.equal(p, frozen[name]) for name, p in encoder.trunk.named_parameters() if name in frozen)

@@ -8,7 +8,7 @@ Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
 
 
-def ahead(make: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
+def prefetch(make: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
     """make(item) of every item, in order, one item ahead in a thread: tokenisers let other threads work."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         waiting = None
