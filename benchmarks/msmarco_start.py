@@ -105,7 +105,7 @@ def fill(folder: Path, base: str) -> str:
     from sgpt.data import readers
 
     spent = stopwatch()
-    examples = readers.read_examples(data(folder).each()[0], folder / "cache")
+    examples = readers.read_examples(data(folder).source_configs()[0], folder / "cache")
     taken = spent()
     per_query = np.mean([len(examples.hard_negatives[row]) for row in range(min(1000, len(examples)))])
     return (

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from sgpt.data.feed.example import Example
 from sgpt.data.feed.sampling import Feed, Source
-from sgpt.data.feed.store import Examples, Tokens, Writer, key_of, stored
+from sgpt.data.feed.store import Examples, Tokens, Writer, cached_examples, key_of
 from sgpt.data.formats import beir
-from sgpt.data.formats.rows import kind_of, of_split, of_the_hub, rows, saved_folder
+from sgpt.data.formats.rows import is_hub_dataset, is_saved_dataset, kind_of, of_split, rows
 from sgpt.data.sources import columns as columns_of
 from sgpt.data.sources import msmarco, nli, pairs, pydocs
 from sgpt.data.sources.bad_rows import accepted
@@ -187,7 +187,7 @@ class DataConfig(SourceConfig):
                 f"data.sources: {', '.join(without)} has no weight and others have; give each one a weight, or none"
             )
 
-    def each(self) -> list[SourceConfig]:
+    def source_configs(self) -> list[SourceConfig]:
         return self.sources or [SourceConfig(**{key: getattr(self, key) for key in SOURCE_KEYS})]
 
 
@@ -218,7 +218,7 @@ def build_feed(
     InputError for the first thing that is wrong.
     """
     sources = []
-    for source in config.each():
+    for source in config.source_configs():
         examples = read_examples(source, Path(config.cache))
         framed = _frames_of(source, markers, tokenizer)
         # cut once, at the longer of the two limits: a text may be a query here and a document there
@@ -255,7 +255,7 @@ def read_examples(config: SourceConfig, cache: Path) -> Examples:
     how = {key: getattr(config, key) for key in (*EVERY_READER, *reader.keys)}
     key = key_of(how, reader.fingerprint(config))
     rejected = cache / f"{key}.rejected.jsonl"
-    examples = stored(cache, key, lambda writer: reader.fill(config, writer, rejected))
+    examples = cached_examples(cache, key, lambda writer: reader.fill(config, writer, rejected))
     if not len(examples):
         raise InputError(f"data.path={config.path}: no examples in it")
     if rejected.is_file() and rejected.stat().st_size:
@@ -289,7 +289,9 @@ def _data_files(folder: Path, name: str) -> list[Path]:
             return [folder / f"{part}{packed}" for part in parts for packed in ("", ".gz")]
         case "nli":
             return nli.training_files(folder)
-    return files_below(folder) if saved_folder(folder) else sorted(file for file in folder.iterdir() if kind_of(file))
+    if is_saved_dataset(folder):
+        return files_below(folder)
+    return sorted(file for file in folder.iterdir() if kind_of(file))
 
 
 def _digest(file: Path) -> bytes:
@@ -389,7 +391,7 @@ def _pydocs_fingerprint(config: SourceConfig) -> str:
 
 
 def _rows_fingerprint(config: SourceConfig) -> str:
-    return revision(config.path) if of_the_hub(Path(config.path)) else files_fingerprint(config)
+    return revision(config.path) if is_hub_dataset(Path(config.path)) else files_fingerprint(config)
 
 
 def _beir_fingerprint(config: SourceConfig) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sgpt.data.feed.example import Example
-from sgpt.data.feed.store import stored
+from sgpt.data.feed.store import cached_examples
 from sgpt.data.sources import msmarco, nli
 from sgpt.runtime.errors import InputError
 
@@ -329,7 +329,7 @@ def published(folder: Path, data: dict, *, inline: bool = False, ending: str = "
 
 
 def built(folder: Path, cache: Path, **options):
-    return stored(cache, "key", lambda writer: msmarco.fill(folder, writer, **options))
+    return cached_examples(cache, "key", lambda writer: msmarco.fill(folder, writer, **options))
 
 
 def as_ids(examples) -> dict[int, tuple[list[int], list[int]]]:

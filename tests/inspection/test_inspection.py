@@ -15,7 +15,7 @@ import pytest
 
 from sgpt.data.feed.example import Example
 from sgpt.data.feed.sampling import Feed, Source
-from sgpt.data.feed.store import Examples, Tokens, stored
+from sgpt.data.feed.store import Examples, Tokens, cached_examples
 from sgpt.data.readers import DataConfig, build_feed
 from sgpt.decoder.trunk import load_tokenizer
 from sgpt.inspection import inspect as inspection
@@ -101,7 +101,7 @@ def test_counts_do_not_depend_on_where_the_examples_lie(source, tokenizer, tmp_p
         for example in EXAMPLES:
             writer.example(example)
 
-    on_disk = stored(tmp_path, "key", fill)
+    on_disk = cached_examples(tmp_path, "key", fill)
     assert len(on_disk.queries.chunks) == 7
     counted = count_source(made(tokenizer, on_disk))
     assert counted == count_source(source)
@@ -115,7 +115,7 @@ def test_texts_that_no_example_uses_and_texts_written_twice_do_not_count(tokeniz
         writer.row(query, [positive], [])
         writer.row(again, [positive], [])
 
-    counted = count_source(made(tokenizer, stored(tmp_path, "key", fill), negatives=0))
+    counted = count_source(made(tokenizer, cached_examples(tmp_path, "key", fill), negatives=0))
     assert (counted.texts, counted.repeated_queries, counted.repeated_positives, counted.short_texts) == (2, 1, 1, 0)
     assert counted.queries_by_positives == (1, 0, 0, 0)  # the same pair twice is one
 

@@ -87,7 +87,7 @@ class Examples:
 
     @classmethod
     def open(cls, folder: Path) -> "Examples":
-        """By memory map, of a folder that `stored` filled."""
+        """By memory map, of a folder that `cached_examples` filled."""
         columns = {}
         for file, schema in (("texts.arrow", TEXT_SCHEMA), ("examples.arrow", EXAMPLE_SCHEMA)):
             for name in schema.names:
@@ -141,7 +141,7 @@ class Writer:
         self.row(self.known_text(example.query), positives, [self.known_text(text) for text in example.hard_negatives])
 
 
-def stored(cache: Path, key: str, fill: Callable[[Writer], None]) -> Examples:
+def cached_examples(cache: Path, key: str, fill: Callable[[Writer], None]) -> Examples:
     """The examples that `fill` writes, from the cache when they are in it. An error leaves nothing that looks whole."""
     folder = cache / key
     make_once(folder, folder.is_dir, lambda: _fill(folder, fill))

@@ -7,7 +7,16 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import parquet
 
-from sgpt.data.formats.row import PlacedRows, attempt, checked_names, listed, same_split, short_reason, shown, sound
+from sgpt.data.formats.row import (
+    PlacedRows,
+    attempt,
+    checked_names,
+    checked_row,
+    listed,
+    same_split,
+    short_reason,
+    shown,
+)
 from sgpt.runtime.errors import InputError
 
 Labels = dict[str, list[str]]  # column of class labels -> their names, by number
@@ -61,7 +70,7 @@ def _batch_rows(file: Path, batches: Iterator[pa.RecordBatch]) -> PlacedRows:
                 if isinstance(row, str):  # what is wrong with it
                     yield where, InputError(f"{where}{row}; fix or remove the row")
                 else:
-                    yield where, attempt(sound, _with_labels(row, labels), where)
+                    yield where, attempt(checked_row, _with_labels(row, labels), where)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{file}, row {number + 1}: cannot be read from here on ({short_reason(error)}); "
@@ -164,7 +173,7 @@ def _dataset_rows(dataset, name: str) -> PlacedRows:
     try:
         for row in dataset:
             number += 1
-            yield f"{name}, row {number}", attempt(sound, _with_labels(row, labels), f"{name}, row {number}")
+            yield f"{name}, row {number}", attempt(checked_row, _with_labels(row, labels), f"{name}, row {number}")
     except Exception as error:  # as above
         raise InputError(
             f"{name}, row {number + 1}: cannot be read from here on ({short_reason(error)}); "

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sgpt.data.formats.row import PlacedRows, attempt, repeated, shown, sound
+from sgpt.data.formats.row import PlacedRows, attempt, checked_row, repeated, shown
 from sgpt.runtime.errors import InputError
 
 MAX_LINE_BYTES = 64 << 20  # a longer line is no example but a file without line ends, and would be held in memory whole
@@ -176,7 +176,8 @@ def _json_row(line: bytes, where: str) -> dict:
         raise InputError(
             f"{where}: expected a JSON object, got {type(row).__name__} {shown(row)}; write one object a line"
         )
-    return sound(row, where) if "\\u" in text else row  # nothing else in a line that is text can spell what is not
+    # nothing but an escape can spell what is not text, in a line that is
+    return checked_row(row, where) if "\\u" in text else row
 
 
 def parsed_json(text: str) -> Any:

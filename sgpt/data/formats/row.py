@@ -66,7 +66,7 @@ def repeated(names: Iterable[str]) -> str:
     return Counter(names).most_common(1)[0][0]
 
 
-def sound(row: dict, where: str) -> dict:
+def checked_row(row: dict, where: str) -> dict:
     """`row`, if its texts can be stored and tokenised: JSON's escapes can spell NUL, and half of a character."""
     for column, value in row.items():
         for text in (column, *_texts(value)):

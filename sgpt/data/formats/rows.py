@@ -63,20 +63,20 @@ def _source(path: Path, split: str, subset: str | None, streaming: bool) -> Plac
     if path.is_dir():
         return (
             saved_rows(path, split)
-            if saved_folder(path)
+            if is_saved_dataset(path)
             else (row for file in _files(path, split) for row in _read_file(file))
         )
-    if not of_the_hub(path):
+    if not is_hub_dataset(path):
         raise InputError(f"{path}: no such file; check the path")
     return hub_rows(path, split, subset, streaming)
 
 
-def saved_folder(path: Path) -> bool:
+def is_saved_dataset(path: Path) -> bool:
     """Written by the library datasets."""
     return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
-def of_the_hub(path: Path) -> bool:
+def is_hub_dataset(path: Path) -> bool:
     """Not here, and named as a data set of the hub may be."""
     return not path.exists() and path.suffix not in {*FILE_READERS, ".gz"} and may_be_hub_id(str(path))
 
