@@ -21,7 +21,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.encoder.model_folder import find_model
     from sgpt.retrieval.searcher import SearchConfig, Searcher, load_encoder_and_reranker
     from sgpt.runtime.errors import InputError
-    from sgpt.runtime.interrupt import exit_code, keeping
+    from sgpt.runtime.interrupt import exit_code, interrupt_message
 
     config = typed(SearchConfig, composed)
     if not config.run:
@@ -36,7 +36,7 @@ def main(composed: DictConfig) -> None:
     folder = Path(config.run) if ours else Path("runs/search") / Path(config.run).name  # nothing is written into a base
     index = folder / "index" / path.name
     documents = read_search_corpus(path)
-    with keeping("the documents that were indexed are kept"):
+    with interrupt_message("the documents that were indexed are kept"):
         searcher = Searcher(encoder, documents, index, config.index, ranker=ranker, depth=config.depth)
     console = Console()
 

@@ -170,7 +170,7 @@ def _exiting_with_a_sentence(main: Callable[[DictConfig], None], config_name: st
     def guarded(composed: DictConfig) -> None:
         progress.start_log()
         try:
-            with interrupt.listening(), progress.under_way(config_name):
+            with interrupt.handling_signals(), progress.log_progress(config_name):
                 _interruptible(main)(composed)
             sys.stdout.flush()
         except InputError as error:
@@ -194,7 +194,7 @@ def _interruptible(main: Callable[[DictConfig], None]) -> Callable[[DictConfig],
         try:
             main(composed)
         except Exception:
-            if interrupt.was_asked():
+            if interrupt.stop_requested():
                 raise KeyboardInterrupt from None
             raise
 

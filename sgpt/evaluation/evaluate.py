@@ -19,7 +19,7 @@ from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.dense import naming, retrieve
 from sgpt.retrieval.metrics import correlations, ranking
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.progress import under_way
+from sgpt.runtime.progress import log_progress
 from sgpt.runtime.values import COUNT, check_ranges
 from sgpt.text.markers import MarkersConfig
 
@@ -94,12 +94,12 @@ def evaluate(encoder: Encoder, sets: Sets) -> Results:
     """Set name -> metrics."""
     results: Results = {}
     for dataset in sets.retrieval:
-        with under_way(
+        with log_progress(
             f"evaluating on {dataset.name}, {len(dataset.qrels):,} queries and {len(dataset.corpus):,} documents"
         ):
             results[dataset.name] = ranking(dataset.qrels, retrieve(encoder, dataset))
     for pairs in sets.sts:
-        with under_way(f"evaluating on {pairs.name}, {len(pairs.scores):,} pairs"):
+        with log_progress(f"evaluating on {pairs.name}, {len(pairs.scores):,} pairs"):
             results[pairs.name] = correlations(pairs.scores, cosines(encoder, pairs))
     return results
 
@@ -116,7 +116,7 @@ def bm25(sets: Sets) -> Results:
     """BM25 (bm25s, Lucene's variant, English stop words) on the retrieval sets."""
     results: Results = {}
     for dataset in sets.retrieval:
-        with under_way(f"BM25 on {dataset.name}, {len(dataset.corpus):,} documents"):
+        with log_progress(f"BM25 on {dataset.name}, {len(dataset.corpus):,} documents"):
             results[dataset.name] = ranking(dataset.qrels, bm25_run(dataset))
     return results
 

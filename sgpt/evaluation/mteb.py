@@ -25,7 +25,7 @@ from sgpt.encoder.model_folder import OF_A_RUN
 from sgpt.evaluation.evaluate import Results
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.overrides import argument
-from sgpt.runtime.progress import under_way
+from sgpt.runtime.progress import log_progress
 from sgpt.text.markers import ROLES, MarkersConfig, Role
 
 SYMMETRIC = {"AskUbuntuDupQuestions", "MindSmallReranking", "SciDocsRR", "StackOverflowDupQuestions"}
@@ -167,7 +167,7 @@ def run(model: MtebEncoder | MtebReranker, tasks: Sequence[Any], output: Path) -
     cache = mteb.ResultCache(output)
     for task in tasks:
         try:
-            with under_way(f"evaluating on {task.metadata.name}"):
+            with log_progress(f"evaluating on {task.metadata.name}"):
                 (result,) = mteb.evaluate(
                     model, task, cache=cache, co2_tracker=False, show_progress_bar=False
                 ).task_results

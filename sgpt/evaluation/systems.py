@@ -23,8 +23,8 @@ from sgpt.evaluation.table import Systems, beir_averages, with_cqadupstack
 from sgpt.evaluation.useb import useb
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import check_writable, write_whole
-from sgpt.runtime.interrupt import keeping
-from sgpt.runtime.progress import under_way
+from sgpt.runtime.interrupt import interrupt_message
+from sgpt.runtime.progress import log_progress
 
 KEPT_CHARACTERS = 1 << 30  # of all corpora together, about as many bytes of memory
 
@@ -97,7 +97,7 @@ def read_retrieval_sets(
     kept: dict[str, TunedSet] = {}
     characters_kept = 0
     for folder in folders:
-        with under_way(f"reading {folder.name}"):
+        with log_progress(f"reading {folder.name}"):
             tuned, reason = _read(folder, config)
         if reason:
             say(reason)
@@ -128,7 +128,7 @@ def score_all(
     """Set -> system -> results. What is finished is recorded after every set: a killed evaluation keeps what it has."""
     results: dict[str, Systems] = {}
     for folder, tuned in retrieval:
-        with keeping(_what_is_kept(results, config)):
+        with interrupt_message(_what_is_kept(results, config)):
             results[folder.name] = _score(encoder, folder.name, tuned, config, rescore)
         record(config, results)
     results = with_cqadupstack(results)
@@ -142,7 +142,7 @@ def score_all(
 def _score(encoder: Encoder, name: str, tuned: TunedSet, config: EvaluateConfig, rescore: RescoreRun | None) -> Systems:
     dataset = tuned.dataset
     title = f"evaluating on {name}, {len(dataset.qrels):,} queries and {len(dataset.corpus):,} documents"
-    with under_way(title):
+    with log_progress(title):
         systems = compare.rank(
             encoder, dataset, tuned.dev, bm25=config.bm25, fuse=config.fuse, rescore=rescore, depth=config.depth
         )

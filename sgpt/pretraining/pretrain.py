@@ -123,7 +123,7 @@ def _pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) 
                 shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
                 left = seconds / (step - first_step) * (steps - step)
                 log.info("step %d/%d  %s tokens  %s  %.0f s left", step, steps, f"{tokens:,}", shown, left)
-            stopping = stop.agreed()
+            stopping = stop.requested_anywhere()
             saves = step % config.save_every_steps == 0 or step == steps or stopping
             if saves and accelerator.is_main_process:
                 _save(folder, model, optimizers, step, tokens)

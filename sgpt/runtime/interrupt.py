@@ -4,7 +4,7 @@ A second press ends both at once.
 
 Files are written whole or not at all, and the part files of a job are cut back to their last whole line, so that work
 may end anywhere; a loop that keeps its state in memory asks
-`Stop.agreed` after each step. Exit codes are the shell's: 130 after Ctrl-C, 143 after SIGTERM.
+`Stop.requested_anywhere` after each step. Exit codes are the shell's: 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 import os
@@ -44,7 +44,7 @@ _asked = _Asked()
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def handling_signals() -> Iterator[None]:
     """Signals are heard as above while this lasts. Only a main thread can listen; elsewhere nothing changes."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     if threading.current_thread() is not threading.main_thread() or _hear in handlers.values():
@@ -79,7 +79,7 @@ def _write(sentence: str) -> None:
         os.write(2, f"{sentence}\n".encode())
 
 
-def was_asked() -> bool:
+def stop_requested() -> bool:
     return _asked.signum is not None
 
 
@@ -104,7 +104,7 @@ class Stop:
             self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def __enter__(self) -> "Stop":
-        self._listening = listening()
+        self._listening = handling_signals()
         self._listening.__enter__()
         _asked.waits = True
         return self
@@ -113,24 +113,24 @@ class Stop:
         _asked.waits = False
         self._listening.__exit__(*error)
 
-    def agreed(self) -> bool:
+    def requested_anywhere(self) -> bool:
         """All processes call it at the same place, and get the same answer."""
         if self.group is None:
-            return was_asked()
+            return stop_requested()
         import torch
         import torch.distributed as dist
 
-        asked = torch.tensor(int(was_asked()))
+        asked = torch.tensor(int(stop_requested()))
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.group)
         return bool(asked)
 
-    def unless_asked(self, work: Callable[[], Result]) -> Result | None:
+    def unless_requested(self, work: Callable[[], Result]) -> Result | None:
         """The result of `work`; None when the loop is to end, and `work`, which can be done again, was not finished."""
         try:
             _asked.waits = False
-            return None if was_asked() else work()
+            return None if stop_requested() else work()
         except KeyboardInterrupt:
-            if not was_asked():
+            if not stop_requested():
                 raise  # of somebody else's handler
             return None
         finally:
@@ -138,7 +138,7 @@ class Stop:
 
 
 @contextmanager
-def keeping(what: str) -> Iterator[None]:
+def interrupt_message(what: str) -> Iterator[None]:
     """Says what is kept when the work inside is interrupted."""
     try:
         yield

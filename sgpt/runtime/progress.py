@@ -52,14 +52,14 @@ _lock = threading.Lock()
 _last_line = 0.0
 
 
-def said() -> None:
+def note_line_written() -> None:
     """Notes that a line was just written: the next one can wait."""
     global _last_line
     _last_line = time.monotonic()
 
 
 @contextmanager
-def under_way(title: str, total: float | None = None) -> Iterator[Work]:
+def log_progress(title: str, total: float | None = None) -> Iterator[Work]:
     """Writes lines about this work into the log while it lasts, together with the work that it is part of."""
     global _writer
     work = Work(title, total)
@@ -94,7 +94,7 @@ def _write_lines() -> None:
         silence = now - max(_last_line, works[0].started)
         if (is_new and is_long) or silence > allowed:
             written.add(newest.title)  # the blocks of one job get one line, and then one every 30 seconds
-            said()
+            note_line_written()
             log.info("%s", "; ".join(work.line() for work in works))
 
 
@@ -106,7 +106,7 @@ def progress_bar(title: str, total: float, wanted: bool | None = None) -> Iterat
         with _bar(title, total, at_once=bool(wanted)) as advance:
             yield advance
     elif wanted is None and is_main and log.isEnabledFor(logging.INFO):
-        with under_way(title, total) as work:
+        with log_progress(title, total) as work:
             yield lambda amount: setattr(work, "done", work.done + amount)
     else:
         yield lambda amount: None

@@ -17,7 +17,7 @@ from torch import Tensor
 from sgpt.evaluation.evaluate import Results
 from sgpt.runtime.distributed import from_main, gather
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.progress import clock, said
+from sgpt.runtime.progress import clock, note_line_written
 from sgpt.training.checkpoint import TrainState
 from sgpt.training.loss import StepResult, batch_statistics
 from sgpt.training.run_folder import RunFolder
@@ -97,13 +97,13 @@ class MetricsLog:
             line["positive_cosine"], line["hardest_negative_cosine"] or math.nan,
             line["peak_memory_bytes"] / 1e9, clock(left),
         )  # fmt: skip
-        said()
+        note_line_written()
 
     def write_dev(self, state: TrainState, results: Results) -> None:
         """The line of an evaluation on the dev sets."""
         self._append({"step": state.step, "dev": results})
         log.info("step %d/%d  dev %s", state.step, self.steps, json.dumps(results))
-        said()
+        note_line_written()
 
     def _append(self, line: dict) -> None:
         if not self.accelerator.is_main_process:

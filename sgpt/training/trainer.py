@@ -22,7 +22,7 @@ from sgpt.evaluation.evaluate import Results
 from sgpt.runtime.distributed import average_gradients
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.interrupt import Interrupted, Stop
-from sgpt.runtime.progress import under_way
+from sgpt.runtime.progress import log_progress
 from sgpt.runtime.values import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, THREADS, check_ranges
 from sgpt.training import checkpoint
 from sgpt.training.checkpoint import TrainState
@@ -154,7 +154,7 @@ def train(
     batch_numbers = range(state.batches, steps * config.gradient_accumulation)
     batches = prefetch(lambda number: feed.batch(number, rank), batch_numbers)  # a thread prepares the next one
     encoder.train()
-    with Stop() as stop, under_way("training", steps) as work:
+    with Stop() as stop, log_progress("training", steps) as work:
         while state.step < steps:
             started = time.perf_counter()
             is_logged = every(config.log_every_steps, state.step + 1) or state.step + 1 == steps
@@ -189,10 +189,10 @@ def train(
                 metrics.write(state, mean_loss, results, learning_rate, norm)
             elif evaluates or saves:
                 refuse_not_finite(state.step, float(mean_loss), float(norm), learning_rate)
-            if evaluates and (dev_results := stop.unless_asked(evaluate)) is not None:
+            if evaluates and (dev_results := stop.unless_requested(evaluate)) is not None:
                 metrics.write_dev(state, dev_results)
                 encoder.train()
-            stopping = stop.agreed()
+            stopping = stop.requested_anywhere()
             if saves or stopping:
                 # again, because a step that only a signal saves was not looked at above
                 refuse_not_finite(state.step, float(mean_loss), float(norm), learning_rate)

@@ -42,14 +42,14 @@ def test_a_line_says_what_share_is_done_and_how_long_the_rest_takes(monkeypatch)
 
 
 def test_work_inside_of_work_is_one_line(quick):
-    with progress.under_way("evaluating on toy"), progress.progress_bar("encoding 4 texts", 4) as advance:
+    with progress.log_progress("evaluating on toy"), progress.progress_bar("encoding 4 texts", 4) as advance:
         advance(2)
         time.sleep(0.3)
     assert quick.messages == ["evaluating on toy, 0:00 so far; encoding 4 texts: 50%, about 0:00 left"]
 
 
 def test_short_blocks_of_one_job_do_not_fill_the_log(quick):
-    with progress.under_way("mining"):
+    with progress.log_progress("mining"):
         for _ in range(8):
             with progress.progress_bar("encoding 4,096 texts", 4096):
                 time.sleep(0.1)
@@ -57,9 +57,9 @@ def test_short_blocks_of_one_job_do_not_fill_the_log(quick):
 
 
 def test_what_was_said_otherwise_counts(quick):
-    with progress.under_way("training"):
+    with progress.log_progress("training"):
         for _ in range(10):
-            progress.said()
+            progress.note_line_written()
             time.sleep(0.06)
     assert quick.messages == []
 
@@ -87,7 +87,7 @@ with progress.progress_bar("encoding", 10, {wanted}) as advance:
 
 def test_a_terminal_has_bars_and_no_lines(quick, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with progress.under_way("evaluating on toy"), progress.progress_bar("encoding 10 texts", 10) as advance:
+    with progress.log_progress("evaluating on toy"), progress.progress_bar("encoding 10 texts", 10) as advance:
         for _ in range(4):
             advance(1)
             time.sleep(0.05)
@@ -96,7 +96,7 @@ def test_a_terminal_has_bars_and_no_lines(quick, monkeypatch):
 
 def test_works_one_after_the_other_have_one_writer(quick):
     for _ in range(20):
-        with progress.under_way("short"):
+        with progress.log_progress("short"):
             time.sleep(0.001)
     with progress.progress_bar("encoding 10 texts", 10):
         time.sleep(0.3)
