@@ -74,7 +74,7 @@ def results(name: str, encoder: Encoder, options: argparse.Namespace) -> dict:
         encoder, chosen, tuning_set(name, folder, whole, options.queries), rescore=scorer(first, prompt),
         depth=options.depth
     )
-    measured = compare.measured(chosen, systems, options.depth)
+    measured = compare.system_metrics(chosen, systems, options.depth)
     Console(width=200).print(
         systems_table({name: measured}, f"{name}, {len(chosen.queries)} queries, re-ranked by {first}, prompt {prompt}")
     )

@@ -18,7 +18,7 @@ from sgpt.evaluation.table import FIRST_STAGES, SYSTEMS, Systems
 from sgpt.retrieval.bm25 import bm25_index, bm25_run
 from sgpt.retrieval.dense import DEPTH, embedded, retrieve
 from sgpt.retrieval.fusion import interpolated, reciprocal_rank_fusion, reordered
-from sgpt.retrieval.metrics import SHALLOW, difference, perfect, ranking, ranking_per_query
+from sgpt.retrieval.metrics import SHALLOW, difference, perfect_rerank, ranking, ranking_per_query
 
 WEIGHTS = [step / 20 for step in range(21)]
 RescoreRun = Callable[[RetrievalSet, Run, int], Run]  # scores of the best `depth` documents of each query
@@ -99,7 +99,7 @@ def tuning_set(beir_folder: BeirFolder, dataset: RetrievalSet, split: str) -> tu
     return replace(dataset, queries=queries, qrels=qrels), ""
 
 
-def measured(dataset: RetrievalSet, systems: Mapping[str, SystemRun], depth: int = DEPTH) -> Systems:
+def system_metrics(dataset: RetrievalSet, systems: Mapping[str, SystemRun], depth: int = DEPTH) -> Systems:
     """What there is to say of each system.
 
     metrics: as `ranking`. reranking: nDCG@10 with fewer documents re-ranked, or with the best ones in perfect order.
@@ -118,7 +118,9 @@ def measured(dataset: RetrievalSet, systems: Mapping[str, SystemRun], depth: int
             shallow = {f"ndcg@10_reranked_top_{top}": reordered(systems[first].run, system.scores, top)}
         else:
             bounds = sorted({depth, top}) if name in FIRST_STAGES.values() else []
-            shallow = {f"ndcg@10_perfect_top_{bound}": perfect(dataset.qrels, system.run, bound) for bound in bounds}
+            shallow = {}
+            for bound in bounds:
+                shallow[f"ndcg@10_perfect_top_{bound}"] = perfect_rerank(dataset.qrels, system.run, bound)
         cost = {
             "queries_per_second": len(dataset.queries) / max(system.seconds, 1e-9),
             "bytes_per_document": system.index_bytes,

@@ -16,7 +16,7 @@ from sgpt.data.formats.scored_pairs import PairSet, fewer_pairs, read_pairs
 from sgpt.data.test_sets.beir_sets import find_beir_folders, read_beir_folder
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.bm25 import bm25_run
-from sgpt.retrieval.dense import naming, retrieve
+from sgpt.retrieval.dense import name_in_errors, retrieve
 from sgpt.retrieval.metrics import correlations, ranking
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import log_progress
@@ -106,7 +106,7 @@ def evaluate(encoder: Encoder, sets: Sets) -> Results:
 
 def cosines(encoder: Encoder, pairs: PairSet) -> list[float]:
     """Both sides are encoded as queries: a similarity of equals has one role."""
-    with naming(pairs.name):
+    with name_in_errors(pairs.name):
         sides = (pairs.first, pairs.second)
         first, second = (encoder.encode_queries(side, normalize=True, as_tensor=True) for side in sides)
     return (first * second).sum(1).tolist()

@@ -148,7 +148,7 @@ def _score(encoder: Encoder, name: str, tuned: TunedSet, config: EvaluateConfig,
         )
     if config.runs:
         compare.write_runs(Path(config.runs), dataset, systems)
-    return compare.measured(dataset, systems, config.depth)
+    return compare.system_metrics(dataset, systems, config.depth)
 
 
 def _what_is_kept(results: Mapping[str, Systems], config: EvaluateConfig) -> str:

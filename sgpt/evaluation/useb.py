@@ -15,7 +15,7 @@ from sgpt.data.formats.trec import Run
 from sgpt.data.test_sets.useb import NEITHER, CandidateSet, UsebTask
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.evaluate import Results
-from sgpt.retrieval.dense import DEPTH, as_run, naming, search
+from sgpt.retrieval.dense import DEPTH, as_run, name_in_errors, search
 from sgpt.retrieval.metrics import correlations
 
 # of each task, all average precision
@@ -26,7 +26,7 @@ def useb(encoder: Encoder, tasks: Sequence[UsebTask]) -> Results:
     """useb_<task> -> metrics, 0 to 1; and useb, the mean of the four main metrics, when all four are there."""
     results = {}
     for task in tasks:
-        with naming(f"useb_{task.name}"):
+        with name_in_errors(f"useb_{task.name}"):
             results[f"useb_{task.name}"] = SCORERS[task.name](encoder, task.parts)
     if len(results) < len(MAIN):
         return results

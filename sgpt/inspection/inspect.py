@@ -30,7 +30,7 @@ PLURAL: dict[Role, str] = {"query": "queries", "document": "documents"}
 
 
 @dataclass(frozen=True)
-class SeenQuery:
+class InspectedQuery:
     """Decoded as the model gets them, with their tokens: the query, its positive, its hard negatives.
 
     ignored: candidates that are no negatives.
@@ -42,7 +42,7 @@ class SeenQuery:
 
 
 @dataclass(frozen=True)
-class SeenBatch:
+class InspectedBatch:
     """queries: the first of them. left_out: pairs of a query and an in-batch negative that are none, being duplicates.
 
     tokens: of all texts; computed: of the different ones; padded: when queries and documents are each padded to the
@@ -52,7 +52,7 @@ class SeenBatch:
     number: int
     num_queries: int
     num_documents: int
-    queries: list[SeenQuery]
+    queries: list[InspectedQuery]
     left_out: int
     tokens: int
     computed: int
@@ -66,7 +66,7 @@ class Inspection:
     feed: Feed
     counts: list[Counts]
     samples: list[Sample]
-    batches: list[SeenBatch]
+    batches: list[InspectedBatch]
     steps: int
     batches_per_step: int
     vocabulary: int
@@ -80,18 +80,18 @@ def inspect_feed(
         feed=feed,
         counts=[count_source(source) for source in feed.sources],
         samples=[sample(source, tokenizer, num_examples, feed.seed) for source in feed.sources],
-        batches=[see(number, feed.batch(number, 0), tokenizer) for number in range(num_batches)],
+        batches=[inspect_batch(number, feed.batch(number, 0), tokenizer) for number in range(num_batches)],
         steps=steps,
         batches_per_step=batches_per_step,
         vocabulary=len(tokenizer),
     )
 
 
-def see(number: int, batch: Batch, tokenizer) -> SeenBatch:
+def inspect_batch(number: int, batch: Batch, tokenizer) -> InspectedBatch:
     ignored = [row for part in _ignored(batch) for row in part]
     r = batch.documents_per_query
     queries = [
-        SeenQuery(
+        InspectedQuery(
             _decoded(batch.queries[q], tokenizer),
             [_decoded(ids, tokenizer) for ids in batch.documents[q * r : (q + 1) * r]],
             ignored[q],
@@ -100,7 +100,7 @@ def see(number: int, batch: Batch, tokenizer) -> SeenBatch:
     ]
     padded = sum(len(rows) * max(map(len, rows)) for rows in (batch.queries, batch.documents))
     computed = sum(map(len, distinct([*batch.queries, *batch.documents])[0]))
-    return SeenBatch(
+    return InspectedBatch(
         number,
         len(batch.queries),
         len(batch.documents),
@@ -128,7 +128,7 @@ def _decoded(ids: list[int], tokenizer) -> tuple[int, str]:
     )
 
 
-def table_lines(seen: SeenBatch, most: int, columns: int) -> Iterator[str]:
+def table_lines(seen: InspectedBatch, most: int, columns: int) -> Iterator[str]:
     """Of the first `most` queries, none wider than `columns`: tokens, role, text, and which candidates are no negatives
     of the query.
     """
@@ -303,7 +303,7 @@ def _shares(numbers: Sequence[int]) -> list[str]:
     return [_share(number, sum(numbers)) for number in numbers]
 
 
-def title_of(seen: SeenBatch) -> str:
+def title_of(seen: InspectedBatch) -> str:
     return (
         f"Batch {seen.number}: {seen.num_queries:,} queries, {seen.num_documents:,} documents, {seen.tokens:,} tokens "
         f"(padded {seen.padded:,}), {seen.left_out:,} duplicates left out"

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from sgpt.inspection.inspect import (
     PLURAL,
     QUERIES_ON_PAGE,
+    InspectedBatch,
     Inspection,
-    SeenBatch,
     describe_run,
     describe_sources,
     table_lines,
@@ -67,7 +67,7 @@ def write_inspection(inspection: Inspection, file: Path, name: str, config: dict
     write_whole(file, page(f"{name} · SGPT training data", *body))
 
 
-def _batch(seen: SeenBatch) -> str:
+def _batch(seen: InspectedBatch) -> str:
     lines = list(table_lines(seen, QUERIES_ON_PAGE, COLUMNS_ON_PAGE))
     if seen.num_queries > QUERIES_ON_PAGE:
         lines.append(f"… and {seen.num_queries - QUERIES_ON_PAGE:,} more queries")

@@ -20,7 +20,7 @@ QUERIES_AT_A_TIME = 4096  # whose scores with a chunk of documents exist: 256 MB
 
 
 @contextmanager
-def naming(name: str) -> Iterator[None]:
+def name_in_errors(name: str) -> Iterator[None]:
     """InputErrors inside begin with the set's name."""
     try:
         yield
@@ -33,7 +33,7 @@ def retrieve(encoder: Encoder, dataset: RetrievalSet, depth: int = DEPTH, docume
 
     documents: their embeddings [documents, D] in the order of the corpus, when they have been computed already.
     """
-    with naming(dataset.name):
+    with name_in_errors(dataset.name):
         queries = encoder.encode_queries(list(dataset.queries.values()), normalize=True, as_tensor=True)
     if documents is None:
         documents = embedded(encoder, dataset)
@@ -51,7 +51,7 @@ def embedded(encoder: Encoder, dataset: RetrievalSet) -> Tensor:
     out = None
     if 4 * math.prod(shape) > IN_MEMORY:
         out = torch.from_numpy(temporary_embeddings(shape))
-    with naming(dataset.name):
+    with name_in_errors(dataset.name):
         return encoder.encode_documents(list(dataset.corpus.values()), normalize=True, as_tensor=True, out=out)
 
 

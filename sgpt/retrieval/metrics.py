@@ -69,7 +69,7 @@ def main_metric(metrics: Mapping[str, float]) -> tuple[str, float]:
     return next((name, metrics[name]) for name in MAIN_METRICS if name in metrics)
 
 
-def perfect(qrels: Qrels, run: Run, depth: int) -> Run:
+def perfect_rerank(qrels: Qrels, run: Run, depth: int) -> Run:
     """The run after a perfect re-ranker: its best `depth` documents by their relevance, then the others in their order.
 
     No re-ranker of this run at this depth does better.

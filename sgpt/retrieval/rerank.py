@@ -24,7 +24,7 @@ from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.dense import retrieve
 from sgpt.retrieval.fusion import reordered
-from sgpt.retrieval.metrics import SHALLOW, perfect, ranking
+from sgpt.retrieval.metrics import SHALLOW, perfect_rerank, ranking
 from sgpt.runtime.distributed import from_main
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import write_whole
@@ -215,7 +215,7 @@ def metrics(dataset: RetrievalSet, name: str, first: Run, run: Run, depth: int) 
     """
     top = min(SHALLOW, depth)
     reranked = {f"{name} → CE, {top}": reordered(first, run, top), f"{name} → CE, {depth}": run}
-    systems = {name: first, **reranked, f"perfect, {depth}": perfect(dataset.qrels, first, depth)}
+    systems = {name: first, **reranked, f"perfect, {depth}": perfect_rerank(dataset.qrels, first, depth)}
     return {system: ranking(dataset.qrels, ranks) for system, ranks in systems.items()}
 
 

@@ -97,7 +97,7 @@ def compared(toy, tiny_encoder):
     dev, reason = compare.tuning_set(BeirFolder("toy", toy, "test", None), chosen, "dev")
     assert reason == ""
     systems = compare.rank(encoder, chosen, dev, rescore=shared_words, depth=20)
-    return encoder, chosen, dev, systems, compare.measured(chosen, systems, depth=20)
+    return encoder, chosen, dev, systems, compare.system_metrics(chosen, systems, depth=20)
 
 
 # --- systems ---
@@ -193,7 +193,7 @@ def test_ten_reranked_documents_come_from_the_same_scores(compared):
 
 def test_a_depth_below_ten_is_called_by_its_number(compared):
     encoder, chosen, *_ = compared
-    found = compare.measured(chosen, compare.rank(encoder, chosen, rescore=shared_words, depth=4), depth=4)
+    found = compare.system_metrics(chosen, compare.rank(encoder, chosen, rescore=shared_words, depth=4), depth=4)
     assert [
         list(found[name]["reranking"]) for name in ("bm25", "bm25_reranked")
     ] == [["ndcg@10_perfect_top_4"], ["ndcg@10_reranked_top_4"]]

@@ -20,7 +20,7 @@ from sgpt.data.readers import DataConfig, build_feed
 from sgpt.decoder.trunk import load_tokenizer
 from sgpt.inspection import inspect as inspection
 from sgpt.inspection.census import Counts, count_source
-from sgpt.inspection.inspect import Inspection, inspect_feed, see
+from sgpt.inspection.inspect import Inspection, inspect_batch, inspect_feed
 from sgpt.inspection.page import check_output, write_inspection
 from sgpt.inspection.sample import sample, scripts
 from sgpt.runtime.errors import InputError
@@ -149,7 +149,7 @@ def test_scripts_are_shares_of_the_letters():
 
 def test_ignored_candidates_are_those_that_a_loop_over_the_texts_finds(source, tokenizer):
     feed = Feed([source], 20)
-    batch = see(0, feed.batch(0, 0), tokenizer)
+    batch = inspect_batch(0, feed.batch(0, 0), tokenizer)
     drawn = [source.draw(example, epoch, 0) for _, example, epoch in feed.drawn_examples(0, 0)]
     queries = [source.examples.texts[one.query] for one in drawn]
     documents = [[source.examples.texts[text] for text in one.documents] for one in drawn]
@@ -180,7 +180,7 @@ def test_a_batch_is_shown_as_the_model_gets_it_cut_in_the_middle(tokenizer):
         ],
         4
     )
-    batch = see(0, feed.batch(0, 0), tokenizer)
+    batch = inspect_batch(0, feed.batch(0, 0), tokenizer)
     number = feed.drawn_examples(0, 0)[0][1]
     tokens, text = batch.queries[0].query
     assert (tokens, text) == (length(tokenizer, f"a\nquestion {number} {words}"), f"[a⏎question {number} {words}]")
@@ -193,7 +193,8 @@ def test_a_batch_is_shown_as_the_model_gets_it_cut_in_the_middle(tokenizer):
 
 def test_saved_tokens_are_those_of_the_shown_batch(tokenizer):
     examples = [Example("a question", "one answer " * n) for n in range(1, 7)]
-    batch = see(0, Feed([made(tokenizer, examples, limits=MarkersConfig(), negatives=0)], 6).batch(0, 0), tokenizer)
+    feed = Feed([made(tokenizer, examples, limits=MarkersConfig(), negatives=0)], 6)
+    batch = inspect_batch(0, feed.batch(0, 0), tokenizer)
     query, documents = length(tokenizer, "a question"), [length(tokenizer, "one answer " * n) for n in range(1, 7)]
     assert batch.tokens == 6 * query + sum(documents)
     assert batch.computed == query + sum(documents)  # the same query is computed once

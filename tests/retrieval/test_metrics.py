@@ -11,7 +11,7 @@ import pytest
 import pytrec_eval
 
 from sgpt.data.formats.trec import cut, ranked
-from sgpt.retrieval.metrics import correlations, difference, main_metric, perfect, ranking, ranking_per_query
+from sgpt.retrieval.metrics import correlations, difference, main_metric, perfect_rerank, ranking, ranking_per_query
 
 
 def run(*documents: str) -> dict[str, float]:
@@ -144,11 +144,11 @@ def test_a_perfect_reranker_is_as_good_as_the_best_of_all_orders():
             for order in permutations(top)
         )
         best = max(ranking(qrels, order)["ndcg@10"] for order in orders)
-        assert ranking(qrels, perfect(qrels, run, 5))["ndcg@10"] == pytest.approx(best)
+        assert ranking(qrels, perfect_rerank(qrels, run, 5))["ndcg@10"] == pytest.approx(best)
 
 
 def test_the_perfect_reranker_of_a_run_without_relevant_documents_scores_zero():
-    assert perfect({"q": {"a": 1}}, {"q": {"b": 2.0}, "r": {"a": 1.0}}, 10) == {"q": {"b": 0.0}, "r": {"a": 0.0}}
+    assert perfect_rerank({"q": {"a": 1}}, {"q": {"b": 2.0}, "r": {"a": 1.0}}, 10) == {"q": {"b": 0.0}, "r": {"a": 0.0}}
 
 
 def test_the_interval_of_many_queries_is_the_normal_one():
@@ -188,7 +188,7 @@ def test_equal_systems_differ_by_nothing_and_one_query_has_no_interval():
 
 def test_what_stands_behind_the_reranked_documents_keeps_its_order():
     run = {"q": {"a": 5.0, "b": 4.0, "c": 3.0, "d": 2.0, "e": 1.0}}
-    assert ranked(perfect({"q": {"b": 1, "d": 2}}, run, 2)["q"]) == ["b", "a", "c", "d", "e"]
+    assert ranked(perfect_rerank({"q": {"b": 1, "d": 2}}, run, 2)["q"]) == ["b", "a", "c", "d", "e"]
 
 
 def test_cosines_that_are_all_equal_count_as_no_correlation_and_are_told(caplog):

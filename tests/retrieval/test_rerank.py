@@ -16,7 +16,7 @@ from sgpt.cross_encoder.cross_encoder import CrossEncoder
 from sgpt.data.formats.beir import read_retrieval
 from sgpt.data.formats.trec import cut
 from sgpt.retrieval.bm25 import bm25_run
-from sgpt.retrieval.metrics import perfect, ranking
+from sgpt.retrieval.metrics import perfect_rerank, ranking
 from sgpt.retrieval.rerank import RerankConfig, rerank, run_rerank
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.jobs import sole_writer
@@ -176,7 +176,7 @@ def test_the_metrics_are_trec_eval_s(started, toy):
     # the others stay behind the ten
     assert results["bm25 → CE, 10"]["recall@100"] == pytest.approx(results["bm25"]["recall@100"])
     assert results["perfect, 20"]["ndcg@10"] == ranking(
-        dataset.qrels, perfect(dataset.qrels, first, 20)
+        dataset.qrels, perfect_rerank(dataset.qrels, first, 20)
     )["ndcg@10"] >= results["bm25"]["ndcg@10"]
     assert "bm25 → CE, 20" in ended["again"].out  # a finished run is shown
     assert ended["again"].codes == [0]
