@@ -62,7 +62,7 @@ def check_request(config: EvaluateConfig) -> None:
         if file and Path(file).is_dir():
             raise InputError(f"{key}={file} is a folder; name a file in it, for example {Path(file) / 'scores.json'}")
         if file:
-            check_writable(Path(file), f"another {key}=")
+            check_writable(Path(file), f"set {key}=<another file>")
 
 
 def find_sets(config: EvaluateConfig) -> FoundSets:

@@ -36,7 +36,7 @@ CURVES = {  # title: keys of a log line
     "Queries per second": ("queries_per_second",),
 }
 REMEDY = {
-    "config.yaml": "put back the file that training wrote, or train again under another name=<name>",
+    "config.yaml": "put back the file that training wrote, or train again with name=<another name>",
     "metrics.jsonl": (
         "delete the line and write the report again, or, of a run that has not finished, "
         "start it again with resume=true"

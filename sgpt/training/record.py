@@ -173,7 +173,7 @@ def complete(run: RunFolder, config: TrainConfig, encoder: Encoder | None = None
         return
     try:
         if encoder is not None or not is_exported(run):
-            run.lock = run.lock or lock(run.folder)
+            run.lock = run.lock or lock(run.folder, "set runs=<another folder>")
             write_export(run, config, encoder or reopen(run, config)[0])
         else:
             finished = run.read("manifest.json", {})["finished"]

@@ -23,7 +23,7 @@ from sgpt.runtime.distributed import average_gradients
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.interrupt import Interrupted, Stop
 from sgpt.runtime.progress import under_way
-from sgpt.runtime.values import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, THREADS, check_ranges
+from sgpt.runtime.values import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, THREADS, check_choice, check_ranges
 from sgpt.training import checkpoint
 from sgpt.training.checkpoint import TrainState
 from sgpt.training.log import MetricsLog, free_memory_bytes, refuse_not_finite
@@ -78,8 +78,7 @@ class TrainerConfig:
     """Optimizer steps from one evaluation on the dev sets to the next; 0 never evaluates on them."""
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise InputError(f"trainer.precision={self.precision!r} is unknown; choose fp32 or bf16")
+        check_choice("trainer.precision", self.precision, ("fp32", "bf16"))
         check_ranges(
             self,
             "trainer.",

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from sgpt.decoder.families import is_norm
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.values import BELOW_ONE, COUNT, check_ranges
+from sgpt.runtime.values import BELOW_ONE, COUNT, check_choice, check_ranges
 
 ALTERNATIVES = (
     "use tuning=bitfit_norm (biases and norm gains), tuning=lora or tuning=full, "
@@ -37,8 +37,7 @@ class TuningConfig:
     """Share of the inputs of LoRA's matrices that is dropped in training, from 0 to below 1."""
 
     def __post_init__(self) -> None:
-        if self.name not in TUNINGS:
-            raise InputError(f"tuning.name={self.name!r} is unknown; choose one of {', '.join(TUNINGS)}")
+        check_choice("tuning.name", self.name, TUNINGS)
         check_ranges(self, "tuning.", lora_rank=COUNT, lora_alpha=COUNT, lora_dropout=BELOW_ONE)
 
 

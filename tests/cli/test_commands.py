@@ -144,7 +144,7 @@ SCRIPT = f"{sys.executable} {REPOSITORY / 'train' / 'search.py'}"
     ),
     (
         f"{SCRIPT} run=x hydra.run.dir=odd/open.yaml/below", 2,
-        "error: odd/open.yaml/below: Not a directory; put it right, or choose another hydra.run.dir=\n"
+        "error: odd/open.yaml/below: Not a directory; put it right, or set hydra.run.dir=<another path>\n"
     ),
     (f"{SCRIPT} top={'9' * 5000}", 2, "error: a number has more digits than can be read; write a smaller one\n"),
 ])  # fmt: skip

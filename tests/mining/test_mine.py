@@ -338,7 +338,7 @@ def test_the_report_shows_counts_and_samples_and_stands_alone(tmp_path):
 def test_a_finished_output_is_kept_and_resuming_it_shows_its_statistics(toy, tmp_path):
     output = tmp_path / "rows.jsonl"
     statistics, content = mined(toy, output)
-    with pytest.raises(InputError, match=r"rows\.jsonl exists; resume with resume=true, or choose another output="):
+    with pytest.raises(InputError, match=r"rows\.jsonl exists; resume with resume=true, or set output="):
         mined(toy, output)
     before = output.stat().st_mtime_ns
     assert mined(toy, output, resume=True) == (statistics, content)
@@ -364,7 +364,7 @@ def test_resuming_on_other_texts_is_refused(toy, tmp_path):
             mined(tmp_path / "b", tmp_path / "rows.jsonl")
     with pytest.raises(
         InputError,
-        match=r"rows\.jsonl was begun with something else .*: corpus of .*/b has changed\. Put it back and resume"
+        match=r"rows\.jsonl was started with other inputs .*: corpus of .*/b has changed \(hash .* -> .*\)\. Res"
     ):
         mined(tmp_path / "b", tmp_path / "rows.jsonl", resume=True)
 
@@ -457,11 +457,11 @@ def test_the_script_ends_with_a_table_and_refuses_in_one_sentence(started):
     assert ended["model again"].codes == ended["no model"].codes == [2]
     assert ended[
         "model again"
-    ].err == "error: model.jsonl exists; resume with resume=true, or choose another output=<file>\n"
+    ].err == "error: model.jsonl exists; resume with resume=true, or set output=<another file>\n"
     assert ended["no model"].err == "error: source=model needs model=<path>\n"
     assert ended["model not resumed"].err == (
-        "error: killed.jsonl.manifest.json belongs to a killed run; resume with resume=true, or choose another "
-        "output=<file>\n"
+        "error: killed.jsonl is unfinished, see killed.jsonl.manifest.json; resume with resume=true, or set "
+        "output=<another file>\n"
     )
 
 
