@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgpt.runtime.errors import InputError
-from sgpt.training.loss import LossConfig, info_nce
+from sgpt.training.loss import LOSSES, LossConfig, info_nce
 from sgpt.training.negatives import duplicate_queries, duplicates, positive_rows, scaled_cosines, unit
 
 
@@ -123,6 +123,58 @@ def test_autocast_does_not_take_the_scores_out_of_float32():
     with torch.autocast("cpu", torch.bfloat16):
         scores = scaled_cosines(unit(queries), unit(candidates), 20.0)
     torch.testing.assert_close(scores, scaled_cosines(unit(queries), unit(candidates), 20.0), rtol=0, atol=0)
+
+
+# what the protocol `Loss` promises, of every row of LOSSES
+
+
+def four_queries() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [4, 16] and candidates [8, 16] of length 1, and the row of each query's positive."""
+    torch.manual_seed(0)
+    return unit(torch.randn(4, 16)), unit(torch.randn(8, 16)), positive_rows(4, 2, 0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_a_scalar_in_float32_with_a_gradient_for_queries_and_candidates(name):
+    queries, candidates, positives = four_queries()
+    loss = LOSSES[name](queries.requires_grad_(), candidates.requires_grad_(), 20.0, positives)
+    loss.backward()
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+    for embeddings in (queries, candidates):
+        assert embeddings.grad.isfinite().all()
+        assert embeddings.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_the_mean_over_the_queries(name):
+    queries, candidates, positives = four_queries()
+    alone = [LOSSES[name](queries[[row]], candidates, 20.0, positives[[row]]).item() for row in range(4)]
+    assert LOSSES[name](queries, candidates, 20.0, positives).item() == pytest.approx(sum(alone) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_falls_when_a_positive_comes_nearer(name):
+    queries, candidates, positives = four_queries()
+    nearer = candidates.clone()
+    nearer[positives[2]] = unit(candidates[positives[2]] + 0.1 * queries[2])
+    only_third = queries[[2]], positives[[2]]  # to the other queries this document is a negative
+    before = LOSSES[name](only_third[0], candidates, 20.0, only_third[1])
+    assert LOSSES[name](only_third[0], nearer, 20.0, only_third[1]) < before
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_does_not_see_ignored_candidates(name):
+    queries, candidates, positives = four_queries()
+    ignored = torch.zeros(4, 8, dtype=torch.bool)
+    ignored[:, 5] = True  # the hard negative of the third query
+    other = candidates.clone()
+    other[5] = queries[0]
+
+    def loss(documents: torch.Tensor) -> float:
+        return LOSSES[name](queries, documents, 20.0, positives, lambda rows, scores, scale: ignored[rows]).item()
+
+    assert loss(candidates) == loss(other)
+    assert LOSSES[name](queries, other, 20.0, positives).item() != loss(other)
 
 
 def ignored_pairs(
