@@ -31,7 +31,7 @@ from sgpt.training.loss import LossConfig, StepResult
 from sgpt.training.optim import OptimConfig, build_optimizer, build_schedule
 from sgpt.training.run_folder import RunFolder
 from sgpt.training.step import contrastive_step
-from sgpt.training.tuning import count_parameters, learning
+from sgpt.training.tuning import count_parameters, learning, precisions
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ def announce(encoder: Encoder, feed: Feed, config: TrainerConfig, optim: OptimCo
     )  # fmt: skip
     log.info(
         "peak learning rate %.2e, %s, %s, %d process(es), %d thread(s) each",
-        optim.learning_rate, _precision(encoder, config), encoder.device,
+        optim.learning_rate, _described_precisions(encoder, config.precision), encoder.device,
         accelerator.num_processes, torch.get_num_threads(),
     )  # fmt: skip
     log.info(
@@ -248,16 +248,9 @@ def announce(encoder: Encoder, feed: Feed, config: TrainerConfig, optim: OptimCo
         )  # fmt: skip
 
 
-def _precision(encoder: Encoder, config: TrainerConfig) -> str:
-    """Precision of the trunk, of what learns and of the computation: "bfloat16 trunk, float32 biases"."""
-    trained = learning(encoder.trunk)
-    lower = {parameter.dtype for parameter in encoder.trunk.parameters()} - {torch.float32}
-    trunk = _name(lower.pop()) if lower else "float32"
-    kind = "biases" if all(name.endswith("bias") for name in trained) else "learning parameters"
-    weights = f"{trunk} trunk, {_name(next(iter(trained.values())).dtype)} {kind}"
-    is_autocast = config.precision == "bf16" and trunk != "bfloat16"
-    return weights + (", computed in bfloat16" if is_autocast else "")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _described_precisions(encoder: Encoder, precision: str) -> str:
+    """As in "bfloat16 trunk, float32 biases"."""
+    types = precisions(encoder.trunk, precision)
+    kind = "biases" if all(name.endswith("bias") for name in learning(encoder.trunk)) else "learning parameters"
+    weights = f"{types['frozen']} trunk, {types['trained']} {kind}"
+    return weights + (", computed in bfloat16" if types["computed"] == "bf16" else "")
