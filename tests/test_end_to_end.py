@@ -66,7 +66,7 @@ BAD_USE = {
         ["evaluate", "model=runs/first", "sts=[similar.jsonl]", "pooling=mean"],
         r"carries its markers and pooling in sgpt\.json; do not"
     ),
-    "search nothing": (["search", "query=x"], r"set run=<run or export folder>"),
+    "search nothing": (["search", "query=x"], r"set run=<folder of a run, export, adapter or other model>"),
     "export nothing": (["export", "run=nowhere"], r"run=nowhere: no run folder"),
     "export over it": (["export", "run=runs/first", "output=toy"], r"toy exists and is no export of this framework"),
 }

@@ -15,7 +15,7 @@ from sgpt.data.formats.jsonl import read_rows
 from sgpt.data.readers import DataConfig, read_examples
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
-from sgpt.mining.config import MineConfig
+from sgpt.mining.config import NEEDS, MineConfig
 from sgpt.mining.mine import mine
 from sgpt.mining.rankers import RANKERS
 from sgpt.mining.rules import cross_encoder, mine_block
@@ -343,12 +343,12 @@ def test_a_finished_output_is_kept_and_resuming_it_shows_its_statistics(toy, tmp
     before = output.stat().st_mtime_ns
     assert mined(toy, output, resume=True) == (statistics, content)
     assert output.stat().st_mtime_ns == before
-    with pytest.raises(InputError, match=r"another configuration: last_rank: 50 -> 40\. Resume it unchanged"):
+    with pytest.raises(InputError, match=r"another configuration: last_rank: 50 -> 40\. Resume it with that one"):
         mined(toy, output, resume=True, last_rank=40)
     assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl", "rows.jsonl.manifest.json", "rows.report.html"}
     foreign = tmp_path / "foreign.jsonl"
     foreign.write_text("{}\n")
-    with pytest.raises(InputError, match=r"foreign\.jsonl exists and was not written here"):
+    with pytest.raises(InputError, match=r"foreign\.jsonl exists without .*foreign\.jsonl\.manifest\.json"):
         mined(toy, foreign, resume=True)
 
 
@@ -512,7 +512,7 @@ BAD_RUNS = {
     "nothing": ("", {}, r"run: ranks none of the queries of split 'train'"),
     "no positive": (
         LINE, {"score_ratio": 0.95},
-        r"run: query id 'q1' has no score for its positive 'd\d+', so score_margin and score_ratio cannot be applied"
+        r"run: query id 'q1' has no score for its positive 'd\d+', and score_margin and score_ratio need one"
     ),
     "not json": ('{"q1": ', {}, r"run, line 1: not JSON"),
     "a list": ('{"q1": ["d1"]}', {}, r"run, query id 'q1': holds list, expected document ids with scores"),
@@ -549,9 +549,9 @@ def test_a_bad_run_file_is_refused_with_its_place_and_leaves_nothing(name, toy, 
         ({"score_ratio": 1.5}, r"score_ratio=1\.5 must be above 0 and at most 1"),
         (
             {"on_error": "skip", "columns": {"query": "title"}},
-            r"columns\.query, on_error: of pairs in a file, and data=.* is read as a BEIR folder"
+            r"columns\.query, on_error: for pairs in a file only, and data=.* is read as a BEIR folder; leave out"
         ),
-        ({"output": "rows.json"}, r"output=rows\.json is no name of JSON lines"),
+        ({"output": "rows.json"}, r"output=rows\.json: rows are written as JSON lines; end the name in \.jsonl or"),
         ({"data": ""}, r"set data=<BEIR folder or file of pairs> and output="),
         ({"output": ""}, r"set data=<BEIR folder or file of pairs> and output="),
         ({"split": "dev"}, r"dev\.tsv: no such file; .* has the splits: train"),
@@ -562,6 +562,10 @@ def test_a_bad_run_file_is_refused_with_its_place_and_leaves_nothing(name, toy, 
 def test_what_cannot_be_is_refused(options, message, toy):
     with pytest.raises(InputError, match=message):
         mine(MineConfig(**{"data": str(toy), "output": "rows.jsonl", **options}))
+
+
+def test_every_source_of_the_config_has_a_ranker():
+    assert NEEDS.keys() == RANKERS.keys()
 
 
 def test_a_folder_without_columns_or_positives_is_refused(tmp_path):
