@@ -31,7 +31,7 @@ KEPT_CHARACTERS = 1 << 30  # of all corpora together, about as many bytes of mem
 
 @dataclass(frozen=True)
 class FoundSets:
-    """retrieval: found, not yet read. pairs, tasks: read and checked."""
+    """retrieval: folders that exist, not yet read. pairs, tasks: read and checked."""
 
     retrieval: list[BeirFolder]
     pairs: Sets
