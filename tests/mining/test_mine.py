@@ -435,7 +435,7 @@ def test_a_killed_run_of_scifact_resumes_where_it_was_and_ends_with_the_same_byt
 
 def test_an_output_has_one_writer(toy, tmp_path):
     with sole_writer(tmp_path / "rows.jsonl"), pytest.raises(
-        InputError, match=r"rows\.jsonl: another process is writing it now"
+        InputError, match=r"rows\.jsonl: another process is writing to it"
     ):
         mined(toy, tmp_path / "rows.jsonl")
     assert mined(toy, tmp_path / "rows.jsonl")

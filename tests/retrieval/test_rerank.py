@@ -136,14 +136,15 @@ def test_a_job_is_not_resumed_with_other_threads_weights_or_texts(toy, language_
     )
     corpus = tmp_path / "toy" / "corpus.jsonl"
     corpus.write_text(corpus.read_text().replace("parser", "Parser"))
-    with pytest.raises(InputError, match=r"documents of .*/toy has changed; model .*/base has changed\."):
+    changed = r"documents of .*/toy has changed \(hash .*\); model .*/base has changed \(hash "
+    with pytest.raises(InputError, match=changed):
         run_rerank(replace(config, resume=True))
 
 
 def test_an_output_has_one_writer(toy, language_model, tmp_path):
     config = RerankConfig(str(toy), "train", str(language_model("gpt2")), output=str(tmp_path / "o.trec"), depth=3)
     with sole_writer(tmp_path / "o.trec"), pytest.raises(
-        InputError, match=r"o\.trec: another process is writing it now"
+        InputError, match=r"o\.trec: another process is writing to it"
     ):
         run_rerank(config)
     assert run_rerank(config)

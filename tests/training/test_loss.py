@@ -155,11 +155,10 @@ def test_a_loss_is_the_mean_over_the_queries(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_falls_when_a_positive_comes_nearer(name):
     queries, candidates, positives = four_queries()
+    query, positive = queries[[2]], positives[[2]]  # alone: to the other queries its positive is a negative
     nearer = candidates.clone()
-    nearer[positives[2]] = unit(candidates[positives[2]] + 0.1 * queries[2])
-    only_third = queries[[2]], positives[[2]]  # to the other queries this document is a negative
-    before = LOSSES[name](only_third[0], candidates, 20.0, only_third[1])
-    assert LOSSES[name](only_third[0], nearer, 20.0, only_third[1]) < before
+    nearer[positive] = unit(candidates[positive] + 0.1 * query)
+    assert LOSSES[name](query, nearer, 20.0, positive) < LOSSES[name](query, candidates, 20.0, positive)
 
 
 @pytest.mark.parametrize("name", LOSSES)
