@@ -6,6 +6,7 @@ mean what they say. Passed on as they are: null where a key may be null, what is
 with -m the commas and functions of a sweep. Imports nothing heavy.
 """
 
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -109,9 +110,9 @@ def _paths(parts: list[str]) -> list[str]:
     paths, rest = [], parts
     while rest:
         size = 1
-        if not Path(rest[0].strip()).exists():
+        if not os.path.exists(rest[0].strip()):  # False for what no file can be called, where Path raises
             for longer in range(len(rest), 1, -1):  # the longest name that exists
-                if Path(",".join(rest[:longer]).strip()).exists():
+                if os.path.exists(",".join(rest[:longer]).strip()):
                     size = longer
                     break
         paths.append(",".join(rest[:size]))
