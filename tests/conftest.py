@@ -19,6 +19,7 @@ from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.text.markers import MarkersConfig
+from tests.starts import Forks, forks, small_training
 
 REAL_GPT2 = Path(__file__).parents[2] / "shared" / "models" / "tokenizer-gpt2"
 END = "<|endoftext|>"
@@ -109,6 +110,19 @@ def language_model(tmp_path_factory: pytest.TempPathFactory, tiny_base: Callable
         return saved[family]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """start(script, *overrides, limit=None): runs train/<script>.py in a folder of the module's own."""
+    with forks(tmp_path_factory.mktemp("starts")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory, tiny_base) -> Callable[[Path], list[str]]:
+    """training(place): overrides of a run of four steps, which writes below `place` alone."""
+    return small_training(tmp_path_factory.mktemp("data"), tiny_base("gpt2"))
 
 
 def random_trunk(family: str, vocabulary: int, seed: int = 0, **changed) -> nn.Module:

@@ -66,7 +66,7 @@ BAD_USE = {
         ["evaluate", "model=runs/first", "sts=[similar.jsonl]", "pooling=mean"],
         r"carries its markers and pooling in sgpt\.json; do not"
     ),
-    "search nothing": (["search", "query=x"], r"set run=<run or export folder>"),
+    "search nothing": (["search", "query=x"], r"set run=<folder of a run, export, adapter or other model>"),
     "export nothing": (["export", "run=nowhere"], r"run=nowhere: no run folder"),
     "export over it": (["export", "run=runs/first", "output=toy"], r"toy exists and is no export of this framework"),
 }
@@ -323,7 +323,7 @@ def test_a_finished_run_is_never_overwritten_in_silence(project, starts):
     assert ended.code == 2
     expected = (
         "error: runs/first holds a finished run; resume it with "
-        "resume=true, or choose another name=<name>\n"
+        "resume=true, or set name=<another name>\n"
     )
     assert ended.err == expected
 
@@ -339,7 +339,7 @@ def test_resuming_a_finished_run_shows_its_table(project, starts):
 def test_resuming_with_another_configuration_is_refused(project, starts):
     ended = starts["resumed otherwise"]
     assert ended.code == 2
-    assert "optim.learning_rate: 0.01 -> 0.001. Resume it unchanged, or choose another name=<name>" in ended.err
+    assert "optim.learning_rate: 0.01 -> 0.001. Resume it with that one, or set name=<another name>" in ended.err
     assert ended.err.count("\n") == 1
 
 

@@ -38,7 +38,7 @@ def main(composed: DictConfig) -> None:
     )
     feed = with_hard_batches(feed, config.data)
     steps = config.trainer.steps(feed.batches_per_epoch)
-    found = inspection.inspect_feed(
+    result = inspection.inspect_feed(
         feed,
         tokenizer,
         num_examples=config.examples,
@@ -46,8 +46,8 @@ def main(composed: DictConfig) -> None:
         steps=steps,
         batches_per_step=config.trainer.gradient_accumulation,
     )
-    inspection.print_inspection(found, Console())
-    write_inspection(found, page, config.name, plain(config))
+    inspection.print_inspection(result, Console())
+    write_inspection(result, page, config.name, plain(config))
     print(f"page  {page}")
 
 

@@ -25,7 +25,7 @@ def main(composed: DictConfig) -> None:
 
     config = typed(SearchConfig, composed)
     if not config.run:
-        raise InputError("set run=<run or export folder>, for example run=runs/pydocs")
+        raise InputError("set run=<folder of a run, export, adapter or other model>, for example run=runs/pydocs")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.rerank:
         encoder, ranker = load_encoder_and_reranker(config.run, config.prompt, device=device)

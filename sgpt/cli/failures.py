@@ -98,7 +98,7 @@ def _of_the_system(error: BaseException, number: int, config: Mapping[str, Any])
             f"raise the limit, {_again(config)}"
         )
     key = _key_of(path, config)
-    other = f"choose another {key}=" if key else f"choose another place with {_places(config)}"
+    other = f"set {key}=<another path>" if key else f"choose another place with {_places(config)}"
     if number in (errno.EROFS, errno.EACCES, errno.EPERM):
         keys = dict.fromkeys([*([f"{key}="] if key else []), *_places(config).split(" and ")])
         return f"{where}: {os.strerror(number)}; choose places that can be read and written, by {' and '.join(keys)}"

@@ -21,7 +21,18 @@ from sgpt.data.sources.bad_rows import accepted
 from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import files_below
-from sgpt.runtime.values import COUNT, COUNT_OR_NONE, FINITE, MOST, POSITIVE, SEED, SHARE, Range, check_ranges
+from sgpt.runtime.values import (
+    COUNT,
+    COUNT_OR_NONE,
+    FINITE,
+    MOST,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Range,
+    check_choice,
+    check_ranges,
+)
 from sgpt.text.markers import Frame, MarkersConfig, Role, frames
 
 log = logging.getLogger(__name__)
@@ -84,8 +95,7 @@ class SourceConfig:
     """Documents are put in the queries' markers, as in data whose two sides are of one kind."""
 
     def __post_init__(self) -> None:
-        if self.name not in READERS:
-            raise InputError(f"data.name={self.name!r} is unknown; choose one of {', '.join(READERS)}")
+        check_choice("data.name", self.name, READERS)
         self.columns = dict.fromkeys(COLUMN_ROLES) | self.columns
         if odd := self.columns.keys() - {*COLUMN_ROLES}:
             raise InputError(f"data.columns has the unknown key {sorted(odd)[0]!r}; it maps {', '.join(COLUMN_ROLES)}")
@@ -95,8 +105,7 @@ class SourceConfig:
                 f"data.num_hard_negatives={self.num_hard_negatives}: data=nli has one hard negative for each example; "
                 "set it to 1 or 0"
             )
-        if self.on_error not in ("stop", "skip"):
-            raise InputError(f"data.on_error={self.on_error!r} is unknown; choose stop or skip")
+        check_choice("data.on_error", self.on_error, ("stop", "skip"))
         if self.on_error == "skip" and "on_error" not in READERS[self.name].keys:
             able = ", ".join(_readers_of("on_error"))
             raise InputError(
@@ -159,8 +168,7 @@ class DataConfig(SourceConfig):
         # below 0.1 a size to the power of 1 / temperature is no number
         evens = Range("positive and 0.1 or more; 1 is by size, larger evens the sources out", 0.1)
         check_ranges(self, "data.", temperature=evens)
-        if self.batches not in ("random", "hard"):
-            raise InputError(f"data.batches={self.batches!r} is unknown; choose random or hard")
+        check_choice("data.batches", self.batches, ("random", "hard"))
         if self.batches == "hard" and not self.grouping_model:
             raise InputError("data.batches=hard needs data.grouping_model=<folder of a model>")
         if self.batches != "hard" and self.grouping_model:

@@ -39,6 +39,7 @@ from sgpt.decoder.model_files import (
 )
 from sgpt.decoder.packing import Pack
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.values import check_choice
 from sgpt.text.template import unwrap
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,7 @@ class ModelConfig:
     """Of the frozen weights: float32, bfloat16 or float16. What learns is float32 in any case."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise InputError(f"model.dtype={self.dtype!r} is unknown; choose float32, bfloat16 or float16")
+        check_choice("model.dtype", self.dtype, DTYPES)
 
 
 def load_trunk(config: ModelConfig) -> nn.Module:

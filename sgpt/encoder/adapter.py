@@ -55,8 +55,7 @@ def save_adapter(trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[
     temporary.mkdir(parents=True)
     if _by_peft(trunk):
         trunk.save_pretrained(temporary)
-        stated = json.loads((temporary / PEFT).read_text()) | {"base_model_name_or_path": contract.base}
-        (temporary / PEFT).write_text(json.dumps(stated, indent=2) + "\n")
+        _rewrite_peft_config(temporary, contract.base)
         form, note = "peft", f"{CHANGE} is a low-rank adapter of PEFT"
     else:
         form, note = _write_delta(trunk, base, temporary, contract.base)
@@ -241,9 +240,18 @@ def _write_beft_config(folder: Path, targets: list[str], saved: list[str], base_
     from peft import BeftConfig
 
     BeftConfig(
-        base_model_name_or_path=base_path, task_type="FEATURE_EXTRACTION", inference_mode=True,
-        target_modules=targets, modules_to_save=saved or None,
+        task_type="FEATURE_EXTRACTION", inference_mode=True, target_modules=targets, modules_to_save=saved or None,
     ).save_pretrained(folder)  # fmt: skip
+    _rewrite_peft_config(folder, base_path)
+
+
+def _rewrite_peft_config(folder: Path, base_path: str) -> None:
+    """Names the base, and sorts module names: PEFT keeps them in sets, whose order differs from process to process."""
+    stated = json.loads((folder / PEFT).read_text(encoding="utf-8")) | {"base_model_name_or_path": base_path}
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        if isinstance(stated.get(key), list):
+            stated[key] = sorted(stated[key])
+    (folder / PEFT).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
 
 
 def _by_peft(trunk: nn.Module) -> bool:

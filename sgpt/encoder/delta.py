@@ -19,7 +19,8 @@ class Delta:
     def __init__(self, trunk: nn.Module, folder: Path) -> None:
         if not (folder / DELTA).is_file() or read_delta(folder)["form"] == "peft":
             raise InputError(
-                f"{folder} is no bias delta, so it cannot share a trunk; open it by itself, or train with tuning=bitfit"
+                f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves, so encoder and re-ranker "
+                "cannot share one trunk; search without re-ranking: python train/search.py run=<this run> rerank=false"
             )
         refuse_other_base(trunk, folder)
         parameters = dict(trunk.named_parameters())

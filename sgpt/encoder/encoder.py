@@ -74,8 +74,8 @@ class Encoder(nn.Module):
 
         A row without any token gives zeros.
         """
-        packs = list(self.packs(rows))
-        return self.restore_order(packs, [self.embed_pack(pack) for pack in packs], len(rows))
+        all_packs = list(self.packs(rows))
+        return self.restore_order(all_packs, [self.embed_pack(pack) for pack in all_packs], len(rows))
 
     def packs(self, rows: TokenLists) -> Iterator[Pack]:
         """The rows in packs of `tokens_per_pack`, longest first, on this encoder's device."""
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         """[rows of the pack, D], with gradient. No padding is computed, except for trunks that do not take packs."""
         inside = getattr(self.delta, "inside", True)
         assert inside, "the trunk is the base here: call this inside of `with encoder.delta:`"
-        with self._precision():
+        with self._autocast():
             if not takes_packs(self.trunk):
                 return self.embed(*pack.padded(self.tokenizer.pad_token_id))
             hidden = packed_token_embeddings(self.trunk, pack)  # [N, D]
@@ -97,9 +97,9 @@ class Encoder(nn.Module):
                 pooled.append(pool(block, mask))
             return torch.cat(pooled)
 
-    def restore_order(self, packs: Sequence[Pack], embeddings: Sequence[Tensor], num_rows: int) -> Tensor:
+    def restore_order(self, all_packs: Sequence[Pack], embeddings: Sequence[Tensor], num_rows: int) -> Tensor:
         """The packs' embeddings as [num_rows, D], in the order of the rows; zeros for rows that are in no pack."""
-        order = torch.tensor([row for pack in packs for row in pack.rows], dtype=torch.long, device=self.device)
+        order = torch.tensor([row for pack in all_packs for row in pack.rows], dtype=torch.long, device=self.device)
         dtype = embeddings[0].dtype if embeddings else None
         nothing = torch.zeros(0, self.embedding_size, device=self.device, dtype=dtype)  # for `cat`, where no pack is
         by_pack = torch.cat([*embeddings, nothing])
@@ -180,8 +180,8 @@ class Encoder(nn.Module):
         """Share of computed positions that are padding, 0 to 1: none in packs."""
         if takes_packs(self.trunk):
             return 0.0
-        packs = list(self.packs(rows))
-        return 1 - sum(map(len, packs)) / max(1, sum(pack.padded_tokens for pack in packs))
+        all_packs = list(self.packs(rows))
+        return 1 - sum(map(len, all_packs)) / max(1, sum(pack.padded_tokens for pack in all_packs))
 
     def fingerprint(self, corpus: Mapping[str, str] | None = None) -> str:
         """Changes with any weight, any rule of the tokenizer and any part of the contract; with a corpus, with any
@@ -209,7 +209,7 @@ class Encoder(nn.Module):
         """`encode` with all weights in `dtype`."""
         return self.in_dtype(dtype).encode
 
-    def _precision(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager:
         """Autocast where half-precision weights meet float32 biases, which learn; else what the caller has set."""
         dtypes = {parameter.dtype for parameter in self.trunk.parameters()}
         half = dtypes - {torch.float32}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sgpt.runtime.errors import InputError
+from sgpt.runtime.values import check_choice
 
 
 def weighted_mean(token_embeddings: Tensor, attention_mask: Tensor) -> Tensor:
@@ -76,5 +76,4 @@ class PoolingConfig:
     """A row of POOLINGS."""
 
     def __post_init__(self) -> None:
-        if self.name not in POOLINGS:
-            raise InputError(f"pooling.name={self.name!r} is unknown; choose one of {', '.join(POOLINGS)}")
+        check_choice("pooling.name", self.name, POOLINGS)

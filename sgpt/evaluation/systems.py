@@ -31,7 +31,7 @@ KEPT_CHARACTERS = 1 << 30  # of all corpora together, about as many bytes of mem
 
 @dataclass(frozen=True)
 class FoundSets:
-    """retrieval: found, not yet read. pairs, tasks: read and checked."""
+    """retrieval: folders that exist, not yet read. pairs, tasks: read and checked."""
 
     retrieval: list[BeirFolder]
     pairs: Sets
@@ -62,7 +62,7 @@ def check_request(config: EvaluateConfig) -> None:
         if file and Path(file).is_dir():
             raise InputError(f"{key}={file} is a folder; name a file in it, for example {Path(file) / 'scores.json'}")
         if file:
-            check_writable(Path(file), f"another {key}=")
+            check_writable(Path(file), f"set {key}=<another file>")
 
 
 def find_sets(config: EvaluateConfig) -> FoundSets:

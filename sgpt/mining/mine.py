@@ -17,7 +17,7 @@ import torch
 
 from sgpt.data.formats.jsonl import write_rows
 from sgpt.mining.config import MineConfig
-from sgpt.mining.rankers import EMBEDDINGS, RANKERS, Ranker
+from sgpt.mining.rankers import RANKERS, SCRATCH, Ranker
 from sgpt.mining.report import COUNTS, write_page
 from sgpt.mining.rules import cross_encoder, mine_block
 from sgpt.mining.task import Task, read_task
@@ -35,8 +35,8 @@ def mine(config: MineConfig, device: torch.device | str = "cpu") -> dict[str, An
     if not config.data or not config.output:
         raise InputError("set data=<BEIR folder or file of pairs> and output=<file.jsonl or file.jsonl.gz>")
     if not config.output.endswith((".jsonl", ".jsonl.gz")):
-        raise InputError(f"output={config.output} is no name of JSON lines; let it end in .jsonl or .jsonl.gz")
-    with Job(config, "statistics", scratch=(EMBEDDINGS, ".embeddings.tmp")) as job:
+        raise InputError(f"output={config.output}: rows are written as JSON lines; end the name in .jsonl or .jsonl.gz")
+    with Job(config, "statistics", scratch=SCRATCH) as job:
         return _mine(config, job, device)
 
 
@@ -122,8 +122,10 @@ def _counts_before_mining(task: Task) -> Counter:
 
 
 def _warn_of_queries_without_negatives(task: Task, number: int) -> None:
-    few = 2 * number <= len(task.queries)
-    remedy = "see the counts for the rule that left them out" if few else "are queries and documents of one language?"
-    fate = "their rows are written without" if task.config.on_few == "keep" else "they are left out"
-    message = "%s: no negative was found for %d of %d queries, and %s; %s"
-    log.warning(message, task.config.output, number, len(task.queries), fate, remedy)
+    are_most = 2 * number > len(task.queries)
+    same_language = "check that queries and documents are in the same language"
+    remedy = same_language if are_most else "the counts say which rule left their candidates out"
+    is_kept = task.config.on_few == "keep"
+    fate = "their rows are written without any (on_few=keep)" if is_kept else "they are left out (on_few=drop)"
+    message = "%s: %d of %d queries have no hard negative; %s. %s"
+    log.warning(message, task.config.output, number, len(task.queries), fate, remedy[0].upper() + remedy[1:])

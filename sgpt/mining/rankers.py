@@ -19,7 +19,8 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.jobs import Blocks
 from sgpt.runtime.provenance import file_hash
 
-EMBEDDINGS = ".embeddings.npy"  # next to the output while it is being mined
+EMBEDDINGS = ".embeddings.npy"
+SCRATCH = (EMBEDDINGS, ".embeddings.tmp")  # endings of files next to the output, removed when it is written
 
 
 class Candidate(NamedTuple):
@@ -30,10 +31,10 @@ class Candidate(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """What a ranker says of one query.
+    """What a ranker returns for one query.
 
-    candidates: best first, barred rows among them. positives: their scores in the order of the query's positives, None
-    where the ranker has none.
+    candidates: best first, barred rows among them. positives: a score for each of the query's positives, in their
+    order; None where the ranker has none.
     """
 
     candidates: list[Candidate]
@@ -41,15 +42,28 @@ class Ranking(NamedTuple):
 
 
 class Ranker(Protocol):
-    """What ranks the documents. digest: changes with anything that decides scores.
+    """What a class in RANKERS implements: it ranks the texts of `task.pool` for queries, by row.
 
-    `prepare` does the long work that can be resumed; all processes call it. `rank` gives a ranking for each query.
+    Made on every process by RANKERS[source](task), before anything is written: InputError where it cannot rank.
     """
 
     digest: str
+    """A hash or version, equal on all processes, that changes with anything that decides the scores: a job is resumed
+    with the same one only.
+    """
 
-    def prepare(self, blocks: Blocks) -> None: ...
-    def rank(self, queries: Sequence[Query]) -> list[Ranking]: ...
+    def prepare(self, blocks: Blocks) -> None:
+        """Work on the whole pool, once before any `rank`; all processes call it together, also when a job resumes.
+
+        blocks: keeps what is finished. Files next to the output are to be named in SCRATCH.
+        """
+
+    def rank(self, queries: Sequence[Query]) -> list[Ranking]:
+        """A Ranking for each query (one or more), in their order.
+
+        Candidates: each row of the pool at most once, sorted by `by_score`; finite scores, higher is nearer. At least
+        the best last_rank + len(query.barred) rows where so many have a score, as barred ones are taken out later.
+        """
 
 
 def by_score(rows: Iterable[int], scores: Iterable[float]) -> list[Candidate]:
@@ -133,7 +147,9 @@ class Model:
 
 
 class RunFile:
-    """A ranking that someone else made. The order is that of its scores, as evaluation tools read it."""
+    """A run file, of TREC or JSON, made by any other system. Sorted by its scores, as evaluation tools do; its ranks
+    are not read.
+    """
 
     def __init__(self, task: Task) -> None:
         config = task.config
@@ -158,8 +174,8 @@ class RunFile:
             if ranked and missing:
                 raise InputError(
                     f"{file}: query id {query.name!r} has no score for its positive {missing[0]!r}, "
-                    "so score_margin and score_ratio cannot be applied; "
-                    "set both to null, give a deeper run, or rescore=<folder of a cross-encoder>"
+                    "and score_margin and score_ratio need one; give a run that ranks all positives, "
+                    "set both keys to null, or set rescore=<folder of a cross-encoder>, which scores them"
                 )
 
     def prepare(self, blocks: Blocks) -> None:

@@ -25,7 +25,9 @@ Rescore = Callable[[Sequence[tuple[str, str]]], list[float]]  # (query, document
 def mine_block(
     queries: Sequence[Query], task: Task, ranker: Ranker, rescore: Rescore | None
 ) -> tuple[list[dict], Counter]:  # fmt: skip
-    """The training rows of these queries, and how often each rule left something out."""
+    """The training rows of these queries, and counts by the keys of `report.COUNTS`: rows, negatives, what each rule
+    left out.
+    """
     config, counts, rows = task.config, Counter(), []
     rankings = []
     for query, ranking in zip(queries, ranker.rank(queries), strict=True):
@@ -175,12 +177,12 @@ def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()
 
 
 def _by_decoder(folder: str, device: torch.device, queries: Sequence[str]) -> Rescore:
-    ranker = SgptCrossEncoder.from_pretrained(folder)
-    ranker.texts(queries, [""] * len(queries))  # what does not fit is refused now, not when its block comes
-    ranker.model.to(device)
+    scorer = SgptCrossEncoder.from_pretrained(folder)
+    scorer.texts(queries, [""] * len(queries))  # InputError for a query that is too long, before hours of mining
+    scorer.model.to(device)
 
     def rescore(pairs: Sequence[tuple[str, str]]) -> list[float]:
         queries, documents = [query for query, _ in pairs], [document for _, document in pairs]
-        return ranker.score(queries, documents, progress=False).tolist()
+        return scorer.score(queries, documents, progress=False).tolist()
 
     return rescore

@@ -63,8 +63,8 @@ def read_task(config: MineConfig, device: torch.device | str = "cpu") -> Task:
     queries = queries_of(dataset, pool, config.limit)
     if not queries:
         raise InputError(
-            f"{config.data}, split {config.split!r}: no query has a positive (score above 0) with a text of its own; "
-            "nothing to mine for"
+            f"{config.data}, split {config.split!r}: no query has a positive (score above 0) with a text that differs "
+            "from the query's, so there is nothing to mine for; give other data, or set split=<another split>"
         )
     return Task(config, dataset, pool, queries, torch.device(device))
 
@@ -81,7 +81,7 @@ def read_mining_set(config: MineConfig) -> RetrievalSet:
         if unread:
             keys = ", ".join(unread)
             raise InputError(
-                f"{keys}: of pairs in a file, and data={config.data} is read as a BEIR folder; leave it out"
+                f"{keys}: for pairs in a file only, and data={config.data} is read as a BEIR folder; leave out {keys}"
             )
         return read_retrieval(path, config.split)
     rejected = Path(f"{config.output}.rejected.jsonl")
@@ -146,8 +146,8 @@ def retrieval_set(
     log.info("%s: %s", path, describe(columns, 0, names, labels))
     if columns.score:
         raise InputError(
-            f"{path}: column {columns.score!r} scores the pairs, and which are positives is not said; "
-            "keep those, and set data.columns.score=''"
+            f"{path}: column {columns.score!r} holds scores, and mining takes every pair as a positive; keep only the "
+            "positive pairs in the file, and set data.columns.score='' to ignore the column"
         )
     table = without_late_columns(of_split(table, split, str(path)), names, columns, stated, 0)
     queries: dict[str, str] = {}

@@ -73,10 +73,10 @@ def open_manifest(config: PretrainConfig, corpus: Corpus, processes: int) -> dic
     if changed := differences(manifest.get("config", asdict(config)), asdict(config), MAY_CHANGE):
         raise InputError(
             f"{config.folder} was started with another configuration: {'; '.join(changed[:5])}. "
-            "Resume it unchanged, or choose another folder=<folder>"
+            "Resume it with that one, or set folder=<another folder>"
         )
     with threads(recorded_threads(manifest)):
-        check_same(folder, manifest, inputs, otherwise="choose another folder=<folder>")
+        check_same(folder, manifest, inputs, otherwise="set folder=<another folder>")
     return manifest
 
 

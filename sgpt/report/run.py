@@ -29,14 +29,14 @@ METRIC_LABELS = {
     "positive_cosine": "positive", "hardest_negative_cosine": "hardest negative",
 }  # fmt: skip
 CURVES = {  # title: keys of a log line
-    "Loss (nats)": ("loss",),
+    "Loss": ("loss",),
     "Cosine with the query": ("positive_cosine", "hardest_negative_cosine"),
     "Learning rate": ("learning_rate",),
     "Gradient norm": ("grad_norm",),
     "Queries per second": ("queries_per_second",),
 }
 REMEDY = {
-    "config.yaml": "put back the file that training wrote, or train again under another name=<name>",
+    "config.yaml": "put back the file that training wrote, or train again with name=<another name>",
     "metrics.jsonl": (
         "delete the line and write the report again, or, of a run that has not finished, "
         "start it again with resume=true"
@@ -316,27 +316,27 @@ def _draw_curves(axes: Axes, lines: dict[str, Points], colours: dict[str, str]) 
 
 def _similarity_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
     """Positives and negatives, before and after in the same bins, so that the eye can compare the two."""
-    found = {}
+    cosines = {}  # model -> side -> its finite values
     try:
         for model, sides in (analysis.get("similarity") or {}).items():
             arrays = {side: np.array(sides[side], dtype=float) for side in SIDES}
             arrays = {side: values[np.isfinite(values)] for side, values in arrays.items()}
             if all(map(len, arrays.values())):
-                found[model] = arrays
+                cosines[model] = arrays
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _refusal(
             path, f"'similarity' does not hold lists of numbers 'positive' and 'negative' ({error!r})"
         ) from error
-    if not found:
+    if not cosines:
         return []
     draw = partial(
         draw_sides,
-        bins=common_bins(values for sides in found.values() for values in sides.values()),
+        bins=common_bins(values for sides in cosines.values() for values in sides.values()),
         xlabel="cosine",
         ylabel="share of pairs",
     )
     plots = []
-    for model, sides in found.items():
+    for model, sides in cosines.items():
         positive, negative = sides["positive"], np.sort(sides["negative"])
         lower, upper = (np.searchsorted(negative, positive, side).mean() / len(negative) for side in ("left", "right"))
         note = (

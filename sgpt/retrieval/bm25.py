@@ -45,8 +45,8 @@ def warn_of_unmatched(name: str, without: int, queries: int) -> None:
     """A warning where BM25 finds nothing for most queries: nobody would see in its low score why it is low."""
     if 2 * without > queries:
         log.warning(
-            "%s: BM25 finds no document for %d of %d queries, as no word of theirs is in the corpus; "
-            "are both of one language, and texts?", name, without, queries,
+            "%s: BM25 finds no document for %d of %d queries, because none of their words is in the corpus; "
+            "check that queries and documents are in the same language", name, without, queries,
         )  # fmt: skip
 
 

@@ -84,8 +84,10 @@ def build_graphs(folder: Path, stored: Stored) -> None:
     while (reached := _recall(graphs, queries, expected, stored)) < RECALL and graphs.effort < most:
         graphs.effort = min(most, round(1.5 * graphs.effort))
     if reached < RECALL:
-        message = "%s: the graph finds %.1f %% of a document's neighbours, not %.0f %%; search with index.kind=exact"
-        log.warning(message, folder, 100 * reached, 100 * RECALL)
+        log.warning(
+            "%s: the graph finds %.1f %% of the %d nearest neighbours that exact search finds, below the %.0f %% "
+            "aimed at; set index.kind=exact", folder, 100 * reached, NEIGHBOURS, 100 * RECALL,
+        )  # fmt: skip
     of_graphs = {"kind": "faiss", "effort": graphs.effort, "recall_at_10": round(reached, 4)}
     write_description(folder, {**read_description(folder), **of_graphs})
 
@@ -111,6 +113,6 @@ def import_faiss() -> Any:
     except ImportError:
         raise InputError(
             "index.kind=faiss: faiss is not installed; pip install 'sgpt-framework[faiss]', "
-            "or search exactly with index.kind=exact"
+            "or set index.kind=exact"
         ) from None
     return faiss

@@ -38,7 +38,7 @@ from sgpt.runtime.embed import EmbeddingsFile, embed_blocks
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import make_once, replace_folder
 from sgpt.runtime.provenance import changed_environment, environment
-from sgpt.runtime.values import COUNT, check_ranges
+from sgpt.runtime.values import COUNT, check_choice, check_ranges
 
 log = logging.getLogger(__name__)
 CHOICES = {"kind": ("exact", "faiss"), "dtype": ("float32", "float16")}
@@ -57,8 +57,7 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise InputError(f"index.{key}={getattr(self, key)!r} is unknown; choose {' or '.join(choices)}")
+            check_choice(f"index.{key}", getattr(self, key), choices)
         check_ranges(self, "index.", documents_per_block=COUNT)
 
 
@@ -71,7 +70,7 @@ def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: I
     """
     config = config or IndexConfig()
     if not corpus:
-        raise InputError(f"{folder}: there are no documents to index; give a corpus that has some")
+        raise InputError(f"{folder}: the corpus is empty, so there is nothing to index; give one with documents")
     if config.kind == "faiss":
         import_faiss()  # before hours of encoding
     wanted = {"fingerprint": encoder.fingerprint(corpus), "documents": len(corpus), "dtype": config.dtype}
@@ -128,7 +127,10 @@ def _can_resume(building: Path, wanted: dict[str, Any]) -> bool:
     now = {**environment(), "threads": then["threads"]}  # as many are taken again
     changed = changed_environment(then, now)
     if changed:
-        log.warning("%s: a build that was stopped starts again, as since then %s", building, "; ".join(changed))
+        log.warning(
+            "%s: the unfinished index is built again from the start, because the environment has changed: %s",
+            building, "; ".join(changed),
+        )  # fmt: skip
     elif then["processor"] != now["processor"]:
-        log.warning("%s: resumed on another processor, so last bits may differ from here on", building)
+        log.warning("%s: resumed on another processor; last bits of the embeddings may differ from here on", building)
     return not changed

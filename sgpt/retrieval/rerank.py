@@ -88,8 +88,7 @@ class RerankConfig:
     """Continue a killed job of the same configuration and data, by any number of processes."""
 
     def __post_init__(self) -> None:
-        if self.first not in FIRST:
-            raise InputError(f"first={self.first!r} is unknown; choose one of {', '.join(FIRST)}")
+        check_choice("first", self.first, FIRST)
         for first, key in FIRST.items():
             if key and (self.first == first) != bool(getattr(self, key)):
                 unread = f"does not read {key}={getattr(self, key)}; set first={first}, or leave it out"
@@ -101,8 +100,8 @@ class RerankConfig:
         )  # fmt: skip
         if self.posterior and (self.mean or self.answers):
             raise InputError(
-                "posterior=true needs the probability of the whole query, "
-                "which a mean over its tokens and an answer are not; set one of them"
+                "posterior=true needs the probability of the whole query, which mean=true and answers do not give; "
+                "set posterior=false, or leave out mean and answers"
             )
         build_prompt(self.prompt_config)
 

@@ -89,7 +89,7 @@ class SearchConfig:
     """Keys of train/search.py."""
 
     run: str = ""
-    """Folder of a run or an export, or of another model that embeds texts."""
+    """Folder of a run, export, adapter, sentence-transformers model or base, or a hub id of one of the last two."""
     query: str | None = None
     """What to search for; null asks at a prompt."""
     corpus: str | None = None

@@ -52,29 +52,29 @@ def make_once(path: Path, is_there: Callable[[], bool], make: Callable[[], None]
             _lock_of(path).unlink(missing_ok=True)
 
 
-def lock(path: Path, key: str = "another place") -> FileLock:
+def lock(path: Path, remedy: str = "choose another folder") -> FileLock:
     """Reserves `path` for this process until `unlock`, or until the process ends.
 
-    key: by which the user chooses another place. Raises InputError when another process has it, or nothing can be
-    written.
+    Raises InputError when another process has it, or nothing can be written. remedy: ends the message with what to do,
+    "set output=<another file>".
     """
-    check_writable(path, key)
+    check_writable(path, remedy)
     taken = FileLock(_lock_of(path))
     try:
         taken.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"{path}: another process is writing it now; wait for it, or choose another name") from None
+        raise InputError(f"{path}: another process is writing to it; wait until that ends, or {remedy}") from None
     return taken
 
 
-def check_writable(path: Path, key: str = "another place") -> None:
-    """Makes the folder of `path`; InputError where nothing can be written in it. key: as for `lock`."""
+def check_writable(path: Path, remedy: str = "choose another folder") -> None:
+    """Makes the folder of `path`; InputError where nothing can be written in it. remedy: as for `lock`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise InputError(f"{path}: nothing can be written there ({error.strerror}); choose {key}") from None
+        raise InputError(f"{path} cannot be written ({error.strerror}); {remedy}") from None
 
 
 def unlock(taken: FileLock) -> None:

@@ -32,6 +32,10 @@ from sgpt.runtime.files import lock, unlock, write_whole
 from sgpt.runtime.progress import progress_bar
 from sgpt.runtime.provenance import Inputs, check_same, differences, environment, recorded_threads, threads
 
+BLOCK_KINDS = {  # the first key of a line in the part files -> what its number counts
+    "block": "blocks of the output: of queries in mining, of documents in re-ranking",
+    "documents": "blocks of documents that mining encodes before it ranks",
+}
 # Keys that may differ on resuming; how many threads really compute is compared by check_same.
 _MAY_CHANGE = {"resume", "threads"}
 
@@ -82,7 +86,7 @@ class Job:
         other inputs, versions or threads. keep: ending -> text of files next to the output that a resumed job reads.
         """
         if self.resumed:
-            check_same(self.output, self.manifest, inputs, otherwise="choose another output=<file>")
+            check_same(self.output, self.manifest, inputs, otherwise="set output=<another file>")
         else:
             self.manifest = {"config": asdict(self.config), "inputs": dict(inputs), "environment": environment()}
         barrier()  # everybody has read the manifest, now the main process may write it
@@ -126,14 +130,14 @@ class Job:
 class Blocks:
     """The finished blocks of a job, one JSON line each in the part files.
 
-    A line's first key is the kind of block: `block`, or `documents` for those that mining encodes beforehand.
+    A line's first key is a row of BLOCK_KINDS, its value the number of the block.
     done: kind -> block -> file and first byte of its line, as they were when this object was made: all processes then
     share out the same blocks.
     """
 
     def __init__(self, output: Path) -> None:
         self.output, self.own = output, sibling(output, f".part-{world()[0]}")
-        self.done: dict[str, dict[int, tuple[Path, int]]] = {"documents": {}, "block": {}}
+        self.done: dict[str, dict[int, tuple[Path, int]]] = {kind: {} for kind in BLOCK_KINDS}
         for file in _part_files(output):
             whole = 0  # bytes of whole lines
             with file.open("rb") as lines:
@@ -200,7 +204,7 @@ def own_share(missing: Sequence[int], size: int, title: str, *, alone: bool = Fa
 def sole_writer(output: Path) -> Iterator[None]:
     """InputError, on all processes of this start, while another start writes `output`."""
     locks: list[FileLock] = []
-    from_main(lambda: locks.append(lock(output, "another output=")))
+    from_main(lambda: locks.append(lock(output, "set output=<another file>")))
     try:
         yield
     finally:
@@ -221,27 +225,32 @@ def _parsed(line: bytes, file: Path, first_byte: int) -> dict:
     try:
         return json.loads(line)
     except ValueError:
-        remedy = "delete this file and resume, its blocks are done again"
-        raise InputError(f"{file}: damaged at byte {first_byte}; {remedy}") from None
+        raise InputError(
+            f"{file}: the line that starts at byte {first_byte} is no JSON; "
+            "delete this file and start again with resume=true, which computes its blocks again"
+        ) from None
 
 
 def _read_manifest(config: Resumable) -> dict:
-    """Of `<output>.manifest.json`; {} where there is nothing to resume. Refuses to overwrite, and to resume unasked."""
+    """Of `<output>.manifest.json`; {} where there is nothing to resume.
+
+    InputError where something would be overwritten, or resumed without resume=true.
+    """
     output = Path(config.output)
     file = sibling(output, ".manifest.json")
     manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if output.exists() and not config.resume:
-        raise InputError(f"{output} exists; resume with resume=true, or choose another output=<file>")
+        raise InputError(f"{output} exists; resume with resume=true, or set output=<another file>")
     if output.exists() and not manifest:
-        raise InputError(f"{output} exists and was not written here: there is no {file}; choose another output=<file>")
+        raise InputError(f"{output} exists without {file}, so it cannot be resumed; set output=<another file>")
     if "finished" in manifest and not output.exists():
         return {}  # somebody removed the output
     if manifest and not config.resume:
-        raise InputError(f"{file} belongs to a killed run; resume with resume=true, or choose another output=<file>")
+        raise InputError(f"{output} is unfinished, see {file}; resume with resume=true, or set output=<another file>")
     changed = differences(manifest["config"], asdict(config), _MAY_CHANGE) if manifest else []
     if changed:
         raise InputError(
             f"{output} was started with another configuration: {'; '.join(changed[:5])}. "
-            "Resume it unchanged, or choose another output=<file>"
+            "Resume it with that one, or set output=<another file>"
         )
     return manifest

@@ -1,11 +1,12 @@
-"""The command line as it was typed: texts and paths reach Hydra in quotes of its grammar, which nobody needs to know.
+"""The command line as it was typed: texts and paths are put in quotes for Hydra, so nobody needs to know its grammar.
 
     retrieval=[/x/epoch=3]   name=1e5   data.path=a,b   run=it's   data.sources=[{path: a b=c}]
 
-are what they look like. Kept as Hydra reads them: null where a key may be null, what stands in quotes already,
-${other.key}, and with -m the commas and functions of a sweep. Imports nothing heavy.
+mean what they say. Passed on as they are: null where a key may be null, what is in quotes already, ${other.key}, and
+with -m the commas and functions of a sweep. Imports nothing heavy.
 """
 
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -16,15 +17,17 @@ from typing import Any, NamedTuple
 import yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NO_TEXT = {  # null by default, and else a number or keys
+# Keys whose default in configs/ is null and whose other values are numbers or groups of keys. The YAML does not show
+# that, and any other key with null there is taken for a text (`texts`): name a new one of this sort here.
+NO_TEXT = {
     "limit", "data.limit", "evaluation.limit", "dev.limit",
     "data.positive_score", "data.negative_score", "data.weight", "data.query_max_tokens", "data.document_max_tokens",
     "loss.false_negative_margin", "trainer.max_steps", "trainer.keep_gigabytes", "trainer.threads", "threads",
     "score_margin", "score_ratio", "markers",
 }  # fmt: skip
-OR_NULL = {"evaluation.split", "dev.split"}  # texts by default
-SOURCES = "data.sources"  # keys of data in braces
-DEPTHS = {"shots": 2}
+OR_NULL = {"evaluation.split", "dev.split"}  # their default is a text, and null is allowed as well
+SOURCES = "data.sources"  # a list whose members hold keys of data, in braces
+DEPTHS = {"shots": 2}  # lists of lists of texts, which an empty list in the YAML does not show
 QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 PLAIN = re.compile(r"[\w./-][\w./:@%+?*| -]*", re.ASCII)  # what Hydra reads without quotes
 SWEEP = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag|extend_list)\(")
@@ -39,13 +42,16 @@ class TextKey(NamedTuple):
 
 
 def as_typed(arguments: Sequence[str], config_name: str, verbatim: Sequence[str] = ()) -> list[str]:
-    """The arguments of a script for Hydra. verbatim: keys in whose texts \\n is a line's end, and ${ begins nothing."""
+    """The arguments of a script, with their texts in quotes for Hydra.
+
+    verbatim: keys whose texts are taken to the letter, ${ included; only \\n is a line break.
+    """
     known, sweeping = texts(config_name), bool({"-m", "--multirun"} & {*arguments})
     return [_as_typed(argument, known, verbatim, sweeping) for argument in arguments]
 
 
 def argument(key: str, value: str | Sequence[str]) -> str:
-    """key=value as one word of the shell, which gives a script this very text, or list of texts."""
+    """key=value as it has to be typed in a shell, for a script to get exactly this text or list of texts."""
     if not isinstance(value, str):
         texts_of_list = [text if PLAIN.fullmatch(text) else quoted(text) for text in value]
         return shlex.quote(f"{key}=[{','.join(texts_of_list)}]")
@@ -54,7 +60,7 @@ def argument(key: str, value: str | Sequence[str]) -> str:
 
 
 def quoted(value: str, *, verbatim: bool = True) -> str:
-    """The value in quotes of Hydra's grammar. Without verbatim ${key} is the key's value."""
+    """The value in single quotes for Hydra. Without verbatim, ${key} in it stays a reference to that key."""
     value = value.replace("${", "\\${") if verbatim else NO_INTERPOLATION.sub(r"\\${", value)
     # A backslash counts only before a quote and at the end, and is doubled there.
     escaped = re.sub(r"(\\*)('|\Z)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value)
@@ -62,6 +68,7 @@ def quoted(value: str, *, verbatim: bool = True) -> str:
 
 
 def _as_typed(argument: str, known: Mapping[str, TextKey], verbatim: Sequence[str], sweeping: bool) -> str:
+    """One argument for Hydra. known: the script's keys that hold texts. sweeping: commas may separate values to try."""
     key, equals, value = argument.partition("=")
     name = key.lstrip("+")
     if not equals or key.startswith(("-", "~", "hydra")):
@@ -74,7 +81,7 @@ def _as_typed(argument: str, known: Mapping[str, TextKey], verbatim: Sequence[st
 
 
 def _value(key: str, value: str, known: Mapping[str, TextKey], kind: TextKey | None) -> str:
-    """kind: None where only the keys in its braces say what is a text, or nothing does."""
+    """The value for Hydra. kind: None for a key that holds no text itself; keys in its braces may."""
     inner = value.strip()
     if _stands(inner, kind):
         return value
@@ -103,9 +110,9 @@ def _paths(parts: list[str]) -> list[str]:
     paths, rest = [], parts
     while rest:
         size = 1
-        if not Path(rest[0].strip()).exists():
+        if not os.path.exists(rest[0].strip()):  # False for what no file can be called, where Path raises
             for longer in range(len(rest), 1, -1):  # the longest name that exists
-                if Path(",".join(rest[:longer]).strip()).exists():
+                if os.path.exists(",".join(rest[:longer]).strip()):
                     size = longer
                     break
         paths.append(",".join(rest[:size]))
@@ -114,6 +121,7 @@ def _paths(parts: list[str]) -> list[str]:
 
 
 def _stands(value: str, kind: TextKey | None) -> bool:
+    """Whether Hydra is to read the value as it stands: an allowed null, or what is in quotes already."""
     return (value == "null" and (kind is None or kind.nullable)) or QUOTED.fullmatch(value) is not None
 
 

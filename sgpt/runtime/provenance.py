@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 Inputs = Mapping[str, str | int]  # name -> hash of the content, or a number
 VERSIONS = ("torch", "transformers", "tokenizers", "peft", "numpy", "accelerate", "datasets", "safetensors")
 COMPUTING = ("torch", "transformers", "tokenizers", "peft", "numpy")  # another version can give another result
+SHOWN = 12  # characters of a hash in messages
 DISPATCH = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")  # choose other kernels
 
 
@@ -57,14 +58,13 @@ def computing_versions() -> dict[str, str]:
 def check_same(where: Path, manifest: Mapping[str, Any], inputs: Inputs, *, otherwise: str) -> None:
     """Raises InputError, naming them, where inputs, versions or threads of what is to be resumed are others now.
 
-    manifest: as it was begun; of what is finished the inputs alone count. otherwise: what to do where they cannot be
-    had again, the end of the sentence. A processor or a commit that is another is logged, as last bits may differ from
-    here on.
+    manifest: of the first start; of what is finished the inputs alone count. otherwise: what to do where they cannot be
+    restored, the end of the sentence. Another processor or commit is logged, as last bits may differ from here on.
     """
     if "inputs" not in manifest or "processor" not in manifest.get("environment", {}):
         raise InputError(
-            f"{where}: begun by an older version of this framework, which did not record what it was begun with; "
-            f"{otherwise}"
+            f"{where} was started by an older version of this framework, which did not record its inputs, so it cannot "
+            f"be resumed; {otherwise}"
         )
     then, now = manifest["environment"], environment()
     changed = _changed_inputs(manifest["inputs"], inputs)
@@ -72,8 +72,8 @@ def check_same(where: Path, manifest: Mapping[str, Any], inputs: Inputs, *, othe
         changed += changed_environment(then, now)
     if changed:
         raise InputError(
-            f"{where} was begun with something else than is there now: {'; '.join(changed[:8])}. "
-            f"Put it back and resume, or {otherwise}"
+            f"{where} was started with other inputs or in another environment: {'; '.join(changed[:8])}. "
+            f"Restore that and resume, or {otherwise}"
         )
     for what in ("processor", "instruction set", "device", "commit"):
         if "finished" not in manifest and then[what] != now[what]:
@@ -85,12 +85,13 @@ def _changed_inputs(before: Inputs, now: Inputs) -> list[str]:
     changed = []
     for name in {**before, **now}:
         if name not in now:
-            changed.append(f"{name} is not there")
+            changed.append(f"{name} was an input and is none now")
         elif name not in before:
-            changed.append(f"{name} is new")
+            changed.append(f"{name} was no input and is one now")
         elif before[name] != now[name]:
+            then_now = f"{str(before[name])[:SHOWN]} -> {str(now[name])[:SHOWN]}"
             is_number = isinstance(now[name], int)
-            changed.append(f"{name} {before[name]} -> {now[name]}" if is_number else f"{name} has changed")
+            changed.append(f"{name} {then_now}" if is_number else f"{name} has changed (hash {then_now})")
     return changed
 
 

@@ -4,6 +4,7 @@ Anything else is refused by key, with the value and what is allowed.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -62,18 +63,21 @@ def check_ranges(config: Any, prefix: str = "", **ranges: Range) -> None:
             raise InputError(f"{prefix}{name}={value} must be {allowed.describe(value)}")
 
 
-def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """InputError, with the choices, for a value that is none of them."""
+def check_choice(key: str, value: str, choices: Collection[str]) -> None:
+    """InputError, with the choices, for a value that is none of them. choices: names, or a table's rows by name."""
     if value not in choices:
-        raise InputError(f"{key}={value!r} is unknown; choose {', '.join(choices[:-1])} or {choices[-1]}")
+        *others, last = choices
+        listed = f"{', '.join(others)} or {last}" if others else last
+        raise InputError(f"{key}={value!r} is unknown; choose {listed}")
 
 
 def check_shapes(schema: type, tree: Any, key: str = "") -> None:
-    """InputError for the first key that has keys, a list or a value in the schema, and another of them in the tree."""
+    """InputError for the first key that holds keys, a list or a single value where the schema has another of the three.
+    """
     if is_dataclass(schema) or (get_origin(schema) or schema) is dict:
         if not isinstance(tree, dict):
             example = f"{key}.{fields(schema)[0].name}=…" if is_dataclass(schema) else f"{key}.<name>=…"
-            raise InputError(f"{key}={tree!r}: {key} has keys of its own; set them one by one, for example {example}")
+            raise InputError(f"{key}={tree!r}: {key} is a group of keys; set them one by one, for example {example}")
         kinds = get_type_hints(schema) if is_dataclass(schema) else dict.fromkeys(tree, str)
         for name in tree.keys() & kinds.keys():
             options = get_args(kinds[name]) if isinstance(kinds[name], UnionType) else [kinds[name]]
@@ -87,7 +91,7 @@ def check_shapes(schema: type, tree: Any, key: str = "") -> None:
         for number, inner in enumerate(tree):
             check_shapes(get_args(schema)[0], inner, f"{key}[{number}]")
     elif isinstance(tree, dict | list):
-        raise InputError(f"{key}={tree!r} is one value; write it without brackets and braces, or in quotes of its own")
+        raise InputError(f"{key}={tree!r} must be a single value; write it without brackets and braces, or in quotes")
 
 
 def check_texts(config: Any, prefix: str = "") -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.values import COUNT, check_ranges
+from sgpt.runtime.values import COUNT, check_choice, check_ranges
 
 Role = Literal["query", "document"]
 ROLES: tuple[Role, Role] = ("query", "document")
@@ -36,8 +36,7 @@ class MarkersConfig:
     """One token less of content, as the original cuts it."""
 
     def __post_init__(self) -> None:
-        if self.name not in MARKERS:
-            raise InputError(f"markers.name={self.name!r} is unknown; choose one of {', '.join(MARKERS)}")
+        check_choice("markers.name", self.name, MARKERS)
         check_ranges(self, "markers.", query_max_tokens=COUNT, document_max_tokens=COUNT)
         for role in ROLES:
             if self.max_tokens(role) < 4:

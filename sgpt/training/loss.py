@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from sgpt.data.feed.collate import Batch
 from sgpt.runtime.distributed import gather, gather_with_gradient, world
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.values import FINITE, POSITIVE, check_ranges
+from sgpt.runtime.values import FINITE, POSITIVE, check_choice, check_ranges
 from sgpt.training.negatives import Negatives, positive_rows, scaled_cosines, unit
 
 SCORES_AT_A_TIME = 2**23  # 32 MB in float32, a few times that while they are computed
@@ -106,8 +106,7 @@ class LossConfig:
     """An in-batch candidate that the guide scores above the query's positive less this is left out; in cosines."""
 
     def __post_init__(self) -> None:
-        if self.name not in LOSSES:
-            raise InputError(f"loss.name={self.name!r} is unknown; choose one of {', '.join(LOSSES)}")
+        check_choice("loss.name", self.name, LOSSES)
         margin = "a number; it is a difference of cosines, or null to leave no candidate out"
         check_ranges(
             self,

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.values import BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, Range, check_ranges
+from sgpt.runtime.values import BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, Range, check_choice, check_ranges
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts")
 
@@ -36,8 +36,7 @@ class OptimConfig:
     """What AdamW adds to the root of the mean squared gradient, so that it never divides by 0."""
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"optim.schedule={self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+        check_choice("optim.schedule", self.schedule, SCHEDULES)
         check_ranges(
             self, "optim.", learning_rate=POSITIVE, weight_decay=NOT_NEGATIVE, warmup_steps=Range("0 or more", 0, MOST),
             max_grad_norm=NOT_NEGATIVE, beta1=BELOW_ONE, beta2=BELOW_ONE, epsilon=POSITIVE,

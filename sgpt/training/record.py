@@ -19,7 +19,7 @@ from sgpt.encoder.adapter import check_tokenizer, is_adapter, refuse_other_base
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
-from sgpt.encoder.probes import HALVES, probes
+from sgpt.encoder.probes import probes
 from sgpt.evaluation import evaluate
 from sgpt.evaluation.evaluate import Sets
 from sgpt.runtime.errors import InputError
@@ -31,7 +31,7 @@ from sgpt.training.card import card
 from sgpt.training.checkpoint import TrainState
 from sgpt.training.config import TrainConfig
 from sgpt.training.run_folder import RunFolder
-from sgpt.training.tuning import count_parameters, trainable_parameters, tune
+from sgpt.training.tuning import count_parameters, precisions, trainable_parameters, tune
 
 SAMPLE = 512  # pairs in the similarity histogram
 
@@ -82,7 +82,7 @@ def record_start(run: RunFolder, config: TrainConfig, encoder: Encoder, feed: Fe
         data={"examples": sum(len(source.examples) for source in feed.sources), "sources": sources},
         parameters={"trained": trained, "total": total},
         contract={"fingerprint": encoder.contract.fingerprint(), **asdict(encoder.contract)},
-        precision=_precision(encoder, config),
+        precision=precisions(encoder.trunk, config.trainer.precision),
     )
 
 
@@ -173,7 +173,7 @@ def export_and_show(run: RunFolder, config: TrainConfig, encoder: Encoder | None
         return
     try:
         if encoder is not None or not is_exported(run):
-            run.lock = run.lock or lock(run.folder)
+            run.lock = run.lock or lock(run.folder, "set runs=<another folder>")
             write_export(run, config, encoder or reopen(run, config)[0])
         else:
             finished = run.read("manifest.json", {})["finished"]
@@ -228,13 +228,6 @@ def _python() -> str:
 def _from_here(file: Path) -> str:
     """Its path, relative where it lies below the working directory."""
     return os.path.relpath(file) if file.absolute().is_relative_to(Path.cwd()) else str(file.absolute())
-
-
-def _precision(encoder: Encoder, config: TrainConfig) -> dict[str, str]:
-    """Types of the frozen and the trained weights while the run trains and is scored, and of its computation."""
-    types = {str(parameter.dtype).removeprefix("torch.") for parameter in encoder.trunk.parameters()}
-    half = next((name for name in HALVES if name in types), None)
-    return {"frozen": half or "float32", "trained": "float32", "computed": half or config.trainer.precision}
 
 
 def _similarity(encoder: Encoder, sets: Sets) -> dict[str, list[float]]:

@@ -70,7 +70,7 @@ class RunFolder:
         """InputError when a run that was started would resume with other data, weights, versions or threads."""
         manifest = self.read("manifest.json", {})
         if manifest or any(self.checkpoints.glob("step-*")):
-            check_same(self.folder, manifest, inputs, otherwise="choose another name=<name>")
+            check_same(self.folder, manifest, inputs, otherwise="set name=<another name>")
 
     def close(self) -> None:
         """Lets others write the run: all of it is written."""
@@ -92,12 +92,12 @@ def open_run(folder: Path, config: dict, *, resume: bool) -> RunFolder:
         return run
     if not resume:
         state = "a finished run" if run.finished else "an unfinished run"
-        raise InputError(f"{folder} holds {state}; resume it with resume=true, or choose another name=<name>")
+        raise InputError(f"{folder} holds {state}; resume it with resume=true, or set name=<another name>")
     changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), config, MAY_CHANGE)
     if changed:
         raise InputError(
             f"{folder} was started with another configuration: {'; '.join(changed[:5])}. "
-            "Resume it unchanged, or choose another name=<name>"
+            "Resume it with that one, or set name=<another name>"
         )
     return run
 
@@ -109,7 +109,7 @@ def start_run(run: RunFolder, config: dict) -> None:
     """
     import yaml
 
-    run.lock = lock(run.folder, "another runs=")
+    run.lock = lock(run.folder, "set runs=<another folder>")
     run.folder.mkdir(parents=True, exist_ok=True)
     if not (run.folder / "config.yaml").is_file():
         write_whole(run.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

@@ -23,7 +23,7 @@ from sgpt.runtime.distributed import average_gradients
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.interrupt import Interrupted, Stop
 from sgpt.runtime.progress import log_progress
-from sgpt.runtime.values import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, THREADS, check_ranges
+from sgpt.runtime.values import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, THREADS, check_choice, check_ranges
 from sgpt.training import checkpoint
 from sgpt.training.checkpoint import TrainState
 from sgpt.training.log import MetricsLog, free_memory_bytes, refuse_not_finite
@@ -31,7 +31,7 @@ from sgpt.training.loss import LossConfig, StepResult
 from sgpt.training.optim import OptimConfig, build_optimizer, build_schedule
 from sgpt.training.run_folder import RunFolder
 from sgpt.training.step import contrastive_step
-from sgpt.training.tuning import count_parameters, trainable_parameters
+from sgpt.training.tuning import count_parameters, precisions, trainable_parameters
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,7 @@ class TrainerConfig:
     """Optimizer steps from one evaluation on the dev sets to the next; 0 never evaluates on them."""
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise InputError(f"trainer.precision={self.precision!r} is unknown; choose fp32 or bf16")
+        check_choice("trainer.precision", self.precision, ("fp32", "bf16"))
         check_ranges(
             self,
             "trainer.",
@@ -225,7 +224,7 @@ def announce(encoder: Encoder, feed: Feed, config: TrainerConfig, optim: OptimCo
     )  # fmt: skip
     log.info(
         "peak learning rate %.2e, %s, %s, %d process(es), %d thread(s) each",
-        optim.learning_rate, _precision(encoder, config), encoder.device,
+        optim.learning_rate, _described_precisions(encoder, config.precision), encoder.device,
         accelerator.num_processes, torch.get_num_threads(),
     )  # fmt: skip
     log.info(
@@ -249,16 +248,10 @@ def announce(encoder: Encoder, feed: Feed, config: TrainerConfig, optim: OptimCo
         )  # fmt: skip
 
 
-def _precision(encoder: Encoder, config: TrainerConfig) -> str:
-    """Precision of the trunk, of what learns and of the computation: "bfloat16 trunk, float32 biases"."""
-    trained = trainable_parameters(encoder.trunk)
-    lower = {parameter.dtype for parameter in encoder.trunk.parameters()} - {torch.float32}
-    trunk = _name(lower.pop()) if lower else "float32"
-    kind = "biases" if all(name.endswith("bias") for name in trained) else "learning parameters"
-    weights = f"{trunk} trunk, {_name(next(iter(trained.values())).dtype)} {kind}"
-    is_autocast = config.precision == "bf16" and trunk != "bfloat16"
-    return weights + (", computed in bfloat16" if is_autocast else "")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _described_precisions(encoder: Encoder, precision: str) -> str:
+    """As in "bfloat16 trunk, float32 biases"."""
+    types = precisions(encoder.trunk, precision)
+    only_biases = all(name.endswith("bias") for name in trainable_parameters(encoder.trunk))
+    kind = "biases" if only_biases else "learning parameters"
+    weights = f"{types['frozen']} trunk, {types['trained']} {kind}"
+    return weights + (", computed in bfloat16" if types["computed"] == "bf16" else "")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from sgpt.decoder.families import is_norm
+from sgpt.encoder.probes import HALVES
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.values import BELOW_ONE, COUNT, check_ranges
+from sgpt.runtime.values import BELOW_ONE, COUNT, check_choice, check_ranges
 
 ALTERNATIVES = (
     "use tuning=bitfit_norm (biases and norm gains), tuning=lora or tuning=full, "
@@ -37,8 +38,7 @@ class TuningConfig:
     """Share of the inputs of LoRA's matrices that is dropped in training, from 0 to below 1."""
 
     def __post_init__(self) -> None:
-        if self.name not in TUNINGS:
-            raise InputError(f"tuning.name={self.name!r} is unknown; choose one of {', '.join(TUNINGS)}")
+        check_choice("tuning.name", self.name, TUNINGS)
         check_ranges(self, "tuning.", lora_rank=COUNT, lora_alpha=COUNT, lora_dropout=BELOW_ONE)
 
 
@@ -150,6 +150,16 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     learned = sum(parameter.numel() for parameter in trainable_parameters(module).values())
     total = sum(parameter.numel() for parameter in module.parameters())
     return learned, total
+
+
+def precisions(trunk: nn.Module, precision: str) -> dict[str, str]:
+    """Types of the frozen and the learning weights of a tuned trunk, and of its computation, for log and manifest.
+
+    precision: `trainer.precision`. Of a trunk in half precision the computation is in its type, by the encoder.
+    """
+    types = {str(parameter.dtype).removeprefix("torch.") for parameter in trunk.parameters()}
+    half = next((name for name in HALVES if name in types), None)
+    return {"frozen": half or "float32", "trained": "float32", "computed": half or precision}
 
 
 def _learn_only(trunk: nn.Module, learns: Callable[[str], bool]) -> dict[str, nn.Parameter]:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,23 +13,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from sgpt.runtime.overrides import argument, as_typed
-from tests.starts import REPOSITORY, Forks, forks, small_training
+from tests.starts import REPOSITORY
 
 NAMES = [
     "a,b", "a b", "it's", "[x]", "e=3", "{q}", "a[/b]", 'd$x `y` "z"', "'z'", "x${y}", "null", "1e5", "n;m&o|p", "é~",
     "-n", "back\\slash"
 ]
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("starts")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory, tiny_base) -> Callable[[Path], list[str]]:
-    return small_training(tmp_path_factory.mktemp("data"), tiny_base("gpt2"))
 
 
 def words(command: str) -> list[str]:
@@ -144,7 +132,7 @@ SCRIPT = f"{sys.executable} {REPOSITORY / 'train' / 'search.py'}"
     ),
     (
         f"{SCRIPT} run=x hydra.run.dir=odd/open.yaml/below", 2,
-        "error: odd/open.yaml/below: Not a directory; put it right, or choose another hydra.run.dir=\n"
+        "error: odd/open.yaml/below: Not a directory; put it right, or set hydra.run.dir=<another path>\n"
     ),
     (f"{SCRIPT} top={'9' * 5000}", 2, "error: a number has more digits than can be read; write a smaller one\n"),
 ])  # fmt: skip

@@ -145,7 +145,7 @@ def test_the_saved_configuration_is_read_back_equal():
         ("trainer.max_steps=0", r"trainer\.max_steps=0 must be 1 or more, or null for whole epochs"),
         ("trainer.evaluate_every_steps=5", r"dev\.retrieval and dev\.sts are empty; name a dev set or set it to 0"),
         ("optim.learning_rate=-1", r"optim\.learning_rate=-1\.0 must be positive"),
-        ("optim.schedule=steps", r"optim\.schedule='steps' is unknown; choose one of linear, cosine"),
+        ("optim.schedule=steps", r"optim\.schedule='steps' is unknown; choose linear, cosine, constant, "),
         ("optim.warmup_steps=-1", r"optim\.warmup_steps=-1\.0 must be 0 or more"),
         ("loss.scale=0", r"loss\.scale=0\.0 must be positive"),
         ("model.dtype=int8", r"model\.dtype='int8' is unknown; choose float32, bfloat16 or float16"),

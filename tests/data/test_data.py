@@ -215,7 +215,7 @@ def test_a_file_in_another_encoding_is_refused(tmp_path):
 
 def test_bad_settings_are_refused():
     with pytest.raises(
-        InputError, match=r"data\.name='csv' is unknown; choose one of file, beir, nli, msmarco, pydocs"
+        InputError, match=r"data\.name='csv' is unknown; choose file, beir, nli, msmarco or pydocs"
     ):
         DataConfig("csv")
     with pytest.raises(

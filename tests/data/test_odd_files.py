@@ -453,7 +453,7 @@ def test_bm25_tells_when_most_queries_match_nothing(caplog):
     assert bm25_run(
         beir.RetrievalSet("set", corpus, {"1": "eine Katze", "2": "ein Hund"}, {"1": {"a": 1}, "2": {"b": 1}})
     ) == {"1": {}, "2": {}}
-    assert "set: BM25 finds no document for 2 of 2 queries, as no word of theirs is in the corpus" in caplog.text
+    assert "set: BM25 finds no document for 2 of 2 queries, because none of their words is in the corpus" in caplog.text
     assert bm25_run(beir.RetrievalSet("of the", {"a": "of the", "b": ""}, {"1": "cat"}, {"1": {"a": 1}})) == {"1": {}}
 
 
@@ -461,7 +461,7 @@ def test_mined_rows_without_negatives_are_told(tmp_path, caplog):
     file = json_lines(tmp_path / "pairs.jsonl", *({"query": f"Wort{n}", "positive": f"word{n}"} for n in range(4)))
     statistics = mine(MineConfig(data=str(file), output=str(tmp_path / "rows.jsonl"), threads=1))
     assert statistics["counts"]["none"] == statistics["counts"]["rows"] == 4
-    assert "rows.jsonl: no negative was found for 4 of 4 queries, and their rows are written without" in caplog.text
+    assert "rows.jsonl: 4 of 4 queries have no hard negative; their rows are written without any" in caplog.text
 
 
 # --- keys of readers ---

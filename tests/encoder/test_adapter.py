@@ -1,6 +1,9 @@
 """Adapters against stock PEFT, and against the tuned trunk bit for bit."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,22 @@ from tests.conftest import FAMILIES, random_trunk
 
 IDS = torch.arange(1, 19).reshape(2, 9)
 IN_PEFT = [family for family in FAMILIES if family not in ("gpt2", "qwen2", "qwen3")]  # Conv1D; too few biases; none
+
+SAVING = """
+import sys
+from pathlib import Path
+import torch
+from sgpt.encoder.adapter import save_adapter
+from sgpt.encoder.encoder import Encoder
+from sgpt.training.tuning import TuningConfig, learning, tune
+base, place = sys.argv[1:]
+for method in ("bitfit_norm", "lora"):
+    encoder = Encoder.from_pretrained(base)
+    torch.manual_seed(0)
+    trunk = tune(encoder.trunk, TuningConfig(method))
+    before = {name: parameter.detach().clone() for name, parameter in learning(trunk).items()}
+    save_adapter(trunk, encoder.tokenizer, encoder.contract, before, Path(place, method))
+"""
 
 
 def saved(encoder: Encoder, base: dict[str, torch.Tensor], folder: Path) -> Path:
@@ -124,6 +143,19 @@ def test_low_rank_is_saved_and_opened_by_peft(tiny_encoder, tmp_path):
     opened = Encoder.from_pretrained(folder)
     assert isinstance(opened.trunk, PeftModel)
     assert np.array_equal(opened.encode_documents(["x"]), encoder.encode_documents(["x"]))
+
+
+def test_two_processes_write_the_same_bytes(tiny_base, tmp_path):
+    """Names in PEFT's sets come in an order that depends on the process's hash seed."""
+    places = [tmp_path / "0", tmp_path / "1"]
+    for place in places:
+        subprocess.run(
+            [sys.executable, "-c", SAVING, str(tiny_base("llama")), str(place)], check=True, timeout=240,
+            env={**os.environ, "PYTHONHASHSEED": place.name, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )  # fmt: skip
+    first, second = ({file.relative_to(place): file.read_bytes() for file in place.rglob("*.*")} for place in places)
+    assert {Path("bitfit_norm/adapter_config.json"), Path("lora/adapter_config.json")} <= first.keys()
+    assert first == second
 
 
 def test_another_base_is_refused(tiny_encoder, tmp_path):

@@ -116,6 +116,6 @@ def test_gradient_reaches_real_tokens_only_and_inputs_are_not_changed(name):
 
 def test_an_unknown_pooling_is_refused_with_the_others_named():
     with pytest.raises(
-        InputError, match=r"pooling\.name='median' is unknown; choose one of weighted_mean, mean, last_token, cls, max"
+        InputError, match=r"pooling\.name='median' is unknown; choose weighted_mean, mean, last_token, cls or max"
     ):
         PoolingConfig("median")

@@ -481,7 +481,7 @@ def test_the_script_gives_one_table_of_all_systems_their_runs_and_both_files(pro
     (["model=base", "retrieval=[toy]", "output=toy"], r"output=toy is a folder; name a file in it"),
     (
         ["model=base", "retrieval=[toy]", "systems_output=toy/corpus.jsonl/s.json"],
-        r"toy/corpus\.jsonl/s\.json: nothing can be written there"
+        r"toy/corpus\.jsonl/s\.json cannot be written"
     ),
     (["model=base"], r"set model=<folder or hub id> and retrieval="),
 ])  # fmt: skip

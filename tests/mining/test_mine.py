@@ -15,7 +15,7 @@ from sgpt.data.formats.jsonl import read_rows
 from sgpt.data.readers import DataConfig, read_examples
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
-from sgpt.mining.config import MineConfig
+from sgpt.mining.config import NEEDS, MineConfig
 from sgpt.mining.mine import mine
 from sgpt.mining.rankers import RANKERS
 from sgpt.mining.rules import cross_encoder, mine_block
@@ -338,17 +338,17 @@ def test_the_report_shows_counts_and_samples_and_stands_alone(tmp_path):
 def test_a_finished_output_is_kept_and_resuming_it_shows_its_statistics(toy, tmp_path):
     output = tmp_path / "rows.jsonl"
     statistics, content = mined(toy, output)
-    with pytest.raises(InputError, match=r"rows\.jsonl exists; resume with resume=true, or choose another output="):
+    with pytest.raises(InputError, match=r"rows\.jsonl exists; resume with resume=true, or set output="):
         mined(toy, output)
     before = output.stat().st_mtime_ns
     assert mined(toy, output, resume=True) == (statistics, content)
     assert output.stat().st_mtime_ns == before
-    with pytest.raises(InputError, match=r"another configuration: last_rank: 50 -> 40\. Resume it unchanged"):
+    with pytest.raises(InputError, match=r"another configuration: last_rank: 50 -> 40\. Resume it with that one"):
         mined(toy, output, resume=True, last_rank=40)
     assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl", "rows.jsonl.manifest.json", "rows.report.html"}
     foreign = tmp_path / "foreign.jsonl"
     foreign.write_text("{}\n")
-    with pytest.raises(InputError, match=r"foreign\.jsonl exists and was not written here"):
+    with pytest.raises(InputError, match=r"foreign\.jsonl exists without .*foreign\.jsonl\.manifest\.json"):
         mined(toy, foreign, resume=True)
 
 
@@ -364,7 +364,7 @@ def test_resuming_on_other_texts_is_refused(toy, tmp_path):
             mined(tmp_path / "b", tmp_path / "rows.jsonl")
     with pytest.raises(
         InputError,
-        match=r"rows\.jsonl was begun with something else .*: corpus of .*/b has changed\. Put it back and resume"
+        match=r"rows\.jsonl was started with other inputs .*: corpus of .*/b has changed \(hash .* -> .*\)\. Res"
     ):
         mined(tmp_path / "b", tmp_path / "rows.jsonl", resume=True)
 
@@ -435,7 +435,7 @@ def test_a_killed_run_of_scifact_resumes_where_it_was_and_ends_with_the_same_byt
 
 def test_an_output_has_one_writer(toy, tmp_path):
     with sole_writer(tmp_path / "rows.jsonl"), pytest.raises(
-        InputError, match=r"rows\.jsonl: another process is writing it now"
+        InputError, match=r"rows\.jsonl: another process is writing to it"
     ):
         mined(toy, tmp_path / "rows.jsonl")
     assert mined(toy, tmp_path / "rows.jsonl")
@@ -457,11 +457,11 @@ def test_the_script_ends_with_a_table_and_refuses_in_one_sentence(started):
     assert ended["model again"].codes == ended["no model"].codes == [2]
     assert ended[
         "model again"
-    ].err == "error: model.jsonl exists; resume with resume=true, or choose another output=<file>\n"
+    ].err == "error: model.jsonl exists; resume with resume=true, or set output=<another file>\n"
     assert ended["no model"].err == "error: source=model needs model=<path>\n"
     assert ended["model not resumed"].err == (
-        "error: killed.jsonl.manifest.json belongs to a killed run; resume with resume=true, or choose another "
-        "output=<file>\n"
+        "error: killed.jsonl is unfinished, see killed.jsonl.manifest.json; resume with resume=true, or set "
+        "output=<another file>\n"
     )
 
 
@@ -512,7 +512,7 @@ BAD_RUNS = {
     "nothing": ("", {}, r"run: ranks none of the queries of split 'train'"),
     "no positive": (
         LINE, {"score_ratio": 0.95},
-        r"run: query id 'q1' has no score for its positive 'd\d+', so score_margin and score_ratio cannot be applied"
+        r"run: query id 'q1' has no score for its positive 'd\d+', and score_margin and score_ratio need one"
     ),
     "not json": ('{"q1": ', {}, r"run, line 1: not JSON"),
     "a list": ('{"q1": ["d1"]}', {}, r"run, query id 'q1': holds list, expected document ids with scores"),
@@ -549,9 +549,9 @@ def test_a_bad_run_file_is_refused_with_its_place_and_leaves_nothing(name, toy, 
         ({"score_ratio": 1.5}, r"score_ratio=1\.5 must be above 0 and at most 1"),
         (
             {"on_error": "skip", "columns": {"query": "title"}},
-            r"columns\.query, on_error: of pairs in a file, and data=.* is read as a BEIR folder"
+            r"columns\.query, on_error: for pairs in a file only, and data=.* is read as a BEIR folder; leave out"
         ),
-        ({"output": "rows.json"}, r"output=rows\.json is no name of JSON lines"),
+        ({"output": "rows.json"}, r"output=rows\.json: rows are written as JSON lines; end the name in \.jsonl or"),
         ({"data": ""}, r"set data=<BEIR folder or file of pairs> and output="),
         ({"output": ""}, r"set data=<BEIR folder or file of pairs> and output="),
         ({"split": "dev"}, r"dev\.tsv: no such file; .* has the splits: train"),
@@ -562,6 +562,10 @@ def test_a_bad_run_file_is_refused_with_its_place_and_leaves_nothing(name, toy, 
 def test_what_cannot_be_is_refused(options, message, toy):
     with pytest.raises(InputError, match=message):
         mine(MineConfig(**{"data": str(toy), "output": "rows.jsonl", **options}))
+
+
+def test_every_source_of_the_config_has_a_ranker():
+    assert NEEDS.keys() == RANKERS.keys()
 
 
 def test_a_folder_without_columns_or_positives_is_refused(tmp_path):

@@ -152,15 +152,15 @@ def test_pretraining_is_resumed_as_it_was_begun_or_refused(config, tmp_path):
     with threads(1):
         pretrain(begun, corpus, Accelerator())
     assert json.loads((tmp_path / "begun" / "manifest.json").read_text())["environment"]["threads"] == 1
-    refusal = r"begun was started with another configuration: seed: 0 -> 1\. Resume it unchanged, or choose"
+    refusal = r"begun was started with another configuration: seed: 0 -> 1\. Resume it with that one, or set folder="
     with pytest.raises(InputError, match=refusal):
         pretrain(replace(begun, seed=1), corpus, Accelerator())
     stream = np.load(tmp_path / "begun" / "stream.npy")
     np.save(tmp_path / "begun" / "stream.npy", stream[::-1])
-    with pytest.raises(InputError, match=r"begun was begun with something else than is there now: stream has changed"):
+    with pytest.raises(InputError, match=r"begun was started with other inputs .*: stream has changed"):
         pretrain(begun, Corpus.open(tmp_path / "begun"), Accelerator())
     (tmp_path / "begun" / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"begun by an older version of this framework"):
+    with pytest.raises(InputError, match=r"begun was started by an older version of this framework"):
         pretrain(begun, corpus, Accelerator())
 
 

@@ -204,7 +204,7 @@ def test_a_half_build_by_another_version_is_begun_anew_and_said(encoder, encoded
     encoded.clear()
     open_index(encoder, CORPUS, tmp_path / "index", BLOCKS)
     assert len(encoded) == 100
-    assert "starts again, as since then torch 1.0 -> " in caplog.text
+    assert "because the environment has changed: torch 1.0 -> " in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_an_unknown_choice_is_refused(options, message):
 
 
 def test_a_corpus_without_documents_is_refused(encoder, tmp_path):
-    with pytest.raises(InputError, match=r"index: there are no documents to index; give a corpus that has some"):
+    with pytest.raises(InputError, match=r"index: the corpus is empty, so there is nothing to index; give one"):
         open_index(encoder, {}, tmp_path / "index")
 
 

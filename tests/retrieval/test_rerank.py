@@ -89,8 +89,9 @@ def test_a_killed_run_resumes_where_it_was_and_ends_with_the_same_bytes(started)
     assert (folder / "killed.trec").read_bytes() == (folder / "whole.trec").read_bytes()
     assert not [name for name in ended["resumed"].files if "killed.trec.part" in name]
     assert ended["not resumed"].codes == ended["other"].codes == [2]
-    assert "belongs to a killed run; resume with resume=true" in ended["not resumed"].err
-    assert "was started with another configuration: prompt: G -> A. Resume it unchanged" in ended["other"].err
+    refusal = "killed.trec is unfinished, see killed.trec.manifest.json; resume with resume=true"
+    assert refusal in ended["not resumed"].err
+    assert "was started with another configuration: prompt: G -> A. Resume it with that one" in ended["other"].err
 
 
 @pytest.mark.bitwise
@@ -125,7 +126,7 @@ def test_a_job_is_not_resumed_with_other_threads_weights_or_texts(toy, language_
     manifest.write_text(json.dumps({key: value for key, value in stated.items() if key != "finished"}))
     (tmp_path / "o.trec").unlink()
     with pytest.raises(
-        InputError, match=r"o\.trec was begun with something else than is there now: threads 1 -> 2\. Put it back"
+        InputError, match=r"o\.trec was started with other inputs or in another environment: threads 1 -> 2\. "
     ):
         run_rerank(replace(config, resume=True, threads=2))
     weights = load_file(tmp_path / "base" / "model.safetensors")
@@ -135,14 +136,15 @@ def test_a_job_is_not_resumed_with_other_threads_weights_or_texts(toy, language_
     )
     corpus = tmp_path / "toy" / "corpus.jsonl"
     corpus.write_text(corpus.read_text().replace("parser", "Parser"))
-    with pytest.raises(InputError, match=r"documents of .*/toy has changed; model .*/base has changed\."):
+    changed = r"documents of .*/toy has changed \(hash .*\); model .*/base has changed \(hash "
+    with pytest.raises(InputError, match=changed):
         run_rerank(replace(config, resume=True))
 
 
 def test_an_output_has_one_writer(toy, language_model, tmp_path):
     config = RerankConfig(str(toy), "train", str(language_model("gpt2")), output=str(tmp_path / "o.trec"), depth=3)
     with sole_writer(tmp_path / "o.trec"), pytest.raises(
-        InputError, match=r"o\.trec: another process is writing it now"
+        InputError, match=r"o\.trec: another process is writing to it"
     ):
         run_rerank(config)
     assert run_rerank(config)
@@ -313,7 +315,7 @@ def test_bad_input_is_refused(toy, language_model, tmp_path):
             )
         )
     for given, told in (
-        ({"first": "magic"}, "first='magic' is unknown; choose one of bm25, encoder, run"),
+        ({"first": "magic"}, "first='magic' is unknown; choose bm25, encoder or run"),
         ({"first": "run"}, "first=run needs trec="),
                         ({"encoder": "x"}, "first=bm25 does not read encoder=x"),
                         ({"depth": 0}, "depth=0 must be 1 or more")):

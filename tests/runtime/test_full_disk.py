@@ -10,22 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.starts import Forks, forks, small_training
+from tests.starts import Forks
 
 
 def slow(*values: int) -> list:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("starts")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory, tiny_base) -> Callable[[Path], list[str]]:
-    return small_training(tmp_path_factory.mktemp("data"), tiny_base("gpt2"))
 
 
 @pytest.fixture(scope="module")

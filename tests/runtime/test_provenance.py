@@ -3,6 +3,7 @@ others.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -101,18 +102,16 @@ def test_a_run_resumed_on_fewer_cores_takes_as_many_threads_again_and_ends_with_
 def test_a_run_is_not_resumed_on_another(name, started):
     ended = started[f"other {name}"]
     assert ended.codes == [2], ended.err
-    refused = (
-        f"error: runs/killed was begun with something else than is there now: {CHANGED[name][1]}. Put it back and "
-        f"resume"
-    )
-    assert refused in ended.err
+    start = f"error: runs/killed was started with other inputs or in another environment: {CHANGED[name][1]} (hash "
+    assert start in ended.err
+    hashes_and_remedy = r" has changed \(hash (\w{12}) -> (?!\1)\w{12}\)\. Restore that and resume, or set name=<"
+    assert re.search(hashes_and_remedy, ended.err)
 
 
 def test_a_run_is_not_resumed_by_another_number_of_processes_or_threads(started):
     assert started["two processes"].codes == [2, 2], started["two processes"].err
     expected = (
-        "runs/killed was begun with something else than is "
-        "there now: processes 1 -> 2"
+        "runs/killed was started with other inputs or in another environment: processes 1 -> 2"
     )
     assert expected in started["two processes"].err
     assert started["other threads"].codes == [2]
@@ -130,10 +129,10 @@ def recorded(**changed) -> dict:
 @pytest.mark.parametrize(
     ("changed", "inputs", "said"),
     [
-        ({}, {"data": "b", "processes": 2}, "data has changed"),
+        ({}, {"data": "b", "processes": 2}, r"data has changed \(hash a -> b\)"),
         ({}, {"data": "a", "processes": 3}, "processes 2 -> 3"),
-        ({}, {"data": "a", "processes": 2, "test set": "c"}, "test set is new"),
-        ({}, {"processes": 2}, "data is not there"),
+        ({}, {"data": "a", "processes": 2, "test set": "c"}, "test set was no input and is one now"),
+        ({}, {"processes": 2}, "data was an input and is none now"),
         ({"threads": 99}, {"data": "a", "processes": 2}, r"threads 99 -> \d+"),
         ({"device": "NVIDIA H100"}, {"data": "a", "processes": 2}, "device NVIDIA H100 -> cpu"),
         (
@@ -145,7 +144,7 @@ def recorded(**changed) -> dict:
 def test_what_has_changed_is_named(changed, inputs, said):
     with pytest.raises(
         InputError,
-        match=rf"^run was begun with something else than is there now: {said}\. Put it back and resume, or rename$"
+        match=rf"^run was started with other inputs or in another env.*: {said}\. Restore that and resume, or rename$"
     ):
         check_same(Path("run"), recorded(**changed), inputs, otherwise="rename")
 
@@ -153,7 +152,7 @@ def test_what_has_changed_is_named(changed, inputs, said):
 def test_a_manifest_of_before_inputs_were_recorded_is_refused():
     with pytest.raises(
         InputError,
-        match=r"^run: begun by an older version of this framework, which did not record what it was begun with; rename$"
+        match=r"^run was started by an older version of this framework, which did not record its inputs, .*; rename$"
     ):
         check_same(Path("run"), {"environment": {"threads": 2}}, {}, otherwise="rename")
 

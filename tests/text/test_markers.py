@@ -141,5 +141,5 @@ def test_limits_that_leave_no_room_are_refused():
         MarkersConfig(document_max_tokens=3)
     with pytest.raises(InputError, match=r"markers\.query_max_tokens=4 leaves no room next to 4"):
         frames(MarkersConfig(query_max_tokens=4), tokenizer(around="[CLS] $A [SEP]"))
-    with pytest.raises(InputError, match=r"markers\.name='braces' is unknown; choose one of brackets, none"):
+    with pytest.raises(InputError, match=r"markers\.name='braces' is unknown; choose brackets or none"):
         MarkersConfig("braces")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgpt.runtime.errors import InputError
-from sgpt.training.loss import LossConfig, info_nce
+from sgpt.training.loss import LOSSES, LossConfig, info_nce
 from sgpt.training.negatives import duplicate_queries, duplicates, positive_rows, scaled_cosines, unit
 
 
@@ -125,6 +125,57 @@ def test_autocast_does_not_take_the_scores_out_of_float32():
     torch.testing.assert_close(scores, scaled_cosines(unit(queries), unit(candidates), 20.0), rtol=0, atol=0)
 
 
+# what the protocol `Loss` promises, of every row of LOSSES
+
+
+def four_queries() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [4, 16] and candidates [8, 16] of length 1, and the row of each query's positive."""
+    torch.manual_seed(0)
+    return unit(torch.randn(4, 16)), unit(torch.randn(8, 16)), positive_rows(4, 2, 0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_a_scalar_in_float32_with_a_gradient_for_queries_and_candidates(name):
+    queries, candidates, positives = four_queries()
+    loss = LOSSES[name](queries.requires_grad_(), candidates.requires_grad_(), 20.0, positives)
+    loss.backward()
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+    for embeddings in (queries, candidates):
+        assert embeddings.grad.isfinite().all()
+        assert embeddings.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_the_mean_over_the_queries(name):
+    queries, candidates, positives = four_queries()
+    alone = [LOSSES[name](queries[[row]], candidates, 20.0, positives[[row]]).item() for row in range(4)]
+    assert LOSSES[name](queries, candidates, 20.0, positives).item() == pytest.approx(sum(alone) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_falls_when_a_positive_comes_nearer(name):
+    queries, candidates, positives = four_queries()
+    query, positive = queries[[2]], positives[[2]]  # alone: to the other queries its positive is a negative
+    nearer = candidates.clone()
+    nearer[positive] = unit(candidates[positive] + 0.1 * query)
+    assert LOSSES[name](query, nearer, 20.0, positive) < LOSSES[name](query, candidates, 20.0, positive)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_does_not_see_ignored_candidates(name):
+    queries, candidates, positives = four_queries()
+    ignored = torch.zeros(4, 8, dtype=torch.bool)
+    ignored[:, 5] = True  # the hard negative of the third query
+    other = candidates.clone()
+    other[5] = queries[0]
+
+    def loss(documents: torch.Tensor) -> float:
+        return LOSSES[name](queries, documents, 20.0, positives, lambda rows, scores, scale: ignored[rows]).item()
+
+    assert loss(candidates) == loss(other)
+    assert LOSSES[name](queries, other, 20.0, positives).item() != loss(other)
+
+
 def ignored_pairs(
     queries: list[str], documents: list[str], r: int, rank: int = 0, processes: int = 1
 ) -> set[tuple[int, int]]:
@@ -205,5 +256,5 @@ def test_duplicates_are_found_across_processes():
 def test_bad_settings_are_refused():
     with pytest.raises(InputError, match=r"loss\.scale=0\.0 must be positive; it is 1 / temperature"):
         LossConfig(scale=0.0)
-    with pytest.raises(InputError, match=r"loss\.name='triplet' is unknown; choose one of info_nce"):
+    with pytest.raises(InputError, match=r"loss\.name='triplet' is unknown; choose info_nce$"):
         LossConfig("triplet")

@@ -144,7 +144,7 @@ def test_vectors_are_not_decayed():
 
 def test_an_unknown_method_is_refused():
     with pytest.raises(
-        InputError, match=r"tuning\.name='prefix' is unknown; choose one of bitfit, bitfit_norm, full, lora"
+        InputError, match=r"tuning\.name='prefix' is unknown; choose bitfit, bitfit_norm, full or lora"
     ):
         TuningConfig("prefix")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from sgpt.data.feed.example import Example
 from sgpt.data.sources.pairs import GroupedExample, ParsedRows
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.values import check_choice
 
 log = logging.getLogger(__name__)
 # of fewer rows a share says little; with more of them bad the rest need not be read
@@ -25,8 +26,7 @@ def accepted(
     out. InputError when at the end more than max_error_share of the rows were errors; and as soon as, of a hundred or
     more, half are.
     """
-    if on_error not in ("stop", "skip"):
-        raise InputError(f"data.on_error={on_error!r} is unknown; choose stop or skip")
+    check_choice("data.on_error", on_error, ("stop", "skip"))
     if not 0 <= max_error_share <= 1:
         raise InputError(f"data.max_error_share={max_error_share} must be between 0 and 1")
     return _skipping(parsed_rows, rejected, max_error_share) if on_error == "skip" else _stopping(parsed_rows)

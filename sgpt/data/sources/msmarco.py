@@ -26,13 +26,13 @@ everything that could run code, in a process that can hold 160 million scores as
 
 The rules are those of `train_bi-encoder_mnrl.py` (Muennighoff/sgpt, after sentence-transformers). The threshold of a
 query is the lowest score of its positives minus the margin. Of each mining system, in turn, its list is walked from the
-best; passages that score above the threshold and those chosen before are passed over, until so many new ones are
-chosen. The chosen are shuffled once; which of them and of the positives an epoch takes is the caller's. Without a
+best; passages that score above the threshold and those taken before are skipped, until so many new ones are taken.
+These negatives are shuffled once; which of them and of the positives an epoch takes is the caller's. Without a
 filter the systems and their order are those of the first query that has positives and systems. A query without
 positives is always left out, one without negatives unless all queries are wanted. Lines are stripped before they are
 split, so texts keep blanks at their beginning.
 
-What differs: the chosen keep their order until the seeded shuffle, where the original shuffles a set. A positive is
+What differs: the negatives keep their order until the seeded shuffle, where the original shuffles a set. A positive is
 never a negative of its query; the original lets it when the margin is 0 or less. `limit` counts examples; the
 original's --train_dataset_max_size counts lines and reads two more. Ids that occur twice are refused; the original
 takes the last.
@@ -104,7 +104,7 @@ def fill(
         draw = random.Random(seed)
         for line, negatives in islice(mining, limit):
             draw.shuffle(negatives)
-            places = passages.found(
+            places = passages.look_up(
                 [*line.positives, *negatives],
                 lambda pid, where=line.where: f"{where}: passage id {pid} is not in {files.collection}",
             )
@@ -186,7 +186,7 @@ class _Line:
 
 @dataclass
 class _Mining:
-    """Iterates over (line, chosen negatives) of every query in use, counting what is left out.
+    """Iterates over (line, its negatives) of every query in use, counting what is left out.
 
     scores: of a query, None when they are in `file`.
     """
@@ -313,11 +313,11 @@ class _Places:
     """
 
     def __init__(self, ids: array, file: Path) -> None:
-        found = np.frombuffer(ids, np.int64) if ids else np.empty(0, np.int64)
-        self.count, self.ids = len(found), None
-        if not (found == np.arange(self.count)).all():
-            self.order = np.argsort(found, kind="stable")
-            self.ids = found[self.order]
+        in_file_order = np.frombuffer(ids, np.int64) if ids else np.empty(0, np.int64)
+        self.count, self.ids = len(in_file_order), None
+        if not (in_file_order == np.arange(self.count)).all():
+            self.order = np.argsort(in_file_order, kind="stable")
+            self.ids = in_file_order[self.order]
             if (twice := np.flatnonzero(self.ids[1:] == self.ids[:-1])).size:
                 first, second = (int(line) + 1 for line in self.order[twice[0] : twice[0] + 2])
                 raise InputError(
@@ -325,7 +325,7 @@ class _Places:
                     "ids must be unique"
                 )
 
-    def found(self, ids: Sequence[int], refusal: Callable[[int], str]) -> list[int]:
+    def look_up(self, ids: Sequence[int], refusal: Callable[[int], str]) -> list[int]:
         """The place of each; InputError with what `refusal` says of the first unknown one."""
         wanted = np.asarray(ids, np.int64)
         if self.ids is None:
@@ -351,7 +351,7 @@ class _Queries:
         self.places = _Places(ids, file)
 
     def text(self, qid: int, where: str) -> str:
-        (place,) = self.places.found([qid], lambda qid: f"{where}: query id {qid} is not in {self.file}")
+        (place,) = self.places.look_up([qid], lambda qid: f"{where}: query id {qid} is not in {self.file}")
         return self.texts[self.ends[place] : self.ends[place + 1]].decode()
 
 
@@ -434,7 +434,7 @@ class _Scores:
 
     def of(self, qid: int, where: str) -> Callable[[int], object]:
         """What gives the value that the file has for a pid of this query; None without one."""
-        (place,) = self.places.found([qid], lambda qid: f"{where}: query id {qid} has no line in {self.file}")
+        (place,) = self.places.look_up([qid], lambda qid: f"{where}: query id {qid} has no line in {self.file}")
         self.lines.seek(self.starts[place])
         row = _json(self.lines.readline(), f"{self.file}, line {place + 1}")
         return lambda pid: row.get(str(pid))
