@@ -29,13 +29,13 @@ from pathlib import Path
 import torch
 from sgpt.encoder.adapter import save_adapter
 from sgpt.encoder.encoder import Encoder
-from sgpt.training.tuning import TuningConfig, learning, tune
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 base, place = sys.argv[1:]
 for method in ("bitfit_norm", "lora"):
     encoder = Encoder.from_pretrained(base)
     torch.manual_seed(0)
     trunk = tune(encoder.trunk, TuningConfig(method))
-    before = {name: parameter.detach().clone() for name, parameter in learning(trunk).items()}
+    before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(trunk).items()}
     save_adapter(trunk, encoder.tokenizer, encoder.contract, before, Path(place, method))
 """
 
