@@ -33,7 +33,7 @@ def main(composed: DictConfig) -> None:
     if run.finished and not config.output:
         outcome.write_export(run, trained, encoder)
     else:
-        export(encoder, folder, card=outcome.card(run, trained))
+        export(encoder, folder, card=outcome.card(run, trained), adapter=run.folder / "adapter")
     print(f"{newest} exported to {folder}")
 
 

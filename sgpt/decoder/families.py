@@ -6,7 +6,7 @@ families that tests/training/test_gradient_parity.py proves.
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -27,6 +27,8 @@ class Family:
     """Path in a block of the norm that must see all tokens, as the keys and values are made of what it gives."""
     narrowed: tuple[str, ...] = ()
     """Paths in the last block of the modules that need the selected tokens alone (sgpt/decoder/continuation.py)."""
+    like_llama: bool = False
+    """Llama's classes compute the same from the same weights, where no sliding window is set."""
 
 
 _LLAMA = Family(packed=True, blocks="layers", first_norm="input_layernorm", narrowed=("self_attn.o_proj",))
@@ -45,8 +47,9 @@ FAMILIES: dict[str, Family] = {
         blocks="h", first_norm="input_layernorm", narrowed=("self_attention.dense",),
     ),
     "llama": _LLAMA,
-    "qwen2": _LLAMA,
+    "qwen2": replace(_LLAMA, like_llama=True),
     "qwen3": _LLAMA,
+    "mistral": Family(like_llama=True),
     "bert": Family(packed=True, causal=False),
     "roberta": _BIDIRECTIONAL,
     "distilbert": _BIDIRECTIONAL,

@@ -6,10 +6,10 @@
               sgpt_delta.json             which form, and by what the right base and tokenizer are known
               sgpt.json                   the contract, with the hashes of the others
 
-Form "beft": biases of nn.Linear are a BEFT adapter (an added bias; PEFT 0.20 or newer), normalisations are
-`modules_to_save`. Where the base is stored in a half type and was trained in float32, give PEFT dtype=torch.float32 as
-well. Form "plain": PEFT has no form for the tensors (the Conv1D of GPT-2, for one), so the change is stored by
-parameter name. Form "peft": low-rank adapters are saved and opened by PEFT alone.
+Form "beft": biases of nn.Linear are a BEFT adapter (an added bias, whether the base has one or not; PEFT 0.20 or
+newer), normalisations are `modules_to_save`. Where the base is stored in a half type and was trained in float32, give
+PEFT dtype=torch.float32 as well. Form "plain": PEFT has no form for the tensors (the Conv1D of GPT-2, for one), so the
+change is stored by parameter name. Form "peft": low-rank adapters are saved and opened by PEFT alone.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sgpt.decoder.added_biases import add_named_biases, added_biases
 from sgpt.decoder.families import is_norm
 from sgpt.decoder.trunk import DTYPES, ModelConfig, load_trunk
 from sgpt.encoder import contract as contracts
@@ -59,7 +60,8 @@ def save_adapter(trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[
         form, note = "peft", f"{CHANGE} is a low-rank adapter of PEFT"
     else:
         form, note = _write_delta(trunk, base, temporary, contract.base)
-    untuned = _frozen(trunk) if form == "peft" else {**_frozen(trunk), **base}
+    untuned = _of_the_base(trunk) if form == "peft" else {**_of_the_base(trunk), **base}
+    untuned = {name: value for name, value in untuned.items() if name not in added_biases(trunk)}
     dtype = str(trunk.config.dtype).removeprefix("torch.")  # as it was opened: what learns is float32 since
     delta = {
         "format": FORMAT,
@@ -68,6 +70,7 @@ def save_adapter(trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[
         "dtype": dtype,
         "base_hash": base_hash(untuned, dtype),
         "tokenizer_hash": _rules_hash(tokenizer),
+        "added": added_biases(trunk),
         "note": note,
     }
     (temporary / DELTA).write_text(json.dumps(delta, indent=2) + "\n")
@@ -115,7 +118,7 @@ def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
     """
     if not (folder / DELTA).is_file():
         return
-    stated, parameters = read_delta(folder), dict(trunk.named_parameters())
+    stated, parameters = read_delta(folder), _of_the_base(trunk)
     if base_hash(parameters, stated["dtype"]) == stated["base_hash"]:
         return
     trained = {} if stated["form"] == "peft" else load_file(folder / TRAINED)
@@ -201,10 +204,11 @@ def _write_delta(trunk: nn.Module, base: Mapping[str, Tensor], folder: Path, bas
     return "plain" if peft_form is None else "beft", note
 
 
-def _frozen(trunk: nn.Module) -> dict[str, Tensor]:
-    """Parameters by their names in the base."""
+def _of_the_base(trunk: nn.Module) -> dict[str, Tensor]:
+    """Parameters that the base has, by their names there."""
     if not _by_peft(trunk):
-        return dict(trunk.named_parameters())
+        added = added_biases(trunk)
+        return {name: value for name, value in trunk.named_parameters() if name not in added}
     wrapped = trunk.get_base_model().named_parameters()
     return {name.replace(".base_layer.", "."): value for name, value in wrapped if ".lora_" not in name}
 
@@ -273,6 +277,9 @@ def read_delta(folder: Path) -> dict:
     for key in keys:
         if not isinstance(stated.get(key), str):
             raise InputError(f"{file}: key {key!r} is {stated.get(key)!r}, expected a text; save the adapter again")
+    added = stated.setdefault("added", [])
+    if not isinstance(added, list) or not all(isinstance(name, str) and name.endswith(".bias") for name in added):
+        raise InputError(f"{file}: key 'added' is {added!r:.80}, expected names of biases; save the adapter again")
     for key, known in (("form", FORMS), ("dtype", DTYPES)):
         if stated[key] not in known:
             raise InputError(
@@ -281,8 +288,11 @@ def read_delta(folder: Path) -> dict:
     return stated
 
 
-def read_trained(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trained tensors, each for a parameter of its name and shape."""
+def read_trained(folder: Path, trunk: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors, each for a parameter of its name and shape in the trunk.
+
+    Biases that training added to the base are added here, as zeros, with which it computes what it did without them.
+    """
     file = folder / TRAINED
     try:
         trained = load_file(file)
@@ -290,6 +300,8 @@ def read_trained(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
         raise InputError(
             f"{file}: cannot be read ({error}); copy the adapter again, or make it again from its run"
         ) from error
+    add_named_biases(trunk, read_delta(folder)["added"])
+    parameters = dict(trunk.named_parameters())
     for name, value in trained.items():
         if name not in parameters or parameters[name].shape != value.shape:
             difference = _first_difference(parameters, {name: value})
@@ -308,6 +320,7 @@ def _first_difference(parameters: Mapping[str, Tensor], trained: Mapping[str, Te
 
 @torch.no_grad()
 def _set(trunk: nn.Module, folder: Path) -> None:
+    trained = read_trained(folder, trunk)
     parameters = dict(trunk.named_parameters())
-    for name, value in read_trained(folder, parameters).items():
+    for name, value in trained.items():
         parameters[name].copy_(value)

@@ -23,10 +23,11 @@ class Delta:
                 "cannot share one trunk; search without re-ranking: python train/search.py run=<this run> rerank=false"
             )
         refuse_other_base(trunk, folder)
+        trained = read_trained(folder, trunk)
         parameters = dict(trunk.named_parameters())
         self.inside = False
         self.pairs: list[tuple[nn.Parameter, Tensor]] = []  # each with what it does not have now
-        for name, value in read_trained(folder, parameters).items():
+        for name, value in trained.items():
             parameter = parameters[name]
             self.pairs.append((parameter, value.to(parameter.device)))
 

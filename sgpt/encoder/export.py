@@ -5,6 +5,9 @@ All is compared in float32, after any training: config.json says float32, so tha
 half precision holds exactly, as the frozen weights of a base that was opened in it, is stored in it and takes half of
 the disk.
 
+Where no class of transformers holds all of the biases (sgpt/decoder/added_biases.py), the folder has the adapter in
+PEFT's form in place of the weights, and the same readers open its base by the name that it has in the contract.
+
 No custom code is needed: a chat template and one pre-tokenizer carry the markers (`template.py`), per-task lengths cut
 the content, pooling is written in the keys that every version and server reads. Only a folder that gives the same token
 ids and embeddings as the encoder, for hostile texts in both roles, gets its name; otherwise nothing is written.
@@ -24,7 +27,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sgpt.decoder.added_biases import with_biases
 from sgpt.encoder import contract as contracts
+from sgpt.encoder.adapter import CHANGE, DELTA, PEFT, TRAINED
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.probes import probes, rounding
 from sgpt.encoder.sentence_transformers import (
@@ -43,8 +48,8 @@ HALF_TYPES = {torch.bfloat16, torch.float16}
 WRITTEN_FOR_OTHERS = {"README.md", *WRITTEN}  # by our reader: whoever changes these changes what others read
 
 
-def export(encoder: Encoder, folder: Path, *, card: str) -> dict:
-    """Writes `folder` and returns what `verify` found. card: its README.md.
+def export(encoder: Encoder, folder: Path, *, card: str, adapter: Path | None = None) -> dict:
+    """Writes `folder` and returns what `verify` found. card: its README.md. adapter: of the encoder, saved before.
 
     Replaces an export of ours, and raises InputError for any other folder that is not empty, or when a reader disagrees
     with the encoder. Written and verified under a temporary name, then renamed.
@@ -55,7 +60,7 @@ def export(encoder: Encoder, folder: Path, *, card: str) -> dict:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write(encoder, temporary, card)
+        _write(encoder, temporary, card, adapter)
         verified = verify(temporary, encoder)
         readers = " and ".join(verified["readers"])
         difference, texts = verified["max_difference"], verified["texts"]
@@ -72,22 +77,43 @@ def _refuse_foreign(folder: Path) -> None:
         raise InputError(f"{folder} exists and is no export of this framework; choose another folder or remove it")
 
 
-def _write(encoder: Encoder, folder: Path, card: str) -> None:
+def _write(encoder: Encoder, folder: Path, card: str, adapter: Path | None) -> None:
     half = {parameter.dtype for parameter in encoder.trunk.parameters()} & HALF_TYPES
     encoder = _whole(encoder)
-    encoder.trunk.save_pretrained(folder, state_dict=_stored(encoder.trunk, *half))
-    config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = "float32"
-    # text-embeddings-inference reads these two, and GPT-2's and GPT-Neo's configurations call them otherwise
-    config.setdefault("hidden_size", encoder.trunk.config.hidden_size)
-    config.setdefault("num_hidden_layers", encoder.trunk.config.num_hidden_layers)
-    write_json(folder / "config.json", config)
+    trunk = with_biases(encoder.trunk)
+    if trunk is None:
+        _copy_adapter(encoder, adapter, folder)
+    else:
+        _write_weights(trunk, folder, *half)
     write_tokenizer(encoder.tokenizer, encoder.contract.markers, folder)
-    write_modules(encoder.contract, encoder.tokenizer, encoder.embedding_size, folder)
+    write_modules(encoder.contract, encoder.tokenizer, encoder.embedding_size, folder, adapter=trunk is None)
     (folder / "README.md").write_text(card, encoding="utf-8")
     read = [file.name for file in folder.iterdir() if file.is_file() and file.name not in WRITTEN_FOR_OTHERS]
     measured = {"probes": probes(encoder.encode), "rounding": rounding(encoder.encode_in)}
     replace(encoder.contract, **measured).save(folder, read)
+
+
+def _write_weights(trunk: nn.Module, folder: Path, half: torch.dtype | None = None) -> None:
+    """config.json and model.safetensors."""
+    trunk.save_pretrained(folder, state_dict=_stored(trunk, half))
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "float32"
+    # text-embeddings-inference reads these two, and GPT-2's and GPT-Neo's configurations call them otherwise
+    config.setdefault("hidden_size", trunk.config.hidden_size)
+    config.setdefault("num_hidden_layers", trunk.config.num_hidden_layers)
+    write_json(folder / "config.json", config)
+
+
+def _copy_adapter(encoder: Encoder, adapter: Path | None, folder: Path) -> None:
+    """InputError where there is none, or it is in no form that other readers open."""
+    if adapter is None or not (adapter / PEFT).is_file():
+        raise InputError(
+            f"{type(encoder.trunk).__name__}: no class of transformers holds the biases that training added to "
+            f"{encoder.contract.base}, and there is no adapter in PEFT's form to export in their place; use the "
+            "adapter, or train with tuning.add_biases=attention"
+        )
+    for name in (CHANGE, PEFT, TRAINED, DELTA):
+        shutil.copyfile(adapter / name, folder / name)
 
 
 def _whole(encoder: Encoder) -> Encoder:

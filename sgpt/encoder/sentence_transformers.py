@@ -325,8 +325,13 @@ def write_tokenizer(tokenizer, markers: MarkersConfig, folder: Path) -> None:
     write_json(folder / TOKENIZER_CONFIG, config)
 
 
-def write_modules(contract: Contract, tokenizer, embedding_size: int, folder: Path) -> None:
-    """All files of the format but the weights and the tokenizer."""
+def write_modules(
+    contract: Contract, tokenizer, embedding_size: int, folder: Path, *, adapter: bool = False
+) -> None:  # fmt: skip
+    """All files of the format but the weights and the tokenizer.
+
+    adapter: the weights are a base's, which its own folder may say to open in half precision.
+    """
     role_frames = frames(contract.markers, tokenizer)
     query_length, document_length = (role_frames[role].length for role in ROLES)
     marked = contract.markers.name != "none"
@@ -343,6 +348,8 @@ def write_modules(contract: Contract, tokenizer, embedding_size: int, folder: Pa
             "query_length": query_length,
             "document_length": document_length,
         }
+    if adapter:
+        transformer["model_kwargs"] = {"dtype": "float32"}
     settings = {
         "model_type": "SentenceTransformer",
         "__version__": {

@@ -45,7 +45,9 @@ def unwrap(tokenizer):
     if backend is not None and backend.pre_tokenizer is not None:
         parts = json.loads(backend.pre_tokenizer.__getstate__()).get("pretokenizers", [])
         if parts and SEAM_PATTERN in str(parts[0].get("pattern")):
-            backend.pre_tokenizer = backend.pre_tokenizer[1] if len(parts) > 1 else None
+            # a sequence of its own, as Llama 3's and Qwen's tokenizers have, was taken apart when it was put in another
+            own = [backend.pre_tokenizer[number] for number in range(1, len(parts))]
+            backend.pre_tokenizer = pre_tokenizers.Sequence(own) if len(own) > 1 else next(iter(own), None)
     if json.dumps(SEAM)[1:-1] in str(tokenizer.chat_template):  # as `_literal` writes it
         tokenizer.chat_template = None
     return tokenizer

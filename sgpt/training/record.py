@@ -128,7 +128,7 @@ def is_exported(run: RunFolder) -> bool:
 def write_export(run: RunFolder, config: TrainConfig, encoder: Encoder) -> None:
     """Exports a finished run and says so in the manifest. InputError names the command that exports it again."""
     try:
-        verified = export(encoder, run.folder / "export", card=card(run, config))
+        verified = export(encoder, run.folder / "export", card=card(run, config), adapter=run.folder / "adapter")
     except InputError as error:
         again = f"python train/export.py {argument('run', str(run.folder))}"
         raise InputError(

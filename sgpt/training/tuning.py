@@ -2,21 +2,24 @@
 
 `bitfit` (Ben Zaken et al. 2021; SGPT section 4.1): every parameter whose name ends in `bias`, LayerNorm biases
 included. Parameters only, never buffers: old GPT-Neo and GPT-J checkpoints call their causal mask
-`attn.attention.bias`.
+`attn.attention.bias`. A base with no biases, or too few, is given some first (sgpt/decoder/added_biases.py).
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from sgpt.decoder.added_biases import PLACES, add_biases, block_of
 from sgpt.decoder.families import is_norm
 from sgpt.encoder.probes import HALVES
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import BELOW_ONE, COUNT, check_choice, check_ranges
 
+log = logging.getLogger(__name__)
 ALTERNATIVES = (
     "use tuning=bitfit_norm (biases and norm gains), tuning=lora or tuning=full, "
     "or a base with biases such as GPT-Neo, GPT-2, OPT, Pythia or BLOOM"
@@ -30,6 +33,10 @@ class TuningConfig:
 
     name: str = "bitfit"
     """Method, a row of TUNINGS."""
+    add_biases: str = "all"
+    """Which linear layers of a base with too few biases bitfit gives one of zeros: all, attention, mlp or none."""
+    layers: str = "all"
+    """Which blocks learn: all; or last:10, the last ten and the norm after them, with no backward pass before them."""
     lora_rank: int = 8
     """Rank of the two matrices that LoRA adds to each linear layer, at most the width of the base."""
     lora_alpha: int = 16
@@ -39,26 +46,45 @@ class TuningConfig:
 
     def __post_init__(self) -> None:
         check_choice("tuning.name", self.name, TUNINGS)
+        check_choice("tuning.add_biases", self.add_biases, PLACES)
+        self.first_layer(layers=0)
         check_ranges(self, "tuning.", lora_rank=COUNT, lora_alpha=COUNT, lora_dropout=BELOW_ONE)
+        if self.layers != "all" and self.name == "lora":
+            raise InputError(f"tuning.layers={self.layers}: tuning=lora adapts all layers; leave it out")
+
+    def first_layer(self, layers: int) -> int:
+        """Number of the first block that learns, of so many. InputError for anything but all or last:<number>."""
+        if self.layers == "all":
+            return 0
+        last, _, number = self.layers.partition(":")
+        if last != "last" or not number.isdecimal() or int(number) < 1:
+            raise InputError(f"tuning.layers={self.layers!r} is unknown; choose all, or last:<number>, as in last:10")
+        return max(0, layers - int(number))
 
 
 def bitfit(trunk: nn.Module, config: TuningConfig) -> nn.Module:
-    """Every parameter whose name ends in `bias`. InputError for a base that has too few."""
-    biases = _learn_only(trunk, lambda name: name.endswith("bias"))
-    _refuse_without_biases(trunk, biases)
+    """Every parameter whose name ends in `bias`; where these are too few, zeros are added by `config.add_biases`.
+
+    InputError where they are too few even so.
+    """
+    _add_biases_where_few(trunk, config)
+    if _has_few_biases(trunk):
+        raise _too_few_biases(trunk, config.add_biases)
+    _learn_only(trunk, lambda name: name.endswith("bias"), config)
     return trunk
 
 
 def bitfit_norm(trunk: nn.Module, config: TuningConfig) -> nn.Module:
-    """Biases and the gains of every normalisation; works on bias-free families (Llama, Qwen3) too."""
-    norms = {name for name, module in trunk.named_modules() if is_norm(module)}
-    _learn_only(trunk, lambda name: name.endswith("bias") or name.rpartition(".")[0] in norms)
+    """As `bitfit`, and the gains of every normalisation."""
+    _add_biases_where_few(trunk, config)
+    norms = _norms(trunk)
+    _learn_only(trunk, lambda name: name.endswith("bias") or name.rpartition(".")[0] in norms, config)
     return trunk
 
 
 def full(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     """Every parameter."""
-    _learn_only(trunk, lambda name: True)
+    _learn_only(trunk, lambda name: True, config)
     return trunk
 
 
@@ -162,25 +188,58 @@ def precisions(trunk: nn.Module, precision: str) -> dict[str, str]:
     return {"frozen": half or "float32", "trained": "float32", "computed": half or precision}
 
 
-def _learn_only(trunk: nn.Module, learns: Callable[[str], bool]) -> dict[str, nn.Parameter]:
-    """Freezes the parameters but those whose name `learns`, and returns these."""
+def _learn_only(trunk: nn.Module, learns: Callable[[str], bool], config: TuningConfig) -> None:
+    """Freezes the parameters but those whose name `learns`, in the blocks of `config.layers`."""
+    first = config.first_layer(trunk.config.num_hidden_layers)
+    norms = _norms(trunk)
     for name, parameter in trunk.named_parameters():
-        parameter.requires_grad_(learns(name))
-    return trainable_parameters(trunk)
+        block = block_of(name)
+        is_last_norm = block is None and name.rpartition(".")[0] in norms and "emb" not in name
+        is_late = first == 0 or is_last_norm or (block is not None and block >= first)
+        parameter.requires_grad_(is_late and learns(name))
 
 
-def _refuse_without_biases(trunk: nn.Module, biases: dict[str, nn.Parameter]) -> None:
-    """InputError for a base with too few biases to train: less than 4·D a layer.
+def _norms(trunk: nn.Module) -> set[str]:
+    """Paths of all normalisations."""
+    return {name for name, module in trunk.named_modules() if is_norm(module)}
+
+
+def _add_biases_where_few(trunk: nn.Module, config: TuningConfig) -> None:
+    if not _has_few_biases(trunk) or config.add_biases == "none":
+        return
+    few = "few" if _biases(trunk) else "no"
+    first = config.first_layer(trunk.config.num_hidden_layers)
+    added = add_biases(trunk, config.add_biases, first)
+    log.info(
+        "%s has %s biases: %d linear layers are given one of zeros, %s numbers (tuning.add_biases=%s)",
+        type(trunk).__name__, few, len(added), f"{_count(map(trunk.get_parameter, added)):,}", config.add_biases,
+    )  # fmt: skip
+
+
+def _biases(trunk: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in trunk.named_parameters() if name.endswith("bias")]
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _has_few_biases(trunk: nn.Module) -> bool:
+    """Less than 4·D numbers in a layer, counted in the last one, to which biases may have been added alone.
 
     GPT-J, the poorest base that SGPT trained, has 6·D; Qwen2's q, k and v biases are under 3·D, and can only shift
     attention.
     """
-    num_biases = sum(parameter.numel() for parameter in biases.values())
+    last = trunk.config.num_hidden_layers - 1
+    in_last = [value for name, value in trunk.named_parameters() if name.endswith("bias") and block_of(name) == last]
+    return _count(in_last) < 4 * trunk.config.hidden_size
+
+
+def _too_few_biases(trunk: nn.Module, added: str) -> InputError:
+    biases = _biases(trunk)
     layers, width = trunk.config.num_hidden_layers, trunk.config.hidden_size
-    if num_biases < 4 * width * layers:
-        num_tensors = sum(1 for _ in trunk.parameters())
-        raise InputError(
-            f"tuning=bitfit found {'too few' if biases else 'no'} bias parameters in {type(trunk).__name__} "
-            f"({len(biases)} of {num_tensors} tensors, {num_biases:,} numbers for {layers} layers of width {width}); "
-            f"{ALTERNATIVES}"
-        )
+    return InputError(
+        f"tuning=bitfit found {'too few' if biases else 'no'} bias parameters in {type(trunk).__name__} "
+        f"({len(biases)} of {sum(1 for _ in trunk.parameters())} tensors, {_count(biases):,} numbers for {layers} layers "
+        f"of width {width}) with tuning.add_biases={added}; set tuning.add_biases=all, {ALTERNATIVES}"
+    )
