@@ -85,7 +85,7 @@ def with_biases(trunk: nn.Module) -> nn.Module | None:
 
 
 def _configs_with_biases(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    """Of the own family with its switches for biases on, one alone and then all; else of Llama's where that is equal."""
+    """Of the own family with its switches for biases on, one alone and then all; else of Llama, where that is equal."""
     switches = [key for key, value in config.to_dict().items() if key.endswith("bias") and value is False]
     for keys in [*([key] for key in switches), switches]:
         yield _switched(config, keys)

@@ -1,6 +1,7 @@
 """Proof of an export: every installed reader must give the encoder's token ids and embeddings."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,10 @@ def _our_reader(folder: Path, encoder: Encoder) -> _Reader:
 def _sentence_transformers_reader(folder: Path, encoder: Encoder) -> _Reader:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), device=str(encoder.device), trust_remote_code=False)
+    with warnings.catch_warnings():
+        # of PEFT, for biases that the base has not: they are not merged here
+        warnings.filterwarnings("ignore", "Detected that the base layer has no bias term")
+        model = SentenceTransformer(str(folder), device=str(encoder.device), trust_remote_code=False)
 
     def token_ids(texts: list[str], role: Role) -> TokenLists:
         batch = model.preprocess(texts, task=role)

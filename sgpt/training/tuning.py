@@ -65,10 +65,9 @@ class TuningConfig:
 def bitfit(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     """Every parameter whose name ends in `bias`; where these are too few, zeros are added by `config.add_biases`.
 
-    InputError where they are too few even so.
+    InputError where they are too few and none can be added.
     """
-    _add_biases_where_few(trunk, config)
-    if _has_few_biases(trunk):
+    if not _add_biases_where_few(trunk, config) and _has_few_biases(trunk):
         raise _too_few_biases(trunk, config.add_biases)
     _learn_only(trunk, lambda name: name.endswith("bias"), config)
     return trunk
@@ -204,9 +203,10 @@ def _norms(trunk: nn.Module) -> set[str]:
     return {name for name, module in trunk.named_modules() if is_norm(module)}
 
 
-def _add_biases_where_few(trunk: nn.Module, config: TuningConfig) -> None:
+def _add_biases_where_few(trunk: nn.Module, config: TuningConfig) -> list[str]:
+    """Names of the new biases."""
     if not _has_few_biases(trunk) or config.add_biases == "none":
-        return
+        return []
     few = "few" if _biases(trunk) else "no"
     first = config.first_layer(trunk.config.num_hidden_layers)
     added = add_biases(trunk, config.add_biases, first)
@@ -214,6 +214,7 @@ def _add_biases_where_few(trunk: nn.Module, config: TuningConfig) -> None:
         "%s has %s biases: %d linear layers are given one of zeros, %s numbers (tuning.add_biases=%s)",
         type(trunk).__name__, few, len(added), f"{_count(map(trunk.get_parameter, added)):,}", config.add_biases,
     )  # fmt: skip
+    return added
 
 
 def _biases(trunk: nn.Module) -> list[nn.Parameter]:
@@ -240,6 +241,6 @@ def _too_few_biases(trunk: nn.Module, added: str) -> InputError:
     layers, width = trunk.config.num_hidden_layers, trunk.config.hidden_size
     return InputError(
         f"tuning=bitfit found {'too few' if biases else 'no'} bias parameters in {type(trunk).__name__} "
-        f"({len(biases)} of {sum(1 for _ in trunk.parameters())} tensors, {_count(biases):,} numbers for {layers} layers "
-        f"of width {width}) with tuning.add_biases={added}; set tuning.add_biases=all, {ALTERNATIVES}"
+        f"({len(biases)} of {sum(1 for _ in trunk.parameters())} tensors, {_count(biases):,} numbers for {layers} "
+        f"layers of width {width}) with tuning.add_biases={added}; set tuning.add_biases=all, {ALTERNATIVES}"
     )

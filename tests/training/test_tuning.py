@@ -89,13 +89,64 @@ TINY = {
     ids=["llama", "qwen2", "qwen3"],
 )
 def test_bitfit_refuses_a_base_without_enough_biases_and_names_the_alternatives(config, problem):
-    alternatives = r".*use tuning=bitfit_norm .* tuning=lora or tuning=full, or a base with biases such as GPT-Neo"
+    alternatives = (
+        r".*add_biases=none; set tuning.add_biases=all, use tuning=bitfit_norm .* tuning=lora or tuning=full, "
+        "or a base with biases such as GPT-Neo"
+    )
     with pytest.raises(InputError, match=problem + alternatives):
-        tune(on_meta(config), TuningConfig("bitfit"))
+        tune(on_meta(config), TuningConfig("bitfit", add_biases="none"))
 
 
-def test_bitfit_norm_trains_the_gains_of_llama():
-    trunk = tune(on_meta(LlamaConfig(**TINY)), TuningConfig("bitfit_norm"))
+@pytest.mark.parametrize(("where", "numbers"), [("all", 155_520), ("attention", 46_080), ("mlp", 109_440)])
+def test_smollm2_is_given_as_many_biases_as_its_class_has_when_its_config_says_so(where, numbers):
+    shape = {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 50,
+    }  # fmt: skip
+    trunk = tune(on_meta(LlamaConfig(**shape)), TuningConfig("bitfit", add_biases=where))
+    switched = LlamaConfig(**shape, attention_bias=where in ("all", "attention"), mlp_bias=where in ("all", "mlp"))
+    biases = {name for name, _ in on_meta(switched).named_parameters() if name.endswith("bias")}
+    assert trainable_parameters(trunk).keys() == biases
+    assert count_parameters(trunk)[0] == numbers
+
+
+def test_a_base_with_biases_of_its_own_is_given_none():
+    before = {name for name, _ in on_meta(gpt_neo(768, 12, 12)).named_parameters()}  # q, k and v have no bias there
+    trunk = tune(on_meta(gpt_neo(768, 12, 12)), TuningConfig("bitfit"))
+    assert {name for name, _ in trunk.named_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "expected"),
+    [
+        (LlamaConfig(**TINY | {"num_hidden_layers": 4}), "bitfit", {"2", "3"}),
+        (GPT2Config(n_layer=4), "bitfit", {"2", "3", "ln_f"}),
+        (LlamaConfig(**TINY | {"num_hidden_layers": 4}), "bitfit_norm", {"2", "3", "norm"}),
+        (BloomConfig(n_layer=4), "bitfit_norm", {"2", "3", "ln_f"}),  # and not the norm of the embeddings
+        (GPT2Config(n_layer=4), "full", {"2", "3", "ln_f"}),
+    ],
+    ids=["llama", "gpt2", "llama-norm", "bloom-norm", "gpt2-full"],
+)
+def test_only_the_last_blocks_and_the_norm_after_them_learn(config, method, expected):
+    trunk = tune(on_meta(config), TuningConfig(method, layers="last:2"))
+    parts = {name.split(".")[1] if name.split(".")[0] in ("layers", "h") else name.split(".")[0]
+             for name in trainable_parameters(trunk)}  # fmt: skip
+    assert parts == expected
+
+
+@pytest.mark.parametrize("layers", ["last", "last:0", "last:-1", "first:2", "2", "last:2.5", ""])
+def test_other_words_for_layers_are_refused(layers):
+    with pytest.raises(InputError, match=r"tuning.layers=.* is unknown; choose all, or last:<number>"):
+        TuningConfig(layers=layers)
+
+
+def test_lora_refuses_layers():
+    with pytest.raises(InputError, match=r"tuning.layers=last:2: tuning=lora adapts all layers; leave it out"):
+        TuningConfig("lora", layers="last:2")
+
+
+def test_bitfit_norm_trains_the_gains_of_llama_alone_where_no_biases_are_added():
+    trunk = tune(on_meta(LlamaConfig(**TINY)), TuningConfig("bitfit_norm", add_biases="none"))
     layers = [f"layers.{i}.{norm}.weight" for i in (0, 1) for norm in ("input_layernorm", "post_attention_layernorm")]
     assert sorted(trainable_parameters(trunk)) == sorted([*layers, "norm.weight"])
 
