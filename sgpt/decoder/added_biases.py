@@ -19,7 +19,7 @@ from sgpt.decoder.families import family_of
 
 PLACES = ("all", "attention", "mlp", "none")
 ATTENTION = re.compile(r"attn|attention")  # in the path of a projection of any family
-BLOCK = re.compile(r"\.(\d+)\.")
+BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 def add_biases(trunk: nn.Module, where: str = "all", first_block: int = 0) -> list[str]:
@@ -54,7 +54,7 @@ def added_biases(trunk: nn.Module) -> list[str]:
 
 def block_of(path: str) -> int | None:
     """Number of the block in which a module or parameter lies; None for embeddings, the last norm and their like."""
-    number = BLOCK.search(path)
+    number = BLOCK_NUMBER.search(path)
     return int(number[1]) if number else None
 
 
