@@ -90,7 +90,7 @@ def _convert(file: Path, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"{folder}: cannot be written ({error.strerror or first_line(error)}); make room") from error
     size = sum(value.nbytes for value in model.parameters())
-    log.info("%s: %.0f MB in float32, after %.0f s", folder, size / 1e6, time.monotonic() - started)
+    log.info("%s: %.1f MB in float32, after %.0f s", folder, size / 1e6, time.monotonic() - started)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:

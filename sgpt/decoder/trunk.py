@@ -52,10 +52,10 @@ class ModelConfig:
 
     path: str = "data/nano"
     """Local folder, GGUF file, or a hub id such as EleutherAI/gpt-neo-125m."""
-    hub: str | None = None
-    """Hub id that is loaded where the folder `path` is not there; null for none."""
     dtype: str = "float32"
     """Of the frozen weights: float32, bfloat16 or float16. What learns is float32 in any case."""
+    hub: str | None = None
+    """Hub id that is loaded where the folder `path` is not there; null for none."""
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)

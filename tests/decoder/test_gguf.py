@@ -34,7 +34,7 @@ from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
-from sgpt.training.tuning import TuningConfig, learning, tune
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import byte_level
 
 gguf = pytest.importorskip("gguf", reason="GGUF files are opened with the package gguf")
@@ -213,9 +213,9 @@ def test_an_adapter_names_the_file_and_gives_peft_a_folder_that_it_opens(tmp_pat
     contract = Contract(markers=MarkersConfig("none", 24, 24), base=base)
     encoder = Encoder(load_trunk(ModelConfig(base)), load_tokenizer(base), contract)
     encoder.trunk = tune(encoder.trunk, TuningConfig("bitfit_norm"))
-    before = {name: parameter.detach().clone() for name, parameter in learning(encoder.trunk).items()}
+    before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(encoder.trunk).items()}
     with torch.no_grad():
-        for parameter in learning(encoder.trunk).values():
+        for parameter in trainable_parameters(encoder.trunk).values():
             parameter.add_(0.3)
     expected = encoder.encode_queries(["a text", "what?"])
     folder = save_adapter(encoder.trunk, encoder.tokenizer, contract, before, tmp_path / "adapter")
