@@ -133,6 +133,13 @@ def _model(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) 
             f"{file}: transformers {transformers.__version__} cannot open a GGUF file of the architecture "
             f"{architecture!r} ({first_line(error)}); give the model's folder with safetensors instead"
         ) from error
+    if report["mismatched_keys"]:
+        name, stored, wanted = sorted(report["mismatched_keys"], key=str)[0]
+        raise InputError(
+            f"{file}: {name} is stored as {tuple(stored)} and transformers {transformers.__version__} makes it "
+            f"{tuple(wanted)}, so it reads this {architecture} wrongly; give the model's folder with "
+            "safetensors instead"
+        )
     check_names(str(file), opened, report)
     config = opened.config
     _refuse_lost_tensors(file, opened, tensors)

@@ -11,17 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForFeatureExtraction
 from sentence_transformers import SentenceTransformer
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from sgpt.cross_encoder.cross_encoder import CrossEncoder
@@ -41,7 +38,7 @@ gguf = pytest.importorskip("gguf", reason="GGUF files are opened with the packag
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -52,13 +49,11 @@ ODD_TEXTS = [
 ]  # fmt: skip
 
 
-def language_model(family: str = "llama", **changed) -> PreTrainedModel:
+def language_model(family: str = "Llama", **changed) -> PreTrainedModel:
     """Two layers, 32 wide, random everywhere, so that a tensor in the wrong place is seen."""
-    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[
-        family
-    ]
+    config = getattr(transformers, f"{family}Config")(vocab_size=len(byte_level()), **{**SHAPE, **changed})
     torch.manual_seed(0)
-    model = model_class(config_class(vocab_size=len(byte_level()), **SHAPE, **changed))
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -85,6 +80,7 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
@@ -152,10 +148,10 @@ def opened(file: Path) -> PreTrainedModel:
 # what is computed
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("family", "head_dim"), [("Llama", 8), ("Qwen2", 8), ("Qwen3", 128)])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_float32_file_computes_what_its_safetensors_do(tmp_path, family, tied):
-    model = language_model(family, tie_word_embeddings=tied)
+def test_a_float32_file_computes_what_its_safetensors_do(tmp_path, family, head_dim, tied):
+    model = language_model(family, tie_word_embeddings=tied, head_dim=head_dim)
     assert torch.equal(logits(opened(write_gguf(tmp_path / "tiny.gguf", model))), logits(model))
 
 
@@ -208,7 +204,7 @@ def test_an_unknown_rule_of_splitting_is_said(tmp_path, caplog):
 
 
 def test_an_adapter_names_the_file_and_gives_peft_a_folder_that_it_opens(tmp_path):
-    file = write_gguf(tmp_path / "tiny.gguf", language_model("qwen2"))
+    file = write_gguf(tmp_path / "tiny.gguf", language_model("Qwen2"))
     base = str(file)
     contract = Contract(markers=MarkersConfig("none", 24, 24), base=base)
     encoder = Encoder(load_trunk(ModelConfig(base)), load_tokenizer(base), contract)
@@ -318,6 +314,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "biases that transformers leaves out": (
         lambda file: write_gguf(file, language_model(attention_bias=True)),
         r"holds 63,584 numbers and LlamaForCausalLM .* takes 63,392, so some tensors, such as blk.0.attn_q.bias, w",
+    ),
+    "another width of heads than transformers takes for granted": (
+        lambda file: write_gguf(file, language_model("Qwen3")),
+        r"k_norm.weight is stored as \(8,\) and transformers .* makes it \(128,\), so it reads this qwen3 wrongly",
     ),
     "other scaled positions": (
         lambda file: write_gguf(file, language_model(), scaling="yarn"),
