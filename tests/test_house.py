@@ -264,7 +264,7 @@ PATH = re.compile(
 )
 FILE_NAME = re.compile(r"(?<![\w/.*}-])([a-z_]+\.py)\b")
 DOTTED = re.compile(r"\bsgpt((?:\.[a-zA-Z_]\w*)+)")
-TARGETS = re.compile(r"(?:`|^ {4}|^)make ([a-z][a-z -]*)", re.MULTILINE)
+TARGETS = re.compile(r"(?:`|^ {4}|^)make ([a-z][a-z0-9 -]*)", re.MULTILINE)
 KEY = re.compile(r"(?<![\w./=-])([a-z_]+(?:\.[a-z_]+)*)=(?=[^\s=>])([\w./-]*)")
 COMMAND = re.compile(r"^ {4}.*(?:\n {8}.*)*", re.MULTILINE)  # of a document, with the lines that continue it
 GROUPS = "trainer|data|loss|optim|markers|evaluation|dev|tuning|pooling|logging"
@@ -308,7 +308,7 @@ def test_every_name_of_ours_that_a_text_mentions_is_defined():
 
 
 def test_every_target_that_a_text_mentions_is_in_the_makefile():
-    targets = set(re.findall(r"^([a-z-]+):", text_of(REPOSITORY / "Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", text_of(REPOSITORY / "Makefile"), re.MULTILINE))
     for file in [*DOCUMENTS, *COMMENTED]:
         for mentioned in TARGETS.findall(text_of(file)):
             missing = {*mentioned.split("  ")[0].split()} - targets

@@ -40,7 +40,8 @@ def main(composed: DictConfig) -> None:
     accelerator = launch.start(config, run.threads)
 
     # everything that can be wrong is read and checked before anything is written
-    tokenizer = load_tokenizer(config.model.path)
+    model = config.model.resolved()
+    tokenizer = load_tokenizer(model.path)
     with accelerator.main_process_first():  # which harvests, downloads, reads and tokenises; the others read its cache
         feed = build_feed(
             config.data,
@@ -56,15 +57,15 @@ def main(composed: DictConfig) -> None:
     feed = with_guide(feed, config.loss, accelerator.device)
     check_feed(feed)
     config.trainer.steps(feed.batches_per_epoch)  # refuses a run that is too short for one optimizer step
-    contract = Contract(config.pooling.name, config.markers, base=config.model.path)
-    trunk = load_trunk(config.model)
+    contract = Contract(config.pooling.name, config.markers, base=model.path)
+    trunk = load_trunk(model)
     encoder = Encoder(trunk, tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
     inputs = run_inputs(encoder, feed, sets, dev)
     run.check_same(inputs)
 
     encoder.trunk = tune(encoder.trunk, config.tuning)
     encoder.to(accelerator.device)
-    log.info("%s: %s is trained on %s", run.folder, config.model.path, config.data.path or config.data.name)
+    log.info("%s: %s is trained on %s", run.folder, model.path, config.data.path or config.data.name)
     announce(encoder, feed, config.trainer, config.optim, accelerator)
     base = {name: parameter.detach().clone() for name, parameter in trainable_parameters(encoder.trunk).items()}
     if accelerator.is_main_process:

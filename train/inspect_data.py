@@ -28,7 +28,7 @@ def main(composed: DictConfig) -> None:
     logging.getLogger("sgpt").setLevel(logging.INFO)
     config = typed(InspectConfig, composed)
     page = check_output(Path(config.output or f"{config.runs}/{config.name}.inspection.html"))
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.resolved().path)
     feed = build_feed(
         config.data,
         tokenizer,

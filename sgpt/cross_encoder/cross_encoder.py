@@ -24,8 +24,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sgpt.cross_encoder.likelihood import ScoredText, log_probabilities
 from sgpt.cross_encoder.prompts import PromptConfig, build_prompt
 from sgpt.decoder.attention import prepare
+from sgpt.decoder.base_folder import local_folder
 from sgpt.decoder.families import LENGTH_WITHOUT_TABLE, family_of, position_limit
-from sgpt.decoder.model_files import CONFIG, check_config, local_folder, read_json
+from sgpt.decoder.model_files import CONFIG, check_config, read_json
 from sgpt.decoder.trunk import ModelConfig, check_family, check_vocabulary, load_tokenizer, open_model
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import progress_bar

@@ -12,22 +12,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import may_be_hub_id
 
 log = logging.getLogger(__name__)
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG, ADAPTER = "tokenizer.json", "tokenizer_config.json", "adapter_config.json"
-FETCHED = [  # from the hub
-    CONFIG, WEIGHTS, INDEX, "model-*.safetensors", ADAPTER, "token*", "vocab*", "merges.txt", "bpe.codes", "*.model",
-    "special_tokens_map.json", "added_tokens.json", "chat_template*", "sgpt.json", "modules.json",
-    "config_sentence_transformers.json", "sentence_*_config.json", "*Pooling/config.json",
-]  # fmt: skip
 OTHER_FORMS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")  # of weights: opening a pickle runs its code
 LFS_POINTER = b"version https://git-lfs"
 # of modules that were wrapped one by one
@@ -35,33 +28,6 @@ INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 AROUND = ("module.", "base_model.model.", "0.auto_model.", "auto_model.")  # DDP, PEFT, sentence-transformers
 # tried where names do not fit: some families have them by themselves
 OUTER = ("model.", "transformer.", "encoder.", "backbone.", "trunk.")
-
-
-def resolve(path: str) -> Path:
-    """A local path as it is, or below this project when it is not in the working directory.
-
-    Need not exist: a hub id.
-    """
-    below_project = Path(__file__).parents[2] / path
-    return below_project if not Path(path).exists() and below_project.exists() else Path(path)
-
-
-def local_folder(path: str) -> Path:
-    """The folder itself, or where the hub's files were put. InputError when there is neither."""
-    folder = resolve(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise InputError(f"{path}: is a file; give the folder that holds {CONFIG}, {WEIGHTS} and tokenizer files")
-    if not may_be_hub_id(path):
-        raise InputError(f"{path}: no such folder; check the path")
-    try:
-        return Path(snapshot_download(path, allow_patterns=FETCHED))
-    except Exception as error:  # of httpx, of the hub, of the system
-        raise InputError(
-            f"{path}: no such local folder, and it could not be had from the model hub ({first_line(error)}). "
-            "Without a network, download it elsewhere and give the local folder"
-        ) from error
 
 
 def unloadable(path: str | Path, reason: str) -> InputError:

@@ -7,7 +7,7 @@ weights are opened, whoever asks, so that no check can be forgotten. Only safete
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from sgpt.decoder.agreement import check_agreement
 from sgpt.decoder.attention import NAME, packed, prepare
+from sgpt.decoder.base_folder import how_to_have, local_folder, resolve
 from sgpt.decoder.families import embedding_size, family_of, position_limit, takes_position_ids
 from sgpt.decoder.model_files import (
     CONFIG,
@@ -30,7 +31,6 @@ from sgpt.decoder.model_files import (
     check_names,
     check_numbers,
     first_line,
-    local_folder,
     read_json,
     refuse_foreign_code,
     stored_tensors,
@@ -51,12 +51,25 @@ class ModelConfig:
     """Which base is opened, and how its weights are held."""
 
     path: str = "data/nano"
-    """Local folder, or a hub id such as EleutherAI/gpt-neo-125m."""
+    """Local folder, GGUF file, or a hub id such as EleutherAI/gpt-neo-125m."""
     dtype: str = "float32"
     """Of the frozen weights: float32, bfloat16 or float16. What learns is float32 in any case."""
+    hub: str | None = None
+    """Hub id that is loaded where the folder `path` is not there; null for none."""
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)
+
+    def resolved(self) -> "ModelConfig":
+        """The base that is opened, `path` or `hub`, as `path`; the log says which, where both are stated."""
+        if self.hub is None:
+            return self
+        if resolve(self.path).exists():
+            log.info("%s is there and is used; %s is not loaded from the hub", self.path, self.hub)
+            return replace(self, hub=None)
+        remedy = how_to_have(self.path)
+        log.warning("%s: no such folder (%s); %s is loaded from the hub instead", self.path, remedy, self.hub)
+        return replace(self, path=self.hub, hub=None)
 
 
 def load_trunk(config: ModelConfig) -> nn.Module:
@@ -73,6 +86,7 @@ def open_model(config: ModelConfig, auto: type = AutoModel) -> nn.Module:
     refused by name; prefixes of wrappers (torch.compile, DDP, PEFT, sentence-transformers) are taken off, and said to
     be.
     """
+    config = config.resolved()
     path, folder = config.path, local_folder(config.path)
     check_config(folder, path)
     with describe_errors(path):

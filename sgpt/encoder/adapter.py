@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sgpt.decoder.added_biases import add_named_biases, added_biases
+from sgpt.decoder.base_folder import path_for_others
 from sgpt.decoder.families import is_norm
 from sgpt.decoder.trunk import DTYPES, ModelConfig, load_trunk
 from sgpt.encoder import contract as contracts
@@ -54,12 +55,13 @@ def save_adapter(trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    base_for_peft = path_for_others(contract.base)
     if _by_peft(trunk):
         trunk.save_pretrained(temporary)
-        _rewrite_peft_config(temporary, contract.base)
+        _rewrite_peft_config(temporary, base_for_peft)
         form, note = "peft", f"{CHANGE} is a low-rank adapter of PEFT"
     else:
-        form, note = _write_delta(trunk, base, temporary, contract.base)
+        form, note = _write_delta(trunk, base, temporary, base_for_peft)
     untuned = _of_the_base(trunk) if form == "peft" else {**_of_the_base(trunk), **base}
     untuned = {name: value for name, value in untuned.items() if name not in added_biases(trunk)}
     dtype = str(trunk.config.dtype).removeprefix("torch.")  # as it was opened: what learns is float32 since

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sgpt.decoder.model_files import local_folder
+from sgpt.decoder.base_folder import local_folder
 from sgpt.encoder import contract as contracts
 from sgpt.encoder.adapter import is_adapter
 from sgpt.encoder.sentence_transformers import is_sentence_transformers

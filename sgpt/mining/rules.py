@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from sgpt.cross_encoder.cross_encoder import CrossEncoder as SgptCrossEncoder
+from sgpt.decoder.base_folder import is_gguf, local_folder
 from sgpt.decoder.model_files import CONFIG, check_config, read_json
 from sgpt.decoder.trunk import ModelConfig, check_vocabulary, describe_errors, load_tokenizer, open_model
 from sgpt.encoder.sentence_transformers import is_sentence_transformers
@@ -135,7 +136,7 @@ def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()
 
     Raises InputError for a folder that is neither, and for queries that do not fit the model.
     """
-    path = Path(folder)
+    path = local_folder(folder) if is_gguf(folder) else Path(folder)
     if not (path / "config.json").is_file():
         raise InputError(f"rescore={folder}: no folder with a config.json; give the local folder of a cross-encoder")
     check_config(path, folder)

@@ -1,6 +1,6 @@
 """The model card of an export: what it is, how to open it and what it was trained on."""
 
-from sgpt.decoder.model_files import resolve
+from sgpt.decoder.base_folder import resolve
 from sgpt.training.config import TrainConfig
 from sgpt.training.run_folder import RunFolder
 
@@ -9,14 +9,15 @@ def card(run: RunFolder, config: TrainConfig) -> str:
     """The text of the export's README.md."""
     from huggingface_hub import ModelCardData
 
-    on_hub = "/" in config.model.path and not resolve(config.model.path).exists()
+    manifest = run.read("manifest.json", {})
+    base = manifest["contract"]["base"]
+    on_hub = "/" in base and not resolve(base).exists()
     data = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
-        base_model=config.model.path if on_hub else None,
+        base_model=base if on_hub else None,
         tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "sgpt", config.tuning.name],
     )
-    manifest = run.read("manifest.json", {})
     parameters, markers = manifest["parameters"], config.markers
     sources = ", ".join(source["key"] for source in manifest["data"]["sources"])
     frozen = manifest.get("precision", {}).get("frozen", "float32")  # runs of older versions do not say
@@ -28,7 +29,7 @@ def card(run: RunFolder, config: TrainConfig) -> str:
 
 # {run.name}
 
-An SGPT bi-encoder: {config.model.path} with {parameters['trained']:,} of {parameters['total']:,} parameters trained
+An SGPT bi-encoder: {base} with {parameters['trained']:,} of {parameters['total']:,} parameters trained
 ({config.tuning.name}, in float32{over}), pooled by {config.pooling.name}, markers {markers.name},
 at most {markers.query_max_tokens} tokens a query and {markers.document_max_tokens} a document. Compare by cosine.
 

@@ -146,11 +146,12 @@ def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
         raise InputError(f"{run.folder} has no checkpoint yet; let it train until the first one")
     if run.threads:
         set_threads(run.threads)  # the last digits of the probes belong to them
-    trunk, tokenizer = load_trunk(config.model), load_tokenizer(config.model.path)
+    model = config.model.resolved()
+    trunk, tokenizer = load_trunk(model), load_tokenizer(model.path)
     if is_adapter(run.folder / "adapter"):
         refuse_other_base(trunk, run.folder / "adapter")
         check_tokenizer(tokenizer, run.folder / "adapter")
-    contract = Contract(config.pooling.name, config.markers, base=config.model.path)
+    contract = Contract(config.pooling.name, config.markers, base=model.path)
     encoder = Encoder(trunk, tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
     recorded = run.read("manifest.json", {}).get("inputs", {})
     for name, now in base_inputs(encoder).items():

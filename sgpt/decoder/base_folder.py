@@ -1,0 +1,76 @@
+"""Where a base lies: a folder of this machine, a GGUF file, which is converted into one, or the model hub."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from sgpt.decoder.gguf import converted
+from sgpt.decoder.model_files import ADAPTER, CONFIG, INDEX, WEIGHTS, first_line
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import may_be_hub_id
+
+FETCHED = [  # from the hub
+    CONFIG, WEIGHTS, INDEX, "model-*.safetensors", ADAPTER, "token*", "vocab*", "merges.txt", "bpe.codes", "*.model",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", "sgpt.json", "modules.json",
+    "config_sentence_transformers.json", "sentence_*_config.json", "*Pooling/config.json",
+]  # fmt: skip
+CONVERTED = "data/cache/gguf"  # a folder for each GGUF file that was opened
+WRITTEN_BY = {"data/raw/smollm2_135m": "make smollm2"}  # folders that a command of this project writes
+
+
+def resolve(path: str) -> Path:
+    """A local path as it is, or below this project when it is not in the working directory.
+
+    Need not exist: a hub id.
+    """
+    below_project = Path(__file__).parents[2] / path
+    return below_project if not Path(path).exists() and below_project.exists() else Path(path)
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether the name is that of a GGUF file."""
+    return Path(path).suffix.lower() == ".gguf"
+
+
+def local_folder(path: str) -> Path:
+    """The folder itself, what a GGUF file was converted into, or where the hub's files were put.
+
+    InputError where there is none of them.
+    """
+    base = resolve(path)
+    if base.is_dir():
+        _refuse_gguf_inside(base)
+        return base
+    if is_gguf(base):
+        return converted(base, resolve(CONVERTED))
+    if base.exists():
+        raise InputError(
+            f"{path}: is a file; give a .gguf file, or the folder that holds {CONFIG}, {WEIGHTS} and tokenizer files"
+        )
+    if not may_be_hub_id(path):
+        raise InputError(f"{path}: no such folder; {how_to_have(path)}")
+    try:
+        return Path(snapshot_download(path, allow_patterns=FETCHED))
+    except Exception as error:  # of httpx, of the hub, of the system
+        raise InputError(
+            f"{path}: no such local folder, and it could not be had from the model hub ({first_line(error)}). "
+            "Without a network, download it elsewhere and give the local folder"
+        ) from error
+
+
+def how_to_have(path: str) -> str:
+    """What to do about a folder that is not there, as the end of a sentence."""
+    command = WRITTEN_BY.get(path.rstrip("/"))
+    return f"`{command}` writes it" if command else "check the path"
+
+
+def path_for_others(path: str) -> str:
+    """By what stock transformers and PEFT open the base that `path` names here: a GGUF file by its converted folder."""
+    return str(local_folder(path)) if is_gguf(path) else path
+
+
+def _refuse_gguf_inside(folder: Path) -> None:
+    """A folder with no model but a GGUF file, as hubs have them."""
+    files = sorted(folder.glob("*.gguf"))
+    if files and not (folder / CONFIG).is_file():
+        raise InputError(f"{folder}: holds no {CONFIG}, but {files[0].name}; give that file: {files[0]}")
