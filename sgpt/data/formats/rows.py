@@ -38,7 +38,7 @@ def rows(path: Path, split: str = "train", *, subset: str | None = None, streami
 
 
 def of_split(all_rows: PlacedRows, split: str, source: str) -> PlacedRows:
-    """Without the rows whose column `split` names another one; what has no such column is of every split."""
+    """The rows without those whose column `split` names another split; a row without that column is kept."""
     others, kept = Counter(), 0
     for where, row in all_rows:
         named = row.get("split") if isinstance(row, dict) else None

@@ -248,24 +248,20 @@ def _grouped(rows: PlacedRows, columns: Columns, judged_by: str, judge: Judge, n
         yield where, added if isinstance(added, InputError) else None
     without = short = 0
     for query, group in groups.items():
-        positives, negatives = (
-            [text for text, positive in group.documents.items() if positive is wanted] for wanted in (True, False)
+        positives = [text for text, is_positive in group.documents.items() if is_positive]
+        negatives = [text for text, is_positive in group.documents.items() if not is_positive]
+        if not positives:
+            without += 1
+            continue
+        short += len(negatives) < num_hard_negatives
+        used = negatives if num_hard_negatives else ()
+        yield group.where, GroupedExample(checked_example(query, positives[0], used, group.where, positives[1:]))
+    few = ""
+    if short:
+        few = (
+            f"; {short} have fewer than {num_hard_negatives} hard negatives, and positives of other queries are used "
+            "instead"
         )
-        if positives:
-            yield (
-                group.where,
-                GroupedExample(
-                    checked_example(
-                        query, positives[0], negatives if num_hard_negatives else (), group.where, positives[1:]
-                    )
-                ),
-            )
-            short += len(negatives) < num_hard_negatives
-        without += not positives
-    few = (
-        f"; {short} have fewer than {num_hard_negatives} hard negatives, and positives of other queries are used "
-        "instead"
-    ) if short else ""
     log.info(
         f"{pairs} pairs judged by {judged_by!r}: {neither} left out as neither positive nor hard negative; "
         f"{without} of {len(groups)} queries left out for want of a positive{few}"
