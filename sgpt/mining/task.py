@@ -13,7 +13,7 @@ import torch
 from sgpt.data.formats.beir import Qrels, RetrievalSet, read_retrieval
 from sgpt.data.formats.rows import of_split, rows
 from sgpt.data.sources.bad_rows import accepted
-from sgpt.data.sources.columns import describe, guess_columns, with_names, without_late_columns
+from sgpt.data.sources.columns import describe, guess_columns, peek_column_names, refuse_late_columns
 from sgpt.data.sources.pairs import examples
 from sgpt.mining.config import MineConfig
 from sgpt.runtime.errors import InputError
@@ -141,7 +141,7 @@ def retrieval_set(
 
     Ids are numbers. labels: as for `examples`. on_bad_rows: as for `accepted`.
     """
-    names, table = with_names(rows(path, split))
+    names, table = peek_column_names(rows(path, split))
     columns = guess_columns(names, stated, str(path))
     log.info("%s: %s", path, describe(columns, 0, names, labels))
     if columns.score:
@@ -149,7 +149,7 @@ def retrieval_set(
             f"{path}: column {columns.score!r} holds scores, and mining takes every pair as a positive; keep only the "
             "positive pairs in the file, and set data.columns.score='' to ignore the column"
         )
-    table = without_late_columns(of_split(table, split, str(path)), names, columns, stated, 0)
+    table = refuse_late_columns(of_split(table, split, str(path)), names, columns, stated, 0)
     queries: dict[str, str] = {}
     documents: dict[str, str] = {}
     qrels: Qrels = {}

@@ -151,7 +151,7 @@ def test_the_saved_configuration_is_read_back_equal():
         ("model.dtype=int8", r"model\.dtype='int8' is unknown; choose float32, bfloat16 or float16"),
         ("pooling.name=median", r"pooling\.name='median' is unknown"),
         ("logging.tracker=paper", r"logging\.tracker='paper' is unknown; choose wandb or null"),
-        ("name=../elsewhere", r"name='\.\./elsewhere' is no folder name below runs/"),
+        ("name=../elsewhere", r"name='\.\./elsewhere' cannot be a folder below runs/; use one that"),
         ("+optim.lr=1", r"optim\.lr: Key 'lr' not in 'OptimConfig'"),
         (
             "+data.columns.anchor=query",
