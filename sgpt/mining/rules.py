@@ -178,7 +178,7 @@ def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()
 
 def _by_decoder(folder: str, device: torch.device, queries: Sequence[str]) -> Rescore:
     scorer = SgptCrossEncoder.from_pretrained(folder)
-    scorer.texts(queries, [""] * len(queries))  # InputError for a query that is too long, before hours of mining
+    scorer.scored_texts(queries, [""] * len(queries))  # InputError for a query that is too long, before hours of mining
     scorer.model.to(device)
 
     def rescore(pairs: Sequence[tuple[str, str]]) -> list[float]:
