@@ -21,8 +21,8 @@ from sgpt.cli.compose import plain, typed
 from sgpt.cli.launch import _check_processes
 from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.encoder.export import ExportConfig
-from sgpt.evaluation.evaluate import EvaluateConfig
 from sgpt.evaluation.mteb import MtebConfig
+from sgpt.evaluation.systems import EvaluateConfig
 from sgpt.inspection.inspect import InspectConfig
 from sgpt.mining.config import MineConfig
 from sgpt.pretraining.model import PretrainConfig
