@@ -71,17 +71,17 @@ def work(setting: dict, variant: dict) -> dict:
     given, way = Setting(**setting), Variant(**variant).engine
     run, documents, row = f"{given.folder}/run", given.texts(), {}
     before = settle()
-    encoder = ranker = None
+    encoder = reranker = None
     if way == "one trunk":
-        encoder, ranker = load_encoder_and_reranker(run)
+        encoder, reranker = load_encoder_and_reranker(run)
     if way in ("encoder alone", "opened apart"):
         encoder = Encoder.from_pretrained(run)
     if way in ("re-ranker alone", "opened apart"):
-        ranker = CrossEncoder.from_pretrained(given.model)
+        reranker = CrossEncoder.from_pretrained(given.model)
     if encoder is not None:
         row["embeddings"] = encoder.encode_documents(documents, progress=False).tolist()
-    if ranker is not None:
-        row["scores"] = ranker.score([QUERY] * len(documents), documents, progress=False).tolist()
+    if reranker is not None:
+        row["scores"] = reranker.score([QUERY] * len(documents), documents, progress=False).tolist()
     peak = peak_bytes() - before
     return row | {"peak_mb": peak / MB, "resident_mb": (settle() - before) / MB}
 

@@ -104,11 +104,11 @@ def score(setting: dict, variant: dict, tokens_per_pack: int, prompt: str) -> di
     queries, documents = given.texts()
     pairs = [(query, document) for query in queries for document in documents][: int(chosen.options["pairs"])]
     dtype = "bfloat16" if given.precision == "bf16" and chosen.engine in OURS else "float32"
-    ranker = CrossEncoder.from_pretrained(given.model, prompt, dtype=dtype, tokens_per_pack=tokens_per_pack)
+    reranker = CrossEncoder.from_pretrained(given.model, prompt, dtype=dtype, tokens_per_pack=tokens_per_pack)
     if chosen.engine in OURS or given.keep_memory:
         keep_freed_memory()
     others = {key: int(value) for key, value in chosen.options.items() if key != "pairs"}
-    scoring = ENGINES[chosen.engine](ranker, **others)
+    scoring = ENGINES[chosen.engine](reranker, **others)
     scoring(pairs[:1])
     before = settle()
     with stopwatch() as spent:
@@ -124,31 +124,31 @@ Pairs = list[tuple[str, str]]  # query and document
 Scoring = Callable[[Pairs], np.ndarray]
 
 
-def ours(ranker: CrossEncoder) -> Scoring:
-    return lambda pairs: ranker.score(*map(list, zip(*pairs, strict=True)), progress=False)
+def ours(reranker: CrossEncoder) -> Scoring:
+    return lambda pairs: reranker.score(*map(list, zip(*pairs, strict=True)), progress=False)
 
 
-def alone(ranker: CrossEncoder) -> Scoring:
+def alone(reranker: CrossEncoder) -> Scoring:
     def scoring(pairs: Pairs) -> np.ndarray:
-        texts = ranker.texts(*map(list, zip(*pairs, strict=True)))
-        return log_probabilities(ranker.model, texts, tokens_per_pack=ranker.tokens_per_pack, share=False).numpy()
+        texts = reranker.scored_texts(*map(list, zip(*pairs, strict=True)))
+        return log_probabilities(reranker.model, texts, tokens_per_pack=reranker.tokens_per_pack, share=False).numpy()
 
     return scoring
 
 
-def one_by_one(ranker: CrossEncoder) -> Scoring:
+def one_by_one(reranker: CrossEncoder) -> Scoring:
     """As the original's script computes it, with transformers' attention and its tokenisation of every pair."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        ranker.model.config._name_or_path, dtype=torch.float32, trust_remote_code=False
+        reranker.model.config._name_or_path, dtype=torch.float32, trust_remote_code=False
     ).eval()
 
     @torch.inference_mode()
     def scoring(pairs: Pairs) -> np.ndarray:
         found = []
         for query, document in pairs:
-            (text,) = ranker.texts([query], [document])
+            (text,) = reranker.scored_texts([query], [document])
             logits = model(torch.tensor([text.read])).logits.log_softmax(-1)[0, -text.targets :]
             found.append(logits.gather(1, torch.tensor(text.ids[-text.targets :])[:, None]).sum().item())
         return np.array(found)
@@ -156,7 +156,7 @@ def one_by_one(ranker: CrossEncoder) -> Scoring:
     return scoring
 
 
-def st(ranker: CrossEncoder, batch_size: int) -> Scoring:
+def st(reranker: CrossEncoder, batch_size: int) -> Scoring:
     """Its score is the logit of Yes minus that of No, at the last position; of that the logarithm of a probability is
     made.
     """
@@ -164,12 +164,12 @@ def st(ranker: CrossEncoder, batch_size: int) -> Scoring:
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.cross_encoder.modules import LogitScore
 
-    yes, no = ranker.answers
-    transformer = Transformer(ranker.model.config._name_or_path, transformer_task="text-generation")
+    yes, no = reranker.answer_ids
+    transformer = Transformer(reranker.model.config._name_or_path, transformer_task="text-generation")
     model = TheirCrossEncoder(modules=[transformer, LogitScore(yes, no)], device="cpu")
 
     def scoring(pairs: Pairs) -> np.ndarray:
-        asked = [(ranker.prompt.before_query(document, query), "") for query, document in pairs]
+        asked = [(reranker.prompt.before_query(document, query), "") for query, document in pairs]
         return -np.logaddexp(
             0,
             -model.predict(

@@ -5,11 +5,11 @@ it loses.
         [--queries 40]
         [--rankers data/nano …] [--bfloat16]
 
-The first ranker gets `compare.rank`'s whole table, the tables of train/evaluate.py; every other one re-ranks BM25. Only
-the first --queries of each set, over its whole corpus. quora is a file of question pairs: its duplicates of the test
-part are queries and their answers, all questions of the part but the queries the corpus, the prompt is the symmetric
-one. --bfloat16 scores once more with the first ranker in bfloat16: nDCG@10 and Kendall's tau between the two orders of
-each query's documents, mean and least.
+The first reranker gets `compare.run_systems`'s whole table, that of train/evaluate.py; every other one re-ranks BM25.
+Only the first --queries of each set, over its whole corpus. quora is a file of question pairs: its duplicates of the
+test part are queries and their answers, all questions of the part but the queries the corpus, the prompt is the
+symmetric one. --bfloat16 scores once more with the first reranker in bfloat16: nDCG@10 and Kendall's tau between the
+two orders of each query's documents, mean and least.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--queries", type=int, default=40, help="of each set (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=100, help="documents re-ranked (default: %(default)s)")
-    parser.add_argument("--bfloat16", action="store_true", help="the first ranker once more in bfloat16")
+    parser.add_argument("--bfloat16", action="store_true", help="the first reranker once more in bfloat16")
     parser.add_argument("--shared", default="../shared/data", help="folder of the sets (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument(
@@ -70,8 +70,8 @@ def results(name: str, encoder: Encoder, options: argparse.Namespace) -> dict:
     whole = read_duplicates(folder) if name == "quora" else read_retrieval(folder, "test")
     chosen = fewer_queries(whole, options.queries)
     first, *others = options.rankers
-    systems = compare.rank(
-        encoder, chosen, tuning_set(name, folder, whole, options.queries), rescore=scorer(first, prompt),
+    systems = compare.run_systems(
+        encoder, chosen, tuning_set(name, folder, whole, options.queries), rerank=scorer(first, prompt),
         depth=options.depth
     )
     measured = compare.system_metrics(chosen, systems, options.depth)
@@ -110,8 +110,8 @@ def results(name: str, encoder: Encoder, options: argparse.Namespace) -> dict:
     return found
 
 
-def scorer(ranker: str, prompt: str, dtype: str = "float32") -> compare.RescoreRun:
-    return partial(rerank, CrossEncoder.from_pretrained(ranker, prompt, dtype=dtype))
+def scorer(reranker: str, prompt: str, dtype: str = "float32") -> compare.RerankRun:
+    return partial(rerank, CrossEncoder.from_pretrained(reranker, prompt, dtype=dtype))
 
 
 def agreement(left: Run, right: Run) -> list[float]:

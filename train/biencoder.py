@@ -1,6 +1,6 @@
 """Train a bi-encoder: `accelerate launch train/biencoder.py experiment=pydocs`.
 
-From texts to a proven export, in order; the loop itself is sgpt/training/trainer.py. `--help` shows the keys.
+From texts to a verified export, in order; the loop itself is sgpt/training/trainer.py. `--help` shows the keys.
 """
 
 from omegaconf import DictConfig
@@ -34,7 +34,7 @@ def main(composed: DictConfig) -> None:
     log = logging.getLogger("sgpt.train")
     config = typed(TrainConfig, composed)
     run = open_run(Path(config.runs) / config.name, plain(config), resume=config.resume)
-    if run.finished:
+    if run.finished:  # nothing is trained again
         export_and_show(run, config)
         return
     accelerator = launch.start(config, run.threads)
@@ -42,7 +42,7 @@ def main(composed: DictConfig) -> None:
     # everything that can be wrong is read and checked before anything is written
     model = config.model.resolved()
     tokenizer = load_tokenizer(model.path)
-    with accelerator.main_process_first():  # which harvests, downloads, reads and tokenises; the others read its cache
+    with accelerator.main_process_first():  # which downloads, reads and tokenises; the others read its cache
         feed = build_feed(
             config.data,
             tokenizer,
@@ -51,8 +51,8 @@ def main(composed: DictConfig) -> None:
             processes=accelerator.num_processes,
             seed=config.trainer.seed,
         )
-        sets = evaluate.read_sets(config.evaluation)
-        dev = evaluate.read_sets(config.dev)
+        test_sets = evaluate.read_sets(config.evaluation)
+        dev_sets = evaluate.read_sets(config.dev)
     feed = with_hard_batches(feed, config.data, accelerator.device)
     feed = with_guide(feed, config.loss, accelerator.device)
     check_feed(feed)
@@ -60,31 +60,32 @@ def main(composed: DictConfig) -> None:
     contract = Contract(config.pooling.name, config.markers, base=model.path)
     trunk = load_trunk(model)
     encoder = Encoder(trunk, tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
-    inputs = run_inputs(encoder, feed, sets, dev)
-    run.check_same(inputs)
+    inputs = run_inputs(encoder, feed, test_sets, dev_sets)
+    run.check_same(inputs)  # a resumed run needs the data, weights and versions that it was started with
 
     encoder.trunk = tune(encoder.trunk, config.tuning)
     encoder.to(accelerator.device)
     log.info("%s: %s is trained on %s", run.folder, model.path, config.data.path or config.data.name)
     announce(encoder, feed, config.trainer, config.optim, accelerator)
-    base = {name: parameter.detach().clone() for name, parameter in trainable_parameters(encoder.trunk).items()}
+    # the adapter is the difference to these
+    untrained = {name: parameter.detach().clone() for name, parameter in trainable_parameters(encoder.trunk).items()}
     if accelerator.is_main_process:
         start_run(run, plain(config))
         record_start(run, config, encoder, feed, inputs)
-        record_before(run, encoder, sets, bm25=config.evaluation.bm25)
+        record_before(run, encoder, test_sets, bm25=config.evaluation.bm25)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, config)
 
     def evaluate_dev() -> evaluate.Results:
-        return evaluate.evaluate(encoder, dev)
+        return evaluate.evaluate(encoder, dev_sets)
 
     state = train(encoder, feed, accelerator, run, config.trainer, config.loss, config.optim, evaluate_dev)
 
     if accelerator.is_main_process:
-        # one that train/export.py made of an earlier checkpoint would pass for this run's
+        # train/export.py may have made one from an earlier checkpoint, which would pass for this run's
         remove_folder(run.folder / "export")
-        save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, base, run.folder / "adapter")
-        record_after(run, encoder, sets, base, state)
+        save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, untrained, run.folder / "adapter")
+        record_after(run, encoder, test_sets, untrained, state)
         write_report(run.folder)
         finish_run(run)
         export_and_show(run, config, encoder)

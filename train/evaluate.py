@@ -18,8 +18,14 @@ def main(composed: DictConfig) -> None:
 
     from sgpt.cli.compose import typed
     from sgpt.encoder.encoder import Encoder
-    from sgpt.evaluation.evaluate import EvaluateConfig
-    from sgpt.evaluation.systems import check_request, find_sets, load_rescore, read_retrieval_sets, score_all
+    from sgpt.evaluation.systems import (
+        EvaluateConfig,
+        check_request,
+        find_sets,
+        load_reranker,
+        read_retrieval_sets,
+        score_all,
+    )
     from sgpt.evaluation.table import beir_averages, systems_table
 
     config = typed(EvaluateConfig, composed)
@@ -29,12 +35,12 @@ def main(composed: DictConfig) -> None:
     sets = find_sets(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling).to(device)
-    log = logging.getLogger("sgpt.evaluation.evaluate")
+    log = logging.getLogger("sgpt.evaluation.evaluate")  # of "sgpt", so that it is shown; a script's own name is not
     log.info("%s is evaluated on %s, on %s", config.model, ", ".join(sets.names), device)
-    rescore = load_rescore(config, device)
+    rerank = load_reranker(config, device)
     retrieval = read_retrieval_sets(sets.retrieval, config, console.print)
 
-    results = score_all(encoder, sets, retrieval, config, rescore)
+    results = score_all(encoder, sets, retrieval, config, rerank)
     title = f"{config.split or 'test'}, results × 100, differences with 95 % intervals"
     console.print(systems_table(results | beir_averages(results), title))
 

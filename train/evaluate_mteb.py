@@ -30,9 +30,9 @@ def main(composed: DictConfig) -> None:
     tasks, name = read_tasks(config.tasks), config.name or name_of(config.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.prompt:
-        ranker = CrossEncoder.from_pretrained(config.model, config.prompt)
-        ranker.model.to(device)
-        model = MtebReranker(ranker, name)
+        reranker = CrossEncoder.from_pretrained(config.model, config.prompt)
+        reranker.model.to(device)
+        model = MtebReranker(reranker, name)
     else:
         model = MtebEncoder(
             Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling).to(device), name

@@ -28,7 +28,7 @@ def main(composed: DictConfig) -> None:
         if few and config.on_few == "keep":
             console.print(
                 f"{few:,} rows have fewer than {most} negatives; "
-                f"a run with data.num_hard_negatives={most} refuses them: lower it, or on_few=drop"
+                f"training with data.num_hard_negatives={most} refuses them; lower it, or set on_few=drop"
             )
         console.print(f"rows    {config.output}\nreport  {page_of(config)}", highlight=False, soft_wrap=True)
     accelerator.end_training()

@@ -18,8 +18,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.data.formats.beir import read_search_corpus
     from sgpt.data.readers import default_corpus
     from sgpt.encoder.encoder import Encoder
-    from sgpt.encoder.model_folder import find_model
-    from sgpt.retrieval.searcher import SearchConfig, Searcher, load_encoder_and_reranker
+    from sgpt.retrieval.searcher import SearchConfig, Searcher, index_folder, load_encoder_and_reranker
     from sgpt.runtime.errors import InputError
     from sgpt.runtime.interrupt import exit_code, interrupt_message
 
@@ -28,27 +27,25 @@ def main(composed: DictConfig) -> None:
         raise InputError("set run=<folder of a run, export, adapter or other model>, for example run=runs/pydocs")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.rerank:
-        encoder, ranker = load_encoder_and_reranker(config.run, config.prompt, device=device)
+        encoder, reranker = load_encoder_and_reranker(config.run, config.prompt, device=device)
     else:
-        encoder, ranker = Encoder.from_pretrained(config.run).to(device), None
+        encoder, reranker = Encoder.from_pretrained(config.run).to(device), None
     path = Path(config.corpus) if config.corpus else default_corpus()
-    ours = Path(config.run).is_dir() and find_model(config.run).is_ours
-    folder = Path(config.run) if ours else Path("runs/search") / Path(config.run).name  # nothing is written into a base
-    index = folder / "index" / path.name
+    folder = index_folder(config.run, path)
     documents = read_search_corpus(path)
     with interrupt_message("the documents that were indexed are kept"):
-        searcher = Searcher(encoder, documents, index, config.index, ranker=ranker, depth=config.depth)
+        searcher = Searcher(encoder, documents, folder, config.index, reranker=reranker, depth=config.depth)
     console = Console()
 
     def answer(query: str) -> None:
         for hit in searcher(query, config.top):
-            console.print(f"{hit.score:.3f}  [bold]{escape(hit.name)}[/]", highlight=False)
+            console.print(f"{hit.score:.3f}  [bold]{escape(hit.document_id)}[/]", highlight=False)
             console.print(f"       [dim]{escape(hit.text)}[/]", no_wrap=True, overflow="ellipsis", highlight=False)
 
     if config.query is not None:
         answer(config.query)
         return
-    console.print(f"{len(searcher.names):,} documents. An empty line ends.")
+    console.print(f"{len(searcher.document_ids):,} documents. An empty line ends.")
     try:
         while query := console.input("query> ").strip():
             answer(query)

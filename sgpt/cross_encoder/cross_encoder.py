@@ -1,8 +1,8 @@
 """SGPT-CE: a document is scored by the log-probability that a decoder gives to the query after a prompt that holds the
 document.
 
-    ranker = CrossEncoder.from_pretrained("EleutherAI/gpt-neo-125M")
-    ranker.score(["what is bitfit"], ["BitFit trains the biases alone."])  # [1], natural logarithm
+    reranker = CrossEncoder.from_pretrained("EleutherAI/gpt-neo-125M")
+    reranker.score(["what is bitfit"], ["BitFit trains the biases alone."])  # [1], natural logarithm
 
 Nothing is trained (Muennighoff 2022, SGPT, section 3). As in the original the query is tokenised on its own, directly
 behind the prompt; the sum is not divided by its length; and where a pair is longer than the model, the beginning of the
@@ -67,11 +67,11 @@ class CrossEncoder:
         check_vocabulary(tokenizer, model)
         self.max_tokens = position_limit(model.base_model) or LENGTH_WITHOUT_TABLE
         empty = tokenizer("")["input_ids"]
-        begins = bool(empty) and empty[0] == tokenizer.bos_token_id
-        self.start: Ids = tuple(empty[:1]) if begins else ()  # Llama and OPT were trained with it
+        adds_bos = bool(empty) and empty[0] == tokenizer.bos_token_id
+        self.bos: Ids = tuple(empty[:1]) if adds_bos else ()  # Llama and OPT were trained with it
         instruction = self.prompt.instruction
-        self.instruction_tokens = len(self.start) + len(self._tokens([instruction])[instruction])
-        self.answers, self.answers_start = self._answer_tokens()
+        self.instruction_tokens = len(self.bos) + len(self._tokens([instruction])[instruction])
+        self.answer_ids, self.answer_prefix = self._answer_tokens()
         self.priors: dict[str, float] = {}  # of queries, with an empty document
 
     @classmethod
@@ -87,7 +87,7 @@ class CrossEncoder:
         return cls(load_language_model(ModelConfig(str(path), dtype)), load_tokenizer(str(path)), prompt, **options)
 
     def score(self, queries: Sequence[str], documents: Sequence[str], *, progress: bool | None = None) -> np.ndarray:
-        """Of each pair queries[i], documents[i], higher is better: float64 [pairs], natural logarithm.
+        """Scores of the pairs (queries[i], documents[i]): float64 [pairs], natural logarithm, higher is better.
 
         Equal pairs are scored once. Raises InputError for an empty query, and for one that does not fit the model
         together with the prompt.
@@ -98,7 +98,7 @@ class CrossEncoder:
             priors = self.log_likelihoods(unknown, [""] * len(unknown), progress=False).tolist()
             self.priors |= dict(zip(unknown, priors, strict=True))
             sums = sums - np.array([self.priors[query] for query in queries])
-        if self.scoring.mean and not self.answers:  # an answer is one token
+        if self.scoring.mean and not self.answer_ids:  # an answer is one token
             sums = sums / self.query_tokens(queries)
         return sums
 
@@ -110,9 +110,9 @@ class CrossEncoder:
         progress: bool | None = None,
     ) -> np.ndarray:
         """log p(query | prompt with document), float64 [pairs]: what `score` is made of."""
-        texts = self.texts(queries, documents)
+        texts = self.scored_texts(queries, documents)
         with progress_bar(f"scoring {len(texts):,} pairs", len(set(texts)), progress) as advance:
-            options = {"tokens_per_pack": self.tokens_per_pack, "choices": self.answers, "advance": advance}
+            options = {"tokens_per_pack": self.tokens_per_pack, "choices": self.answer_ids, "advance": advance}
             sums = log_probabilities(self.model, texts, **options).numpy()
         if not np.isfinite(sums).all():
             pair = int(np.flatnonzero(~np.isfinite(sums))[0])
@@ -124,12 +124,15 @@ class CrossEncoder:
         return sums
 
     def query_tokens(self, queries: Sequence[str]) -> np.ndarray:
-        """Numbers of tokens that a score sums over, int64 [queries]."""
+        """Number of tokens of each query, over which its score is summed, int64 [queries]."""
         ids = self._tokens(queries)
         return np.array([len(ids[query]) for query in queries], dtype=np.int64)
 
-    def texts(self, queries: Sequence[str], documents: Sequence[str]) -> list[ScoredText]:
-        """Token ids of the pairs, cut to the model's length; those of one document are a group."""
+    def scored_texts(self, queries: Sequence[str], documents: Sequence[str]) -> list[ScoredText]:
+        """Token ids of the pairs, cut to the model's length; those of one document are a group.
+
+        Raises InputError for an empty query, and for one that does not fit the model together with the prompt.
+        """
         if isinstance(queries, str) or isinstance(documents, str) or len(queries) != len(documents):
             raise InputError(
                 f"score takes a list of queries and as many documents; got {len(queries)} and {len(documents)}"
@@ -147,18 +150,18 @@ class CrossEncoder:
         groups = {document: number for number, document in enumerate(dict.fromkeys(documents))}
         texts = []
         for (query, document), context, tail in zip(pairs, contexts, tails, strict=True):
-            read = (*ids[context], *self.answers_start)
-            scored = self.answers[:1] or ids[query]
-            texts.append(self._text(read, scored, len(ids[tail]), groups[document], query))
+            before = (*ids[context], *self.answer_prefix)
+            scored = self.answer_ids[:1] or ids[query]
+            texts.append(self._cut(before, scored, len(ids[tail]), groups[document], query))
         return texts
 
-    def _text(self, context: Ids, scored: Ids, tail: int, group: int, query: str) -> ScoredText:
+    def _cut(self, context: Ids, scored: Ids, tail: int, group: int, query: str) -> ScoredText:
         """The original's cut: the instruction, then the rightmost tokens of document, tail and what is scored.
 
         context: ids of all that stands before what is scored; tail: how many of them are behind the document.
         `max_tokens` are read in all.
         """
-        context = (*self.start, *context)
+        context = (*self.bos, *context)
         room = self.max_tokens + 1 - self.instruction_tokens  # one more than is read: the last token is only predicted
         if tail + len(scored) > room:
             raise InputError(
@@ -178,7 +181,7 @@ class CrossEncoder:
         return {text: tuple(row) for text, row in zip(different, ids, strict=True)}
 
     def _answer_tokens(self) -> tuple[Ids, Ids]:
-        """The first tokens in which the answers differ, and those before, which all share.
+        """The first token in which the answers differ, of each; and those before it, which all share.
 
         A vocabulary may know " Yes" as a blank and a word.
         """

@@ -5,6 +5,12 @@ them, a document for every query that meets it. Which part that is, is read from
 how a prompt is written. The rest is packed without padding; the last block and the vocabulary are computed where
 something is scored only, and of the logits [positions, V] a chunk exists at a time. Memory is bounded by the token
 budget, whatever the number of texts.
+
+Texts are computed in one of three ways, which `_score_all` decides:
+
+    prefix of all texts  ->  the rest of a text, alone (`_from_prefix`)
+    prefix of all texts  ->  prefix of a group (a document)  ->  the rests of its texts (`_from_groups`)
+    whole texts, padded, for families without packs (`_padded`)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,10 +28,10 @@ from sgpt.decoder.trunk import takes_packs
 from sgpt.text.tokens import TokenLists
 
 POSITIONS_AT_A_TIME = 256  # whose logits exist: 51 MB for GPT-2's vocabulary
-# Share of all tokens from which a prefix is cached: a cache costs attention its causal kernel, which is more than a
-# short instruction costs (benchmarks/rerank.py).
-PREFIX_FROM = 0.15
-SHARE_FROM = 16  # tokens that a group must save: with fewer, a pass of its own costs more (benchmarks/rerank.py)
+# The prefix of all texts is cached where it is this share of all tokens or more. Below, computing it again costs less:
+# with a cache, attention cannot use its causal kernel (benchmarks/rerank.py).
+MIN_PREFIX_SHARE = 0.15
+MIN_TOKENS_SAVED = 16  # by a group's prefix: with fewer, a pass of its own costs more (benchmarks/rerank.py)
 BRANCH_TOKENS = 512  # of a group at a time: the mask between its texts is square
 
 
@@ -60,8 +66,8 @@ class SharedPrefix:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What is scored, and how."""
+class _Request:
+    """What `log_probabilities` was asked for, its equal texts once."""
 
     model: nn.Module
     texts: list[ScoredText]
@@ -74,13 +80,13 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Prefix:
-    """Keys and values of the `length` tokens with which all texts begin; none, if it is 0."""
+    """Keys and values of the `length` tokens with which all texts begin; none where it is 0."""
 
     layers: Layers
     length: int
 
     def cache(self, blocks: int) -> PrefixCache | None:
-        """For a pack of so many blocks, all of which follow it."""
+        """What attention needs of it for a pack of so many blocks, all of which follow it; None without a prefix."""
         return PrefixCache(self.layers, [(slice(0, self.length),)] * blocks) if self.length else None
 
     def moved(self, pack: Pack) -> Pack:
@@ -90,7 +96,10 @@ class _Prefix:
 
 @dataclass(frozen=True)
 class _Branch:
-    """Some texts of a group, which are one block of a pack. spans: where the keys and values are that they follow."""
+    """Some texts of a group, which are one block of a pack.
+
+    start: length of what they share, the prefix of all texts included. spans: where the keys and values of that lie.
+    """
 
     members: tuple[int, ...]
     start: int
@@ -117,9 +126,9 @@ def log_probabilities(
     reads every text from its beginning. advance: called with numbers of texts as they are done.
     """
     indices = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    task = _Task(model, list(indices), tokens_per_pack, tuple(choices))
+    request = _Request(model, list(indices), tokens_per_pack, tuple(choices))
     sums = torch.zeros(len(indices), dtype=torch.float64)
-    for members, values in _scored(task, share):
+    for members, values in _score_all(request, share):
         sums[members] = values
         advance(len(members))
     return sums[torch.tensor([indices[text] for text in texts], dtype=torch.long)]
@@ -143,96 +152,100 @@ def target_log_probabilities(model: nn.Module, hidden: Tensor, targets: Tensor, 
     return torch.cat(values)
 
 
-def _scored(task: _Task, share: bool) -> Scored:
+def _score_all(request: _Request, share: bool) -> Scored:
     """Chooses what is computed once: the prefix of all texts, and that of each group where it saves enough."""
-    if not takes_packs(task.model.base_model):
-        yield from _padded(task)
+    if not takes_packs(request.model.base_model):
+        yield from _padded(request)
         return
     groups: dict[int, list[int]] = {}
-    for index, text in enumerate(task.texts):
+    for index, text in enumerate(request.texts):
         groups.setdefault(text.group if share else index, []).append(index)
-    length = _common_start(task.texts) if len(groups) > 1 else 0  # of a single group it is the group's prefix
-    tokens = sum(len(task.texts[members[0]].read) for members in groups.values())  # of a text of each group
-    if length * len(groups) < PREFIX_FROM * tokens:
+    length = _common_start(request.texts) if len(groups) > 1 else 0  # what a single group shares is the group's prefix
+    tokens = sum(len(request.texts[members[0]].read) for members in groups.values())  # of a text of each group
+    if length * len(groups) < MIN_PREFIX_SHARE * tokens:
         length = 0
     prefix = _Prefix([], 0)
     if length:
-        layers, _ = _computed(task.model, [task.texts[0].read[:length]], prefix)
+        layers, _ = _keys_and_values(request.model, [request.texts[0].read[:length]], prefix)
         prefix = _Prefix(layers, length)
     shared: list[SharedPrefix] = []
     alone: list[int] = []
     for members in groups.values():
-        start = _common_start(task.members(members))
-        if (start - prefix.length) * (len(members) - 1) >= SHARE_FROM:
+        start = _common_start(request.members(members))
+        if (start - prefix.length) * (len(members) - 1) >= MIN_TOKENS_SAVED:
             shared.append(SharedPrefix(tuple(members), start))
         else:
             alone += members
-    yield from _from_prefix(task, alone, prefix)
-    yield from _from_groups(task, shared, prefix)
+    yield from _from_prefix(request, alone, prefix)
+    yield from _from_groups(request, shared, prefix)
 
 
-def _from_prefix(task: _Task, indices: list[int], prefix: _Prefix) -> Scored:
+def _from_prefix(request: _Request, indices: list[int], prefix: _Prefix) -> Scored:
     """Texts one by one, after the prefix."""
-    rows = [list(text.read[prefix.length :]) for text in task.members(indices)]
+    rows = [list(text.read[prefix.length :]) for text in request.members(indices)]
     tokens = sum(map(len, rows))
     # every row has keys of its own for the prefix: they count
-    budget = task.tokens_per_pack * tokens // max(1, tokens + prefix.length * len(rows))
+    budget = request.tokens_per_pack * tokens // max(1, tokens + prefix.length * len(rows))
     for pack in packs(rows, budget):
         members = [indices[row] for row in pack.rows]
         lengths = [len(rows[row]) for row in pack.rows]
-        yield members, _sums(task, prefix.moved(pack), prefix.cache(len(pack.blocks)), members, lengths)
+        yield members, _sums(request, prefix.moved(pack), prefix.cache(len(pack.blocks)), members, lengths)
 
 
-def _from_groups(task: _Task, groups: list[SharedPrefix], prefix: _Prefix) -> Scored:
+def _from_groups(request: _Request, groups: list[SharedPrefix], prefix: _Prefix) -> Scored:
     """Prefixes of groups, as many as fit the budget at a time; then what follows them."""
     longest_first = sorted(groups, key=lambda group: -group.start)
-    for some in _budgeted(longest_first, lambda group: group.start - prefix.length, task.tokens_per_pack):
-        rows = [task.texts[group.members[0]].read[prefix.length : group.start] for group in some]
-        layers, spans = _computed(task.model, rows, prefix)
+    for some in _budgeted(longest_first, lambda group: group.start - prefix.length, request.tokens_per_pack):
+        rows = [request.texts[group.members[0]].read[prefix.length : group.start] for group in some]
+        layers, spans = _keys_and_values(request.model, rows, prefix)
         branches: list[_Branch] = []
         for group, span in zip(some, spans, strict=True):
-            behind = {index: len(task.texts[index].read) - group.start for index in group.members}
+            behind = {index: len(request.texts[index].read) - group.start for index in group.members}
             for members in _budgeted(group.members, behind.__getitem__, BRANCH_TOKENS):
                 branches.append(_Branch(tuple(members), group.start, (slice(0, prefix.length), span)))
-        for part in _budgeted(branches, lambda branch: sum(map(len, _rows(task, branch))), task.tokens_per_pack):
-            yield _branch_sums(task, part, layers)
+        for part in _budgeted(branches, lambda branch: sum(map(len, _rows(request, branch))), request.tokens_per_pack):
+            yield _branch_sums(request, part, layers)
 
 
-def _branch_sums(task: _Task, branches: Sequence[_Branch], layers: Layers) -> tuple[list[int], Tensor]:
+def _branch_sums(request: _Request, branches: Sequence[_Branch], layers: Layers) -> tuple[list[int], Tensor]:
     """The branches as one pack, a block each, whose texts do not see each other."""
     members, rows, positions, blocks = [], [], [], []
     for branch in branches:
-        of_branch = _rows(task, branch)
+        of_branch = _rows(request, branch)
         members += branch.members
         rows += of_branch
         positions += [torch.arange(branch.start, branch.start + len(row)) for row in of_branch]
         blocks.append((1, sum(map(len, of_branch))))
     lengths = [len(row) for row in rows]
     pack = Pack(members, tuple(blocks), _joined(rows), torch.cat(positions))
-    text_of_token = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths)).to(task.model.device)
+    text_of_token = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths)).to(request.model.device)
     cache = PrefixCache(layers, [branch.spans for branch in branches], text_of_token)
-    return members, _sums(task, pack, cache, members, lengths)
+    return members, _sums(request, pack, cache, members, lengths)
 
 
-def _rows(task: _Task, branch: _Branch) -> TokenLists:
+def _rows(request: _Request, branch: _Branch) -> TokenLists:
     """What of its texts is behind the group's prefix."""
-    return [list(text.read[branch.start :]) for text in task.members(branch.members)]
+    return [list(text.read[branch.start :]) for text in request.members(branch.members)]
 
 
-def _sums(task: _Task, pack: Pack, cache: PrefixCache | None, members: Sequence[int], lengths: Sequence[int]) -> Tensor:
+def _sums(
+    request: _Request, pack: Pack, cache: PrefixCache | None, members: Sequence[int], lengths: Sequence[int]
+) -> Tensor:  # fmt: skip
     """Sums of the texts, whose last `lengths` tokens lie in the pack one after the other; float64 [texts]."""
-    texts = task.members(members)
+    texts = request.members(members)
     # the targets are the last tokens of a text, and each is predicted one position before: so are the last ones read
     ranges = [torch.arange(end - text.targets, end) for text, end in zip(texts, accumulate(lengths), strict=True)]
-    selected = torch.cat(ranges).to(task.model.device)
-    targets = _joined([text.ids[-text.targets :] for text in texts]).to(task.model.device)
-    hidden, _ = forward_with_prefix(task.model.base_model, pack.to(task.model.device), cache, selected=selected)
-    values = target_log_probabilities(task.model, hidden, targets, task.choices).double().cpu()
+    selected = torch.cat(ranges).to(request.model.device)
+    targets = _joined([text.ids[-text.targets :] for text in texts]).to(request.model.device)
+    hidden, _ = forward_with_prefix(request.model.base_model, pack.to(request.model.device), cache, selected=selected)
+    values = target_log_probabilities(request.model, hidden, targets, request.choices).double().cpu()
     return torch.stack([part.sum() for part in values.split([text.targets for text in texts])])
 
 
-def _computed(model: nn.Module, rows: Sequence[Sequence[int]], prefix: _Prefix) -> tuple[Layers, list[slice]]:
-    """Keys and values of the prefix and, behind it, of `rows` that follow it; and where each row's are."""
+def _keys_and_values(model: nn.Module, rows: Sequence[Sequence[int]], prefix: _Prefix) -> tuple[Layers, list[slice]]:
+    """Computes the keys and values of `rows`, which follow the prefix; returns them behind the prefix's, and where each
+    row's are.
+    """
     (pack,) = packs([list(row) for row in rows], sum(map(len, rows)))
     nothing = torch.zeros(0, dtype=torch.long, device=model.device)  # hidden states are not asked for
     moved = prefix.moved(pack).to(model.device)
@@ -248,20 +261,20 @@ def _computed(model: nn.Module, rows: Sequence[Sequence[int]], prefix: _Prefix) 
     return layers, [spans[row] for row in range(len(rows))]
 
 
-def _padded(task: _Task) -> Scored:
+def _padded(request: _Request) -> Scored:
     """For families that do not take packs: the model's own logits over right-padded rows."""
-    rows: TokenLists = [list(text.read) for text in task.texts]
-    for pack in packs(rows, task.tokens_per_pack, padded=True):
-        input_ids, attention_mask = pack.to(task.model.device).padded(0)
-        logits = task.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+    rows: TokenLists = [list(text.read) for text in request.texts]
+    for pack in packs(rows, request.tokens_per_pack, padded=True):
+        input_ids, attention_mask = pack.to(request.model.device).padded(0)
+        logits = request.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
         sums = []
         for index, row in zip(pack.rows, logits, strict=True):
-            text = task.texts[index]
+            text = request.texts[index]
             scored = row[text.unscored : len(text.read)]
-            if task.choices:
-                choices = torch.tensor(task.choices, device=row.device)
+            if request.choices:
+                choices = torch.tensor(request.choices, device=row.device)
                 nothing = torch.full_like(scored, float("-inf"))
-                scored = nothing.index_copy(1, choices, scored[:, list(task.choices)])
+                scored = nothing.index_copy(1, choices, scored[:, list(request.choices)])
             targets = torch.tensor(text.ids[-text.targets :], device=row.device)
             sums.append(-F.cross_entropy(scored, targets, reduction="sum").double().cpu())
         yield pack.rows, torch.stack(sums)

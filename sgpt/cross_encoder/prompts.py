@@ -2,7 +2,7 @@
 
 A to M and quoraA to quoraE are the original's (crossencoder/beir of the SGPT repository); G is its choice for search,
 quoraD for questions of the same meaning. The paper chose them on BEIR's test sets, so scores there are not quite
-zero-shot.
+zero-shot. A new one is a row of PROMPTS.
 """
 
 import re
@@ -28,8 +28,8 @@ class PromptConfig:
     shot: str | None = None
     """How an example is written; holds {document} and {query}."""
     answers: list[str] = field(default_factory=list)
-    """The prompt is a question, its text holds {query} as well, and scored is the first token of the first answer, in
-    competition with the first tokens of the others."""
+    """For a prompt that asks a question, whose text holds {query} as well: its answers. The score is the
+    log-probability of the first one, in competition with the others, by the first token in which they differ."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Row:
+    """A row of PROMPTS; the fields are those of PromptConfig, `text` what `prompt` is there."""
+
     text: str
     start: str = ""
     shot: str | None = None

@@ -1,5 +1,7 @@
-"""Anyone's data: `data.name` chooses a row of READERS, each of which fills the same store; and the feed of a run over
-one or several.
+"""From the keys `data.*` to the feed of a run: `build_feed` reads each source, tokenises it and mixes the sources.
+
+How a source is read is a row of READERS, chosen by `data.name`. Each row fills the same store
+(sgpt/data/feed/store.py), so everything after it knows one form of examples.
 """
 
 import hashlib
@@ -15,10 +17,9 @@ from sgpt.data.feed.sampling import Feed, Source
 from sgpt.data.feed.store import Examples, Tokens, Writer, cached_examples, key_of
 from sgpt.data.formats import beir
 from sgpt.data.formats.rows import is_hub_dataset, is_saved_dataset, kind_of, of_split, rows
-from sgpt.data.sources import columns as columns_of
 from sgpt.data.sources import msmarco, nli, pairs, pydocs
 from sgpt.data.sources.bad_rows import accepted
-from sgpt.data.sources.columns import COLUMN_ROLES
+from sgpt.data.sources.columns import COLUMN_ROLES, describe, guess_columns, peek_column_names, refuse_late_columns
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import files_below
 from sgpt.runtime.values import (
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 class SourceConfig:
     """One source of training data, as `data.<key>` or as one entry of `data.sources`.
 
-    A key that the source's reader does not read (`Reader.keys`) is refused when it is set.
+    A key that neither the source's reader (`Reader.keys`) nor the feed (FEED_KEYS) reads is refused when it is set.
     """
 
     name: str = "file"
@@ -107,9 +108,10 @@ class SourceConfig:
             )
         check_choice("data.on_error", self.on_error, ("stop", "skip"))
         if self.on_error == "skip" and "on_error" not in READERS[self.name].keys:
-            able = ", ".join(_readers_of("on_error"))
+            others = " or ".join(f"data={name}" for name in _readers_of("on_error"))
             raise InputError(
-                f"data.on_error=skip: data={self.name} reads files of a fixed form and skips nothing; {able} do"
+                f"data.on_error=skip is read by {others} only, not by data={self.name}, whose files have a fixed form; "
+                "leave it out"
             )
         self._check_keys()
 
@@ -132,15 +134,15 @@ class SourceConfig:
         )
 
     def _check_keys(self) -> None:
-        """What the reader does not read would change nothing, and the one who set it believes that it does."""
-        read = {*EVERY_READER, *OF_THE_FEED, *READERS[self.name].keys}
+        """Refuses a key that is set and not read: it would have no effect, and whoever set it expects one."""
+        read = {*COMMON_KEYS, *FEED_KEYS, *READERS[self.name].keys}
         for key in SOURCE_KEYS:
             value = getattr(self, key)
             if key not in read and value != _default(key):
-                able = " or ".join(f"data={name}" for name in _readers_of(key))
+                others = " or ".join(f"data={name}" for name in _readers_of(key))
                 of = f" of {self.path}" if self.path else ""
                 raise InputError(
-                    f"data.{key}={value} is read by {able} only, not by data={self.name}{of}; leave it out"
+                    f"data.{key}={value} is read by {others} only, not by data={self.name}{of}; leave it out"
                 )
 
 
@@ -228,12 +230,13 @@ def build_feed(
     sources = []
     for source in config.source_configs():
         examples = read_examples(source, Path(config.cache))
-        framed = _frames_of(source, markers, tokenizer)
+        frames_by_role = _frames_of(source, markers, tokenizer)
         # cut once, at the longer of the two limits: a text may be a query here and a document there
-        tokens = Tokens(examples, tokenizer, max(frame.content_tokens for frame in framed.values()))
+        longest = max(frame.content_tokens for frame in frames_by_role.values())
+        tokens = Tokens(examples, tokenizer, longest)
         weight = source.weight or len(examples) ** (1 / config.temperature)
         sources.append(
-            Source(source.path, examples, tokens, framed, source.num_hard_negatives, weight, source.symmetric)
+            Source(source.path, examples, tokens, frames_by_role, source.num_hard_negatives, weight, source.symmetric)
         )
     feed = Feed(sources, queries_per_process, processes, seed, config.mixed)
     if len(sources) > 1:
@@ -243,63 +246,63 @@ def build_feed(
 
 
 def _frames_of(source: SourceConfig, markers: MarkersConfig, tokenizer) -> dict[Role, Frame]:
-    """The run's markers and limits, where the source names none of its own."""
+    """What stands around its queries and documents: the run's markers and limits, where the source sets no others."""
     own = replace(
         markers,
         name=source.markers or markers.name,
         query_max_tokens=source.query_max_tokens or markers.query_max_tokens,
         document_max_tokens=source.document_max_tokens or markers.document_max_tokens,
     )
-    framed = frames(own, tokenizer)
-    return dict.fromkeys(framed, framed["query"]) if source.symmetric else framed
+    frames_by_role = frames(own, tokenizer)
+    return dict.fromkeys(frames_by_role, frames_by_role["query"]) if source.symmetric else frames_by_role
 
 
 def read_examples(config: SourceConfig, cache: Path) -> Examples:
-    """All examples, checked, in the order of the source. InputError for the first bad one and for none at all."""
+    """All examples, checked, in the order of the source; from the cache when they were read before.
+
+    InputError for the first bad one (with on_error=skip: for too many of them), and when there is none at all.
+    """
     if not config.path:  # here and not in the dataclass, whose default must be constructible
         raise InputError(f"data.path is empty; set data.path=<file or folder> for data={config.name}")
     reader = READERS[config.name]
-    # what others read, or the feed, makes nothing stale
-    how = {key: getattr(config, key) for key in (*EVERY_READER, *reader.keys)}
-    key = key_of(how, reader.fingerprint(config))
+    # only keys that this reader reads: setting another one must not read everything again
+    settings = {key: getattr(config, key) for key in (*COMMON_KEYS, *reader.keys)}
+    key = key_of(settings, reader.fingerprint(config))
     rejected = cache / f"{key}.rejected.jsonl"
     examples = cached_examples(cache, key, lambda writer: reader.fill(config, writer, rejected))
     if not len(examples):
-        raise InputError(f"data.path={config.path}: no examples in it")
+        raise InputError(f"data.path={config.path}: no examples in it; check the path and data.split")
     if rejected.is_file() and rejected.stat().st_size:
         log.warning("data.path=%s: rows were skipped; %s lists them with their reasons", config.path, rejected)
     return examples
 
 
 def files_fingerprint(config: SourceConfig) -> str:
-    """Of the bytes of a file, or of those files of a folder that its reader looks at: the folder may hold a whole disk
-    besides.
-    """
+    """Hash of the bytes of a file, or of those files of a folder that the source's reader reads (`Reader.files`)."""
     path = Path(config.path)
     digest = hashlib.blake2b(digest_size=16)
-    for file in _data_files(path, config.name) if path.is_dir() else [path]:
+    for file in READERS[config.name].files(path) if path.is_dir() else [path]:
         if file.is_file():
             digest.update(os.fsencode(file.relative_to(path)))
             digest.update(_digest(file))
     return digest.hexdigest()
 
 
-def _data_files(folder: Path, name: str) -> list[Path]:
-    """In a fixed order, those that are not there too."""
-    match name:
-        case "beir":
-            return [
-                *(folder / f"{part}.jsonl{packed}" for part in ("corpus", "queries") for packed in ("", ".gz")),
-                *sorted(folder.glob("qrels/*.tsv")),
-            ]
-        case "msmarco":
-            parts = (msmarco.COLLECTION, msmarco.QUERIES, msmarco.MINED, msmarco.SCORES)
-            return [folder / f"{part}{packed}" for part in parts for packed in ("", ".gz")]
-        case "nli":
-            return nli.training_files(folder)
+def _row_files(folder: Path) -> list[Path]:
+    """Every file of a format that is read by rows (sgpt/data/formats/rows.py)."""
     if is_saved_dataset(folder):
         return files_below(folder)
     return sorted(file for file in folder.iterdir() if kind_of(file))
+
+
+def _beir_files(folder: Path) -> list[Path]:
+    texts = [folder / f"{part}.jsonl{packed}" for part in ("corpus", "queries") for packed in ("", ".gz")]
+    return [*texts, *sorted(folder.glob("qrels/*.tsv"))]
+
+
+def _msmarco_files(folder: Path) -> list[Path]:
+    parts = (msmarco.COLLECTION, msmarco.QUERIES, msmarco.MINED, msmarco.SCORES)
+    return [folder / f"{part}{packed}" for part in parts for packed in ("", ".gz")]
 
 
 def _digest(file: Path) -> bytes:
@@ -325,14 +328,17 @@ def revision(hub_id: str) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """One kind of source."""
+    """How one kind of source is read, and by what it is known that it has changed since."""
 
     fill: Callable[[SourceConfig, Writer, Path], None]
     """fill(config, writer, rejected) writes all of a source; bad rows that are skipped are listed in `rejected`."""
     keys: tuple[str, ...]
-    """Keys of SourceConfig that it reads, besides EVERY_READER's; they enter the cache's name, others are refused."""
+    """Keys of SourceConfig that it reads, besides COMMON_KEYS; a change of one reads the source again."""
+    files: Callable[[Path], list[Path]] = _row_files
+    """Files of a folder that it reads, in a fixed order; some need not be there. Files that are missing in this list
+    may change and the cache is still used."""
     fingerprint: Callable[[SourceConfig], str] = files_fingerprint
-    """Of the source's content, so that a changed one is read again."""
+    """Hash of the source's content: when it differs, the source is read again. By default, of the bytes of `files`."""
 
 
 def _write(examples: Iterable[Example], config: SourceConfig, writer: Writer) -> None:
@@ -341,15 +347,13 @@ def _write(examples: Iterable[Example], config: SourceConfig, writer: Writer) ->
 
 
 def _fill_rows(config: SourceConfig, writer: Writer, rejected: Path) -> None:
-    """Files, folders and data sets of rows."""
+    """Files, folders and data sets of rows: one generator after the other, so that one row is held at a time."""
     all_rows = rows(Path(config.path), config.split, subset=config.subset, streaming=config.streaming)
-    names, all_rows = columns_of.with_names(all_rows)
-    columns = columns_of.guess_columns(names, config.columns, config.path)
-    log.info("%s: %s", config.path, columns_of.describe(columns, config.num_hard_negatives, names, config.labels))
+    names, all_rows = peek_column_names(all_rows)
+    columns = guess_columns(names, config.columns, config.path)
+    log.info("%s: %s", config.path, describe(columns, config.num_hard_negatives, names, config.labels))
     split_rows = of_split(all_rows, config.split, config.path)
-    checked_rows = columns_of.without_late_columns(
-        split_rows, names, columns, config.columns, config.num_hard_negatives
-    )
+    checked_rows = refuse_late_columns(split_rows, names, columns, config.columns, config.num_hard_negatives)
     parsed_rows = pairs.examples(
         checked_rows,
         columns,
@@ -408,24 +412,33 @@ def _beir_fingerprint(config: SourceConfig) -> str:
     return files_fingerprint(config) + (_digest(triples).hex() if triples.is_file() else "")
 
 
-EVERY_READER = ("name", "path", "limit")
-BAD_ROWS = ("on_error", "max_error_share")
-JUDGED = ("labels", "positive_score", "negative_score")
+COMMON_KEYS = ("name", "path", "limit")  # which every reader reads
+BAD_ROW_KEYS = ("on_error", "max_error_share")
+JUDGED_PAIR_KEYS = ("labels", "positive_score", "negative_score")
 READERS: dict[str, Reader] = {
     "file": Reader(
         _fill_rows,
-        ("split", "subset", "streaming", "columns", *JUDGED, "num_hard_negatives", *BAD_ROWS),
-        _rows_fingerprint,
+        ("split", "subset", "streaming", "columns", *JUDGED_PAIR_KEYS, "num_hard_negatives", *BAD_ROW_KEYS),
+        fingerprint=_rows_fingerprint,
     ),
-    "beir": Reader(_fill_beir, ("split", "triples", "num_hard_negatives", *BAD_ROWS), _beir_fingerprint),
-    "nli": Reader(_fill_nli, ("seed",)),
-    "msmarco": Reader(_fill_msmarco, ("systems", "negatives_per_system", "score_margin", "use_all_queries", "seed")),
-    "pydocs": Reader(_fill_pydocs, ("num_hard_negatives", *BAD_ROWS), _pydocs_fingerprint),
+    "beir": Reader(
+        _fill_beir,
+        ("split", "triples", "num_hard_negatives", *BAD_ROW_KEYS),
+        _beir_files,
+        _beir_fingerprint,
+    ),
+    "nli": Reader(_fill_nli, ("seed",), nli.training_files),
+    "msmarco": Reader(
+        _fill_msmarco,
+        ("systems", "negatives_per_system", "score_margin", "use_all_queries", "seed"),
+        _msmarco_files,
+    ),
+    "pydocs": Reader(_fill_pydocs, ("num_hard_negatives", *BAD_ROW_KEYS), fingerprint=_pydocs_fingerprint),
 }
-# of every source; they decide what a batch takes of it and make nothing that was read stale
-OF_THE_FEED = ("num_hard_negatives", "weight", "markers", "query_max_tokens", "document_max_tokens", "symmetric")
+# of every source, read by `build_feed`: what a batch takes of the examples; a change of one does not read them again
+FEED_KEYS = ("num_hard_negatives", "weight", "markers", "query_max_tokens", "document_max_tokens", "symmetric")
 
 
 def default_corpus() -> Path:
-    """What `pydocs` runs search in: the standard library's part of the harvest, made when it is not there."""
+    """The corpus that `pydocs` runs search: the documentation of the standard library, built when it is not there."""
     return pydocs.build(Path("data/raw/pydocs")) / "stdlib"

@@ -1,4 +1,4 @@
-"""Resuming from tokens that were computed before, and computing no more of the last block than is asked for.
+"""A forward pass behind a KV cache, which computes no more of the last block than is asked for.
 
 Scoring reads a decoder differently from embedding: many texts begin alike, and only some positions matter at the end.
 So the texts of a pack may follow a prefix whose keys and values are cached (`PrefixCache`), and of the last block

@@ -107,7 +107,7 @@ def _checked(stored: object, file: Path) -> dict:
         raise InputError(f"{file}: key {odd[0]!r} {what}; export the run again")
     for key, is_right in TYPES.items():
         if key in stored and not is_right(stored[key]):
-            raise InputError(f"{file}: {key} is {str(stored[key])!r:.80}, which it cannot be; export the run again")
+            raise InputError(f"{file}: {key} is {str(stored[key])!r:.80}, which is not valid; export the run again")
     if not old and _hash(stored) != stored["hash"]:
         raise InputError(
             f"{file}: the contract was changed since it was saved (its own hash differs); copy the folder again, "
@@ -124,7 +124,7 @@ def _is_markers(value: object) -> bool:
 
 
 def _is_probes(value: object) -> bool:
-    """None, or as many rows of finite numbers for each role as there are texts."""
+    """Empty, or as many rows of finite numbers for each role as there are texts."""
     if value == {}:
         return True
     if not isinstance(value, dict) or value.keys() != {"texts", *ROLES}:

@@ -36,16 +36,17 @@ TRANSFORMER_CONFIG = "sentence_bert_config.json"
 EARLY_FAMILIES = ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # a file for each, once
 TRANSFORMER_CONFIGS = [TRANSFORMER_CONFIG, *(f"sentence_{family}_config.json" for family in EARLY_FAMILIES)]
 WRITTEN = {MODULES, SETTINGS, TRANSFORMER_CONFIG, "chat_template.jinja"}  # files that our own reader does not need
-# their name -> ours, in the form of version 6; the older form, below, is also what is written
+# Two forms of the file of a pooling, each with their name -> ours. From version 6 on: one of these as `pooling_mode`.
 POOLING_MODES = {"weightedmean": "weighted_mean", "mean": "mean", "lasttoken": "last_token", "cls": "cls", "max": "max"}
-LEGACY_POOLINGS = {  # sentence-transformers before 6, and every published SGPT model
+# Before, and in every published SGPT model: one of these is true. All versions read this form, so exports have it.
+POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weighted_mean", "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last_token",
     "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
 }  # fmt: skip
 SQUARE_ROOT = "pooling_mode_mean_sqrt_len_tokens"
 POOLING_KEYS = {
-    "word_embedding_dimension", "embedding_dimension", "include_prompt", "pooling_mode", SQUARE_ROOT, *LEGACY_POOLINGS,
+    "word_embedding_dimension", "embedding_dimension", "include_prompt", "pooling_mode", SQUARE_ROOT, *POOLING_FLAGS,
 }  # fmt: skip
 TRANSFORMER_KEYS = (  # which are applied
     "max_seq_length", "do_lower_case", "query_length", "document_length", "processor_kwargs", "tokenizer_args",
@@ -245,7 +246,7 @@ def _pooling(file: Path, prompts: dict[str, str]) -> str:
             f"{file}: key {unknown[0]!r} is not known here, so it cannot be applied; "
             f"{', '.join(sorted(POOLING_KEYS))} are"
         )
-    for key in (SQUARE_ROOT, "include_prompt", *LEGACY_POOLINGS):
+    for key in (SQUARE_ROOT, "include_prompt", *POOLING_FLAGS):
         if not isinstance(stated.get(key, True), bool):
             raise InputError(f"{file}: {key}={stated[key]!r} must be true or false")
     if not stated.get("include_prompt", True) and any(prompts.values()):
@@ -257,7 +258,7 @@ def _pooling(file: Path, prompts: dict[str, str]) -> str:
         modes = stated["pooling_mode"] if isinstance(stated["pooling_mode"], list) else [stated["pooling_mode"]]
         named = [POOLING_MODES.get(mode, mode) if isinstance(mode, str) else mode for mode in modes]
     else:
-        named = [name for key, name in LEGACY_POOLINGS.items() if stated.get(key)]
+        named = [name for key, name in POOLING_FLAGS.items() if stated.get(key)]
         if stated.get(SQUARE_ROOT):
             named.append("mean_sqrt_len_tokens")
         named = named or ["mean"]  # as sentence-transformers
@@ -363,10 +364,12 @@ def write_modules(
     }
     if "query_length" in transformer:  # 5.6 refuses by itself, with a TypeError for these keys
         settings["requirements"] = {"sentence-transformers": ">=6.0"}
+    # where all flags are false, sentence-transformers takes the mean without a word
+    assert contract.pooling in POOLING_FLAGS.values(), f"{contract.pooling} has no row in POOLING_FLAGS"
     pooling = {
         "word_embedding_dimension": embedding_size,
         SQUARE_ROOT: False,
-        **{key: name == contract.pooling for key, name in LEGACY_POOLINGS.items()},
+        **{key: name == contract.pooling for key, name in POOLING_FLAGS.items()},
         "include_prompt": True,
     }
     kinds = {"Transformer": "", "Pooling": "1_Pooling"}

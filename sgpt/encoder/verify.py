@@ -105,9 +105,9 @@ def _compare_ids(reader: _Reader, role: Role, texts: list[str], expected: TokenL
         if ours != theirs:
             tokenizer, markers = type(encoder.tokenizer).__name__, encoder.contract.markers.name
             raise InputError(
-                f"the export is wrong: {reader.name} reads {text!r:.80} as another {role} than the encoder, "
-                f"{_shown(theirs, ours)} instead of {_shown(ours, theirs)}. If nobody changed it, {tokenizer} with "
-                f"markers={markers} cannot be expressed there; use the adapter, or train with markers=none"
+                f"the export is wrong: {reader.name} gives the {role} {text!r:.80} other token ids than the encoder, "
+                f"{_shown(theirs, ours)} instead of {_shown(ours, theirs)}. If nobody changed the folder, {tokenizer} "
+                f"with markers={markers} cannot be expressed there; use the adapter, or train with markers=none"
             )
 
 
@@ -122,9 +122,9 @@ def _compare_embeddings(reader: _Reader, role: Role, texts: list[str], expected:
         return float(difference[row])
     (ids,) = encoder.token_ids([texts[row]], role)
     raise InputError(
-        f"the export is wrong: {reader.name} embeds {texts[row]!r:.80} as a {role} otherwise than the encoder, both in "
-        f"float32, by {difference[row]:.1e} of its largest entry, from equal token ids {_shown(ids, [])}. It is not "
-        f"rounding, which comes to {rounded:.1e} with these weights. If nobody changed it, "
+        f"the export is wrong: {reader.name} embeds the {role} {texts[row]!r:.80} differently from the encoder, both "
+        f"in float32, by {difference[row]:.1e} of its largest entry, from equal token ids {_shown(ids, [])}. It is not "
+        f"rounding, which comes to {rounded:.1e} with these weights. If nobody changed the folder, "
         f"{type(encoder.trunk).__name__} cannot be expressed there; use the adapter"
     )
 

@@ -1,7 +1,8 @@
 """Every way to search one set, side by side: BM25, the bi-encoder, both fused, both re-ranked by a cross-encoder.
 
-Beside the metrics each system has its speed, its index's size, the interval of its difference to BM25 and to its first
-stage, and each first stage the score that a perfect re-ranker would reach: what re-ranking could gain, and what it did.
+`run_systems` ranks, `system_metrics` scores. Next to the metrics each system gets its speed, the size of its index, and
+the difference to BM25 and to its first stage with a 95 % interval; each first stage gets the score of a perfect
+re-ranker, which is as much as re-ranking could gain.
 """
 
 import time
@@ -16,12 +17,12 @@ from sgpt.data.test_sets.beir_sets import BeirFolder, splits
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.table import FIRST_STAGES, SYSTEMS, Systems
 from sgpt.retrieval.bm25 import bm25_index, bm25_run
-from sgpt.retrieval.dense import DEPTH, embedded, retrieve
+from sgpt.retrieval.dense import DEPTH, embed_corpus, retrieve
 from sgpt.retrieval.fusion import interpolated, reciprocal_rank_fusion, reordered
 from sgpt.retrieval.metrics import SHALLOW, difference, perfect_rerank, ranking, ranking_per_query
 
 WEIGHTS = [step / 20 for step in range(21)]
-RescoreRun = Callable[[RetrievalSet, Run, int], Run]  # scores of the best `depth` documents of each query
+RerankRun = Callable[[RetrievalSet, Run, int], Run]  # scores of the best `depth` documents of each query
 
 
 @dataclass(frozen=True)
@@ -39,38 +40,42 @@ class SystemRun:
     weight: float | None = None
 
 
-def rank(
+def run_systems(
     encoder: Encoder,
     dataset: RetrievalSet,
     dev: RetrievalSet | None = None,
     *,
     bm25: bool = True,
     fuse: bool = True,
-    rescore: RescoreRun | None = None,
+    rerank: RerankRun | None = None,
     depth: int = DEPTH,
 ) -> dict[str, SystemRun]:
-    """System -> results, in the order of SYSTEMS. dev: tunes the fusion by scores, which is left out without it."""
+    """System -> its results on `dataset`, in the order of SYSTEMS.
+
+    dev: tunes the fusion by scores, which is left out without it. rerank: scores the best `depth` documents of BM25 and
+    of the encoder again.
+    """
     kept = max(depth, DEPTH)  # documents of a query that every ranking holds
     systems: dict[str, SystemRun] = {}
     if bm25:
         index = bm25_index(list(dataset.corpus.values()))
         run, seconds = _timed(lambda: bm25_run(dataset, kept, index))
         systems["bm25"] = SystemRun(run, seconds, index_bytes(index) / len(dataset.corpus))
-    documents = embedded(encoder, dataset)  # [documents, D]
+    documents = embed_corpus(encoder, dataset)  # [documents, D]
     run, seconds = _timed(lambda: retrieve(encoder, dataset, kept, documents))
     systems["model"] = SystemRun(run, seconds, documents.shape[1] * documents.element_size())
     if bm25 and fuse:
-        before = systems["bm25"].seconds + systems["model"].seconds
+        seconds_of_both = systems["bm25"].seconds + systems["model"].seconds
         both = [systems["bm25"].run, systems["model"].run]
         run, seconds = _timed(lambda: reciprocal_rank_fusion(both, kept))
-        systems["reciprocal_rank"] = SystemRun(run, before + seconds)
+        systems["reciprocal_rank"] = SystemRun(run, seconds_of_both + seconds)
         if dev:
             weight = best_weight(dev.qrels, bm25_run(dev, kept, index), retrieve(encoder, dev, kept, documents), kept)
             run, seconds = _timed(lambda: interpolated(*both, weight, kept))
-            systems["interpolated"] = SystemRun(run, before + seconds, weight=weight)
-    for name, first in FIRST_STAGES.items() if rescore else ():
+            systems["interpolated"] = SystemRun(run, seconds_of_both + seconds, weight=weight)
+    for name, first in FIRST_STAGES.items() if rerank else ():
         if stage := systems.get(first):
-            scores, seconds = _timed(lambda stage=stage: rescore(dataset, stage.run, depth))
+            scores, seconds = _timed(lambda stage=stage: rerank(dataset, stage.run, depth))
             systems[name] = SystemRun(
                 reordered(stage.run, scores, depth), stage.seconds + seconds, stage.index_bytes, scores
             )
@@ -106,7 +111,7 @@ def system_metrics(dataset: RetrievalSet, systems: Mapping[str, SystemRun], dept
     cost: speed, size of the index, weight of the bi-encoder. differences: other system -> mean, low and high of the
     difference of nDCG@10, 95 %.
     """
-    gains = {
+    ndcg = {  # of each query
         name: [row["ndcg@10"] for row in ranking_per_query(dataset.qrels, system.run).values()]
         for name, system in systems.items()
     }
@@ -114,13 +119,12 @@ def system_metrics(dataset: RetrievalSet, systems: Mapping[str, SystemRun], dept
     top = min(SHALLOW, depth)
     for name, system in systems.items():
         first = FIRST_STAGES.get(name)
+        other_runs: dict[str, Run] = {}  # whose nDCG@10 is shown next to the system's own
         if system.scores:
-            shallow = {f"ndcg@10_reranked_top_{top}": reordered(systems[first].run, system.scores, top)}
-        else:
-            bounds = sorted({depth, top}) if name in FIRST_STAGES.values() else []
-            shallow = {}
-            for bound in bounds:
-                shallow[f"ndcg@10_perfect_top_{bound}"] = perfect_rerank(dataset.qrels, system.run, bound)
+            other_runs[f"ndcg@10_reranked_top_{top}"] = reordered(systems[first].run, system.scores, top)
+        elif name in FIRST_STAGES.values():
+            for limit in sorted({depth, top}):
+                other_runs[f"ndcg@10_perfect_top_{limit}"] = perfect_rerank(dataset.qrels, system.run, limit)
         cost = {
             "queries_per_second": len(dataset.queries) / max(system.seconds, 1e-9),
             "bytes_per_document": system.index_bytes,
@@ -129,9 +133,9 @@ def system_metrics(dataset: RetrievalSet, systems: Mapping[str, SystemRun], dept
         others = dict.fromkeys(other for other in ("bm25", first) if other in systems and other != name)
         results[name] = {
             "metrics": ranking(dataset.qrels, system.run),
-            "reranking": {metric: ranking(dataset.qrels, run)["ndcg@10"] for metric, run in shallow.items()},
+            "reranking": {metric: ranking(dataset.qrels, run)["ndcg@10"] for metric, run in other_runs.items()},
             "cost": {metric: number for metric, number in cost.items() if number is not None},
-            "differences": {other: vars(difference(gains[name], gains[other])) for other in others},
+            "differences": {other: vars(difference(ndcg[name], ndcg[other])) for other in others},
         }
     return results
 

@@ -1,4 +1,6 @@
-"""Evaluation of an encoder: retrieval over BEIR folders, similarity of sentence pairs, and BM25 next to it.
+"""Evaluation of an encoder in training: retrieval over BEIR folders, similarity of sentence pairs, BM25 next to it.
+
+train/evaluate.py compares more systems on the same sets (sgpt/evaluation/systems.py, compare.py).
 
 Exact search in chunks, and embeddings beyond a gigabyte in a file: besides the texts, memory is bounded whatever the
 corpus.
@@ -20,8 +22,6 @@ from sgpt.retrieval.dense import name_in_errors, retrieve
 from sgpt.retrieval.metrics import correlations, ranking
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import log_progress
-from sgpt.runtime.values import COUNT, check_ranges
-from sgpt.text.markers import MarkersConfig
 
 BEIR_ROOT = "data/raw/beir"  # where sets of BEIR are looked for and downloaded to
 Results = dict[str, dict[str, float]]
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class EvaluationConfig:
-    """What a run is evaluated on: before and after training, or while it trains."""
+    """Keys of `evaluation` and `dev` of a training run: what is scored before and after it, or while it trains."""
 
     retrieval: list[str] = field(default_factory=list)
     """BEIR folders, or names of BEIR's sets."""
@@ -65,11 +65,15 @@ def read_sets(config: EvaluationConfig) -> Sets:
             f"two evaluation sets are called {twice!r}, and results are kept by name; "
             "rename a folder, or evaluate one after the other"
         )
-    if config.limit is None:
-        return Sets(retrieval, pairs)
+    sets = Sets(retrieval, pairs)
+    return sets if config.limit is None else _limited(sets, config.limit)
+
+
+def _limited(sets: Sets, limit: int) -> Sets:
+    """The first queries and pairs of each set; InputError where nothing that can be scored is among them."""
     sets = Sets(
-        [fewer_documents(dataset, config.limit) for dataset in retrieval],
-        [fewer_pairs(dataset, config.limit) for dataset in pairs],
+        [fewer_documents(dataset, limit) for dataset in sets.retrieval],
+        [fewer_pairs(dataset, limit) for dataset in sets.sts],
     )
     for dataset in sets.retrieval:
         if not any(
@@ -78,13 +82,13 @@ def read_sets(config: EvaluationConfig) -> Sets:
             for document, score in judged.items()
         ):
             raise InputError(
-                f"evaluation.limit={config.limit}: the first queries of {dataset.name} have no relevant document; "
+                f"evaluation.limit={limit}: the first queries of {dataset.name} have no relevant document; "
                 "raise it"
             )
     for dataset in sets.sts:
         if len(set(dataset.scores)) < 2:
             raise InputError(
-                f"evaluation.limit={config.limit}: the first pairs of {dataset.name} have one score, "
+                f"evaluation.limit={limit}: the first pairs of {dataset.name} have one score, "
                 "nothing to correlate; raise it"
             )
     return sets
@@ -140,51 +144,3 @@ def similarity_sample(encoder: Encoder, queries: Sequence[str], positives: Seque
     left = F.normalize(encoder.encode_queries(queries, as_tensor=True), dim=1)
     right = F.normalize(encoder.encode_documents(positives, as_tensor=True), dim=1)
     return {"positive": (left * right).sum(1).tolist(), "negative": (left * right.roll(1, 0)).sum(1).tolist()}
-
-
-@dataclass
-class EvaluateConfig:
-    """What train/evaluate.py is asked: a model, test sets, and the systems next to it."""
-
-    model: str = ""
-    """Run, export, adapter, base (folder or hub id) or sentence-transformers folder."""
-    retrieval: list[str] = field(default_factory=list)
-    """BEIR folders, or names of BEIR's sets, which are looked for in beir_root and else downloaded to there."""
-    sts: list[str] = field(default_factory=list)
-    """Files of scored sentence pairs."""
-    useb: str | None = None
-    """USEB's folder data-eval, with those of its four tasks that are there."""
-    split: str | None = None
-    """null is each set's own, which is test but for BEIR's msmarco."""
-    dev_split: str = "dev"
-    """The split on which the weight of the fusion by scores is tuned, never the one that is scored."""
-    beir_root: str = BEIR_ROOT
-    """The folder of BEIR's sets by name."""
-    bm25: bool = True
-    """BM25 is scored on the retrieval sets, next to the model."""
-    fuse: bool = True
-    """BM25 and the model are also scored as one ranking, by ranks and by scores."""
-    rerank: str | None = None
-    """A decoder, folder or hub id, that scores the best `depth` documents of a query again; null re-ranks nothing."""
-    prompt: str = "G"
-    """How that decoder is asked: a name of the paper's that needs no examples, or a text with {document} in it."""
-    depth: int = 100
-    """Documents of a query that it scores."""
-    runs: str | None = None
-    """Folder of a TREC run for each set and system; null writes none."""
-    output: str | None = None
-    """JSON file of the model's metrics, keyed by set."""
-    systems_output: str | None = None
-    """JSON file of all systems' metrics, intervals and bounds."""
-    pooling: str | None = None
-    """Only for a base, which has no contract: a row of POOLINGS."""
-    markers: MarkersConfig | None = None
-    """Only for a base, which has no contract: its markers and limits of tokens."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, depth=COUNT)
-        if self.rerank and not self.retrieval:
-            raise InputError(
-                f"rerank={self.rerank} has nothing to rank again; "
-                "set retrieval=[<BEIR folder or name>,…], or leave it out"
-            )

@@ -108,20 +108,19 @@ class MtebEncoder:
 class MtebReranker:
     """mteb's CrossEncoderProtocol, for re-ranking tasks: the documents of each query are given."""
 
-    def __init__(self, ranker: CrossEncoder, name: str = "sgpt/reranker") -> None:
-        self.ranker = ranker
-        stated = json.dumps(
-            [base_hash(dict(ranker.model.named_parameters()), "float32"), asdict(ranker.prompt), asdict(ranker.scoring)]
-        )
+    def __init__(self, reranker: CrossEncoder, name: str = "sgpt/reranker") -> None:
+        self.reranker = reranker
+        weights = base_hash(dict(reranker.model.named_parameters()), "float32")
+        stated = json.dumps([weights, asdict(reranker.prompt), asdict(reranker.scoring)])
         revision = hashlib.sha256(stated.encode()).hexdigest()
         unstated = {"embed_dim": None, "similarity_fn_name": None}
         self.mteb_model_meta = _meta(
-            name, revision, ranker.model, ranker.max_tokens, "cross-encoder", use_instructions=True, **unstated
+            name, revision, reranker.model, reranker.max_tokens, "cross-encoder", use_instructions=True, **unstated
         )
 
     def predict(self, inputs1: Iterable[dict[str, Any]], inputs2: Iterable[dict[str, Any]], **options) -> np.ndarray:
         """inputs1: queries. inputs2: as many documents. Scores [pairs], natural logarithm."""
-        return self.ranker.score(_texts(inputs1), _texts(inputs2))
+        return self.reranker.score(_texts(inputs1), _texts(inputs2))
 
 
 def role_of(task: str, prompt_type: str | None) -> Role:

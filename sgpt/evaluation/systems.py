@@ -1,5 +1,7 @@
 """What train/evaluate.py asks for: all test sets are found and read, then every system is scored on each of them.
 
+How one set is scored is in compare.py, how the numbers are shown in table.py.
+
 A broken set is refused before the first one is scored, as that may take hours: find_sets reads scored pairs and USEB
 whole and finds the split of each retrieval set; read_retrieval_sets then parses every corpus once. Texts stay in memory
 up to KEPT_CHARACTERS in all; a set beyond that is dropped and parsed again when its turn comes. Parsing MS MARCO's 8.8
@@ -8,7 +10,7 @@ million passages takes about a minute, encoding them hours.
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -17,21 +19,71 @@ from sgpt.data.test_sets.beir_sets import BeirFolder, find_beir_folders, read_be
 from sgpt.data.test_sets.useb import UsebTask, read_useb
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation import compare
-from sgpt.evaluation.compare import RescoreRun
-from sgpt.evaluation.evaluate import EvaluateConfig, EvaluationConfig, Results, Sets, evaluate, read_sets
+from sgpt.evaluation.compare import RerankRun
+from sgpt.evaluation.evaluate import BEIR_ROOT, EvaluationConfig, Results, Sets, evaluate, read_sets
 from sgpt.evaluation.table import Systems, beir_averages, with_cqadupstack
 from sgpt.evaluation.useb import useb
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import check_writable, write_whole
 from sgpt.runtime.interrupt import interrupt_message
 from sgpt.runtime.progress import log_progress
+from sgpt.runtime.values import COUNT, check_ranges
+from sgpt.text.markers import MarkersConfig
 
 KEPT_CHARACTERS = 1 << 30  # of all corpora together, about as many bytes of memory
 
 
+@dataclass
+class EvaluateConfig:
+    """Keys of train/evaluate.py: a model, test sets, and the systems next to it."""
+
+    model: str = ""
+    """Run, export, adapter, base (folder or hub id) or sentence-transformers folder."""
+    retrieval: list[str] = field(default_factory=list)
+    """BEIR folders, or names of BEIR's sets, which are looked for in beir_root and else downloaded to there."""
+    sts: list[str] = field(default_factory=list)
+    """Files of scored sentence pairs."""
+    useb: str | None = None
+    """USEB's folder data-eval, with those of its four tasks that are there."""
+    split: str | None = None
+    """null is each set's own, which is test but for BEIR's msmarco."""
+    dev_split: str = "dev"
+    """The split on which the weight of the fusion by scores is tuned, never the one that is scored."""
+    beir_root: str = BEIR_ROOT
+    """The folder of BEIR's sets by name."""
+    bm25: bool = True
+    """BM25 is scored on the retrieval sets, next to the model."""
+    fuse: bool = True
+    """BM25 and the model are also scored as one ranking, by ranks and by scores."""
+    rerank: str | None = None
+    """A decoder, folder or hub id, that scores the best `depth` documents of a query again; null re-ranks nothing."""
+    prompt: str = "G"
+    """How that decoder is asked: a name of the paper's that needs no examples, or a text with {document} in it."""
+    depth: int = 100
+    """Documents of a query that it scores."""
+    runs: str | None = None
+    """Folder of a TREC run for each set and system; null writes none."""
+    output: str | None = None
+    """JSON file of the model's metrics, keyed by set."""
+    systems_output: str | None = None
+    """JSON file of all systems' metrics, intervals and bounds."""
+    pooling: str | None = None
+    """Only for a base, which has no contract: a row of POOLINGS."""
+    markers: MarkersConfig | None = None
+    """Only for a base, which has no contract: its markers and limits of tokens."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, depth=COUNT)
+        if self.rerank and not self.retrieval:
+            raise InputError(
+                f"rerank={self.rerank} has nothing to rank again; "
+                "set retrieval=[<BEIR folder or name>,…], or leave it out"
+            )
+
+
 @dataclass(frozen=True)
-class FoundSets:
-    """retrieval: folders that exist, not yet read. pairs, tasks: read and checked."""
+class RequestedSets:
+    """retrieval: folders that exist, not yet read. pairs (`sts` alone), tasks: read and checked."""
 
     retrieval: list[BeirFolder]
     pairs: Sets
@@ -44,7 +96,7 @@ class FoundSets:
 
 
 @dataclass(frozen=True)
-class TunedSet:
+class SetWithDev:
     """A retrieval set, and the queries of another split that tune the fusion by scores; None leaves that fusion out."""
 
     dataset: RetrievalSet
@@ -65,7 +117,7 @@ def check_request(config: EvaluateConfig) -> None:
             check_writable(Path(file), f"set {key}=<another file>")
 
 
-def find_sets(config: EvaluateConfig) -> FoundSets:
+def find_sets(config: EvaluateConfig) -> RequestedSets:
     """What can be known without reading a corpus. Names of BEIR's sets are downloaded here."""
     retrieval = find_beir_folders(config.retrieval, config.split, Path(config.beir_root))
     pairs = read_sets(EvaluationConfig(sts=config.sts, split=config.split))
@@ -75,26 +127,26 @@ def find_sets(config: EvaluateConfig) -> FoundSets:
             f"two evaluation sets are called {min(twice)!r}, and results are kept by name; "
             "rename a folder, or evaluate one after the other"
         )
-    return FoundSets(retrieval, pairs, tasks)
+    return RequestedSets(retrieval, pairs, tasks)
 
 
-def load_rescore(config: EvaluateConfig, device: str) -> RescoreRun | None:
+def load_reranker(config: EvaluateConfig, device: str) -> RerankRun | None:
     """The re-ranker as a function of a set and a run; None without `rerank`."""
     if not config.rerank:
         return None
     from sgpt.cross_encoder.cross_encoder import CrossEncoder
     from sgpt.retrieval.rerank import rerank
 
-    ranker = CrossEncoder.from_pretrained(config.rerank, prompt=config.prompt)
-    ranker.model.to(device)
-    return partial(rerank, ranker)
+    reranker = CrossEncoder.from_pretrained(config.rerank, prompt=config.prompt)
+    reranker.model.to(device)
+    return partial(rerank, reranker)
 
 
 def read_retrieval_sets(
     folders: list[BeirFolder], config: EvaluateConfig, say: Callable[[str], object]
-) -> Iterator[tuple[BeirFolder, TunedSet]]:
+) -> Iterator[tuple[BeirFolder, SetWithDev]]:
     """Parses every set now, and gives them one by one. say: is called with the reason when a fusion is left out."""
-    kept: dict[str, TunedSet] = {}
+    kept: dict[str, SetWithDev] = {}
     characters_kept = 0
     for folder in folders:
         with log_progress(f"reading {folder.name}"):
@@ -109,27 +161,27 @@ def read_retrieval_sets(
     return ((folder, kept.pop(folder.name, None) or _read(folder, config)[0]) for folder in folders)
 
 
-def _read(folder: BeirFolder, config: EvaluateConfig) -> tuple[TunedSet, str]:
+def _read(folder: BeirFolder, config: EvaluateConfig) -> tuple[SetWithDev, str]:
     """The set, and why it has no queries to tune on; "" where it has, or needs none."""
     dataset = read_beir_folder(folder)
     if not (config.bm25 and config.fuse):
-        return TunedSet(dataset, None), ""
+        return SetWithDev(dataset, None), ""
     dev, reason = compare.tuning_set(folder, dataset, config.dev_split)
-    return TunedSet(dataset, dev), reason
+    return SetWithDev(dataset, dev), reason
 
 
 def score_all(
     encoder: Encoder,
-    sets: FoundSets,
-    retrieval: Iterator[tuple[BeirFolder, TunedSet]],
+    sets: RequestedSets,
+    retrieval: Iterator[tuple[BeirFolder, SetWithDev]],
     config: EvaluateConfig,
-    rescore: RescoreRun | None = None,
+    rerank: RerankRun | None = None,
 ) -> dict[str, Systems]:
     """Set -> system -> results. What is finished is recorded after every set: a killed evaluation keeps what it has."""
     results: dict[str, Systems] = {}
     for folder, tuned in retrieval:
         with interrupt_message(_what_is_kept(results, config)):
-            results[folder.name] = _score(encoder, folder.name, tuned, config, rescore)
+            results[folder.name] = _score(encoder, folder.name, tuned, config, rerank)
         record(config, results)
     results = with_cqadupstack(results)
     results |= _of_the_model(evaluate(encoder, sets.pairs))
@@ -139,12 +191,12 @@ def score_all(
     return results
 
 
-def _score(encoder: Encoder, name: str, tuned: TunedSet, config: EvaluateConfig, rescore: RescoreRun | None) -> Systems:
+def _score(encoder: Encoder, name: str, tuned: SetWithDev, config: EvaluateConfig, rerank: RerankRun | None) -> Systems:
     dataset = tuned.dataset
     title = f"evaluating on {name}, {len(dataset.qrels):,} queries and {len(dataset.corpus):,} documents"
     with log_progress(title):
-        systems = compare.rank(
-            encoder, dataset, tuned.dev, bm25=config.bm25, fuse=config.fuse, rescore=rescore, depth=config.depth
+        systems = compare.run_systems(
+            encoder, dataset, tuned.dev, bm25=config.bm25, fuse=config.fuse, rerank=rerank, depth=config.depth
         )
     if config.runs:
         compare.write_runs(Path(config.runs), dataset, systems)

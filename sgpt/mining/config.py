@@ -4,11 +4,21 @@ from dataclasses import dataclass, field
 
 from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.values import COUNT, NOT_NEGATIVE, SEED, SHARE, THREADS, Range, check_choice, check_ranges
+from sgpt.runtime.values import (
+    COUNT,
+    NOT_NEGATIVE,
+    SEED,
+    SHARE,
+    THREADS,
+    Range,
+    check_choice,
+    check_path_of_choice,
+    check_ranges,
+)
 from sgpt.text.markers import MarkersConfig
 
-NEEDS = {"bm25": None, "model": "model", "run": "trec"}  # source -> the key that it reads
-CHOICES = {"source": tuple(NEEDS), "on_error": ("stop", "skip"), "pick": ("top", "random"), "on_few": ("keep", "drop")}
+PATH_OF_SOURCE = {"bm25": None, "model": "model", "run": "trec"}  # source -> the key that holds what it reads, if any
+CHOICES = {"on_error": ("stop", "skip"), "pick": ("top", "random"), "on_few": ("keep", "drop")}
 
 
 @dataclass
@@ -71,12 +81,9 @@ class MineConfig:
     """Continue a killed job of the same configuration and data, by any number of processes."""
 
     def __post_init__(self) -> None:
+        check_path_of_choice(self, "source", PATH_OF_SOURCE)
         for key, choices in CHOICES.items():
             check_choice(key, getattr(self, key), choices)
-        for source, key in NEEDS.items():
-            if key and (self.source == source) != bool(getattr(self, key)):
-                unread = f"does not read {key}={getattr(self, key)}; set source={source}, or leave it out"
-                raise InputError(f"source={self.source} {f'needs {key}=<path>' if self.source == source else unread}")
         check_ranges(
             self,
             limit=COUNT.or_null("for all queries"),

@@ -19,7 +19,7 @@ from sgpt.data.formats.jsonl import write_rows
 from sgpt.mining.config import MineConfig
 from sgpt.mining.rankers import RANKERS, SCRATCH, Ranker
 from sgpt.mining.report import COUNTS, write_page
-from sgpt.mining.rules import cross_encoder, mine_block
+from sgpt.mining.rules import load_rescorer, mine_block
 from sgpt.mining.task import Task, read_task
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.jobs import Blocks, Job
@@ -45,7 +45,7 @@ def _mine(config: MineConfig, job: Job, device: torch.device | str) -> dict[str,
     ranker = RANKERS[config.source](task)
     rescore = None
     if config.rescore:
-        rescore = cross_encoder(config.rescore, task.device, [query.text for query in task.queries])
+        rescore = load_rescorer(config.rescore, task.device, [query.text for query in task.queries])
     if not job.start(mining_inputs(task, ranker)):
         return job.results
     blocks = job.blocks
@@ -56,7 +56,7 @@ def _mine(config: MineConfig, job: Job, device: torch.device | str) -> dict[str,
     for block, items in blocks.remaining("block", queries, size, f"mining for {queries:,} queries"):
         rows, counts = mine_block(task.queries[items], task, ranker, rescore)
         blocks.append({"block": block, "counts": counts, "rows": rows})
-    return job.finish(lambda: write_output(task, Blocks(job.output)))
+    return job.finish(lambda: write_output(task, Blocks(job.output)))  # read anew: now with those of all processes
 
 
 def mining_inputs(task: Task, ranker: Ranker) -> Inputs:
@@ -85,7 +85,7 @@ def write_output(task: Task, blocks: Blocks) -> dict[str, Any]:
         counts.update(blocks.read(block)["counts"])
     scores: dict[str, list[float]] = {"positive": [], "negative": []}
     samples: list[dict] = []
-    shown = set(np.linspace(0, max(counts["rows"] - 1, 0), SAMPLES).astype(int).tolist())
+    sampled = set(np.linspace(0, max(counts["rows"] - 1, 0), SAMPLES).astype(int).tolist())
 
     def rows() -> Iterator[dict]:
         """Looks at the rows on their way into the file: those of a whole corpus are never in memory."""
@@ -94,7 +94,7 @@ def write_output(task: Task, blocks: Blocks) -> dict[str, Any]:
             for row in blocks.read(block)["rows"]:
                 for side, values in scores.items():
                     values += [value for value in row["scores"][side] if value is not None]
-                if number in shown:
+                if number in sampled:
                     samples.append(row)
                 number += 1
                 yield row

@@ -34,7 +34,7 @@ class Ranking(NamedTuple):
     """What a ranker returns for one query.
 
     candidates: best first, barred rows among them. positives: a score for each of the query's positives, in their
-    order; None where the ranker has none.
+    order; None where the ranker has none, which score_margin and score_ratio cannot do with.
     """
 
     candidates: list[Candidate]
@@ -44,7 +44,8 @@ class Ranking(NamedTuple):
 class Ranker(Protocol):
     """What a class in RANKERS implements: it ranks the texts of `task.pool` for queries, by row.
 
-    Made on every process by RANKERS[source](task), before anything is written: InputError where it cannot rank.
+    Made on every process by RANKERS[source](task), before anything is written: InputError where it cannot rank, or
+    lacks scores of positives that score_margin or score_ratio need (as in `RunFile`).
     """
 
     digest: str
@@ -55,7 +56,8 @@ class Ranker(Protocol):
     def prepare(self, blocks: Blocks) -> None:
         """Work on the whole pool, once before any `rank`; all processes call it together, also when a job resumes.
 
-        blocks: keeps what is finished. Files next to the output are to be named in SCRATCH.
+        blocks: keeps what is finished, as lines of a kind of its own in BLOCK_KINDS (sgpt/runtime/jobs.py). Files next
+        to the output are to be named in SCRATCH.
         """
 
     def rank(self, queries: Sequence[Query]) -> list[Ranking]:
@@ -169,11 +171,11 @@ class RunFile:
 
     def _refuse_missing_positives(self, file: Path) -> None:
         for query in self.task.queries:
-            ranked = {self.task.pool.rows.get(document) for document in self.run.get(query.name, {})}
+            ranked = {self.task.pool.rows.get(document) for document in self.run.get(query.id, {})}
             missing = [document for row, document in query.positives.items() if row not in ranked]
             if ranked and missing:
                 raise InputError(
-                    f"{file}: query id {query.name!r} has no score for its positive {missing[0]!r}, "
+                    f"{file}: query id {query.id!r} has no score for its positive {missing[0]!r}, "
                     "and score_margin and score_ratio need one; give a run that ranks all positives, "
                     "set both keys to null, or set rescore=<folder of a cross-encoder>, which scores them"
                 )
@@ -186,7 +188,7 @@ class RunFile:
         rankings = []
         for query in queries:
             scores: dict[int, float] = {}
-            for document, score in self.run.get(query.name, {}).items():
+            for document, score in self.run.get(query.id, {}).items():
                 row = self.task.pool.rows.get(document)
                 if row is not None:  # None for a blank document
                     scores[row] = max(score, scores.get(row, -math.inf))

@@ -71,13 +71,13 @@ def rescored(
         rows = [*query.positives, *(candidate.row for candidate in ranking.candidates)]
         pairs += [(query.text, pool.texts[row]) for row in rows]
     scores = iter(rescore(pairs))
-    again = []
+    new_rankings = []
     for query, ranking in zip(queries, rankings, strict=True):
         positives: list[float | None] = [next(scores) for _ in query.positives]
         candidates = [Candidate(row, next(scores)) for row, _ in ranking.candidates]
         best_first = sorted(candidates, key=lambda candidate: -candidate.score)  # equal ones stay in the ranker's order
-        again.append(Ranking(best_first, positives))
-    return again
+        new_rankings.append(Ranking(best_first, positives))
+    return new_rankings
 
 
 def within_margins(ranking: Ranking, config: MineConfig, counts: Counter) -> list[Candidate]:
@@ -86,7 +86,7 @@ def within_margins(ranking: Ranking, config: MineConfig, counts: Counter) -> lis
     if not kept or (margin is None and ratio is None):
         return kept
     known = [score for score in ranking.positives if score is not None]
-    assert len(known) == len(ranking.positives), "a run file's positives are checked when it is read"
+    assert len(known) == len(ranking.positives), "a ranker without scores of positives refuses margins before"
     weakest = min(known)
     ceilings = {
         "margin": math.inf if margin is None else weakest - margin,
@@ -105,7 +105,7 @@ def pick(query: Query, eligible: Sequence[Candidate], config: MineConfig) -> lis
     most = config.negatives_per_query
     if config.pick == "top" or len(eligible) <= most:
         return list(eligible[:most])
-    generator = random.Random(f"{config.seed} {query.name}")  # of this query: neither blocks nor other queries matter
+    generator = random.Random(f"{config.seed} {query.id}")  # of this query: neither blocks nor other queries matter
     ranks = generator.sample(range(len(eligible)), most)
     return [eligible[rank] for rank in sorted(ranks)]
 
@@ -120,9 +120,9 @@ def training_row(
         "positive": texts[0] if len(texts) == 1 else texts,
         "negative": [pool.texts[candidate.row] for candidate in negatives],
         "ids": {
-            "query": query.name,
+            "query": query.id,
             "positive": list(query.positives.values()),
-            "negative": [pool.names[candidate.row] for candidate in negatives],
+            "negative": [pool.document_ids[candidate.row] for candidate in negatives],
         },
         "scores": {
             "positive": [None if score is None else round(score, 6) for score in positives],
@@ -131,7 +131,7 @@ def training_row(
     }
 
 
-def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()) -> Rescore:
+def load_rescorer(folder: str, device: torch.device, queries: Sequence[str] = ()) -> Rescore:
     """A decoder scores as SGPT-CE (prompt G), a classifier as the CrossEncoder of sentence-transformers.
 
     Raises InputError for a folder that is neither, and for queries that do not fit the model.
@@ -140,19 +140,22 @@ def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()
     if not (path / "config.json").is_file():
         raise InputError(f"rescore={folder}: no folder with a config.json; give the local folder of a cross-encoder")
     check_config(path, folder)
-    heads = [head for head in read_json(path / CONFIG).get("architectures") or [] if isinstance(head, str)]
-    if any(head.endswith(("ForCausalLM", "LMHeadModel")) for head in heads):
+    architectures = [name for name in read_json(path / CONFIG).get("architectures") or [] if isinstance(name, str)]
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         return _by_decoder(folder, device, queries)
-    if not is_sentence_transformers(path) and not any("SequenceClassification" in head for head in heads):
-        kind = ", ".join(heads) or "a model without a head"
-        raise InputError(f"rescore={folder}: {kind} is no cross-encoder; its scores would come from random weights")
+    if not is_sentence_transformers(path) and not any("SequenceClassification" in name for name in architectures):
+        kind = ", ".join(architectures) or "a model without a head"
+        raise InputError(
+            f"rescore={folder}: {kind} is no cross-encoder; its scores would come from random weights; "
+            "give the folder of a decoder or of a cross-encoder"
+        )
     try:
         from sentence_transformers import CrossEncoder
     except ImportError:
         remedy = "pip install 'sgpt-framework[st]'"
         raise InputError(f"rescore={folder}: sentence-transformers is not installed; {remedy}") from None
     if not is_sentence_transformers(path):
-        # Is all of it there? sentence-transformers would fill what is missing at random.
+        # Refuses a folder that lacks a weight, which sentence-transformers would fill at random.
         check_vocabulary(load_tokenizer(folder), open_model(ModelConfig(folder), AutoModelForSequenceClassification))
     with describe_errors(f"rescore={folder}"):
         options = {"local_files_only": True, "trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
@@ -179,7 +182,7 @@ def cross_encoder(folder: str, device: torch.device, queries: Sequence[str] = ()
 
 def _by_decoder(folder: str, device: torch.device, queries: Sequence[str]) -> Rescore:
     scorer = SgptCrossEncoder.from_pretrained(folder)
-    scorer.texts(queries, [""] * len(queries))  # InputError for a query that is too long, before hours of mining
+    scorer.scored_texts(queries, [""] * len(queries))  # InputError for a query that is too long, before hours of mining
     scorer.model.to(device)
 
     def rescore(pairs: Sequence[tuple[str, str]]) -> list[float]:

@@ -13,7 +13,7 @@ import torch
 from sgpt.data.formats.beir import Qrels, RetrievalSet, read_retrieval
 from sgpt.data.formats.rows import of_split, rows
 from sgpt.data.sources.bad_rows import accepted
-from sgpt.data.sources.columns import describe, guess_columns, with_names, without_late_columns
+from sgpt.data.sources.columns import describe, guess_columns, peek_column_names, refuse_late_columns
 from sgpt.data.sources.pairs import examples
 from sgpt.mining.config import MineConfig
 from sgpt.runtime.errors import InputError
@@ -25,11 +25,12 @@ log = logging.getLogger(__name__)
 class Pool:
     """The corpus as different texts, each with a row.
 
-    names: row -> id of the first document with this text. rows: document id -> row of its text, none for a blank one.
+    document_ids: row -> id of the first document with this text. rows: document id -> row of its text; a blank one has
+    none.
     positions [pool]: row -> where that first document stands in the corpus, ascending.
     """
 
-    names: list[str]
+    document_ids: list[str]
     texts: list[str]
     rows: dict[str, int]
     positions: np.ndarray
@@ -39,7 +40,7 @@ class Pool:
 class Query:
     """One judged query. positives: row -> document id, most relevant first. barred: rows that are never negatives."""
 
-    name: str
+    id: str
     text: str
     positives: dict[int, str]
     barred: frozenset[int]
@@ -72,7 +73,8 @@ def read_task(config: MineConfig, device: torch.device | str = "cpu") -> Task:
 def read_mining_set(config: MineConfig) -> RetrievalSet:
     """Reads a BEIR folder, or pairs in a file or in a folder of files."""
     path = Path(config.data)
-    if not path.exists() or any((path / name).exists() for name in ("corpus.jsonl", "corpus.jsonl.gz", "qrels")):
+    is_beir_folder = any((path / name).exists() for name in ("corpus.jsonl", "corpus.jsonl.gz", "qrels"))
+    if is_beir_folder or not path.exists():  # reading a BEIR folder says best what is missing
         unread = [f"columns.{role}" for role, name in config.columns.items() if name is not None]
         if config.labels:
             unread.append("labels")
@@ -87,7 +89,7 @@ def read_mining_set(config: MineConfig) -> RetrievalSet:
     rejected = Path(f"{config.output}.rejected.jsonl")
     on_bad_rows = {"on_error": config.on_error, "rejected": rejected, "max_error_share": config.max_error_share}
     try:
-        return retrieval_set(path, config.split, config.columns, config.labels, **on_bad_rows)
+        return pairs_as_retrieval_set(path, config.split, config.columns, config.labels, **on_bad_rows)
     except InputError as error:  # names keys as training has them, below `data`; here they are keys by themselves
         message = re.sub(r"\bdata\.(?=columns|labels|on_error|max_error_share)", "", str(error))
         raise InputError(message) from error
@@ -97,16 +99,16 @@ def pool_of(corpus: dict[str, str]) -> Pool:
     """The different texts of a corpus; blanks around a text do not count."""
     rows: dict[str, int] = {}
     row_of_text: dict[str, int] = {}
-    names, positions = [], []
-    for position, (name, text) in enumerate(corpus.items()):
+    document_ids, positions = [], []
+    for position, (document, text) in enumerate(corpus.items()):
         stripped = text.strip()
         if not stripped:
             continue
-        rows[name] = row_of_text.setdefault(stripped, len(row_of_text))
-        if rows[name] == len(names):  # a text that was not there before
-            names.append(name)
+        rows[document] = row_of_text.setdefault(stripped, len(row_of_text))
+        if rows[document] == len(document_ids):  # a text that was not there before
+            document_ids.append(document)
             positions.append(position)
-    return Pool(names, list(row_of_text), rows, np.array(positions, dtype=np.int64))
+    return Pool(document_ids, list(row_of_text), rows, np.array(positions, dtype=np.int64))
 
 
 def queries_of(dataset: RetrievalSet, pool: Pool, limit: int | None) -> list[Query]:
@@ -115,33 +117,33 @@ def queries_of(dataset: RetrievalSet, pool: Pool, limit: int | None) -> list[Que
     Queries of equal text bar each other's positives.
     """
     row_of_text = {text: row for row, text in enumerate(pool.texts)}
-    texts = {name: dataset.queries[name].strip() for name in dataset.qrels}
-    positives: dict[str, dict[int, str]] = {name: {} for name in texts}
+    texts = {query: dataset.queries[query].strip() for query in dataset.qrels}
+    positives: dict[str, dict[int, str]] = {query: {} for query in texts}
     barred: dict[str, set[int]] = {}  # by text
     for text in texts.values():
         barred[text] = {row_of_text[text]} if text in row_of_text else set()
-    for name, judged in dataset.qrels.items():
+    for query, judged in dataset.qrels.items():
         most_relevant_first = sorted(judged.items(), key=lambda pair: -pair[1])
         for document, score in most_relevant_first:
             if score > 0 and document in pool.rows:
-                positives[name].setdefault(pool.rows[document], document)
-        barred[texts[name]].update(positives[name])
-        positives[name].pop(row_of_text.get(texts[name], -1), None)  # the query itself
-    usable = [name for name in list(texts)[:limit] if texts[name] and positives[name]]
+                positives[query].setdefault(pool.rows[document], document)
+        barred[texts[query]].update(positives[query])
+        positives[query].pop(row_of_text.get(texts[query], -1), None)  # the query itself
+    usable = [query for query in list(texts)[:limit] if texts[query] and positives[query]]
     queries = []
-    for name in usable:
-        queries.append(Query(name, dataset.queries[name], positives[name], frozenset(barred[texts[name]])))
+    for query in usable:
+        queries.append(Query(query, dataset.queries[query], positives[query], frozenset(barred[texts[query]])))
     return queries
 
 
-def retrieval_set(
+def pairs_as_retrieval_set(
     path: Path, split: str, stated: Mapping[str, str | None], labels: Sequence[str] = (), **on_bad_rows: Any
 ) -> RetrievalSet:  # fmt: skip
     """Pairs as queries to search with: the different positives are the corpus, those of a query are relevant to it.
 
     Ids are numbers. labels: as for `examples`. on_bad_rows: as for `accepted`.
     """
-    names, table = with_names(rows(path, split))
+    names, table = peek_column_names(rows(path, split))
     columns = guess_columns(names, stated, str(path))
     log.info("%s: %s", path, describe(columns, 0, names, labels))
     if columns.score:
@@ -149,7 +151,7 @@ def retrieval_set(
             f"{path}: column {columns.score!r} holds scores, and mining takes every pair as a positive; keep only the "
             "positive pairs in the file, and set data.columns.score='' to ignore the column"
         )
-    table = without_late_columns(of_split(table, split, str(path)), names, columns, stated, 0)
+    table = refuse_late_columns(of_split(table, split, str(path)), names, columns, stated, 0)
     queries: dict[str, str] = {}
     documents: dict[str, str] = {}
     qrels: Qrels = {}

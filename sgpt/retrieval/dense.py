@@ -1,4 +1,4 @@
-"""Exact search by embeddings, in chunks, and the embeddings of a corpus that memory may not hold."""
+"""Exact search by embeddings, in chunks; and of a whole test set, whose corpus' embeddings memory may not hold."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ QUERIES_AT_A_TIME = 4096  # whose scores with a chunk of documents exist: 256 MB
 
 @contextmanager
 def name_in_errors(name: str) -> Iterator[None]:
-    """InputErrors inside begin with the set's name."""
+    """An InputError raised inside begins with `name`, which is the set's."""
     try:
         yield
     except InputError as error:
@@ -36,12 +36,13 @@ def retrieve(encoder: Encoder, dataset: RetrievalSet, depth: int = DEPTH, docume
     with name_in_errors(dataset.name):
         queries = encoder.encode_queries(list(dataset.queries.values()), normalize=True, as_tensor=True)
     if documents is None:
-        documents = embedded(encoder, dataset)
+        documents = embed_corpus(encoder, dataset)
+    # One more where the query's own document is taken out afterwards.
     scores, rows = search(queries, documents, depth + dataset.skip_own_id)
     return as_results(dataset, scores, rows, depth)
 
 
-def embedded(encoder: Encoder, dataset: RetrievalSet) -> Tensor:
+def embed_corpus(encoder: Encoder, dataset: RetrievalSet) -> Tensor:
     """The embeddings of the corpus [documents, D], float32, of length 1.
 
     Those of a large corpus lie in a file without a name, of which memory holds what it can. They are not made block by
@@ -60,12 +61,13 @@ def search(queries: Tensor, documents: Tensor, depth: int, chunk: int = 16_384) 
 
     On the queries' device; documents may be elsewhere, a memory map too, and come over a chunk at a time.
     """
-    results = [_search(some, documents, depth, chunk) for some in queries.split(QUERIES_AT_A_TIME)]
+    results = [_search_chunks(some, documents, depth, chunk) for some in queries.split(QUERIES_AT_A_TIME)]
     scores, rows = zip(*results, strict=True)
     return torch.cat(scores), torch.cat(rows)
 
 
-def _search(queries: Tensor, documents: Tensor, depth: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _search_chunks(queries: Tensor, documents: Tensor, depth: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """The best so far, merged with the best of one chunk of documents after the other."""
     scores = torch.empty(len(queries), 0, device=queries.device)
     rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start in range(0, len(documents), chunk):

@@ -31,10 +31,11 @@ def interpolated(first: Run, second: Run, weight: float, depth: int) -> Run:
     first_scaled, second_scaled = min_max(first), min_max(second)
     fused: Run = {}
     for query in {**first_scaled, **second_scaled}:
-        ours, theirs = first_scaled.get(query, {}), second_scaled.get(query, {})
+        first_scores, second_scores = first_scaled.get(query, {}), second_scaled.get(query, {})
         scores = {}
-        for document in {**ours, **theirs}:
-            scores[document] = (1 - weight) * ours.get(document, 0.0) + weight * theirs.get(document, 0.0)
+        for document in {**first_scores, **second_scores}:
+            of_first, of_second = first_scores.get(document, 0.0), second_scores.get(document, 0.0)
+            scores[document] = (1 - weight) * of_first + weight * of_second
         fused[query] = scores
     return cut(fused, depth)
 
@@ -60,10 +61,10 @@ def reordered(first: Run, scores: Run, depth: int) -> Run:
     So recall stays what it was. A document without a score stays behind those that have one. The scores of the result
     count down from the number of documents to 1.
     """
-    again: Run = {}
+    result: Run = {}
     for query, documents in first.items():
-        before, of_query = ranked(documents), scores.get(query, {})
-        scored = {document: of_query[document] for document in before[:depth] if document in of_query}
-        order = [*ranked(scored), *(document for document in before if document not in scored)]
-        again[query] = {document: float(len(order) - rank) for rank, document in enumerate(order)}
-    return again
+        old_order, new_scores = ranked(documents), scores.get(query, {})
+        scored = {document: new_scores[document] for document in old_order[:depth] if document in new_scores}
+        order = [*ranked(scored), *(document for document in old_order if document not in scored)]
+        result[query] = {document: float(len(order) - rank) for rank, document in enumerate(order)}
+    return result

@@ -10,24 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgpt.retrieval.stored import Find, Stored, exact_search, read_description, write_description
+from sgpt.retrieval.stored import Search, StoredEmbeddings, exact_search, read_description, write_description
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import progress_bar
 
 log = logging.getLogger(__name__)
 GRAPH_BYTES = 2**30  # of embeddings in one graph, which is built in memory
-SAMPLE, NEIGHBOURS, RECALL = 128, 10, 0.99  # so many documents have to find this share of so many neighbours
+# The effort is raised until SAMPLE documents, taken as queries, find this share of their NEIGHBOURS nearest ones.
+SAMPLE, NEIGHBOURS, RECALL = 128, 10, 0.99
 MOST_EFFORT = 8192
 
 
 class Graphs:
     """Graphs over the index's embeddings, in files opened by memory map.
 
-    exact: answers queries for which the graphs lead to too few documents. effort: how many documents a walk keeps in
-    sight (hnswlib's ef).
+    exact: answers queries for which the graphs lead to too few documents. effort: how many candidates a search of a
+    graph keeps (HNSW's efSearch); more find more and take longer.
     """
 
-    def __init__(self, folder: Path, exact: Find) -> None:
+    def __init__(self, folder: Path, exact: Search) -> None:
         faiss = import_faiss()
         self.exact, self.effort = exact, read_description(folder).get("effort", 16)
         files = sorted(folder.glob("graph-*.faiss"), key=lambda file: int(file.name.split("-")[1]))
@@ -52,17 +53,31 @@ class Graphs:
         return torch.from_numpy(scores).to(queries.device), torch.from_numpy(rows).to(queries.device)
 
 
-def build_graphs(folder: Path, stored: Stored) -> None:
-    """Adds graphs to a whole index; after a kill, those that are missing.
+def build_graphs(folder: Path, stored: StoredEmbeddings) -> None:
+    """Adds graphs to an index whose embeddings are complete; after a kill, those that are missing.
 
-    The effort that reaches RECALL goes into index.json.
+    index.json says kind=faiss only when all are there and the effort that reaches RECALL has been measured.
     """
+    _write_graphs(folder, stored)
+    graphs = Graphs(folder, partial(exact_search, stored))
+    recall = _raise_effort(graphs, stored)
+    if recall < RECALL:
+        log.warning(
+            "%s: the graph finds %.1f %% of the %d nearest neighbours that exact search finds, below the %.0f %% "
+            "aimed at; set index.kind=exact", folder, 100 * recall, NEIGHBOURS, 100 * RECALL,
+        )  # fmt: skip
+    of_graphs = {"kind": "faiss", "effort": graphs.effort, "recall_at_10": round(recall, 4)}
+    write_description(folder, {**read_description(folder), **of_graphs})
+
+
+def _write_graphs(folder: Path, stored: StoredEmbeddings) -> None:
+    """A file for each GRAPH_BYTES of embeddings; those that are there already are kept."""
     faiss = import_faiss()
     documents, size = stored.map.shape
     half = stored.map.dtype == np.float16
     ends = [*range(0, documents, max(1, GRAPH_BYTES // (size * stored.map.itemsize))), documents]
     files = {folder / f"graph-{first}-{end}.faiss": (first, end) for first, end in pairwise(ends)}
-    with progress_bar(f"linking {documents:,} documents", documents) as advance:
+    with progress_bar(f"building the graph of {documents:,} documents", documents) as advance:
         for file, (first, end) in files.items():
             if file.is_file():
                 advance(end - first)
@@ -76,23 +91,23 @@ def build_graphs(folder: Path, stored: Stored) -> None:
             temporary = file.with_suffix(".tmp")
             faiss.write_index(graph, str(temporary))
             temporary.replace(file)
-    graphs = Graphs(folder, partial(exact_search, stored))
+
+
+def _raise_effort(graphs: Graphs, stored: StoredEmbeddings) -> float:
+    """Raises the effort until the graphs reach RECALL, or MOST_EFFORT; returns the recall that was reached."""
+    documents = len(stored)
     sample = np.random.default_rng(0).choice(documents, min(documents, SAMPLE), replace=False)
     queries = stored.at(np.sort(sample))
     expected = graphs.exact(queries, NEIGHBOURS + 1)[0]  # one more: a document finds itself first
     most = min(documents, MOST_EFFORT)
-    while (reached := _recall(graphs, queries, expected, stored)) < RECALL and graphs.effort < most:
+    recall = _recall(graphs, queries, expected, stored)
+    while recall < RECALL and graphs.effort < most:
         graphs.effort = min(most, round(1.5 * graphs.effort))
-    if reached < RECALL:
-        log.warning(
-            "%s: the graph finds %.1f %% of the %d nearest neighbours that exact search finds, below the %.0f %% "
-            "aimed at; set index.kind=exact", folder, 100 * reached, NEIGHBOURS, 100 * RECALL,
-        )  # fmt: skip
-    of_graphs = {"kind": "faiss", "effort": graphs.effort, "recall_at_10": round(reached, 4)}
-    write_description(folder, {**read_description(folder), **of_graphs})
+        recall = _recall(graphs, queries, expected, stored)
+    return recall
 
 
-def _recall(graphs: Graphs, queries: Tensor, expected: Tensor, stored: Stored) -> float:
+def _recall(graphs: Graphs, queries: Tensor, expected: Tensor, stored: StoredEmbeddings) -> float:
     """Share of the neighbours, without the query itself, that are as good as the exact ones.
 
     By scores, not by rows: copies of a text may come in any order. expected: scores by exact search, [Q, neighbours +

@@ -4,15 +4,13 @@
     graph-<first>-<end>.faiss
                        with kind=faiss: the embeddings of these rows once more, with a graph of neighbours; a file for
                        each gigabyte of embeddings
-    index.json         fingerprint of model, contract and corpus, number of documents, dtype, kind, how many are
-        encoded,
-                       block size and environment (versions, threads …); written anew after each block
+    index.json         fingerprint of model, contract and corpus, number of documents, how many of them are encoded,
+                       dtype, kind, block size and environment (versions, threads …); written anew after each block
 
 Embeddings go into the file block by block (sgpt/runtime/embed.py), in `.<name>.building` next to the index, whose name
 it takes when it is whole. After a kill the next start resumes there, with as many threads and blocks as large, so that
 every bit is that of a build without a kill; with other versions of what computes it starts again, and says so. With
-another fingerprint or dtype an index is stale and built again; a
-change of kind encodes nothing.
+another fingerprint or dtype an index is stale and built again; a change of kind encodes nothing.
 
 Exact search reads all embeddings for a query, 8 MiB at a time: it is the default, and good to about a million documents
 (0.15 s for one query over 1,000,000 x 256 float32, on one core). Beyond, FAISS walks a graph (HNSW; Malkov and Yashunin
@@ -33,7 +31,14 @@ import numpy as np
 
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.graph import Graphs, build_graphs, import_faiss
-from sgpt.retrieval.stored import Find, Stored, exact_search, is_described, read_description, write_description
+from sgpt.retrieval.stored import (
+    Search,
+    StoredEmbeddings,
+    description_matches,
+    exact_search,
+    read_description,
+    write_description,
+)
 from sgpt.runtime.embed import EmbeddingsFile, embed_blocks
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import make_once, replace_folder
@@ -61,7 +66,7 @@ class IndexConfig:
         check_ranges(self, "index.", documents_per_block=COUNT)
 
 
-def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: IndexConfig | None = None) -> Find:
+def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: IndexConfig | None = None) -> Search:
     """Opens the index of a corpus, and builds what is missing or stale; returns the function that searches it.
 
     Rows are counted in the order of the corpus.
@@ -74,23 +79,26 @@ def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: I
     if config.kind == "faiss":
         import_faiss()  # before hours of encoding
     wanted = {"fingerprint": encoder.fingerprint(corpus), "documents": len(corpus), "dtype": config.dtype}
-    whole = {**wanted, "encoded": len(corpus)}
+    complete = {**wanted, "encoded": len(corpus)}
     texts = list(corpus.values())
     make_once(
         folder,
-        lambda: is_described(folder, whole),
+        lambda: description_matches(folder, complete),
         lambda: _encode(encoder, texts, folder, wanted, config.documents_per_block),
     )
-    stored = Stored(folder / "embeddings.npy")
-    find = partial(exact_search, stored)
+    stored = StoredEmbeddings(folder / "embeddings.npy")
+    exact = partial(exact_search, stored)
     if config.kind == "exact":
-        return find
-    make_once(folder, lambda: is_described(folder, {"kind": "faiss"}), lambda: build_graphs(folder, stored))
-    return Graphs(folder, find)
+        return exact
+    make_once(folder, lambda: description_matches(folder, {"kind": "faiss"}), lambda: build_graphs(folder, stored))
+    return Graphs(folder, exact)
 
 
 def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, Any], size: int) -> None:
-    """Builds the index with its embeddings, or resumes a killed build. size: documents in a block, of a new build."""
+    """Encodes the corpus into an index with kind=exact, or resumes a killed build.
+
+    size: documents in a block, of a new build; one that is resumed keeps its own.
+    """
     building = folder.with_name(f".{folder.name}.building")
     file = EmbeddingsFile(building / "embeddings.npy")
     if not _can_resume(building, wanted):
@@ -119,7 +127,7 @@ def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, 
 
 def _can_resume(building: Path, wanted: dict[str, Any]) -> bool:
     """Whether a killed build is of this index, and every document would get the bits that it would have got then."""
-    if not is_described(building, wanted):
+    if not description_matches(building, wanted):
         return False
     then = read_description(building).get("environment")
     if then is None:

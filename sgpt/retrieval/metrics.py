@@ -11,18 +11,19 @@ from sgpt.data.formats.trec import Run, cut, ranked
 
 SHALLOW = 10  # a second, shallower depth of re-ranking, from the same scores: a weak scorer does less harm there
 log = logging.getLogger(__name__)
-RANKING_METRICS = {  # name -> name in trec_eval
+# Name -> trec_eval's measure, computed for each query; DEPTH (sgpt/retrieval/dense.py) is to be as deep as the deepest.
+RANKING_METRICS = {
     "ndcg@10": "ndcg_cut_10",
     "map@100": "map_cut_100",
     "recall@100": "recall_100",
     "mrr@10": "recip_rank",
 }
+TOP = {"mrr@10": 10}  # metrics whose measure knows no cut-off -> so many documents of a query are given to it
 MAIN_METRICS = ("ndcg@10", "spearman_cosine")
 
 
 def ranking(qrels: Qrels, run: Run) -> dict[str, float]:
-    """Means of nDCG@10, MAP@100, Recall@100, MRR@10 over the queries that have a relevant document; no results count 0.
-    """
+    """Means of RANKING_METRICS over the queries that have a relevant document; no results count 0."""
     per_query = ranking_per_query(qrels, run)
     return {name: sum(row[name] for row in per_query.values()) / max(1, len(per_query)) for name in RANKING_METRICS}
 
@@ -38,14 +39,13 @@ def ranking_per_query(qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
         if any(score > 0 for score in documents.values()):  # without a relevant document there is nothing to find
             judged[query] = dict(documents)
     scores = {query: dict(run.get(query, {})) for query in judged}
-    whole = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "map_cut.100", "recall.100"}).evaluate(scores)
-    # recip_rank knows no cut-off: give it ten documents
-    top = cut(scores, 10)
-    reciprocal = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(top)
-    rows = {}
-    for query in judged:
-        values = {**whole.get(query, {}), **reciprocal.get(query, {})}
-        rows[query] = {name: values.get(key, 0.0) for name, key in RANKING_METRICS.items()}
+    rows: dict[str, dict[str, float]] = {query: {} for query in judged}
+    for top in dict.fromkeys(TOP.get(name) for name in RANKING_METRICS):
+        measures = {name: measure for name, measure in RANKING_METRICS.items() if TOP.get(name) == top}
+        given = scores if top is None else cut(scores, top)
+        values = pytrec_eval.RelevanceEvaluator(judged, set(measures.values())).evaluate(given)
+        for query, row in rows.items():
+            row |= {name: values.get(query, {}).get(measure, 0.0) for name, measure in measures.items()}
     return rows
 
 

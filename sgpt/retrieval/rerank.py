@@ -1,7 +1,8 @@
 """Re-ranking of any first stage by SGPT-CE: BM25, a bi-encoder, or a run that someone else made.
 
-A pair is scored once: pairs are sorted by document, so that a document is computed once for all queries that meet it,
-and cut into blocks of documents, which are shared out over processes and survive a kill (sgpt/runtime/jobs.py).
+Pairs of query and document are sorted by document, so that a document is computed once for all its queries. They are
+cut into blocks of documents, which are shared out over processes and survive a kill (sgpt/runtime/jobs.py).
+`run_rerank` is what train/rerank.py calls, `rerank` the part that evaluation calls, too.
 """
 
 import json
@@ -30,11 +31,11 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import write_whole
 from sgpt.runtime.jobs import Blocks, Job, own_share, sibling
 from sgpt.runtime.provenance import Inputs, content_hash, tokenizer_hash, weights_hash
-from sgpt.runtime.values import COUNT, THREADS, check_choice, check_ranges
+from sgpt.runtime.values import COUNT, THREADS, check_choice, check_path_of_choice, check_ranges
 
 log = logging.getLogger(__name__)
-FIRST = {"bm25": None, "encoder": "encoder", "run": "trec"}  # first stage -> the key that it reads
-FIRST_STAGE = ".first.json"  # next to the output while it is being written: an encoder's run
+PATH_OF_FIRST = {"bm25": None, "encoder": "encoder", "run": "trec"}  # first stage -> the key of its path, if any
+FIRST_STAGE_FILE = ".first.json"  # next to the output while it is being written: an encoder's run
 Triple = tuple[str, str, float]  # query id, document id, score
 
 
@@ -65,7 +66,7 @@ class RerankConfig:
     prompt: str = "G"
     """A name of the paper's prompts, or a text with {document} in it; sgpt/cross_encoder/prompts.py has them."""
     shots: list[list[str]] = field(default_factory=list)
-    """Pairs of document and query, for prompts with examples."""
+    """Examples of document and query, for prompts that take them."""
     start: str = ""
     """Of a prompt of your own: the text before everything else."""
     shot: str | None = None
@@ -81,18 +82,15 @@ class RerankConfig:
     tokens_per_pack: int = TOKENS_PER_PACK
     """Tokens computed at a time, per process: the memory that activations take."""
     documents_per_block: int = 128
-    """Documents, with every query that meets them, in a block: what a killed job loses at most, per process."""
+    """Documents, with all queries that they are scored for, in a block: what a killed job loses at most, per process.
+    """
     threads: int | None = None
     """Threads of each process on a CPU; null shares out the cores."""
     resume: bool = False
     """Continue a killed job of the same configuration and data, by any number of processes."""
 
     def __post_init__(self) -> None:
-        check_choice("first", self.first, FIRST)
-        for first, key in FIRST.items():
-            if key and (self.first == first) != bool(getattr(self, key)):
-                unread = f"does not read {key}={getattr(self, key)}; set first={first}, or leave it out"
-                raise InputError(f"first={self.first} {f'needs {key}=<path>' if self.first == first else unread}")
+        check_path_of_choice(self, "first", PATH_OF_FIRST)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         check_ranges(
             self, depth=COUNT, limit=COUNT.or_null("for all queries"), tokens_per_pack=COUNT, documents_per_block=COUNT,
@@ -111,8 +109,8 @@ class RerankConfig:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """One document and the queries that meet it, by id."""
+class DocumentWithQueries:
+    """One document and the queries that it is scored for, by id."""
 
     document: str
     queries: tuple[str, ...]
@@ -129,7 +127,7 @@ def run_rerank(config: RerankConfig, device: torch.device | str = "cpu") -> dict
     if not output.name or output.is_dir():
         example = output / "run.trec"
         raise InputError(f"output={config.output} is a folder; name a new file in it, for example {example}")
-    with Job(config, "results", scratch=(FIRST_STAGE,)) as job:
+    with Job(config, "results", scratch=(FIRST_STAGE_FILE,)) as job:
         return _run_rerank(config, job, device)
 
 
@@ -137,19 +135,19 @@ def _run_rerank(config: RerankConfig, job: Job, device: torch.device | str) -> d
     dataset = fewer_queries(read_reranking_set(config), config.limit)
     first = from_main(lambda: _first_stage_of(job, config, dataset, device))
     scoring = ScoreConfig(config.mean, config.prior)
-    ranker = CrossEncoder.from_pretrained(
+    reranker = CrossEncoder.from_pretrained(
         config.model, config.prompt_config, dtype=config.dtype, scoring=scoring, tokens_per_pack=config.tokens_per_pack
     )
-    ranker.model.to(device)
-    refuse_unscorable(ranker, dataset, first)  # before anything is written
+    reranker.model.to(device)
+    refuse_unscorable(reranker, dataset, first)  # before anything is written
     check_ids(job.output, first)
-    keep = {FIRST_STAGE: json.dumps(first)} if config.first == "encoder" else {}
-    if not job.start(reranking_inputs(config, dataset, first, ranker), keep):
+    keep = {FIRST_STAGE_FILE: json.dumps(first)} if config.first == "encoder" else {}
+    if not job.start(reranking_inputs(config, dataset, first, reranker), keep):
         return job.results
     pairs = sum(map(len, first.values()))
     log.info("%s: %s pairs of %s by %s, on %s", job.output, f"{pairs:,}", dataset.name, config.model, device)
     run = rerank(
-        ranker, dataset, first, config.depth,
+        reranker, dataset, first, config.depth,
         posterior=config.posterior, blocks=job.blocks, documents_per_block=config.documents_per_block,
     )  # fmt: skip
 
@@ -168,7 +166,7 @@ def _first_stage_of(job: Job, config: RerankConfig, dataset: RetrievalSet, devic
     A killed job of an encoder kept it: the corpus is not encoded again, and another machine, which rounds otherwise,
     brings in no other document.
     """
-    kept = sibling(job.output, FIRST_STAGE)
+    kept = sibling(job.output, FIRST_STAGE_FILE)
     if job.resumed and kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
     return cut(first_stage(config, dataset, device), config.depth)
@@ -219,27 +217,27 @@ def metrics(dataset: RetrievalSet, name: str, first: Run, run: Run, depth: int) 
 
 
 def rerank(
-    ranker: CrossEncoder, dataset: RetrievalSet, first: Run, depth: int = 100, *, posterior: bool = False,
+    reranker: CrossEncoder, dataset: RetrievalSet, first: Run, depth: int = 100, *, posterior: bool = False,
     blocks: Blocks | None = None, documents_per_block: int = 128,
 ) -> Run:  # fmt: skip
-    """The best `depth` documents of each query of `first`, by the scores of `ranker`.
+    """The best `depth` documents of each query of `first`, by the scores of `reranker`.
 
     posterior: log-probability of the document among its query's candidates, given the query and that all were equally
     likely before; it orders them as before and can be compared between queries. blocks: where finished blocks are kept,
     shared by all processes; the run is then returned on all of them.
     Raises InputError for ids that are not in `dataset`, and for queries that cannot be scored.
     """
-    work = pairs_by_document(dataset, cut(first, depth))
-    refuse_unscorable(ranker, dataset, first)
+    documents = queries_by_document(dataset, cut(first, depth))
+    refuse_unscorable(reranker, dataset, first)
     scores: dict[str, dict[str, float]] = {query: {} for query in first}
-    for triples in _scored_blocks(ranker, dataset, work, blocks, documents_per_block):
+    for triples in _scored_blocks(reranker, dataset, documents, blocks, documents_per_block):
         for query, document, score in triples:
             scores[query][document] = score
     return {query: _posterior(of_query) for query, of_query in scores.items()} if posterior else scores
 
 
-def pairs_by_document(dataset: RetrievalSet, run: Run) -> list[Pairs]:
-    """The run turned around: documents with the queries that meet them, the longest document first.
+def queries_by_document(dataset: RetrievalSet, run: Run) -> list[DocumentWithQueries]:
+    """The run turned around: documents with the queries that they are scored for, the longest document first.
 
     So the largest work is done first, and texts of like lengths are packed together.
     """
@@ -258,10 +256,10 @@ def pairs_by_document(dataset: RetrievalSet, run: Run) -> list[Pairs]:
                 )
             queries_of.setdefault(document, []).append(query)
     longest_first = sorted(queries_of, key=lambda document: (-len(dataset.corpus[document]), document))
-    return [Pairs(document, tuple(queries_of[document])) for document in longest_first]
+    return [DocumentWithQueries(document, tuple(queries_of[document])) for document in longest_first]
 
 
-def refuse_unscorable(ranker: CrossEncoder, dataset: RetrievalSet, run: Run) -> None:
+def refuse_unscorable(reranker: CrossEncoder, dataset: RetrievalSet, run: Run) -> None:
     """InputError for an empty query, and for one that does not fit the model: now, and not when its block comes."""
     queries = {query: dataset.queries[query] for query, documents in run.items() if documents}
     for query, text in queries.items():
@@ -270,31 +268,32 @@ def refuse_unscorable(ranker: CrossEncoder, dataset: RetrievalSet, run: Run) -> 
                 f"query id {query!r} of {dataset.name} is empty: it has no token whose probability could be a score; "
                 "take it out of the qrels"
             )
-    ranker.texts(list(queries.values()), [""] * len(queries))
+    reranker.scored_texts(list(queries.values()), [""] * len(queries))  # for its errors: a document can be cut to fit
 
 
 def _scored_blocks(
-    ranker: CrossEncoder, dataset: RetrievalSet, work: list[Pairs], blocks: Blocks | None, size: int
+    reranker: CrossEncoder, dataset: RetrievalSet, documents: list[DocumentWithQueries], blocks: Blocks | None,
+    size: int,
 ) -> Iterator[list[Triple]]:  # fmt: skip
     """The scores of all pairs, a list for each block of `size` documents."""
-    title = f"re-ranking {sum(len(pairs.queries) for pairs in work):,} pairs"
-    number = math.ceil(len(work) / size)
+    title = f"re-ranking {sum(len(document.queries) for document in documents):,} pairs"
+    number = math.ceil(len(documents) / size)
     if blocks is None:  # in blocks all the same: the token ids of one block's pairs exist at a time, not those of all
         for _, items in own_share(range(number), size, title, alone=True):
-            yield _scores(ranker, dataset, work[items])
+            yield _scores(reranker, dataset, documents[items])
         return
-    for block, items in blocks.remaining("block", len(work), size, title):
-        blocks.append({"block": block, "scores": _scores(ranker, dataset, work[items])})
+    for block, items in blocks.remaining("block", len(documents), size, title):
+        blocks.append({"block": block, "scores": _scores(reranker, dataset, documents[items])})
     done = blocks.of_all_processes()
     for block in range(number):
         yield done.read(block)["scores"]
 
 
-def _scores(ranker: CrossEncoder, dataset: RetrievalSet, work: list[Pairs]) -> list[Triple]:
-    pairs = [(query, item.document) for item in work for query in item.queries]
-    queries = [dataset.queries[query] for query, _ in pairs]
-    documents = [dataset.corpus[document] for _, document in pairs]
-    scores = ranker.score(queries, documents, progress=False)
+def _scores(reranker: CrossEncoder, dataset: RetrievalSet, documents: list[DocumentWithQueries]) -> list[Triple]:
+    pairs = [(query, item.document) for item in documents for query in item.queries]  # ids
+    query_texts = [dataset.queries[query] for query, _ in pairs]
+    document_texts = [dataset.corpus[document] for _, document in pairs]
+    scores = reranker.score(query_texts, document_texts, progress=False)
     return [(query, document, score) for (query, document), score in zip(pairs, scores.tolist(), strict=True)]
 
 
@@ -306,7 +305,7 @@ def _posterior(scores: dict[str, float]) -> dict[str, float]:
     return {document: score - total for document, score in scores.items()}
 
 
-def reranking_inputs(config: RerankConfig, dataset: RetrievalSet, first: Run, ranker: CrossEncoder) -> Inputs:
+def reranking_inputs(config: RerankConfig, dataset: RetrievalSet, first: Run, reranker: CrossEncoder) -> Inputs:
     """Everything that decides the scores, but for the configuration."""
     ranked = sorted({document for documents in first.values() for document in documents})
     return {
@@ -314,6 +313,6 @@ def reranking_inputs(config: RerankConfig, dataset: RetrievalSet, first: Run, ra
         f"judgements of {config.data}": content_hash(dataset.qrels),
         f"documents of {config.data}": content_hash((document, dataset.corpus[document]) for document in ranked),
         f"first stage {config.encoder or config.trec or config.first}": content_hash(first),
-        f"model {config.model}": weights_hash(dict(ranker.model.named_parameters())),
-        f"tokenizer of {config.model}": tokenizer_hash(ranker.tokenizer),
+        f"model {config.model}": weights_hash(dict(reranker.model.named_parameters())),
+        f"tokenizer of {config.model}": tokenizer_hash(reranker.tokenizer),
     }

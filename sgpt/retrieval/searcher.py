@@ -25,45 +25,58 @@ from sgpt.runtime.values import COUNT, check_ranges
 
 @dataclass(frozen=True)
 class Hit:
-    """One result. score: cosine; after re-ranking the query's log-probability. name: the document's id."""
+    """One result. score: cosine; after re-ranking the query's log-probability."""
 
     score: float
-    name: str
+    document_id: str
     text: str
 
 
 class Searcher:
-    """An encoder and the index of one corpus; builds or opens the index when made.
+    """An encoder and the index of one corpus; opens the index when made, and builds what is missing of it.
 
-    ranker: scores the best `depth` documents again; the results are the best of these by its scores.
+    reranker: scores the best `depth` documents again; the results are the best of these by its scores.
     """
 
     def __init__(
         self, encoder: Encoder, corpus: dict[str, str], folder: Path, index: IndexConfig | None = None, *,
-        ranker: CrossEncoder | None = None, depth: int = 100,
+        reranker: CrossEncoder | None = None, depth: int = 100,
     ) -> None:  # fmt: skip
-        self.encoder, self.corpus, self.names = encoder, corpus, list(corpus)
-        self.ranker, self.depth = ranker, depth
-        self.find = open_index(encoder, corpus, folder, index)
+        self.encoder, self.corpus = encoder, corpus
+        self.document_ids = list(corpus)  # row of the index -> id
+        self.reranker, self.depth = reranker, depth
+        self.search = open_index(encoder, corpus, folder, index)
 
     def __call__(self, query: str, top: int = 10) -> list[Hit]:
         """The `top` best documents, best first."""
-        vector = self.encoder.encode_queries([query], normalize=True, as_tensor=True)  # [1, D]
-        depth = max(top, self.depth) if self.ranker else top
-        scores_of_query, rows = self.find(vector, depth)  # [1, depth] each
-        names = [self.names[row] for row in rows[0].tolist()]
-        texts = [self.corpus[name] for name in names]
-        scores = scores_of_query[0].tolist()
-        if self.ranker is not None:
-            scores = self.ranker.score([query] * len(names), texts).tolist()
-        hits = [Hit(score, name, text) for score, name, text in zip(scores, names, texts, strict=True)]
+        embedding = self.encoder.encode_queries([query], normalize=True, as_tensor=True)  # [1, D]
+        depth = max(top, self.depth) if self.reranker else top
+        cosines, rows = self.search(embedding, depth)  # [1, depth] each
+        ids = [self.document_ids[row] for row in rows[0].tolist()]
+        texts = [self.corpus[document] for document in ids]
+        scores = cosines[0].tolist()
+        if self.reranker is not None:
+            scores = self.reranker.score([query] * len(ids), texts).tolist()
+        hits = [Hit(score, document, text) for score, document, text in zip(scores, ids, texts, strict=True)]
         return sorted(hits, key=lambda hit: -hit.score)[:top]
+
+
+def index_folder(model: str, corpus: Path) -> Path:
+    """Where the index of a corpus lies: in the model's own folder when that is a run, export or adapter of ours.
+
+    Else in runs/search/, as nothing is written into a base, and a hub id has no folder.
+    """
+    is_ours = Path(model).is_dir() and find_model(model).is_ours
+    folder = Path(model) if is_ours else Path("runs/search") / Path(model).name
+    return folder / "index" / corpus.name
 
 
 def load_encoder_and_reranker(
     path: str | Path, prompt: PromptConfig | str = "G", *, dtype: str = "float32", device: torch.device | str = "cpu"
 ) -> tuple[Encoder, CrossEncoder]:  # fmt: skip
     """The encoder of a run or adapter folder of ours, and SGPT-CE with its base: one trunk in memory for both.
+
+    Of a run its adapter is read, not its export, in whose weights the biases are merged: the re-ranker needs the base.
 
     Raises InputError where there is no bias delta to put on and off, as for a run with tuning=full.
     """

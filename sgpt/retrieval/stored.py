@@ -1,4 +1,4 @@
-"""Embeddings in a file, read by memory map in slices, and the description next to them."""
+"""The files of an index (sgpt/retrieval/index.py): embeddings read by memory map in slices, and index.json."""
 
 import json
 import mmap
@@ -13,12 +13,12 @@ from torch import Tensor
 from sgpt.retrieval.dense import search
 from sgpt.runtime.files import write_whole
 
-# Queries [Q, D] of length 1, and a depth -> scores and rows of documents, [Q, depth], best first.
-Find = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+# Searches one index: query embeddings [Q, D] of length 1, and a depth -> scores and rows, [Q, depth], best first.
+Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 CHUNK_BYTES = 8 * 2**20  # of float32 at a time; with a quarter of it calls take a third of the time
 
 
-class Stored:
+class StoredEmbeddings:
     """Embeddings in a file, as `search` takes documents: slices, of `chunk` rows at most, are float32 [rows, D].
 
     A slice is good until the next one: only the last stays in resident memory, and float16 is converted into the same
@@ -65,7 +65,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def is_described(folder: Path, wanted: dict[str, Any]) -> bool:
+def description_matches(folder: Path, wanted: dict[str, Any]) -> bool:
     """Whether index.json is there and has these values."""
     return wanted.items() <= read_description(folder).items()
 
@@ -74,5 +74,6 @@ def write_description(folder: Path, description: dict[str, Any]) -> None:
     write_whole(folder / "index.json", json.dumps(description, indent=2) + "\n")
 
 
-def exact_search(stored: Stored, queries: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+def exact_search(stored: StoredEmbeddings, queries: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """All embeddings against all queries; as `Search`, once `stored` is given."""
     return search(queries, stored, depth, stored.chunk)

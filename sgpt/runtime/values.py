@@ -4,7 +4,7 @@ Anything else is refused by key, with the value and what is allowed.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -69,6 +69,23 @@ def check_choice(key: str, value: str, choices: Collection[str]) -> None:
         *others, last = choices
         listed = f"{', '.join(others)} or {last}" if others else last
         raise InputError(f"{key}={value!r} is unknown; choose {listed}")
+
+
+def check_path_of_choice(config: Any, key: str, paths: Mapping[str, str | None]) -> None:
+    """InputError for a choice that is none of `paths`, without the path that it reads, or next to that of another one.
+
+    paths: choice -> the key that holds its path, None for a choice that reads none.
+    """
+    chosen = getattr(config, key)
+    check_choice(key, chosen, paths)
+    for choice, path_key in paths.items():
+        if path_key is None:
+            continue
+        path = getattr(config, path_key)
+        if choice == chosen and not path:
+            raise InputError(f"{key}={chosen} needs {path_key}=<path>")
+        if choice != chosen and path:
+            raise InputError(f"{key}={chosen} does not read {path_key}={path}; set {key}={choice}, or leave it out")
 
 
 def check_shapes(schema: type, tree: Any, key: str = "") -> None:

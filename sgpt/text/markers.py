@@ -50,7 +50,10 @@ class MarkersConfig:
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around the content of one role: ids before and after it, and how many tokens of it fit between."""
+    """What stands around a text of one role: ids of special tokens and markers, and how many tokens fit between them.
+
+    content: the text's own tokens.
+    """
 
     before: tuple[int, ...]
     after: tuple[int, ...]

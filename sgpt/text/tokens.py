@@ -1,4 +1,4 @@
-"""Strings to token ids: the tokenizer, the content of a text, and the text in its markers."""
+"""Strings to token ids: of the text alone (`content_ids`), or with its markers around it (`marked`)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ TokenLists = list[list[int]]  # token ids of one text each, ragged
 
 
 def marked(texts: Sequence[str], tokenizer, frame: Frame) -> TokenLists:
-    """Token ids in their frame. The content is tokenised alone: nothing can merge with a marker."""
+    """Token ids with the frame's markers around them. The text is tokenised alone: nothing can merge with a marker."""
     return [frame.put_around(ids) for ids in content_ids(texts, tokenizer, frame.content_tokens)]
 
 

@@ -72,7 +72,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(("/", ".")) or ".." in self.name.split("/"):
-            raise InputError(f"name={self.name!r} is no folder name below {self.runs}/")
+            raise InputError(
+                f"name={self.name!r} cannot be a folder below {self.runs}/; use one that begins with neither / nor . "
+                "and holds no .."
+            )
         if not self.model.path:
             raise InputError(
                 "model.path is empty; set model.path=<folder or hub id>, or choose a model=<name of configs/model>"

@@ -42,8 +42,8 @@ def with_guide(feed: Feed, config: LossConfig, device: torch.device | str = "cpu
         guide = {side: _embedded(source, side, encoder, key) for side in ROLES}
         texts += sum(map(len, guide.values()))
         sources.append(replace(source, guide=guide))
-    rule = f"an in-batch candidate that it scores above the positive less {config.guide_margin:g} is no negative"
-    log.info("loss.guide=%s knows %s texts; %s", config.guide, f"{texts:,}", rule)
+    rule = f"in-batch candidates with a cosine above the positive's minus {config.guide_margin:g} are no negatives"
+    log.info("loss.guide=%s embedded %s texts; %s", config.guide, f"{texts:,}", rule)
     return replace(feed, sources=sources)
 
 
@@ -57,7 +57,9 @@ def with_hard_batches(feed: Feed, config: DataConfig, device: torch.device | str
         of_queries, queries = _embedded(source, "query", encoder, key), query_numbers(source.examples)
         walked = _walk(source, of_queries, queries, key)
         near, random = nearness(of_queries, queries, walked, feed.queries_in_total)
-        log.info("%s: two queries of a batch have a cosine of %.3f, drawn at random %.3f", source.name, near, random)
+        log.info(
+            "%s: mean cosine of two queries of a batch %.3f; in random batches %.3f", source.name, near, random
+        )  # fmt: skip
         sources.append(replace(source, walk=Walk(walked)))
     log.info(
         "data.batches=hard makes more in-batch candidates false negatives: "
@@ -100,7 +102,7 @@ def _frozen(path: str, key: str, device: torch.device | str) -> tuple[Encoder, s
         )
     if find_model(folder).kind == "base":
         raise InputError(
-            f"{key}={path}: a bare base knows no similarity of texts; "
+            f"{key}={path}: a base model that was not trained on pairs cannot judge which texts are similar; "
             "give a run, an export or a sentence-transformers folder"
         )
     try:

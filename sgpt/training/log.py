@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and the console while training, and the memory that is free and that was used."""
+"""What training logs: `metrics.jsonl` and the console, with the memory that is free or was used."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ class MetricsLog:
         self.queries, self.tokens, self.seconds = 0, 0, 0.0
         if accelerator.is_main_process:
             lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.is_file() else []
-            whole = [line for line in lines if line.endswith("\n")]  # a kill tears the last
+            whole = [line for line in lines if line.endswith("\n")]  # a killed process may leave half of the last line
             numbered = enumerate(whole, start=1)
             kept = [line for number, line in numbered if _step_of(line, self.file, number) <= state.step]
             self.file.write_text("".join(kept), encoding="utf-8")
@@ -121,7 +121,7 @@ def _step_of(line: str, file: Path, number: int) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         raise InputError(
-            f"{file}, line {number}: no line of this log ({line.strip()[:40]!r}); delete the line and resume"
+            f"{file}, line {number}: not a line of this log ({line.strip()[:40]!r}); delete the line and resume"
         ) from None
 
 

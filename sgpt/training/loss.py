@@ -26,7 +26,10 @@ from sgpt.training.negatives import Negatives, positive_rows, scaled_cosines, un
 SCORES_AT_A_TIME = 2**23  # 32 MB in float32, a few times that while they are computed
 
 Ignored = Callable[[slice, Tensor, float], Tensor]
-"""(rows, their scores [rows, C], the scale of those) -> [rows, C] boolean, True where a candidate is no negative."""
+"""(rows of the queries, their scores [rows, C], scale) -> [rows, C] boolean, True where a candidate is no negative.
+
+A function and not a mask, because [Q, C] need not fit in memory: `Negatives.ignored_documents`.
+"""
 
 
 class Loss(Protocol):
@@ -174,7 +177,7 @@ def objective(queries: Tensor, documents: Tensor, batch: Batch, config: LossConf
 
 
 def batch_statistics(*results: StepResult) -> dict[str, float | None]:
-    """What the loss' number does not show, over all queries of these micro-batches on all processes.
+    """What the loss alone does not show, over all queries of these micro-batches on all processes.
 
     Mean cosine of the positives and of each query's hardest negative (None where nothing is a negative), mean number of
     negatives, and the share of candidates that were left out as duplicates or false negatives. All processes call it.

@@ -132,7 +132,7 @@ def write_export(run: RunFolder, config: TrainConfig, encoder: Encoder) -> None:
     except InputError as error:
         again = f"python train/export.py {argument('run', str(run.folder))}"
         raise InputError(
-            f"{run.folder} has its adapter, results and report, and no export: {error}. To export it again: {again}"
+            f"{run.folder} has its adapter, results and report, but no export: {error}. To export it again: {again}"
         ) from error
     weights = sum(file.stat().st_size for file in (run.folder / "export").glob("*.safetensors"))
     size = run.read("manifest.json", {})["bytes"]

@@ -1,10 +1,10 @@
 """One contrastive step: from a batch of token ids to gradients, in as much memory as it is given.
 
-The texts of a batch are embedded in packs (sgpt/decoder/packing.py). A pack's activations stay alive for its backward
-pass while they fit the keep budget; of the others only the embeddings are computed, and after the loss has said what it
-wants of each embedding they are computed again, with the random state that they had. With a budget of nothing that is
-GradCache (Gao et al. 2021, arXiv 2101.06983). The gradient is the same number for number, dropout included; only time
-and memory differ.
+The texts of a batch are embedded in packs (sgpt/decoder/packing.py). A pack's activations stay in memory until its
+backward pass while all together are within `keep_bytes` (trainer.keep_gigabytes). Of the other packs only the
+embeddings are computed; when the loss has given the gradient of each embedding, the pack is computed again, with the
+random state that it had. With keep_bytes=0 that is GradCache (Gao et al. 2021, arXiv 2101.06983). The gradient is the
+same number for number, dropout included; only time and memory differ.
 
 The scores are computed for some queries at a time as well, so a batch is limited by nothing but time.
 """
@@ -32,7 +32,7 @@ def contrastive_step(
     rows, numbers = distinct([*batch.queries, *batch.documents])  # a text that occurs twice is embedded once
     packs = list(encoder.packs(rows))
     embedded = _embed(encoder, packs, keep_bytes)
-    # The loss has a graph of its own, which begins at the embeddings: its gradient there is all that the packs need.
+    # The graph of the loss begins at the embeddings. Its gradient there is all that the backward pass of a pack needs.
     parts = [pack.embeddings.detach() for pack in embedded]
     embeddings = encoder.restore_order(packs, parts, len(rows)).requires_grad_()  # [distinct, D]
     queries, documents = embeddings[numbers].split([len(batch.queries), len(batch.documents)])
@@ -68,8 +68,8 @@ class _EmbeddedPack:
 def _embed(encoder: Encoder, packs: list[Pack], keep_bytes: float) -> list[_EmbeddedPack]:
     """Keeps the graphs of the packs that fit.
 
-    What a pack will take is known only once it is computed, so it is estimated by what the packs before took for each
-    of their tokens; the first is tried when it may fit at all.
+    What a pack takes is known only once it is computed, so it is estimated from the bytes per token of the packs
+    before; the first one is computed unless keep_bytes is 0.
     """
     embedded: list[_EmbeddedPack] = []
     kept_bytes, kept_tokens = 0, 0
@@ -86,7 +86,7 @@ def _embed(encoder: Encoder, packs: list[Pack], keep_bytes: float) -> list[_Embe
                 kept_tokens += len(pack)
                 embedded.append(_EmbeddedPack(embeddings, None))
                 continue
-            keep_bytes = 0  # what is known now: nothing more fits
+            keep_bytes = 0  # it does not fit, and no other one is tried
             embedded.append(_EmbeddedPack(embeddings.detach(), state))
             continue
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """The training loop, readable from top to bottom.
 
-The loop owns control flow: whether a step is logged, evaluated and saved are flags made by `every`, acted on in that
-order.
+The loop owns control flow: `every` says whether a step is logged, evaluated on the dev sets and saved, which happens in
+that order.
 """
 
 import logging
@@ -109,7 +109,7 @@ class TrainerConfig:
 
 
 def check_feed(feed: Feed) -> None:
-    """InputError when a batch could teach nothing. Known before anything is written."""
+    """InputError when a batch holds no negative. Called before anything is written."""
     fewest_hard_negatives = min(source.num_hard_negatives for source in feed.sources)
     if feed.queries_in_total * (1 + fewest_hard_negatives) < 2:
         raise InputError(
@@ -128,7 +128,7 @@ def train(
     optim: OptimConfig,
     evaluate: Callable[[], Results],
 ) -> TrainState:
-    """Trains what `tuning` left learning, from the newest checkpoint of the run when there is one.
+    """Trains the parameters that `tune` left learning, from the newest checkpoint of the run when there is one.
 
     evaluate: results on the dev sets, called every `evaluate_every_steps` on all processes.
     Raises Interrupted, with the last step saved, after Ctrl-C or SIGTERM.
@@ -193,7 +193,7 @@ def train(
                 encoder.train()
             stopping = stop.requested_anywhere()
             if saves or stopping:
-                # again, because a step that only a signal saves was not looked at above
+                # again: a step that is saved only because of a signal was not checked above
                 refuse_not_finite(state.step, float(mean_loss), float(norm), learning_rate)
                 checkpoint.save(run.checkpoints, parameters, optimizer, schedule, state, config.keep_checkpoints)
             if stopping:
@@ -206,7 +206,7 @@ def every(interval: int, step: int) -> bool:
 
 
 def announce(encoder: Encoder, feed: Feed, config: TrainerConfig, optim: OptimConfig, accelerator: Accelerator) -> None:
-    """One block: what is about to happen, and what part of the texts the limits cut."""
+    """Logs in one block what is about to be trained, and how many texts are longer than the limits."""
     steps = config.steps(feed.batches_per_epoch)
     epochs = steps * config.gradient_accumulation / feed.batches_per_epoch
     learned, total = count_parameters(encoder.trunk)
@@ -236,7 +236,7 @@ def announce(encoder: Encoder, feed: Feed, config: TrainerConfig, optim: OptimCo
     rows = [*encoder.token_ids(queries, "query"), *encoder.token_ids(positives, "document")]
     if padding := encoder.padding_share(rows):
         log.warning(
-            "%s cannot know where texts end in a pack, so they are padded: %.0f %% of what is computed is padding",
+            "%s cannot compute texts end to end without padding: %.0f %% of what is computed is padding",
             type(encoder.trunk).__name__, 100 * padding,
         )  # fmt: skip
     if config.gradient_accumulation > 1:

@@ -21,8 +21,8 @@ from sgpt.cli.compose import plain, typed
 from sgpt.cli.launch import _check_processes
 from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.encoder.export import ExportConfig
-from sgpt.evaluation.evaluate import EvaluateConfig
 from sgpt.evaluation.mteb import MtebConfig
+from sgpt.evaluation.systems import EvaluateConfig
 from sgpt.inspection.inspect import InspectConfig
 from sgpt.mining.config import MineConfig
 from sgpt.pretraining.model import PretrainConfig
@@ -151,7 +151,7 @@ def test_the_saved_configuration_is_read_back_equal():
         ("model.dtype=int8", r"model\.dtype='int8' is unknown; choose float32, bfloat16 or float16"),
         ("pooling.name=median", r"pooling\.name='median' is unknown"),
         ("logging.tracker=paper", r"logging\.tracker='paper' is unknown; choose wandb or null"),
-        ("name=../elsewhere", r"name='\.\./elsewhere' is no folder name below runs/"),
+        ("name=../elsewhere", r"name='\.\./elsewhere' cannot be a folder below runs/; use one that"),
         ("+optim.lr=1", r"optim\.lr: Key 'lr' not in 'OptimConfig'"),
         (
             "+data.columns.anchor=query",

@@ -37,17 +37,17 @@ def as_the_original(folder, query: str, document: str, prompt: str = G, max_toke
 def test_scores_are_the_original_s(language_model, family):
     pairs = [(query, document) for query in QUERIES for document in DOCUMENTS]
     random.Random(0).shuffle(pairs)
-    ranker = CrossEncoder.from_pretrained(language_model(family), tokens_per_pack=256)
-    ranker.max_tokens = POSITIONS  # BLOOM has no table, and is cut here like the others
-    found = ranker.score(*zip(*pairs, strict=True))
+    reranker = CrossEncoder.from_pretrained(language_model(family), tokens_per_pack=256)
+    reranker.max_tokens = POSITIONS  # BLOOM has no table, and is cut here like the others
+    found = reranker.score(*zip(*pairs, strict=True))
     expected = [as_the_original(language_model(family), query, document) for query, document in pairs]
     assert found.tolist() == pytest.approx(expected, abs=2e-4)
 
 
 def test_the_beginning_of_a_long_document_is_cut_and_nothing_else(language_model):
-    ranker = CrossEncoder.from_pretrained(language_model("gpt2"))
-    (text,) = ranker.texts([QUERIES[0]], [DOCUMENTS[3]])
-    read = ranker.tokenizer.decode(text.ids)
+    reranker = CrossEncoder.from_pretrained(language_model("gpt2"))
+    (text,) = reranker.scored_texts([QUERIES[0]], [DOCUMENTS[3]])
+    read = reranker.tokenizer.decode(text.ids)
     assert len(text.read) == POSITIONS
     assert read.startswith(G[: G.index("{")])
     assert read.endswith(f'{DOCUMENTS[3][-30:]}" is a good search result for "{QUERIES[0]}')
@@ -55,27 +55,27 @@ def test_the_beginning_of_a_long_document_is_cut_and_nothing_else(language_model
 
 def test_a_query_with_its_prompt_fills_the_model_to_the_last_position(language_model):
     """The last query token is predicted and not read, so a text of one more than the positions fits."""
-    ranker = CrossEncoder.from_pretrained(language_model("gpt2"))
-    room = POSITIONS + 1 - ranker.instruction_tokens - len(ranker.tokenizer(ranker.prompt.tail)["input_ids"])
-    fits = ranker.tokenizer.decode([ranker.tokenizer(" a")["input_ids"][-1]] * room)
-    assert np.isfinite(ranker.score([fits], ["document"])).all()
+    reranker = CrossEncoder.from_pretrained(language_model("gpt2"))
+    room = POSITIONS + 1 - reranker.instruction_tokens - len(reranker.tokenizer(reranker.prompt.tail)["input_ids"])
+    fits = reranker.tokenizer.decode([reranker.tokenizer(" a")["input_ids"][-1]] * room)
+    assert np.isfinite(reranker.score([fits], ["document"])).all()
     with pytest.raises(
         InputError, match=r"query ' a a.*of the model's 128 positions the instruction leaves \d+; shorten"
     ):
-        ranker.score([fits + " a"], ["document"])
+        reranker.score([fits + " a"], ["document"])
 
 
 @pytest.mark.parametrize("name", sorted(PROMPTS.keys() - {"L", "M"}))  # those ask for an answer
 def test_every_prompt_of_the_original_scores_as_its_loop(language_model, name):
     shots = [["an example document", "an example query"]] if PROMPTS[name].shot else []
-    ranker = CrossEncoder.from_pretrained(language_model("gpt_neo"), PromptConfig(name, shots))
-    ranker.max_tokens = 10_000  # the long ones do not fit the tiny model, and are not run
+    reranker = CrossEncoder.from_pretrained(language_model("gpt_neo"), PromptConfig(name, shots))
+    reranker.max_tokens = 10_000  # the long ones do not fit the tiny model, and are not run
     query, document = "short", "doc"
     template = build_prompt(PromptConfig(name, shots))
-    (text,) = ranker.texts([query], [document])
-    assert ranker.tokenizer.decode(text.ids) == template.instruction + document + template.tail + query
+    (text,) = reranker.scored_texts([query], [document])
+    assert reranker.tokenizer.decode(text.ids) == template.instruction + document + template.tail + query
     if len(text.ids) <= POSITIONS:
-        assert ranker.score([query], [document]).tolist() == pytest.approx(
+        assert reranker.score([query], [document]).tolist() == pytest.approx(
             [
                 as_the_original(
                     language_model("gpt_neo"), query, document, template.instruction + "{}" + template.tail, 10_000
@@ -189,11 +189,11 @@ def test_a_wrong_prompt_is_refused(prompt, told):
 
 
 def test_bad_input_is_refused(language_model, tiny_base):
-    ranker = CrossEncoder.from_pretrained(language_model("gpt2"))
+    reranker = CrossEncoder.from_pretrained(language_model("gpt2"))
     with pytest.raises(InputError, match=r"query 1 is empty \(' '\).*leave it out"):
-        ranker.score(["a", " "], ["b", "c"])
+        reranker.score(["a", " "], ["b", "c"])
     with pytest.raises(InputError, match=r"as many documents; got 1 and 2"):
-        ranker.score(["a"], ["b", "c"])
+        reranker.score(["a"], ["b", "c"])
     with pytest.raises(InputError, match=r"bert predicts no next token; re-rank with a decoder"):
         CrossEncoder.from_pretrained(tiny_base("bert"))
     match = r"lm_head.*is missing, so it is no whole GPTNeoXForCausalLM.*; give .* or the base it was made from"
@@ -203,4 +203,4 @@ def test_bad_input_is_refused(language_model, tiny_base):
         CrossEncoder.from_pretrained(
             language_model("gpt2"), PromptConfig("{document} {query}", answers=[" Yes", " Yes"])
         )
-    assert ranker.score([], []).shape == (0,)
+    assert reranker.score([], []).shape == (0,)

@@ -80,7 +80,7 @@ def test_in_float64_they_are_equal_but_for_rounding(family):
 @pytest.mark.parametrize("tokens_per_pack", [1, 64, 10_000])
 @pytest.mark.parametrize("share_from", [1, 10**9])
 def test_no_budget_and_no_threshold_changes_a_score(tokens_per_pack, share_from, monkeypatch):
-    monkeypatch.setattr(likelihood, "SHARE_FROM", share_from)
+    monkeypatch.setattr(likelihood, "MIN_TOKENS_SAVED", share_from)
     monkeypatch.setattr(likelihood, "BRANCH_TOKENS", 12)
     plain, ours = models("gpt_neo")
     given = texts()

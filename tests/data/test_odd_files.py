@@ -103,7 +103,7 @@ def test_numbers_as_labels_of_two_sentences_are_asked_for_and_taken_as_stated(ki
     columns = {"positive": second}
     with pytest.raises(
         InputError,
-        match=r"line 1, column 'label': the label .* says nothing certain.*data\.labels=\[not_duplicate,duplicate\]"
+        match=r"line 1, column 'label': the label .* is ambiguous.*data\.labels=\[not_duplicate,duplicate\]"
     ):
         read(file, columns=columns)
     assert read(file, columns=columns, labels=["entailment", "contradiction"], num_hard_negatives=1) == RTE_EXAMPLES

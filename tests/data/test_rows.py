@@ -27,7 +27,7 @@ from sgpt.data.formats import lines as lines_module
 from sgpt.data.formats import tables as tables_module
 from sgpt.data.formats.rows import rows
 from sgpt.data.sources.bad_rows import accepted
-from sgpt.data.sources.columns import Columns, describe, guess_columns, with_names, without_late_columns
+from sgpt.data.sources.columns import Columns, describe, guess_columns, peek_column_names, refuse_late_columns
 from sgpt.data.sources.pairs import GroupedExample, examples
 from sgpt.runtime.errors import InputError
 
@@ -622,11 +622,11 @@ def test_the_log_line_says_what_is_read_from_where():
 
 def test_names_are_those_of_the_first_rows_together_and_no_row_is_lost():
     table = [("1", {"query": "q"}), ("2", InputError("bad")), ("3", {"query": "r", "neg": "n"}), ("4", {"late": "x"})]
-    names, found = with_names(iter(table), first=3)
+    names, found = peek_column_names(iter(table), first=3)
     assert names == ["query", "neg"]
     assert list(found) == table
     with pytest.raises(InputError, match="bad"):
-        with_names(iter(table[1:2]))
+        peek_column_names(iter(table[1:2]))
 
 
 # --- examples ---
@@ -844,7 +844,7 @@ def test_a_pair_that_is_judged_both_ways_is_named_at_its_second_row():
 def test_numbers_as_labels_of_inference_pairs_are_refused_as_their_order_differs():
     columns = Columns("premise", "hypothesis", label="label")
     error = made({"premise": "a", "hypothesis": "b", "label": 0}, columns)
-    assert "the label 0 of two sentences says nothing certain" in str(error)
+    assert "the label 0 of two sentences is ambiguous" in str(error)
 
 
 # --- stop or skip ---
@@ -919,7 +919,7 @@ def test_rows_of_judged_pairs_count_for_the_share_while_they_are_read():
 
 def test_a_file_goes_through_as_the_module_says(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"anchor,pos,neg\nq1,p1,n1\nq2,p2\nq3,p3,n3\n")
-    names, found = with_names(rows(tmp_path / "a.csv"))
+    names, found = peek_column_names(rows(tmp_path / "a.csv"))
     made = accepted(
         examples(found, guess_columns(names, {}), num_hard_negatives=1), on_error="skip", max_error_share=0.5
     )
@@ -1084,9 +1084,9 @@ def test_a_json_array_is_told_what_json_lines_are(tmp_path):
 
 
 def accepted_all(file: Path, num_hard_negatives: int = 0, **stated: str) -> list[Example]:
-    names, found = with_names(rows(file))
+    names, found = peek_column_names(rows(file))
     columns = guess_columns(names, stated)
-    found = without_late_columns(found, names, columns, stated, num_hard_negatives)
+    found = refuse_late_columns(found, names, columns, stated, num_hard_negatives)
     return list(accepted(examples(found, columns, num_hard_negatives=num_hard_negatives)))
 
 

@@ -21,7 +21,7 @@ from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import ModelFolder, find_model
 from sgpt.evaluation.evaluate import Sets, evaluate
-from sgpt.mining.rules import cross_encoder
+from sgpt.mining.rules import load_rescorer
 from sgpt.runtime.errors import InputError
 from tests.damage import damaged
 
@@ -350,10 +350,10 @@ def test_an_embedding_that_is_not_finite_names_role_text_and_set(tiny_encoder):
 
 
 def test_a_score_that_is_not_finite_names_the_pair(language_model):
-    ranker = CrossEncoder.from_pretrained(language_model("gpt2"), "A")
+    reranker = CrossEncoder.from_pretrained(language_model("gpt2"), "A")
     with torch.no_grad():
-        ranker.model.transformer.wte.weight[ranker.tokenizer("date")["input_ids"][0]] = float("nan")
-    refused(lambda: ranker.score(["a"], ["date"]), r"score: pair 0 \(query 'a', document 'date'\) has the score nan")
+        reranker.model.transformer.wte.weight[reranker.tokenizer("date")["input_ids"][0]] = float("nan")
+    refused(lambda: reranker.score(["a"], ["date"]), r"score: pair 0 \(query 'a', document 'date'\) has the score nan")
 
 
 def test_a_classifier_whose_head_is_missing_rescores_nothing(tiny_base, tmp_path):
@@ -361,12 +361,12 @@ def test_a_classifier_whose_head_is_missing_rescores_nothing(tiny_base, tmp_path
     trunk.config.num_labels = 1
     AutoModelForSequenceClassification.from_config(trunk.config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_base("bert")).save_pretrained(tmp_path)
-    assert len(cross_encoder(str(tmp_path), torch.device("cpu"))([("a", "b")])) == 1
+    assert len(load_rescorer(str(tmp_path), torch.device("cpu"))([("a", "b")])) == 1
     change_weights(
         tmp_path, lambda tensors: {name: value for name, value in tensors.items() if "classifier" not in name}
     )
     refused(
-        lambda: cross_encoder(str(tmp_path), torch.device("cpu")), r"classifier\.bias, classifier\.weight is missing"
+        lambda: load_rescorer(str(tmp_path), torch.device("cpu")), r"classifier\.bias, classifier\.weight is missing"
     )
 
 

@@ -140,8 +140,8 @@ def test_many_changed_folders_are_refused_or_the_same(kind, data, folders, tmp_p
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"pooling": 3}, r"sgpt\.json: pooling is '3', which it cannot be"),
-        ({"markers": []}, r"sgpt\.json: markers is '\[\]', which it cannot be"),
+        ({"pooling": 3}, r"sgpt\.json: pooling is '3', which is not valid"),
+        ({"markers": []}, r"sgpt\.json: markers is '\[\]', which is not valid"),
         (
             {
                 "markers": {
@@ -154,10 +154,10 @@ def test_many_changed_folders_are_refused_or_the_same(kind, data, folders, tmp_p
             r"markers is .*'a'",
         ),
         ({"normalize": "yes"}, r"normalize is 'yes'"),
-        ({"probes": {"texts": ["a"], "query": [["x"]], "document": [["x"]]}}, r"probes is .*which it cannot be"),
+        ({"probes": {"texts": ["a"], "query": [["x"]], "document": [["x"]]}}, r"probes is .*which is not valid"),
         ({"probes": {"texts": ["a"], "query": [[float("nan")]], "document": [[0.5]]}}, r"probes is .*nan"),
         ({"rounding": {"bfloat16": "much"}}, r"rounding is .*much"),
-        ({"files": {"../model.safetensors": "0"}}, r"files is .*which it cannot be"),
+        ({"files": {"../model.safetensors": "0"}}, r"files is .*which is not valid"),
         ({"format": 3}, r"format 3 is of another version"),
         ({"format": "2"}, r"format '2' is of another version"),
         ({"later": 1}, r"key 'later' is unknown here, as from a newer version"),

@@ -18,6 +18,7 @@ from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
+from sgpt.encoder.pooling import POOLINGS
 from sgpt.encoder.probes import probe_difference
 from sgpt.encoder.verify import hostile_texts, verify
 from sgpt.runtime.errors import InputError
@@ -161,7 +162,7 @@ def test_plain_encode_has_no_markers(exported):
     assert st_ids(theirs, TEXTS) == [ids_by_hand(encoder.contract.base, text, "document", 40, "none") for text in TEXTS]
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last_token", "cls", "max"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_pooling_and_unit_length_are_exported(pooling, exported):
     encoder, folder = exported("llama", pooling=pooling, normalize=True)
     embeddings = SentenceTransformer(str(folder), device="cpu").encode_query(TEXTS)
@@ -265,7 +266,7 @@ def test_tokenizer_that_cannot_be_expressed_is_refused_and_nothing_is_left(tiny_
     )
     with pytest.raises(
         InputError,
-        match=r"sentence-transformers .* reads .* as another query .*\[.*\] instead of \[.*cannot be expressed",
+        match=r"sentence-transformers .* gives the query .* other token ids .*\] instead of \[.*cannot be expressed",
     ):
         export(encoder, tmp_path / "out" / "export", card="")
     assert not list((tmp_path / "out").iterdir())
@@ -287,7 +288,7 @@ def test_verify_names_text_and_ids_of_a_changed_template(exported, tmp_path):
     ours = encoder.token_ids([text], "query")[0]
     with pytest.raises(InputError) as refusal:
         verify(folder, encoder)
-    assert f"reads {text!r} as another query" in str(refusal.value)
+    assert f"gives the query {text!r} other token ids" in str(refusal.value)
     assert f"{theirs} instead of {ours}" in str(refusal.value)
 
 

@@ -28,8 +28,8 @@ from sgpt.data.test_sets.beir_sets import (
     read_beir_folder,
 )
 from sgpt.evaluation import compare, systems
-from sgpt.evaluation.evaluate import EvaluateConfig, EvaluationConfig, read_sets
-from sgpt.evaluation.systems import find_sets
+from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
+from sgpt.evaluation.systems import EvaluateConfig, find_sets
 from sgpt.evaluation.table import beir_averages, systems_table, with_cqadupstack
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.dense import retrieve, search
@@ -96,7 +96,7 @@ def compared(toy, tiny_encoder):
     encoder, chosen = tiny_encoder(), read_retrieval(toy, "test")
     dev, reason = compare.tuning_set(BeirFolder("toy", toy, "test", None), chosen, "dev")
     assert reason == ""
-    systems = compare.rank(encoder, chosen, dev, rescore=shared_words, depth=20)
+    systems = compare.run_systems(encoder, chosen, dev, rerank=shared_words, depth=20)
     return encoder, chosen, dev, systems, compare.system_metrics(chosen, systems, depth=20)
 
 
@@ -131,7 +131,8 @@ def test_the_weight_is_the_best_on_dev_and_knows_nothing_of_test(compared):
 
     scores = {step / 20: mean(step / 20) for step in range(21)}
     assert scores[systems["interpolated"].weight] == pytest.approx(max(scores.values()))
-    other = compare.rank(encoder, replace(chosen, qrels={query: {"d-match-text": 1} for query in chosen.qrels}), dev)
+    judged_otherwise = replace(chosen, qrels={query: {"d-match-text": 1} for query in chosen.qrels})
+    other = compare.run_systems(encoder, judged_otherwise, dev)
     assert other["interpolated"].weight == systems["interpolated"].weight
     assert set(dev.queries).isdisjoint(chosen.queries)
 
@@ -154,9 +155,9 @@ def test_without_a_split_to_tune_on_the_fusion_by_scores_is_left_out_and_the_rea
         dev, said = compare.tuning_set(BeirFolder("toy", toy, "test", None), chosen, split)
         assert dev is None
         assert re.search(reason, said), said
-    assert list(compare.rank(encoder, chosen)) == ["bm25", "model", "reciprocal_rank"]
-    assert list(compare.rank(encoder, chosen, fuse=False)) == ["bm25", "model"]
-    assert list(compare.rank(encoder, chosen, bm25=False, rescore=shared_words)) == ["model", "model_reranked"]
+    assert list(compare.run_systems(encoder, chosen)) == ["bm25", "model", "reciprocal_rank"]
+    assert list(compare.run_systems(encoder, chosen, fuse=False)) == ["bm25", "model"]
+    assert list(compare.run_systems(encoder, chosen, bm25=False, rerank=shared_words)) == ["model", "model_reranked"]
 
 
 # --- what is said of them ---
@@ -193,7 +194,7 @@ def test_ten_reranked_documents_come_from_the_same_scores(compared):
 
 def test_a_depth_below_ten_is_called_by_its_number(compared):
     encoder, chosen, *_ = compared
-    found = compare.system_metrics(chosen, compare.rank(encoder, chosen, rescore=shared_words, depth=4), depth=4)
+    found = compare.system_metrics(chosen, compare.run_systems(encoder, chosen, rerank=shared_words, depth=4), depth=4)
     assert [
         list(found[name]["reranking"]) for name in ("bm25", "bm25_reranked")
     ] == [["ndcg@10_perfect_top_4"], ["ndcg@10_reranked_top_4"]]

@@ -142,10 +142,10 @@ def test_the_protocols_are_kept_and_the_metadata_is_the_contracts(encoder, tiny_
     assert (
         meta.name, meta.embed_dim, meta.max_tokens, meta.similarity_fn_name, meta.use_instructions
     ) == ("sgpt/tiny", 32, 40, "cosine", True)
-    ranker = MtebReranker(tiny_head)
-    assert isinstance(ranker, CrossEncoderProtocol)
-    assert not isinstance(ranker, EncoderProtocol)
-    assert (ranker.mteb_model_meta.is_cross_encoder, ranker.mteb_model_meta.max_tokens) == (True, 128)
+    reranker = MtebReranker(tiny_head)
+    assert isinstance(reranker, CrossEncoderProtocol)
+    assert not isinstance(reranker, EncoderProtocol)
+    assert (reranker.mteb_model_meta.is_cross_encoder, reranker.mteb_model_meta.max_tokens) == (True, 128)
 
 
 def test_embeddings_are_those_of_the_role(encoder):

@@ -15,10 +15,10 @@ from sgpt.data.formats.jsonl import read_rows
 from sgpt.data.readers import DataConfig, read_examples
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
-from sgpt.mining.config import NEEDS, MineConfig
+from sgpt.mining.config import PATH_OF_SOURCE, MineConfig
 from sgpt.mining.mine import mine
 from sgpt.mining.rankers import RANKERS
-from sgpt.mining.rules import cross_encoder, mine_block
+from sgpt.mining.rules import load_rescorer, mine_block
 from sgpt.mining.task import read_task
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.runtime.errors import InputError
@@ -84,7 +84,7 @@ def rows_of(folder: Path, scratch: Path, **options) -> list[dict]:
     task = read_task(config)
     ranker = RANKERS[config.source](task)
     ranker.prepare(Blocks(Path(config.output)))
-    rescore = cross_encoder(config.rescore, task.device) if config.rescore else None
+    rescore = load_rescorer(config.rescore, task.device) if config.rescore else None
     return mine_block(task.queries, task, ranker, rescore)[0]
 
 
@@ -565,7 +565,7 @@ def test_what_cannot_be_is_refused(options, message, toy):
 
 
 def test_every_source_of_the_config_has_a_ranker():
-    assert NEEDS.keys() == RANKERS.keys()
+    assert PATH_OF_SOURCE.keys() == RANKERS.keys()
 
 
 def test_a_folder_without_columns_or_positives_is_refused(tmp_path):

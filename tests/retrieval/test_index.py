@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.index import IndexConfig, open_index
 from sgpt.retrieval.searcher import Searcher
-from sgpt.retrieval.stored import Stored, read_description
+from sgpt.retrieval.stored import StoredEmbeddings, read_description
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.provenance import threads
 
@@ -87,7 +87,7 @@ def test_a_searcher_gives_the_documents_best_first_and_all_of_a_small_corpus(enc
     corpus = {"one": "a cat", "two": "a dog", "three": "the river"}
     hits = Searcher(encoder, corpus, tmp_path / "index")("a cat", top=10)
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
-    assert {hit.name: hit.text for hit in hits} == corpus
+    assert {hit.document_id: hit.text for hit in hits} == corpus
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
@@ -97,7 +97,7 @@ def test_a_search_leaves_a_chunk_of_the_map_resident_and_not_the_map(tmp_path):
 
     size = 2**26
     np.save(tmp_path / "embeddings.npy", np.ones((size // 1024, 256), dtype=np.float32))
-    stored, before, largest = Stored(tmp_path / "embeddings.npy"), resident(), 0
+    stored, before, largest = StoredEmbeddings(tmp_path / "embeddings.npy"), resident(), 0
     for start in range(0, len(stored), stored.chunk):
         assert stored[start : start + stored.chunk].sum() > 0
         largest = max(largest, resident() - before)
@@ -265,7 +265,7 @@ def test_graphs_are_opened_by_memory_map(encoder, tmp_path):
     assert str(tmp_path / "index" / "graph-0-100.faiss") in Path("/proc/self/maps").read_text()
 
 
-def test_a_killed_linking_keeps_the_graphs_that_are_whole(encoder, tmp_path, monkeypatch):
+def test_a_killed_build_of_graphs_keeps_those_that_are_whole(encoder, tmp_path, monkeypatch):
     faiss = pytest.importorskip("faiss", reason="faiss is not installed: pip install 'sgpt-framework[faiss]'")
     monkeypatch.setattr("sgpt.retrieval.graph.GRAPH_BYTES", 32 * 4 * 40)
     folder, write, written = tmp_path / "index", faiss.write_index, []
@@ -309,7 +309,7 @@ def test_all_documents_are_found_where_all_are_asked_for(encoder, queries, tmp_p
 def test_a_graph_of_one_document_finds_it(encoder, tmp_path):
     pytest.importorskip("faiss", reason="faiss is not installed: pip install 'sgpt-framework[faiss]'")
     hits = Searcher(encoder, {"only": "a cat"}, tmp_path / "index", IndexConfig("faiss"))("a dog")
-    assert [hit.name for hit in hits] == ["only"]
+    assert [hit.document_id for hit in hits] == ["only"]
     cosine = F.cosine_similarity(
         encoder.encode_queries(["a dog"], as_tensor=True), encoder.encode_documents(["a cat"], as_tensor=True)
     )

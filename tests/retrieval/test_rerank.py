@@ -281,19 +281,19 @@ def test_pairs_of_a_block_exist_at_a_time_with_and_without_parts(toy, language_m
             return super().score(queries, documents, **options)
 
     counts: list[int] = []
-    dataset, ranker = read_retrieval(toy, "train"), Counted.from_pretrained(language_model("gpt2"))
+    dataset, reranker = read_retrieval(toy, "train"), Counted.from_pretrained(language_model("gpt2"))
     first = bm25_run(dataset, 8)
-    found = rerank(ranker, dataset, first, documents_per_block=3)
+    found = rerank(reranker, dataset, first, documents_per_block=3)
     assert max(counts) == 3
     assert len(counts) > 5
-    whole = rerank(ranker, dataset, first)
+    whole = rerank(reranker, dataset, first)
     assert {query: pytest.approx(scores, abs=1e-4) for query, scores in whole.items()} == found
 
 
 def test_posteriors_are_probabilities_over_a_query_s_candidates(toy, language_model):
-    dataset, ranker = read_retrieval(toy, "train"), CrossEncoder.from_pretrained(language_model("gpt2"))
+    dataset, reranker = read_retrieval(toy, "train"), CrossEncoder.from_pretrained(language_model("gpt2"))
     first = bm25_run(dataset, 8)
-    scores, posteriors = rerank(ranker, dataset, first), rerank(ranker, dataset, first, posterior=True)
+    scores, posteriors = rerank(reranker, dataset, first), rerank(reranker, dataset, first, posterior=True)
     for query, found in posteriors.items():
         assert np.exp(list(found.values())).sum() == pytest.approx(1)
         shift = {round(scores[query][document] - value, 6) for document, value in found.items()}
@@ -301,11 +301,11 @@ def test_posteriors_are_probabilities_over_a_query_s_candidates(toy, language_mo
 
 
 def test_bad_input_is_refused(toy, language_model, tmp_path):
-    dataset, ranker = read_retrieval(toy, "train"), CrossEncoder.from_pretrained(language_model("gpt2"))
+    dataset, reranker = read_retrieval(toy, "train"), CrossEncoder.from_pretrained(language_model("gpt2"))
     with pytest.raises(InputError, match=r"document id 'nowhere' for query 'q0', and toy has no such document"):
-        rerank(ranker, dataset, {"q0": {"nowhere": 1.0}})
+        rerank(reranker, dataset, {"q0": {"nowhere": 1.0}})
     with pytest.raises(InputError, match=r"query id 'nobody', which toy does not have"):
-        rerank(ranker, dataset, {"nobody": {"d0": 1.0}})
+        rerank(reranker, dataset, {"nobody": {"d0": 1.0}})
     (tmp_path / "bad.trec").write_text("q0 Q0 nowhere 1 2.0 x\n")
     with pytest.raises(InputError, match=r"bad\.trec, line 1: document id 'nowhere' is not in"):
         run_rerank(

@@ -47,19 +47,20 @@ def tuned_run(base, folder, seed: int = 0) -> Encoder:
 @pytest.mark.parametrize("family", ["gpt_neo", "gpt2", "bloom"])
 def test_each_gives_what_it_gives_alone(language_model, tmp_path, family):
     alone = tuned_run(language_model(family), tmp_path)
-    encoder, ranker = load_encoder_and_reranker(tmp_path)
+    encoder, reranker = load_encoder_and_reranker(tmp_path)
     expected = alone.encode_documents(list(CORPUS.values()))
     scores = CrossEncoder.from_pretrained(language_model(family)).score(["a date"] * 5, list(CORPUS.values()))
     for _ in range(2):  # one after the other, and again
         assert np.array_equal(encoder.encode_documents(list(CORPUS.values())), expected)
-        assert np.array_equal(ranker.score(["a date"] * 5, list(CORPUS.values())), scores)
+        assert np.array_equal(reranker.score(["a date"] * 5, list(CORPUS.values())), scores)
 
 
 def test_beside_the_language_model_there_are_only_biases(language_model, tmp_path):
     tuned_run(language_model("gpt_neo"), tmp_path)
-    encoder, ranker = load_encoder_and_reranker(tmp_path)
+    encoder, reranker = load_encoder_and_reranker(tmp_path)
     delta = [value for _, value in encoder.delta.pairs]
-    tensors = [*ranker.model.parameters(), *ranker.model.buffers(), *encoder.parameters(), *encoder.buffers(), *delta]
+    modules = (reranker.model, encoder)
+    tensors = [*delta, *(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     model = AutoModelForCausalLM.from_pretrained(language_model("gpt_neo"))
     one = {
@@ -86,16 +87,16 @@ def test_several_tuned_models_over_one_trunk(language_model, tmp_path):
 
 def test_the_searcher_re_ranks_what_it_found(language_model, tmp_path):
     tuned_run(language_model("gpt_neo"), tmp_path)
-    encoder, ranker = load_encoder_and_reranker(tmp_path)
+    encoder, reranker = load_encoder_and_reranker(tmp_path)
     plain = Searcher(encoder, CORPUS, tmp_path / "index")
     found = plain("open the date", top=3)
-    again = Searcher(encoder, CORPUS, tmp_path / "index", ranker=ranker, depth=3)("open the date", top=2)
-    names = [hit.name for hit in found]
+    again = Searcher(encoder, CORPUS, tmp_path / "index", reranker=reranker, depth=3)("open the date", top=2)
+    names = [hit.document_id for hit in found]
     alone = CrossEncoder.from_pretrained(language_model("gpt_neo")).score(
         ["open the date"] * 3, [CORPUS[name] for name in names]
     )
     scores = dict(zip(names, alone, strict=True))
-    assert [hit.name for hit in again] == sorted(names, key=lambda name: -scores[name])[:2]
+    assert [hit.document_id for hit in again] == sorted(names, key=lambda name: -scores[name])[:2]
     assert [hit.score for hit in again] == sorted(scores.values(), reverse=True)[:2]
 
 
@@ -108,7 +109,7 @@ def test_an_index_knows_the_weights_it_was_made_with(language_model, tmp_path):
     before = Searcher(first, CORPUS, tmp_path / "index")("a date", 5)
     after = Searcher(second, CORPUS, tmp_path / "index")("a date", 5)
     fresh = Searcher(second, CORPUS, tmp_path / "other")("a date", 5)
-    assert [(hit.name, hit.score) for hit in after] == [(hit.name, hit.score) for hit in fresh]
+    assert [(hit.document_id, hit.score) for hit in after] == [(hit.document_id, hit.score) for hit in fresh]
     assert [hit.score for hit in before] != [hit.score for hit in after]
     # the same model, opened by itself
     assert Searcher(

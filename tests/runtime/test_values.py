@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from sgpt.cli.compose import typed
 from sgpt.data.readers import SourceConfig, read_examples
 from sgpt.encoder.export import ExportConfig
-from sgpt.evaluation.evaluate import EvaluateConfig
 from sgpt.evaluation.mteb import MtebConfig
+from sgpt.evaluation.systems import EvaluateConfig
 from sgpt.inspection.inspect import InspectConfig
 from sgpt.mining.config import MineConfig
 from sgpt.pretraining.model import PretrainConfig

@@ -414,7 +414,7 @@ def test_bad_settings_are_refused(tmp_path, tiny_base, tiny_encoder):
     ):
         with_guide(feed, LossConfig(guide="nowhere"))
     with pytest.raises(
-        InputError, match=r"data\.grouping_model=.*: a bare base knows no similarity of texts; give a run, an export or"
+        InputError, match=r"data\.grouping_model=.*: a base model that was not trained .*; give a run, an export or"
     ):
         with_hard_batches(feed, DataConfig(batches="hard", grouping_model=str(tiny_base("gpt2"))))
     with pytest.raises(

@@ -392,7 +392,7 @@ def test_a_refused_export_leaves_a_finished_run_and_the_command_that_makes_it_ag
         assert starts[name].code == 2
         sentence = starts[name].err.splitlines()[-1]
         assert re.fullmatch(
-            r"error: runs/refused has its adapter, results and report, and no export: the export is wrong: "
+            r"error: runs/refused has its adapter, results and report, but no export: the export is wrong: "
             r"sentence-transformers .* cannot be expressed there; use the adapter, or train with markers=none\. "
             r"To export it again: python train/export\.py run=runs/refused",
             sentence,

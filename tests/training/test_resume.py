@@ -284,7 +284,7 @@ def test_a_broken_line_of_the_log_is_refused_by_its_number(tiny_encoder, tmp_pat
     broken = file.read_text().splitlines(keepends=True)
     broken[1] = "{torn\n"
     file.write_text("".join(broken))
-    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: no line of this log .*; delete the line and resume"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: not a line of this log .*; delete the line"):
         trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"))
 
 

@@ -42,8 +42,11 @@ class Batch:
         return sum(map(len, self.queries)) + sum(map(len, self.documents))
 
 
-class Draw(NamedTuple):
-    """One example of a batch: numbers of texts of `examples`, with the frames and the guide of its source."""
+class DrawnExample(NamedTuple):
+    """One example of a batch, its texts by their numbers in `examples`, with the markers and the guide of its source.
+
+    documents: the positive, then the H hard negatives.
+    """
 
     examples: Examples
     tokens: Tokens
@@ -54,7 +57,7 @@ class Draw(NamedTuple):
     guide: dict[Role, Embeddings] | None = None
 
 
-def make_batch(draws: Sequence[Draw]) -> Batch:
+def make_batch(draws: Sequence[DrawnExample]) -> Batch:
     """Token ids, hashes and the guide's embeddings of these examples."""
     most = max(len(draw.other_positives) for draw in draws)
     queries, documents, query_hashes, document_hashes, other_hashes = [], [], [], [], []
@@ -79,7 +82,7 @@ def make_batch(draws: Sequence[Draw]) -> Batch:
     )
 
 
-def _guide_embeddings(draws: Sequence[Draw]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def _guide_embeddings(draws: Sequence[DrawnExample]) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Of queries [Q, G] and of documents [Q·R, G]; None where a source has no guide."""
     queries, documents = [], []
     for draw in draws:
@@ -99,5 +102,5 @@ def collate(examples: Sequence[Example], tokenizer, frames: dict[Role, Frame]) -
     draws = []
     for query, positives, hard_negatives in zip(kept.queries, kept.positives, kept.hard_negatives, strict=True):
         documents = (positives[0], *hard_negatives)
-        draws.append(Draw(kept, tokens, frames, query, documents, tuple(positives[1:])))
+        draws.append(DrawnExample(kept, tokens, frames, query, documents, tuple(positives[1:])))
     return make_batch(draws)

@@ -9,7 +9,8 @@ Prepared = TypeVar("Prepared")
 
 
 def prefetch(make: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
-    """make(item) of every item, in order, one item ahead in a thread: tokenisers let other threads work."""
+    """make(item) of every item, in order, one item ahead in a thread: torch lets other threads work while it computes.
+    """
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         waiting = None
         for item in items:

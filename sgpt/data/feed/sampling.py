@@ -2,8 +2,8 @@
 
 So the position of a run is one integer, and a resumed run draws exactly the batches that it would have drawn. Batches
 are cut from an endless stream of shuffled epochs, over all processes: every example comes exactly once an epoch, and
-the batch at a border takes the end of one epoch and the beginning of the next. `data.batches=hard` shuffles runs of
-near queries in place of examples (grouping.py).
+the batch at a border takes the end of one epoch and the beginning of the next. With `data.batches=hard` whole batches
+of near queries are shuffled in place of single examples (grouping.py).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from itertools import islice
 
 import numpy as np
 
-from sgpt.data.feed.collate import Batch, Draw, make_batch
+from sgpt.data.feed.collate import Batch, DrawnExample, make_batch
 from sgpt.data.feed.embeddings import Embeddings
 from sgpt.data.feed.grouping import Walk, order
 from sgpt.data.feed.store import Examples, Tokens
@@ -23,11 +23,11 @@ from sgpt.text.markers import Frame, Role
 
 @dataclass(frozen=True)
 class Source:
-    """Examples with the frames their texts are put in.
+    """Examples of one source, with the markers (`Frame`) that are put around their texts.
 
     name: for messages. num_hard_negatives: H. weight: share of the batches, relative to the other sources'. symmetric:
-    documents are of the queries' kind. guide: a frozen model's embeddings of the queries and of the documents. walk:
-    batches are runs of it, else they are random.
+    documents get the queries' markers. guide: a frozen model's embeddings of the queries and of the documents. walk:
+    with data.batches=hard, the order of near queries that batches are cut from (grouping.py); without, they are random.
     """
 
     name: str
@@ -40,10 +40,11 @@ class Source:
     guide: dict[Role, Embeddings] | None = None
     walk: Walk | None = None
 
-    def draw(self, number: int, epoch: int, seed: int) -> Draw:
-        """One positive of several, by a seed of example and epoch; of more than H hard negatives the next H each epoch.
+    def draw(self, number: int, epoch: int, seed: int) -> DrawnExample:
+        """Which of its texts example `number` brings into a batch of this epoch: one positive and H hard negatives.
 
-        Where a query has fewer than H hard negatives (msmarco with use_all_queries, labelled pairs), positives of other
+        Of several positives one is drawn, by a seed of example and epoch. Of more than H hard negatives each epoch
+        takes the next H. Where there are fewer (msmarco with use_all_queries, labelled pairs), positives of other
         examples are used instead.
         """
         positives, negatives = self.examples.positives[number], self.examples.hard_negatives[number]
@@ -58,13 +59,13 @@ class Source:
                 if not negatives:  # a positive of its own would be trained against
                     raise InputError(
                         f"{self.name}: a query has no hard negative, and no other example has another positive to be "
-                        "used instead; set data.num_hard_negatives=0, or give hard negatives"
+                        "used instead; set data.num_hard_negatives=0, or add hard negatives to the data"
                     )
         first = epoch * self.num_hard_negatives
         hard = [negatives[(first + offset) % len(negatives)] for offset in range(self.num_hard_negatives)]
         documents = (positives[positive], *hard)
         others = tuple(text for index, text in enumerate(positives) if index != positive)
-        return Draw(
+        return DrawnExample(
             self.examples, self.tokens, self.frames, self.examples.queries[number], documents, others, self.guide
         )  # fmt: skip
 
@@ -79,8 +80,9 @@ class Source:
 class Feed:
     """Batches of `queries_per_process` examples for each of `processes`.
 
-    A batch is of one source, so that in-batch negatives are of its kind; `mixed` lets every example be of another one.
-    turns: (source, turns that it had before) of each turn so far. had: turns of each source so far.
+    Sources take turns, as often as their weights say. A turn is a whole batch, so that in-batch negatives are of one
+    kind; with `mixed` it is one example of a batch. turns: (source, how many turns it had before) of each turn so far.
+    turn_counts: how many turns each source had so far.
     """
 
     sources: Sequence[Source]
@@ -89,10 +91,10 @@ class Feed:
     seed: int = 0
     mixed: bool = False
     turns: list[tuple[int, int]] = field(default_factory=list, init=False, repr=False)
-    had: list[int] = field(default_factory=list, init=False, repr=False)
+    turn_counts: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.had = [0] * len(self.sources)
+        self.turn_counts = [0] * len(self.sources)
         for source in self.sources:
             if len(source.examples) < self.queries_in_total and not (self.mixed and len(self.sources) > 1):
                 raise InputError(
@@ -121,23 +123,23 @@ class Feed:
     def drawn_examples(self, batch: int, rank: int) -> list[tuple[int, int, int]]:
         """(source, example, epoch) of each query of one process in batch number `batch`, counted over the whole run."""
         q = self.queries_per_process
-        if self.mixed:  # every query has a turn
+        if self.mixed:  # every query is a turn
             first = (batch * self.processes + rank) * q
-            slots = [self._turn(slot) for slot in range(first, first + q)]
-        else:  # a batch over all processes has one
+            positions = [self._turn(turn) for turn in range(first, first + q)]
+        else:  # a batch over all processes is one
             source, turn = self._turn(batch)
             first = (turn * self.processes + rank) * q
-            slots = [(source, slot) for slot in range(first, first + q)]
-        rows = []
-        for source, slot in slots:  # slots of a source are counted through all its epochs
-            epoch, position = divmod(slot, len(self.sources[source].examples))
-            rows.append((source, int(self._order(source, epoch)[position]), epoch))
-        return rows
+            positions = [(source, position) for position in range(first, first + q)]
+        drawn = []
+        for source, position in positions:  # in the source's endless stream of epochs
+            epoch, position_in_epoch = divmod(position, len(self.sources[source].examples))
+            drawn.append((source, int(self._order(source, epoch)[position_in_epoch]), epoch))
+        return drawn
 
     def batch(self, number: int, rank: int) -> Batch:
         """Batch `number`, counted over the whole run, of one process."""
-        rows = self.drawn_examples(number, rank)
-        return make_batch([self.sources[source].draw(example, epoch, self.seed) for source, example, epoch in rows])
+        drawn = self.drawn_examples(number, rank)
+        return make_batch([self.sources[source].draw(example, epoch, self.seed) for source, example, epoch in drawn])
 
     def _order(self, source: int, epoch: int) -> np.ndarray:
         """The examples of a source as an epoch draws them, [n]."""
@@ -147,16 +149,17 @@ class Feed:
         return _shuffled(len(self.sources[source].examples), self.seed, source, epoch)
 
     def _turn(self, number: int) -> tuple[int, int]:
-        """Which source has turn `number`, and how many it has had: always the one furthest behind its weight."""
+        """Which source has turn `number`, and how many it had before: always the one furthest behind its weight."""
         if len(self.sources) == 1:
             return 0, number
         total = sum(source.weight for source in self.sources)
         while len(self.turns) <= number:
             turns = len(self.turns) + 1
-            behind = [source.weight / total * turns - had for source, had in zip(self.sources, self.had, strict=True)]
+            counted = zip(self.sources, self.turn_counts, strict=True)
+            behind = [source.weight / total * turns - count for source, count in counted]
             source = behind.index(max(behind))
-            self.turns.append((source, self.had[source]))
-            self.had[source] += 1
+            self.turns.append((source, self.turn_counts[source]))
+            self.turn_counts[source] += 1
         return self.turns[number]
 
 

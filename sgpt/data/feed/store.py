@@ -1,7 +1,7 @@
 """Training data on disk, opened by memory map: a million pairs start in seconds and take no memory.
 
     <cache>/<key>/texts.arrow          every text once: text, and 64 bits of its hash
-                  examples.arrow       query, positives, hard_negatives: numbers of texts
+                  examples.arrow       query, positives, hard_negatives: row numbers in texts.arrow
                   tokens-<key>.arrow   token ids of every text, without markers, cut at the longest limit
                   embeddings-<key>/    of the texts, by a guide (embeddings.py)
                   walk-<key>.npy       the order of the examples by data.grouping_model (grouping.py)
@@ -72,11 +72,11 @@ class Column:
 
 
 class Examples:
-    """Rows of numbers over a table of texts, on disk or in memory. `examples[i]` is an `Example` of strings.
+    """A table of texts, and examples that name their texts by row number; on disk or in memory.
 
-    texts, hashes: by number of the text. queries, positives, hard_negatives: by number of the example, numbers of
-    texts.
-    key: of the source's bytes and its reader's settings. folder: None in memory.
+    `examples[i]` is an `Example` of strings. texts, hashes: one of each text. queries, positives, hard_negatives: of
+    each example, row numbers of texts. key: cache key of the source's bytes and its reader's settings. folder: None in
+    memory.
     """
 
     def __init__(self, tables: Mapping[str, Sequence], key: str, folder: Path | None = None) -> None:
@@ -116,18 +116,19 @@ class Examples:
 
 
 class Writer:
-    """Writes texts, and rows of numbers over them, in any order; each gets its number by being written."""
+    """Writes texts, and examples that name them by number: a text's number is how many were written before it."""
 
     def __init__(self, texts: "_Table | _Lists", rows: "_Table | _Lists") -> None:
         self.texts, self.rows, self.numbers = texts, rows, {}
 
     def text(self, text: str) -> int:
-        """Writes the text; its number. It is not recognised again: for collections too large to be remembered."""
+        """Writes the text and returns its number, even if an equal one is there: for collections too large to remember.
+        """
         self.texts.add(text, text_hash(text))
         return self.texts.count - 1
 
     def known_text(self, text: str) -> int:
-        """Writes the text unless it was written before; its number."""
+        """Writes the text unless it was written before, and returns its number."""
         hashed = text_hash(text)
         if hashed not in self.numbers:
             self.numbers[hashed] = self.text(text)

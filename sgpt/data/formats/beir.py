@@ -1,4 +1,4 @@
-"""BEIR folders: `corpus.jsonl[.gz]`, `queries.jsonl[.gz]`, `qrels/<split>.tsv`; and files of scored sentence pairs."""
+"""BEIR folders, `corpus.jsonl[.gz]`, `queries.jsonl[.gz]`, `qrels/<split>.tsv`: as test sets and as training data."""
 
 import logging
 import math

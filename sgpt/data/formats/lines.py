@@ -7,7 +7,7 @@ sgpt/data/sources/msmarco.py.)
 
     byte_lines, text_lines   a line that cannot be used is given as an InputError: the caller may count it and continue
     checked_lines            the first such line is raised, as everything behind it would be read wrongly
-    read_json_file                a whole file as one JSON value
+    read_json_file           a whole file as one JSON value
 """
 
 import gzip
@@ -144,12 +144,8 @@ def decoded(line: bytes, where: str) -> str:
         ) from None
     if "\0" in text:
         position = text.index("\0")
-        raise InputError(
-
-                f"{where}: a NUL character at column {position + 1} in {shown(text[max(0, position - 30) :][:80])}; "
-                "remove it"
-
-        )
+        around = shown(text[max(0, position - 30) :][:80])
+        raise InputError(f"{where}: a NUL character at column {position + 1} in {around}; remove it")
     return text.removesuffix("\n").removesuffix("\r")
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 from sgpt.runtime.errors import InputError
 
 Checked = TypeVar("Checked")
-PlacedRows = Iterator[tuple[str, dict | InputError]]
+PlacedRows = Iterator[tuple[str, dict | InputError]]  # ("<file>, line n", the row or what is wrong with it)
 NOTHING = ("nan", "none", "null", "n/a", "<na>", "nat")  # how programs write a missing value as text
 LISTED = 12  # names that a message shows
 SPLITS = {

@@ -1,5 +1,5 @@
-"""Rows as they lie in anyone's files: (place, row), where a row is a dict of Python values or the InputError that it
-deserves.
+"""Rows of anyone's files: ("<file>, line n", row), where a row is a dict of Python values or an InputError that says
+what is wrong with it.
 
 A row that cannot be used is given as a value, so that the caller may count it and continue. What makes the rest
 unreadable (a gzip stream that is cut off, a Parquet file that is none) is raised, with the place it got to. Nothing is
@@ -38,7 +38,7 @@ def rows(path: Path, split: str = "train", *, subset: str | None = None, streami
 
 
 def of_split(all_rows: PlacedRows, split: str, source: str) -> PlacedRows:
-    """Without the rows whose column `split` names another one; what has no such column is of every split."""
+    """The rows without those whose column `split` names another split; a row without that column is kept."""
     others, kept = Counter(), 0
     for where, row in all_rows:
         named = row.get("split") if isinstance(row, dict) else None

@@ -1,7 +1,4 @@
-"""Runs as files: TREC's six columns, or BEIR's JSON of query id -> document id -> score; plain or .gz.
-
-Read and written.
-"""
+"""Runs, which are ranked lists, in files: TREC's six columns, read and written; BEIR's JSON, read; plain or .gz."""
 
 import logging
 import math
@@ -41,10 +38,8 @@ def check_ids(file: Path, run: Run) -> None:
     for identifier in (name for query, documents in run.items() for name in (query, *documents)):
         if len(identifier.split()) != 1:
             raise InputError(
-
-                    f"{file}: id {identifier!r} is empty or holds a blank, and a TREC run is separated by blanks; "
-                    "rename it, or write no TREC run"
-
+                f"{file}: id {identifier!r} is empty or holds a blank, and a TREC run is separated by blanks; "
+                "rename it, or write no TREC run"
             )
 
 

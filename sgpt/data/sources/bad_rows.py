@@ -65,9 +65,9 @@ def _skipping(parsed_rows: ParsedRows, rejected: Path | None, max_error_share: f
 
 
 def _opened(rejected: Path | None):
-    """Emptied at the start: what an earlier run rejected is not this run's.
+    """The file for rejected rows, empty: what an earlier run rejected is not this run's.
 
-    Half characters of file names are escaped.
+    A message may quote a file name that is not UTF-8, so what cannot be encoded is escaped.
     """
     if rejected is None:
         return nullcontext()

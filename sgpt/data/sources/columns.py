@@ -51,8 +51,8 @@ class Columns:
     score: str | None = None
 
 
-def with_names(rows: PlacedRows, first: int = 100) -> tuple[list[str], PlacedRows]:
-    """The columns of the first rows together (in JSON lines some may be left out of a row), and all the rows again."""
+def peek_column_names(rows: PlacedRows, first: int = 100) -> tuple[list[str], PlacedRows]:
+    """All column names of the first rows (in JSON lines a row may lack some), and an iterator over all rows again."""
     head = list(islice(rows, first))
     names = dict.fromkeys(name for _, row in head if not isinstance(row, InputError) for name in row)
     if not names and head and isinstance(error := head[0][1], InputError):
@@ -78,9 +78,12 @@ def guess_columns(names: Sequence[str], stated: Mapping[str, str | None], where:
             f"set {' and '.join(missing)}"
         )
     label, score = named.get("label"), named.get("score")
-    negatives = (
-        _numbered(named["negative"], free) if "negative" in named else () if label or score else _negatives(free)
-    )
+    if "negative" in named:
+        negatives = _numbered(named["negative"], free)
+    elif label or score:
+        negatives = ()
+    else:
+        negatives = _negatives(free)
     if not (negatives or label or score):
         label = _first(free, "label") if label is None else None
         score = _first(free, "score") if score is None and not label else None
@@ -129,14 +132,13 @@ def _numbered(stated: str, names: Sequence[str]) -> tuple[str, ...]:
     return (stated, *(f"{stated}_{number}" for number in sorted(numbers))) if stated else ()
 
 
-def without_late_columns(
+def refuse_late_columns(
     rows: PlacedRows, names: Sequence[str], columns: Columns, stated: Mapping[str, str | None], num_hard_negatives: int
 ) -> PlacedRows:
-    """The rows, with an error in place of each that has a late column which would be taken for a label, score or
-    negative.
+    """The rows, with an error in place of each that has a label, score or negative column which the first rows lack.
 
-    A column is late when none of the first rows has it: nobody guessed it, and what it says would be lost. Only
-    roles that are guessed are looked at: what is stated, or stated as "" (none), is left alone.
+    Columns are guessed from the first rows, so such a late one would be ignored, and what it says would be lost. Only
+    roles that are guessed are checked: what is stated, or stated as "" (none), is left alone.
     """
     judged = columns.label or columns.score
     wanted = {

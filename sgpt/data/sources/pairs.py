@@ -1,9 +1,10 @@
 """From rows to examples: what a row, a label or a score makes of a pair.
 
-Columns are recognised in columns.py, bad rows counted in bad_rows.py:
+Columns are recognised in columns.py, bad rows counted in bad_rows.py. In short, what sgpt/data/readers.py does with a
+file of rows (`_fill_rows`):
 
     all_rows = rows(path)
-    names, all_rows = with_names(all_rows)
+    names, all_rows = peek_column_names(all_rows)
     columns = guess_columns(names, stated)
     parsed_rows = examples(all_rows, columns, num_hard_negatives=1)
     good = accepted(parsed_rows, on_error="skip", rejected=folder / "rejected.jsonl")
@@ -22,7 +23,9 @@ from sgpt.data.sources.columns import LABELS, Columns
 from sgpt.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
+# (where a row lies, what it became); None: the row is in order and waits in a group (`examples`)
 ParsedRows = Iterator[tuple[str, "Example | InputError | GroupedExample | None"]]
+# (a label or score, where its row lies) -> True: a positive; False: a hard negative; None: neither
 Judge = Callable[[object, str], bool | None]
 LIST = re.compile(r"""\[\s*(?P<quote>['"]).*(?P=quote)\s*,?\s*\]""", re.DOTALL)
 NUMBER = re.compile(r"-?[0-9]+(\.0+)?")
@@ -43,12 +46,12 @@ def examples(
     rows: PlacedRows, columns: Columns, *, num_hard_negatives: int,
     labels: Sequence[str] = (), positive_score: float | None = None, negative_score: float | None = None,
 ) -> ParsedRows:  # fmt: skip
-    """(place, example or what is wrong with the row). InputError at once for settings that fit no row.
+    """("<file>, line n", example or what is wrong with the row). InputError at once for settings that fit no row.
 
-    All positives and hard negatives of a row are kept; of none of the latter when `num_hard_negatives` is 0. Judged
+    All positives and hard negatives of a row are kept, and no hard negatives when `num_hard_negatives` is 0. Judged
     pairs (`columns.label`, `columns.score`) are grouped by query, in the order in which queries first appear, which
-    holds all their texts in memory. There, None stands for a row that is in order and went into a group; the groups
-    come behind the last row. labels: what numbers in the column of labels mean, in their order from 0.
+    holds all their texts in memory. For them None stands for a row that is in order and went into a group; the groups
+    follow after the last row. labels: what numbers in the column of labels mean, in their order from 0.
     """
     rows = _warned_of_odd_texts(
         rows, (columns.query, columns.positive, *(columns.negatives if num_hard_negatives else ()))
@@ -80,9 +83,9 @@ def examples(
 
 
 def _warned_of_odd_texts(rows: PlacedRows, columns: Sequence[str]) -> PlacedRows:
-    """The rows, and behind the last one a warning for texts that are most likely none.
+    """The rows; after the last one a warning, if some texts look like missing values or like lists.
 
-    Those are nan, None, and a list as Python or JSON writes it.
+    That is nan, None …, and a list as Python or JSON writes it.
     """
     kinds = {"a word for no value": spells_nothing, "a list written as text": _spells_list}
     first: dict[str, str] = {}
@@ -167,8 +170,8 @@ def _label_judge(columns: Columns, labels: Sequence[str]) -> Judge:
             return LABELS[labels[number].strip().lower()]
         if is_number and unsettled:
             raise InputError(
-                f"{where}, column {columns.label!r}: the label {shown(value)} of two sentences says nothing certain, "
-                "as paraphrase data call a pair 1 that inference data call 0; name the numbers from 0 on: "
+                f"{where}, column {columns.label!r}: the label {shown(value)} of two sentences is ambiguous, as "
+                "paraphrase data call a pair 1 that inference data call 0; say what the numbers mean, from 0 on: "
                 "data.labels=[not_duplicate,duplicate] or [entailment,neutral,contradiction]"
             )
         if word not in LABELS or not isinstance(value, str | int | float):
@@ -203,13 +206,11 @@ def _score_judge(
 
     def judge(value: object, where: str) -> bool | None:
         score = _number(value, f"{where}, column {column!r}")
-        return (
-            True
-            if score >= positive_score
-            else False
-            if negative_score is not None and score < negative_score
-            else None
-        )
+        if score >= positive_score:
+            return True
+        if negative_score is not None and score < negative_score:
+            return False
+        return None
 
     return judge
 
@@ -247,24 +248,20 @@ def _grouped(rows: PlacedRows, columns: Columns, judged_by: str, judge: Judge, n
         yield where, added if isinstance(added, InputError) else None
     without = short = 0
     for query, group in groups.items():
-        positives, negatives = (
-            [text for text, positive in group.documents.items() if positive is wanted] for wanted in (True, False)
+        positives = [text for text, is_positive in group.documents.items() if is_positive]
+        negatives = [text for text, is_positive in group.documents.items() if not is_positive]
+        if not positives:
+            without += 1
+            continue
+        short += len(negatives) < num_hard_negatives
+        used = negatives if num_hard_negatives else ()
+        yield group.where, GroupedExample(checked_example(query, positives[0], used, group.where, positives[1:]))
+    few = ""
+    if short:
+        few = (
+            f"; {short} have fewer than {num_hard_negatives} hard negatives, and positives of other queries are used "
+            "instead"
         )
-        if positives:
-            yield (
-                group.where,
-                GroupedExample(
-                    checked_example(
-                        query, positives[0], negatives if num_hard_negatives else (), group.where, positives[1:]
-                    )
-                ),
-            )
-            short += len(negatives) < num_hard_negatives
-        without += not positives
-    few = (
-        f"; {short} have fewer than {num_hard_negatives} hard negatives, and positives of other queries are used "
-        "instead"
-    ) if short else ""
     log.info(
         f"{pairs} pairs judged by {judged_by!r}: {neither} left out as neither positive nor hard negative; "
         f"{without} of {len(groups)} queries left out for want of a positive{few}"
@@ -276,8 +273,9 @@ def _judged(row: dict, columns: Columns, judged_by: str, judge: Judge, where: st
     meaning = judge(_cell(row, judged_by, "score" if columns.score else "label", where), where)
     if meaning:
         checked_example(query, document, (), where, (), columns.query, columns.positive)
-    asked = checked_text(query, f"{where}, query (column {columns.query!r})")
-    return asked, checked_text(document, f"{where}, document (column {columns.positive!r})"), meaning
+    query_text = checked_text(query, f"{where}, query (column {columns.query!r})")
+    document_text = checked_text(document, f"{where}, document (column {columns.positive!r})")
+    return query_text, document_text, meaning
 
 
 def _add(groups: dict[str, _Group], query: str, document: str, meaning: bool | None, where: str) -> bool | None:
