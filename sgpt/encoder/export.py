@@ -1,6 +1,8 @@
 """Export: one folder that both `Encoder.from_pretrained` and `SentenceTransformer` open, weights merged, markers
 included.
 
+What was trained over a quantised trunk is merged into the weights that the trunk was opened from.
+
 All is compared in float32, after any training: config.json says float32, so that every reader computes so, and what
 half precision holds exactly, as the frozen weights of a base that was opened in it, is stored in it and takes half of
 the disk.
@@ -24,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sgpt.decoder.quantised import quantised_dtype
 from sgpt.encoder import contract as contracts
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.probes import probes, rounding
@@ -51,6 +54,8 @@ def export(encoder: Encoder, folder: Path, *, card: str) -> dict:
     """
     folder = Path(folder)
     _refuse_foreign(folder)
+    if quantised_dtype(encoder.trunk):
+        encoder = encoder.in_dtype(torch.float32)  # once, and not by each of those who compare in float32
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
