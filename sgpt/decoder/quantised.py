@@ -26,9 +26,9 @@ from torch.nn import functional as F
 
 from sgpt.runtime.errors import InputError
 
-BLOCK = 64  # weights that share a scale in nf4
+NF4_BLOCK = 64  # weights that share a scale in nf4
 SAMPLE = 256  # numbers of a weight by which it is known again
-BLOCKS_AT_A_TIME = 2**14  # of nf4: the search for the nearest level takes 12 bytes a weight
+BLOCKS_AT_A_TIME = 2**12  # of nf4, a MB of weights, which stays in a cache of the processor
 # quantiles of a normal distribution, with an exact 0: appendix E of QLoRA
 NF4_LEVELS = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -41,14 +41,14 @@ NF4_PAIRS = torch.stack([NF4_LEVELS.repeat_interleave(16), NF4_LEVELS.repeat(16)
 TINY = torch.finfo(torch.float32).tiny  # instead of the scale 0, where all weights are 0
 
 
-class Sample(NamedTuple):
+class WeightSample(NamedTuple):
     """Some numbers of a weight, evenly spread over it, and its shape."""
 
     shape: tuple[int, ...]
     numbers: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor) -> "Sample":
+    def of(cls, weight: Tensor) -> "WeightSample":
         """SAMPLE of its numbers, fewer than twice as many, or all where it has fewer; in its dtype."""
         flat = weight.detach().flatten()
         return cls(tuple(weight.shape), flat[:: max(1, len(flat) // SAMPLE)].clone())
@@ -68,9 +68,9 @@ def _from_int8(codes: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _nf4(weight: Tensor) -> Quantised:
-    """Float32 [out, in] -> uint8 [out · in / 2], two levels in each, and float32 [out · in / BLOCK, 1]."""
+    """Float32 [out, in] -> uint8 [out · in / 2], two levels in each, and float32 [out · in / NF4_BLOCK, 1]."""
     flat = weight.flatten()
-    blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    blocks = F.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
     scale = blocks.abs().amax(1, keepdim=True)
     middles = ((NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2).to(weight.device)  # between neighbours
     codes = []
@@ -81,9 +81,16 @@ def _nf4(weight: Tensor) -> Quantised:
 
 
 def _from_nf4(codes: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
-    pairs = NF4_PAIRS.to(codes.device).index_select(0, codes.int())
-    weights = pairs.view(torch.float32).view(-1, BLOCK).mul_(scale).flatten()
-    return weights[: math.prod(shape)].view(shape)
+    table = NF4_PAIRS.to(codes.device)
+    pairs = torch.empty(len(codes), dtype=torch.int64, device=codes.device)
+    blocks = pairs.view(torch.float32).view(-1, NF4_BLOCK)
+    size = BLOCKS_AT_A_TIME
+    parts = zip(codes.split(size * NF4_BLOCK // 2), pairs.split(size * NF4_BLOCK // 2), strict=True)
+    scaled = zip(blocks.split(size), scale.split(size), strict=True)
+    for (part, pairs_of_part), (blocks_of_part, scale_of_part) in zip(parts, scaled, strict=True):
+        torch.index_select(table, 0, part.int(), out=pairs_of_part)
+        blocks_of_part.mul_(scale_of_part)
+    return blocks.flatten()[: math.prod(shape)].view(shape)
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class QuantisedLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype, self.name, self.source = dtype, name, source
         self.bias = linear.bias
-        self.sample = Sample.of(linear.weight)
+        self.sample = WeightSample.of(linear.weight)
         codes, scale = SCHEMES[dtype].quantise(linear.weight.detach().float())
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
@@ -217,7 +224,7 @@ def held_bytes(model: nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def unquantised_weights(model: nn.Module) -> dict[str, Tensor | Sample]:
+def unquantised_weights(model: nn.Module) -> dict[str, Tensor | WeightSample]:
     """The parameters by name, and of quantised layers the sample of the weight that they were made of."""
     samples = {f"{path}.weight": layer.sample for path, layer in quantised_layers(model).items()}
     return {**dict(model.named_parameters()), **samples}

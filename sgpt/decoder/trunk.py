@@ -42,7 +42,7 @@ from sgpt.decoder.model_files import (
 from sgpt.decoder.packing import Pack
 from sgpt.decoder.quantised import (
     QUANTISED,
-    Sample,
+    WeightSample,
     quantise,
     quantised_dtype,
     quantised_layers,
@@ -130,7 +130,7 @@ def unquantised(trunk: nn.Module) -> nn.Module:
     base = open_model(ModelConfig(source))
     for path, layer in layers.items():
         linear = base.get_submodule(layer.name)
-        now, then = Sample.of(linear.weight), layer.sample
+        now, then = WeightSample.of(linear.weight), layer.sample
         if now.shape != then.shape or not torch.equal(now.numbers, then.numbers.to(now.numbers)):
             raise InputError(f"{source}: {layer.name}.weight has changed since it was quantised; put it back")
         linear.weight.requires_grad_(False)

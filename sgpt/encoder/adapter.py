@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sgpt.decoder.families import is_norm
-from sgpt.decoder.quantised import QUANTISED, Sample, quantised_dtype, quantised_layers, unquantised_weights
+from sgpt.decoder.quantised import QUANTISED, WeightSample, quantised_dtype, quantised_layers, unquantised_weights
 from sgpt.decoder.trunk import FLOATS, ModelConfig, load_trunk
 from sgpt.encoder import contract as contracts
 from sgpt.encoder.contract import Contract
@@ -187,7 +187,7 @@ def _rules_hash(tokenizer) -> str:
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def base_hash(values: Mapping[str, Tensor | Sample], dtype: str) -> str:
+def base_hash(values: Mapping[str, Tensor | WeightSample], dtype: str) -> str:
     """Of names, shapes and some numbers of every tensor, read in `dtype`.
 
     So a float32 copy of bfloat16 weights is the same base, which `provenance.weights_hash`, of every bit, would deny;
@@ -197,7 +197,7 @@ def base_hash(values: Mapping[str, Tensor | Sample], dtype: str) -> str:
     digest = hashlib.sha256()
     for name in sorted(values):
         value = values[name]
-        sample = value if isinstance(value, Sample) else Sample.of(value)
+        sample = value if isinstance(value, WeightSample) else WeightSample.of(value)
         numbers = sample.numbers.to(getattr(torch, dtype)).float().cpu()
         digest.update(f"{name} {sample.shape} ".encode() + numbers.numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -228,7 +228,7 @@ def _write_delta(trunk: nn.Module, base: Mapping[str, Tensor], folder: Path, bas
     return "plain" if peft_form is None else "beft", note
 
 
-def _frozen(trunk: nn.Module) -> dict[str, Tensor | Sample]:
+def _frozen(trunk: nn.Module) -> dict[str, Tensor | WeightSample]:
     """Weights by their names in the base."""
     if not _by_peft(trunk):
         return unquantised_weights(trunk)
