@@ -176,7 +176,8 @@ def quantise(model: nn.Module, dtype: str, source: str) -> None:
         replace_module(trunk, name, QuantisedLinear(linear, dtype, name=name, source=source))
     del linears, linear
     for parameter in model.parameters():
-        parameter.data = parameter.data.float()
+        # a copy: one tensor that still lies in the mapped file would hold all of it in memory
+        parameter.data = parameter.data.to(torch.float32, copy=True)
     model.config.dtype = torch.float32
 
 
