@@ -24,8 +24,8 @@ from sgpt.training.tuning import TuningConfig, tune
 
 @dataclass(frozen=True)
 class Variant:
-    """engine: a row of ENGINES. options: of ours, keep_gigabytes and tokens_per_pack; of ST, those of its cached loss,
-    and none for the plain one.
+    """engine: a row of ENGINES. options: of ours, keep_gigabytes, tokens_per_pack and dtype; of ST, those of its cached
+    loss, and none for the plain one.
     """
 
     name: str
@@ -49,9 +49,10 @@ Step = Callable[[Sequence[Example]], Tensor]  # from strings to gradients; retur
 
 
 def ours(
-    setting: Setting, *, keep_gigabytes: float = math.inf, tokens_per_pack: int = TOKENS_PER_PACK
-) -> tuple[Encoder, Step]:
-    encoder = open_ours(setting)
+    setting: Setting, *, keep_gigabytes: float = math.inf, tokens_per_pack: int = TOKENS_PER_PACK,
+    dtype: str | None = None,
+) -> tuple[Encoder, Step]:  # fmt: skip
+    encoder = open_ours(setting, dtype)
     encoder.tokens_per_pack = tokens_per_pack
     tune(encoder.trunk, TuningConfig())
     encoder.train()
@@ -91,9 +92,10 @@ def theirs(setting: Setting, **options) -> tuple[nn.Module, Step]:
 ENGINES: dict[str, Callable[..., tuple[nn.Module, Step]]] = {"ours": ours, "st": theirs}
 
 
-def open_ours(setting: Setting) -> Encoder:
+def open_ours(setting: Setting, dtype: str | None = None) -> Encoder:
+    """dtype: of the frozen weights; None is what the precision says."""
     keep_freed_memory()
-    dtype = "bfloat16" if setting.precision == "bf16" else "float32"
+    dtype = dtype or ("bfloat16" if setting.precision == "bf16" else "float32")
     contract = Contract("weighted_mean", setting.markers, base=setting.model)
     return Encoder(load_trunk(ModelConfig(setting.model, dtype)), load_tokenizer(setting.model), contract)
 

@@ -144,6 +144,16 @@ def stored_tensors(folder: Path, path: str) -> dict[str, Path]:
     return held
 
 
+def stored_dtype(stored: Mapping[str, Path]) -> str:
+    """bfloat16 or float16 where all tensors are stored in it, otherwise float32."""
+    kinds = set()
+    for file in set(stored.values()):
+        with safe_open(file, "pt") as opened:
+            kinds |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118, it is no mapping
+    halves = {"BF16": "bfloat16", "F16": "float16"}
+    return halves.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
+
+
 def _names(file: Path) -> list[str]:
     try:
         with file.open("rb") as opened:

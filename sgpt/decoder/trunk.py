@@ -4,6 +4,7 @@ The trunk is `AutoModel`: the decoder (or encoder) without its language-model he
 weights are opened, whoever asks, so that no check can be forgotten. Only safetensors and JSON are read, and no code.
 """
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,17 +34,27 @@ from sgpt.decoder.model_files import (
     first_line,
     read_json,
     refuse_foreign_code,
+    stored_dtype,
     stored_tensors,
     unloadable,
     without_wrappers,
 )
 from sgpt.decoder.packing import Pack
+from sgpt.decoder.quantised import (
+    QUANTISED,
+    WeightSample,
+    quantise,
+    quantised_dtype,
+    quantised_layers,
+    replace_module,
+)
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import check_choice
 from sgpt.text.template import unwrap
 
 log = logging.getLogger(__name__)
-DTYPES = ("float32", "bfloat16", "float16")
+FLOATS = ("float32", "bfloat16", "float16")
+DTYPES = (*FLOATS, *QUANTISED)
 
 
 @dataclass
@@ -53,7 +64,11 @@ class ModelConfig:
     path: str = "data/nano"
     """Local folder, GGUF file, or a hub id such as EleutherAI/gpt-neo-125m."""
     dtype: str = "float32"
-    """Of the frozen weights: float32, bfloat16 or float16. What learns is float32 in any case."""
+    """Of the frozen weights: float32, bfloat16, float16, or int8 or nf4 for those of linear layers, and float32 for the
+    rest (sgpt/decoder/quantised.py).
+
+    What learns is float32 in any case.
+    """
     hub: str | None = None
     """Hub id that is loaded where the folder `path` is not there; null for none."""
 
@@ -96,9 +111,13 @@ def open_model(config: ModelConfig, auto: type = AutoModel) -> nn.Module:
         architecture.return_dict = True  # a config may say otherwise, and its forward would give a tuple
     stored = stored_tensors(folder, path)
     with describe_errors(path):
-        model, report = _loaded(path, folder, architecture, auto, config.dtype, stored)
+        # what half precision holds exactly is read in it, and takes half of the memory until it is quantised
+        dtype = stored_dtype(stored) if config.dtype in QUANTISED else config.dtype
+        model, report = _loaded(path, folder, architecture, auto, dtype, stored)
     check_names(path, model, report)
     check_numbers(path, model, stored)
+    if config.dtype in QUANTISED:
+        quantise(model, config.dtype, path)
     model.config.use_cache = False
     with torch.no_grad():
         for name in report["missing_keys"]:
@@ -106,6 +125,32 @@ def open_model(config: ModelConfig, auto: type = AutoModel) -> nn.Module:
                 model.get_parameter(name).zero_()
     _try(path, model.eval())
     return model
+
+
+def unquantised(trunk: nn.Module) -> nn.Module:
+    """The trunk itself, or where it is quantised a copy of it with the float32 weights of the model that it was opened
+    from.
+
+    All that is not quantised, trained biases and low-rank adapters among it, is the trunk's. Raises InputError where
+    that model has changed since.
+    """
+    dtype = quantised_dtype(trunk)
+    if dtype is None:
+        return trunk
+    trunk = copy.deepcopy(trunk)
+    layers = quantised_layers(trunk)
+    source = next(iter(layers.values())).source
+    log.info("%s is opened again for its weights, which the %s trunk has no longer", source, dtype)
+    base = open_model(ModelConfig(source))
+    for path, layer in layers.items():
+        linear = base.get_submodule(layer.name)
+        now, then = WeightSample.of(linear.weight), layer.sample
+        if now.shape != then.shape or not torch.equal(now.numbers, then.numbers.to(now.numbers)):
+            raise InputError(f"{source}: {layer.name}.weight has changed since it was quantised; put it back")
+        linear.weight.requires_grad_(False)
+        linear.bias = layer.bias
+        replace_module(trunk, path, linear.to(layer.codes.device).train(layer.training))
+    return trunk
 
 
 def check_family(path: str, trunk: nn.Module, *, causal: bool = False) -> None:

@@ -20,14 +20,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sgpt.decoder.added_biases import add_named_biases, added_biases
 from sgpt.decoder.base_folder import path_for_others
 from sgpt.decoder.families import is_norm
-from sgpt.decoder.trunk import DTYPES, ModelConfig, load_trunk
+from sgpt.decoder.quantised import QUANTISED, WeightSample, quantised_dtype, quantised_layers, unquantised_weights
+from sgpt.decoder.trunk import FLOATS, ModelConfig, load_trunk
 from sgpt.encoder import contract as contracts
 from sgpt.encoder.contract import Contract
 from sgpt.runtime.errors import InputError
@@ -37,7 +38,6 @@ DELTA, TRAINED = "sgpt_delta.json", "trained.safetensors"
 CHANGE, PEFT = "adapter_model.safetensors", "adapter_config.json"
 FORMAT = 2  # 1, which has no tokenizer_hash and leaves low-rank adapters out, is still read
 FORMS = ("plain", "beft", "peft")
-SAMPLE = 256  # numbers a tensor that go into the base's hash
 
 
 def save_adapter(trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[str, Tensor], folder: Path) -> Path:
@@ -64,12 +64,14 @@ def save_adapter(trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[
         form, note = _write_delta(trunk, base, temporary, base_for_peft)
     untuned = _of_the_base(trunk) if form == "peft" else {**_of_the_base(trunk), **base}
     untuned = {name: value for name, value in untuned.items() if name not in added_biases(trunk)}
-    dtype = str(trunk.config.dtype).removeprefix("torch.")  # as it was opened: what learns is float32 since
+    # as it was opened: what learns is float32 since, and a quantised trunk has the base that it was made of
+    dtype = str(trunk.config.dtype).removeprefix("torch.")
     delta = {
         "format": FORMAT,
         "form": form,
         "base": contract.base,
         "dtype": dtype,
+        "quantised": quantised_dtype(trunk),
         "base_hash": base_hash(untuned, dtype),
         "tokenizer_hash": _rules_hash(tokenizer),
         "added": added_biases(trunk),
@@ -98,7 +100,7 @@ def load_adapter(trunk: nn.Module, folder: Path) -> None:
 def open_trunk(folder: Path, dtype: str) -> nn.Module:
     """The base that the contract names, with the adapter in it: changed in place, or wrapped by PEFT for low rank."""
     base, known = Contract.load(folder).base, (folder / DELTA).is_file()
-    trunk = load_trunk(ModelConfig(base, trained_dtype(folder) if known else dtype))
+    trunk = load_trunk(ModelConfig(base, opened_dtype(folder, dtype)))
     refuse_other_base(trunk, folder)
     convert(trunk, dtype)
     if known and read_delta(folder)["form"] != "peft":
@@ -120,8 +122,9 @@ def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
     """
     if not (folder / DELTA).is_file():
         return
-    stated, parameters = read_delta(folder), _of_the_base(trunk)
-    if base_hash(parameters, stated["dtype"]) == stated["base_hash"]:
+    stated, parameters = read_delta(folder), dict(trunk.named_parameters())
+    if base_hash(_of_the_base(trunk), stated["dtype"]) == stated["base_hash"]:
+        _refuse_trained_weights(trunk, folder, stated)
         return
     trained = {} if stated["form"] == "peft" else load_file(folder / TRAINED)
     raise InputError(
@@ -130,16 +133,38 @@ def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
     )
 
 
-def trained_dtype(folder: Path) -> str:
-    """The dtype that the base had in training: opened in another, its weights would be others."""
-    return read_delta(folder)["dtype"]
+def _refuse_trained_weights(trunk: nn.Module, folder: Path, stated: Mapping) -> None:
+    """InputError where the weights that quantised layers hold are what was trained."""
+    layers = quantised_layers(trunk)
+    if not layers or stated["form"] == "peft":
+        return
+    with safe_open(folder / TRAINED, "pt") as opened:
+        trained = set(opened.keys())
+    changed = next((name for path in layers if (name := f"{path}.weight") in trained), None)
+    if changed is not None:
+        raise InputError(
+            f"{folder}: changes {changed}, which a trunk in {quantised_dtype(trunk)} holds quantised; open it in "
+            f"{stated['dtype']}, or export it and open the export in {quantised_dtype(trunk)}"
+        )
+
+
+def opened_dtype(folder: Path, dtype: str) -> str:
+    """The dtype that the base of an adapter is opened in, before it is converted to `dtype`.
+
+    It is the one that the base had in training: opened in another, its weights would be others. A trunk is quantised
+    from the weights as they are stored, and biases trained over a quantised one are at home over the whole one, too.
+    """
+    known = (folder / DELTA).is_file()
+    return dtype if dtype in QUANTISED or not known else read_delta(folder)["dtype"]
 
 
 def convert(model: nn.Module, dtype: str) -> None:
-    """To the dtype, in place.
+    """To the dtype, in place; a quantised model, which `opened_dtype` has opened so, is left as it is.
 
     Parameters only: rotary frequencies, which are buffers, stay float32 as after opening in it.
     """
+    if dtype in QUANTISED:
+        return
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
 
@@ -167,17 +192,19 @@ def _rules_hash(tokenizer) -> str:
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def base_hash(values: Mapping[str, Tensor], dtype: str) -> str:
+def base_hash(values: Mapping[str, Tensor | WeightSample], dtype: str) -> str:
     """Of names, shapes and some numbers of every tensor, read in `dtype`.
 
     So a float32 copy of bfloat16 weights is the same base, which `provenance.weights_hash`, of every bit, would deny;
-    and SAMPLE numbers of a tensor tell two models from each other in a fraction of a second.
+    so is a quantised trunk, which has kept these numbers of its weights. A few hundred of a tensor tell two models from
+    each other in a fraction of a second.
     """
     digest = hashlib.sha256()
     for name in sorted(values):
-        value = values[name].detach().flatten()
-        sample = value[:: max(1, len(value) // SAMPLE)].to(getattr(torch, dtype)).float().cpu()
-        digest.update(f"{name} {tuple(values[name].shape)} ".encode() + sample.numpy().tobytes())
+        value = values[name]
+        sample = value if isinstance(value, WeightSample) else WeightSample.of(value)
+        numbers = sample.numbers.to(getattr(torch, dtype)).float().cpu()
+        digest.update(f"{name} {sample.shape} ".encode() + numbers.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -206,13 +233,13 @@ def _write_delta(trunk: nn.Module, base: Mapping[str, Tensor], folder: Path, bas
     return "plain" if peft_form is None else "beft", note
 
 
-def _of_the_base(trunk: nn.Module) -> dict[str, Tensor]:
-    """Parameters that the base has, by their names there."""
-    if not _by_peft(trunk):
-        added = added_biases(trunk)
-        return {name: value for name, value in trunk.named_parameters() if name not in added}
-    wrapped = trunk.get_base_model().named_parameters()
-    return {name.replace(".base_layer.", "."): value for name, value in wrapped if ".lora_" not in name}
+def _of_the_base(trunk: nn.Module) -> dict[str, Tensor | WeightSample]:
+    """Weights that the base has, by their names there."""
+    if _by_peft(trunk):
+        wrapped = unquantised_weights(trunk.get_base_model())
+        return {name.replace(".base_layer.", "."): value for name, value in wrapped.items() if ".lora_" not in name}
+    added = added_biases(trunk)
+    return {name: value for name, value in unquantised_weights(trunk).items() if name not in added}
 
 
 def _beft_form(
@@ -282,7 +309,7 @@ def read_delta(folder: Path) -> dict:
     added = stated.setdefault("added", [])
     if not isinstance(added, list) or not all(isinstance(name, str) and name.endswith(".bias") for name in added):
         raise InputError(f"{file}: key 'added' is {added!r:.80}, expected names of biases; save the adapter again")
-    for key, known in (("form", FORMS), ("dtype", DTYPES)):
+    for key, known in (("form", FORMS), ("dtype", FLOATS)):
         if stated[key] not in known:
             raise InputError(
                 f"{file}: {key} {stated[key]!r} is unknown; it is one of {', '.join(known)}. Save the adapter again"

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sgpt.decoder.families import embedding_size, position_limit
 from sgpt.decoder.packing import Pack, packs
+from sgpt.decoder.quantised import QUANTISED, held_weights, quantise, quantised_dtype
 from sgpt.decoder.trunk import (
     ModelConfig,
     check_vocabulary,
@@ -25,6 +26,7 @@ from sgpt.decoder.trunk import (
     packed_token_embeddings,
     takes_packs,
     token_embeddings,
+    unquantised,
 )
 from sgpt.encoder import contract as contracts
 from sgpt.encoder import sentence_transformers as sentence_transformers_format
@@ -188,21 +190,29 @@ class Encoder(nn.Module):
         document.
         """
         with self.delta:
-            weights = weights_hash(dict(self.trunk.named_parameters()))
+            weights = weights_hash(held_weights(self.trunk))
         parts = [self.contract.fingerprint(), weights, tokenizer_hash(self.tokenizer)]
         return content_hash(parts, corpus or {})
 
     def in_dtype(self, dtype: torch.dtype) -> "Encoder":
         """A copy that holds and computes all weights in `dtype`; the encoder itself when it does so already.
 
-        Buffers are left as they are, as loading in this dtype leaves them: rotary frequencies stay float32.
+        A quantised trunk gets the weights again that it was opened from. Buffers are left as they are, as loading in
+        this dtype leaves them: rotary frequencies stay float32.
         """
+        if quantised_dtype(self.trunk):
+            with self.delta:
+                whole = unquantised(self.trunk)
+            return self._over(whole).in_dtype(dtype)
         if all(parameter.dtype == dtype for parameter in self.trunk.parameters()):
             return self
         with self.delta:
             trunk = copy.deepcopy(self.trunk)
         for parameter in trunk.parameters():
             parameter.data = parameter.data.to(dtype)
+        return self._over(trunk)
+
+    def _over(self, trunk: nn.Module) -> "Encoder":
         return type(self)(trunk, self.tokenizer, self.contract, tokens_per_pack=self.tokens_per_pack)
 
     def encode_in(self, dtype: torch.dtype) -> Encode:
@@ -249,8 +259,11 @@ class Encoder(nn.Module):
             return cls(open_trunk(folder, dtype), tokenizer, contract)
         if model.kind == "export":
             contract = Contract.load(folder)
-            encoder = cls(*_load(folder, dtype), contract)
+            # probes were computed over the whole weights, and a quantised trunk has them no longer
+            encoder = cls(*_load(folder, "float32" if dtype in QUANTISED else dtype), contract)
             check_probes(contract, encoder.trunk.dtype, encoder.encode, encoder.encode_in, str(folder))
+            if dtype in QUANTISED:
+                quantise(encoder.trunk, dtype, str(folder))
             return encoder
         if model.kind == "sentence-transformers":
             return cls(*_open_foreign(folder, markers, pooling, dtype))

@@ -1,6 +1,8 @@
 """Export: one folder that both `Encoder.from_pretrained` and `SentenceTransformer` open, weights merged, markers
 included.
 
+What was trained over a quantised trunk is merged into the weights that the trunk was opened from.
+
 All is compared in float32, after any training: config.json says float32, so that every reader computes so, and what
 half precision holds exactly, as the frozen weights of a base that was opened in it, is stored in it and takes half of
 the disk.
@@ -28,6 +30,7 @@ import torch
 from torch import nn
 
 from sgpt.decoder.added_biases import with_biases
+from sgpt.decoder.quantised import quantised_dtype
 from sgpt.encoder import contract as contracts
 from sgpt.encoder.adapter import CHANGE, DELTA, PEFT, TRAINED
 from sgpt.encoder.encoder import Encoder
@@ -56,6 +59,8 @@ def export(encoder: Encoder, folder: Path, *, card: str, adapter: Path | None = 
     """
     folder = Path(folder)
     _refuse_foreign(folder)
+    if quantised_dtype(encoder.trunk):
+        encoder = encoder.in_dtype(torch.float32)  # once, and not by each of those who compare in float32
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from sgpt.cross_encoder.cross_encoder import CrossEncoder
+from sgpt.decoder.quantised import held_weights, num_weights
 from sgpt.encoder.adapter import base_hash
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import OF_A_RUN
@@ -110,7 +111,7 @@ class MtebReranker:
 
     def __init__(self, reranker: CrossEncoder, name: str = "sgpt/reranker") -> None:
         self.reranker = reranker
-        weights = base_hash(dict(reranker.model.named_parameters()), "float32")
+        weights = base_hash(held_weights(reranker.model), "float32")
         stated = json.dumps([weights, asdict(reranker.prompt), asdict(reranker.scoring)])
         revision = hashlib.sha256(stated.encode()).hexdigest()
         unstated = {"embed_dim": None, "similarity_fn_name": None}
@@ -194,7 +195,7 @@ def _meta(name: str, revision: str, trunk: Any, max_tokens: int, kind: str, **st
     return _mteb().models.ModelMeta(
         name=name,
         revision=revision[:16],
-        n_parameters=sum(parameter.numel() for parameter in trunk.parameters()),
+        n_parameters=num_weights(trunk),
         max_tokens=max_tokens,
         framework=["PyTorch"],
         model_type=[kind],

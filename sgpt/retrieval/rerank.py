@@ -21,6 +21,8 @@ from sgpt.cross_encoder.prompts import PromptConfig, build_prompt
 from sgpt.data.formats.beir import RetrievalSet, fewer_queries, read_retrieval
 from sgpt.data.formats.trec import Run, check_ids, cut, read_run, write_run
 from sgpt.data.test_sets.beir_sets import BEIR_SETS
+from sgpt.decoder.quantised import held_weights
+from sgpt.decoder.trunk import DTYPES
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.dense import retrieve
@@ -50,7 +52,10 @@ class RerankConfig:
     model: str = "data/nano"
     """The decoder with its language-model head: a folder or a hub id."""
     dtype: str = "float32"
-    """Of the decoder's weights and of what it computes: float32, bfloat16 or float16."""
+    """Of the decoder's weights and of what it computes: float32, bfloat16 or float16.
+
+    int8 and nf4 hold the weights of its linear layers in fewer bytes, and compute in float32.
+    """
     output: str = ""
     """A new file for the TREC run; its metrics go to <output>.json."""
     limit: int | None = None
@@ -91,7 +96,7 @@ class RerankConfig:
 
     def __post_init__(self) -> None:
         check_path_of_choice(self, "first", PATH_OF_FIRST)
-        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("dtype", self.dtype, DTYPES)
         check_ranges(
             self, depth=COUNT, limit=COUNT.or_null("for all queries"), tokens_per_pack=COUNT, documents_per_block=COUNT,
             threads=THREADS.or_null("to share the cores"),
@@ -313,6 +318,6 @@ def reranking_inputs(config: RerankConfig, dataset: RetrievalSet, first: Run, re
         f"judgements of {config.data}": content_hash(dataset.qrels),
         f"documents of {config.data}": content_hash((document, dataset.corpus[document]) for document in ranked),
         f"first stage {config.encoder or config.trec or config.first}": content_hash(first),
-        f"model {config.model}": weights_hash(dict(reranker.model.named_parameters())),
+        f"model {config.model}": weights_hash(held_weights(reranker.model)),
         f"tokenizer of {config.model}": tokenizer_hash(reranker.tokenizer),
     }

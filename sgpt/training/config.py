@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from sgpt.data.readers import DataConfig
+from sgpt.decoder.quantised import QUANTISED
 from sgpt.decoder.trunk import ModelConfig
 from sgpt.encoder.pooling import PoolingConfig
 from sgpt.evaluation.evaluate import EvaluationConfig
@@ -12,7 +13,7 @@ from sgpt.text.markers import ROLES, MarkersConfig
 from sgpt.training.loss import LossConfig
 from sgpt.training.optim import OptimConfig
 from sgpt.training.trainer import TrainerConfig
-from sgpt.training.tuning import TuningConfig
+from sgpt.training.tuning import TuningConfig, of_quantised
 
 
 @dataclass
@@ -80,6 +81,8 @@ class TrainConfig:
             raise InputError(
                 "model.path is empty; set model.path=<folder or hub id>, or choose a model=<name of configs/model>"
             )
+        if self.model.dtype in QUANTISED and self.tuning.name == "full":
+            raise InputError(f"tuning=full {of_quantised(self.model.dtype)}")
         for key in ("evaluation", "dev"):
             check_ranges(getattr(self, key), f"{key}.", limit=COUNT.or_null("for whole sets"))
         longest = max(self.markers.max_tokens(role) for role in ROLES)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sgpt.data.feed.sampling import Feed
+from sgpt.decoder.quantised import held_weights
 from sgpt.decoder.trunk import load_tokenizer, load_trunk
 from sgpt.encoder import contract as contracts
 from sgpt.encoder.adapter import check_tokenizer, is_adapter, refuse_other_base
@@ -60,7 +61,7 @@ def base_inputs(encoder: Encoder) -> Inputs:
     """Hashes of the trunk before training, and of its tokenizer."""
     base = encoder.contract.base
     return {
-        f"base model {base}": weights_hash(dict(encoder.trunk.named_parameters())),
+        f"base model {base}": weights_hash(held_weights(encoder.trunk)),
         f"tokenizer of {base}": tokenizer_hash(encoder.tokenizer),
     }
 

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from sgpt.decoder.added_biases import PLACES, add_biases, block_of
 from sgpt.decoder.families import is_norm
+from sgpt.decoder.quantised import num_weights, quantised_dtype
 from sgpt.encoder.probes import HALVES
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import BELOW_ONE, COUNT, check_choice, check_ranges
@@ -82,9 +83,19 @@ def bitfit_norm(trunk: nn.Module, config: TuningConfig) -> nn.Module:
 
 
 def full(trunk: nn.Module, config: TuningConfig) -> nn.Module:
-    """Every parameter."""
+    """Every parameter. InputError for a quantised trunk, whose weights are none."""
+    if dtype := quantised_dtype(trunk):
+        raise InputError(f"tuning=full {of_quantised(dtype)}")
     _learn_only(trunk, lambda name: True, config)
     return trunk
+
+
+def of_quantised(dtype: str) -> str:
+    """Why tuning=full is refused, the end of a sentence."""
+    return (
+        f"trains every weight, and in {dtype} those of linear layers are frozen; use tuning=bitfit, bitfit_norm or "
+        "lora, or model.dtype=float32"
+    )
 
 
 def lora(trunk: nn.Module, config: TuningConfig) -> nn.Module:
@@ -173,8 +184,7 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def count_parameters(module: nn.Module) -> tuple[int, int]:
     """How many numbers learn, and how many there are."""
     learned = sum(parameter.numel() for parameter in trainable_parameters(module).values())
-    total = sum(parameter.numel() for parameter in module.parameters())
-    return learned, total
+    return learned, num_weights(module)
 
 
 def precisions(trunk: nn.Module, precision: str) -> dict[str, str]:
@@ -184,7 +194,8 @@ def precisions(trunk: nn.Module, precision: str) -> dict[str, str]:
     """
     types = {str(parameter.dtype).removeprefix("torch.") for parameter in trunk.parameters()}
     half = next((name for name in HALVES if name in types), None)
-    return {"frozen": half or "float32", "trained": "float32", "computed": half or precision}
+    frozen = quantised_dtype(trunk) or half or "float32"
+    return {"frozen": frozen, "trained": "float32", "computed": half or precision}
 
 
 def _learn_only(trunk: nn.Module, learns: Callable[[str], bool], config: TuningConfig) -> None:

@@ -148,7 +148,7 @@ def test_the_saved_configuration_is_read_back_equal():
         ("optim.schedule=steps", r"optim\.schedule='steps' is unknown; choose linear, cosine, constant, "),
         ("optim.warmup_steps=-1", r"optim\.warmup_steps=-1\.0 must be 0 or more"),
         ("loss.scale=0", r"loss\.scale=0\.0 must be positive"),
-        ("model.dtype=int8", r"model\.dtype='int8' is unknown; choose float32, bfloat16 or float16"),
+        ("model.dtype=int4", r"model\.dtype='int4' is unknown; choose float32, bfloat16, float16, int8 or nf4"),
         ("pooling.name=median", r"pooling\.name='median' is unknown"),
         ("logging.tracker=paper", r"logging\.tracker='paper' is unknown; choose wandb or null"),
         ("name=../elsewhere", r"name='\.\./elsewhere' cannot be a folder below runs/; use one that"),
