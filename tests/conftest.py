@@ -165,11 +165,12 @@ def byte_level(start: str | None = None) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=start or END)
 
 
-def word_piece() -> PreTrainedTokenizerFast:
+def word_piece(pad_id: int = 0) -> PreTrainedTokenizerFast:
     """BERT's: [CLS] before, [SEP] after, lower case."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    specials = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    specials.insert(pad_id, "[PAD]")
     tokenizer.train_from_iterator(
         [inspect.getsource(argparse)],
         trainers.WordPieceTrainer(vocab_size=700, special_tokens=specials, show_progress=False)

@@ -271,8 +271,11 @@ GROUPS = "trainer|data|loss|optim|markers|evaluation|dev|tuning|pooling|logging"
 GROUP_KEY = re.compile(rf"(?<![\w./-])((?:{GROUPS})\.[a-z_]+(?:\.[a-z_]+)*)\b(?![(/])")
 DOCUMENTS = [
     REPOSITORY / name
-    for name in ("README.md", "data/README.md", "data/nano/README.md", "benchmarks/RESULTS.md", "docs/architecture.md")
-]
+    for name in (
+        "README.md", "data/README.md", "data/nano/README.md", "benchmarks/RESULTS.md", "docs/architecture.md",
+        "docs/families.md",
+    )
+]  # fmt: skip
 COMMENTED = [REPOSITORY / "Makefile", REPOSITORY / ".ci" / "run", *sorted((REPOSITORY / "configs").rglob("*.yaml"))]
 TEXTS = [*DOCUMENTS, *COMMENTED, *python_files("sgpt", "train", "hydra_plugins", "benchmarks", "docs")]
 

@@ -29,8 +29,7 @@ def add_biases(trunk: nn.Module, where: str = "all", first_block: int = 0) -> li
     """
     names = []
     for path, _ in _without_bias(trunk):
-        place = "attention" if ATTENTION.search(path) else "mlp"
-        if where in ("all", place) and block_of(path) >= first_block:
+        if where in ("all", place_of(path)) and block_of(path) >= first_block:
             names.append(f"{path}.bias")
     add_named_biases(trunk, names)
     return names
@@ -50,6 +49,11 @@ def add_named_biases(trunk: nn.Module, names: Collection[str]) -> None:
 def added_biases(trunk: nn.Module) -> list[str]:
     """Names of the parameters that `add_biases` gave the trunk: its base has none of them."""
     return getattr(trunk, "added_biases", [])
+
+
+def place_of(path: str) -> str:
+    """attention or mlp: where in its block a linear layer, or its bias, lies."""
+    return "attention" if ATTENTION.search(path) else "mlp"
 
 
 def block_of(path: str) -> int | None:

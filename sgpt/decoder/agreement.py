@@ -26,11 +26,12 @@ def check_agreement(
     limit: int | None,
     *,
     causal: bool = False,
-) -> None:
+) -> tuple[float, float]:
     """Raises InputError for a trunk whose padded rows differ from each alone, with the number and the family.
 
     embed: input_ids and mask [rows, T] to hidden states, as it is done here. width: D, as config.json has it.
-    limit: of positions. causal: a token must not see those behind it, either.
+    limit: of positions. causal: a token must not see those behind it, either. Returns by how much they differ, and how
+    much rounding explains, as shares of the largest number.
     """
     family = trunk.config.model_type
     rows = probe_rows(trunk, limit)
@@ -69,6 +70,7 @@ def check_agreement(
                 "of the largest number, so it predicts no next token; re-rank with a decoder such as "
                 "EleutherAI/gpt-neo-125m"
             )
+    return padded, allowed
 
 
 def probe_rows(trunk: nn.Module, limit: int | None) -> list[Tensor]:

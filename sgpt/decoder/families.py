@@ -1,8 +1,9 @@
 """The facts that differ by family of models, in one table.
 
-To add a family, write its row: what a row does not say is as in `Family`, and families without a row are causal, padded
-and compared with plain transformers before they are used (sgpt/decoder/agreement.py). `packed` is promised only for
-families that tests/training/test_gradient_parity.py proves.
+To add a family, write its row: what a row does not say is as in `Family`. Families without a row are causal, padded and
+compared with plain transformers before they are used, and a warning says so (sgpt/decoder/agreement.py). `packed` is
+promised only for families that tests/training/test_gradient_parity.py proves; docs/families.md shows what
+tests/decoder/test_family_table.py measures of each.
 """
 
 import inspect
@@ -50,6 +51,13 @@ FAMILIES: dict[str, Family] = {
     "qwen2": replace(_LLAMA, like_llama=True),
     "qwen3": _LLAMA,
     "mistral": Family(like_llama=True),
+    "gemma": Family(),
+    "gemma2": Family(),
+    "gemma3_text": Family(),
+    "smollm3": Family(),
+    "olmo2": Family(),
+    "phi": Family(),
+    "phi3": Family(),
     "bert": Family(packed=True, causal=False),
     "roberta": _BIDIRECTIONAL,
     "distilbert": _BIDIRECTIONAL,

@@ -21,7 +21,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from sgpt.decoder.agreement import check_agreement
 from sgpt.decoder.attention import NAME, packed, prepare
 from sgpt.decoder.base_folder import how_to_have, local_folder, resolve
-from sgpt.decoder.families import embedding_size, family_of, position_limit, takes_position_ids
+from sgpt.decoder.families import FAMILIES, embedding_size, family_of, position_limit, takes_position_ids
 from sgpt.decoder.model_files import (
     CONFIG,
     OUTER,
@@ -55,6 +55,7 @@ from sgpt.text.template import unwrap
 log = logging.getLogger(__name__)
 FLOATS = ("float32", "bfloat16", "float16")
 DTYPES = (*FLOATS, *QUANTISED)
+_WARNED: set[str] = set()  # families, by `check_family` in this process
 
 
 @dataclass
@@ -157,24 +158,31 @@ def check_family(path: str, trunk: nn.Module, *, causal: bool = False) -> None:
     """Refuses a trunk that does not compute padded rows as each alone, unless its family is proved by tests.
 
     causal: no token may see what follows, either. A family that is right only when it counts positions itself is left
-    to do so.
+    to do so. Of a family that no test knows, a warning says what was measured, once in a process.
     """
-    if family_of(trunk.config.model_type).packed:
+    family = trunk.config.model_type
+    if family_of(family).packed:
         return
-    if takes_position_ids(trunk):
-        try:
-            _check_agreement(path, trunk, causal)
-        except InputError:
-            trunk.counts_positions_itself = True
-        else:
-            return
-    _check_agreement(path, trunk, causal)
+    try:
+        measured = _check_agreement(path, trunk, causal)
+    except InputError:
+        if not takes_position_ids(trunk):
+            raise
+        trunk.counts_positions_itself = True
+        measured = _check_agreement(path, trunk, causal)
+    if family not in FAMILIES and family not in _WARNED:
+        _WARNED.add(family)
+        log.warning(
+            "%s: no test knows the family %s, and it runs padded. Checked on these weights: rows of different lengths "
+            "are as each alone to %.1e of the largest number, where rounding explains %.1e",
+            path, family, *measured,
+        )  # fmt: skip
 
 
-def _check_agreement(path: str, trunk: nn.Module, causal: bool) -> None:
+def _check_agreement(path: str, trunk: nn.Module, causal: bool) -> tuple[float, float]:
     with describe_errors(path, running=trunk):
         embed, width, limit = partial(token_embeddings, trunk), embedding_size(trunk), position_limit(trunk)
-        check_agreement(path, trunk, embed, width, limit, causal=causal)
+        return check_agreement(path, trunk, embed, width, limit, causal=causal)
 
 
 @contextmanager

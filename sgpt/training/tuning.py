@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from sgpt.decoder.added_biases import PLACES, add_biases, block_of
+from sgpt.decoder.added_biases import PLACES, add_biases, block_of, place_of
 from sgpt.decoder.families import is_norm
 from sgpt.decoder.quantised import num_weights, quantised_dtype
 from sgpt.encoder.probes import HALVES
@@ -200,13 +200,19 @@ def precisions(trunk: nn.Module, precision: str) -> dict[str, str]:
 
 def _learn_only(trunk: nn.Module, learns: Callable[[str], bool], config: TuningConfig) -> None:
     """Freezes the parameters but those whose name `learns`, in the blocks of `config.layers`."""
-    first = config.first_layer(trunk.config.num_hidden_layers)
+    first = config.first_layer(_number_of_blocks(trunk))
     norms = _norms(trunk)
     for name, parameter in trunk.named_parameters():
         block = block_of(name)
         is_last_norm = block is None and name.rpartition(".")[0] in norms and "emb" not in name
         is_late = first == 0 or is_last_norm or (block is not None and block >= first)
         parameter.requires_grad_(is_late and learns(name))
+
+
+def _number_of_blocks(trunk: nn.Module) -> int:
+    """Those that have parameters: one in ALBERT, whose layers share them."""
+    numbers = {block_of(name) for name, _ in trunk.named_parameters()} - {None}
+    return max(numbers, default=-1) + 1
 
 
 def _norms(trunk: nn.Module) -> set[str]:
@@ -219,11 +225,13 @@ def _add_biases_where_few(trunk: nn.Module, config: TuningConfig) -> list[str]:
     if not _has_few_biases(trunk) or config.add_biases == "none":
         return []
     few = "few" if _biases(trunk) else "no"
-    first = config.first_layer(trunk.config.num_hidden_layers)
-    added = add_biases(trunk, config.add_biases, first)
+    added = add_biases(trunk, config.add_biases, config.first_layer(_number_of_blocks(trunk)))
+    in_attention = sum(place_of(name) == "attention" for name in added)
     log.info(
-        "%s has %s biases: %d linear layers are given one of zeros, %s numbers (tuning.add_biases=%s)",
-        type(trunk).__name__, few, len(added), f"{_count(map(trunk.get_parameter, added)):,}", config.add_biases,
+        "%s has %s biases: %d linear layers, %d of attention and %d of the MLP, are given one of zeros, %s numbers "
+        "(tuning.add_biases=%s)",
+        type(trunk).__name__, few, len(added), in_attention, len(added) - in_attention,
+        f"{_count(map(trunk.get_parameter, added)):,}", config.add_biases,
     )  # fmt: skip
     return added
 
@@ -242,16 +250,21 @@ def _has_few_biases(trunk: nn.Module) -> bool:
     GPT-J, the poorest base that SGPT trained, has 6·D; Qwen2's q, k and v biases are under 3·D, and can only shift
     attention.
     """
-    last = trunk.config.num_hidden_layers - 1
+    last = _number_of_blocks(trunk) - 1
     in_last = [value for name, value in trunk.named_parameters() if name.endswith("bias") and block_of(name) == last]
     return _count(in_last) < 4 * trunk.config.hidden_size
 
 
-def _too_few_biases(trunk: nn.Module, added: str) -> InputError:
+def _too_few_biases(trunk: nn.Module, where: str) -> InputError:
+    """where: tuning.add_biases, by which none were added."""
     biases = _biases(trunk)
     layers, width = trunk.config.num_hidden_layers, trunk.config.hidden_size
+    reason = f"with tuning.add_biases={where}"
+    if where != "none":
+        reason = f"and tuning.add_biases={where} can add none: no layer there is an nn.Linear (fused experts are none)"
+    alternatives = ALTERNATIVES if where == "all" else f"set tuning.add_biases=all, {ALTERNATIVES}"
     return InputError(
         f"tuning=bitfit found {'too few' if biases else 'no'} bias parameters in {type(trunk).__name__} "
         f"({len(biases)} of {sum(1 for _ in trunk.parameters())} tensors, {_count(biases):,} numbers for {layers} "
-        f"layers of width {width}) with tuning.add_biases={added}; set tuning.add_biases=all, {ALTERNATIVES}"
+        f"layers of width {width}) {reason}; {alternatives}"
     )
