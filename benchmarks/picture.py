@@ -18,7 +18,7 @@ ENDING = " / ours, CPU seconds"
 SHAPES = {
     "125m": "GPT-Neo 125M", "small": "GPT-Neo, 4 × 256", "gpt2_125m": "GPT-2 125M", "llama_small": "Llama, 4 × 256",
     "neox_small": "NeoX, 4 × 256",
-    "neox_125m": "NeoX 125M",
+    "neox_125m": "NeoX 125M", "smollm2": "SmolLM2 135M",
 }
 DOING = {
     "train_step": "training step", "encode": "encoding", "rerank": "re-ranking", "memory": "training step",

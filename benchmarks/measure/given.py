@@ -20,6 +20,7 @@ import sgpt
 from sgpt.data.feed.example import Example
 from sgpt.data.formats import beir
 from sgpt.data.formats.jsonl import read_rows
+from sgpt.data.sources import pydocs
 from sgpt.decoder.trunk import load_tokenizer
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
@@ -42,6 +43,12 @@ SHAPES: dict[str, PretrainedConfig] = {
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2,
         attention_bias=True, mlp_bias=True,  # as no published Llama has: else there is no bias to train
+    ),
+    "smollm2": LlamaConfig(  # SmolLM2-135M with biases in every linear layer
+        vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
     ),
     "neox_125m": GPTNeoXConfig(
         vocab_size=VOCABULARY, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
@@ -67,6 +74,7 @@ SOURCES = {
     "nli": Source(((_TRIPLETS, ("anchor", "positive", "negative")),), (75, 75)),
     "squad": Source((("squad", ()),), (75, 300)),  # a BEIR folder
     "medquad": Source((("medquad/qa.jsonl.gz", ("question", "answer")),), (75, 300)),
+    "pydocs": Source((("train.jsonl", ("query", "positive", "negative")),), (48, 96)),  # harvested when first used
     "pairs": Source(  # of sentences, enough for a batch of 16384
         (
             (_TRIPLETS, ("anchor", "positive")), (_POSITIVES, ("anchor", "positive")),
@@ -163,6 +171,7 @@ def read_texts(data: str, number: int, folder: Path) -> list[list[str]]:
     """`number` shuffled examples as [query, positive, hard negatives …], no text twice: our loss masks repeated texts,
     ST's does not.
     """
+    folder = pydocs.build(REPOSITORY / "data/raw/pydocs") if data == "pydocs" else folder
     read = [texts for path, columns in SOURCES[data].files for texts in _read(folder / path, columns)]
     random.Random(0).shuffle(read)
     found = _distinct(read)
