@@ -1,5 +1,4 @@
-"""Attention of short texts as products of matrices. Whole packs of every family: tests/training/test_gradient_parity.py.
-"""
+"""Attention of short texts as products of matrices; whole packs of every family: training/test_gradient_parity.py."""
 
 import pytest
 import torch
