@@ -35,6 +35,7 @@ from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 from sgpt.decoder import varlen
 from sgpt.decoder.families import family_of
+from sgpt.decoder.fused import fuse
 from sgpt.decoder.packing import Pack, PrefixCache
 
 NAME = "sgpt"  # of our attention in transformers' tables
@@ -89,9 +90,10 @@ def packed(pack: Pack, prefix: PrefixCache | None = None, kept: Layers | None = 
 
 
 def prepare(trunk: nn.Module) -> nn.Module:
-    """Gives a trunk of a packed family our attention, and every trunk the fused tanh-GELU, in place; returns it."""
+    """Gives a trunk of a packed family our attention, and every trunk its fused operations, in place; returns it."""
     if family_of(trunk.config.model_type).packed:  # another one may add its mask to the scores, and ours is boolean
         trunk.config._attn_implementation = NAME
+    fuse(trunk)
     for module in trunk.modules():
         if isinstance(module, GPTNeoSelfAttention):
             module._attn = MethodType(_gpt_neo_attention, module)
