@@ -1,4 +1,4 @@
-"""Attention of short texts as products of matrices; whole packs of every family: training/test_gradient_parity.py."""
+"""Short texts as products of matrices; whole packs of all families are in tests/training/test_gradient_parity.py."""
 
 import pytest
 import torch
