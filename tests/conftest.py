@@ -37,8 +37,18 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", {**WIDTH, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
     "qwen2": ("Qwen2", {**WIDTH, "num_key_value_heads": 2}),
     "qwen3": ("Qwen3", {**WIDTH, "num_key_value_heads": 2, "head_dim": 8}),
+    "mistral": ("Mistral", {**WIDTH, "num_key_value_heads": 2, "sliding_window": 16}),
+    "gemma": ("Gemma", {**WIDTH, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}),
+    "gemma3_text": ("Gemma3Text", {
+        **WIDTH, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }),
+    "smollm3": ("SmolLM3", {**WIDTH, "num_key_value_heads": 2, "no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "phi": ("Phi", WIDTH),
+    "phi3": ("Phi3", {**WIDTH, "num_key_value_heads": 2, "pad_token_id": 0}),
     "bert": ("Bert", WIDTH),
 }
+BIASES_ADDED = {"qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "smollm3", "phi3"}  # by bitfit, having too few
 LIMITS = {"query_max_tokens": 24, "document_max_tokens": 40}
 
 

@@ -43,7 +43,7 @@ from sgpt.text.tokens import TokenLists
 from sgpt.training.loss import LossConfig
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
-from tests.conftest import FAMILIES, POSITIONS, WIDTH, random_trunk
+from tests.conftest import BIASES_ADDED, FAMILIES, POSITIONS, WIDTH, random_trunk
 
 Gradient = dict[str, Tensor]  # of each learning tensor by its name in the trunk; the loss itself is "loss"
 
@@ -258,8 +258,8 @@ def taken(trunk: nn.Module, loss: Tensor) -> Gradient:
 
 
 def tuning_of(family: str) -> str:
-    """bitfit refuses bases with too few biases."""
-    return "bitfit_norm" if family in ("qwen2", "qwen3", "mistral") else "bitfit"
+    """The gains of norms as well where biases are added."""
+    return "bitfit_norm" if family in BIASES_ADDED else "bitfit"
 
 
 def plain(family: str, precision: str, case: Case, tuning: str, side: str = "right") -> Gradient:
@@ -498,7 +498,7 @@ def test_padding_on_the_left_changes_nothing_with_transformers_attention_or_ours
 
 
 OTHERS = {
-    "mistral": ("Mistral", {**WIDTH, "num_key_value_heads": 2, "sliding_window": 16}),
+    "starcoder2": ("Starcoder2", {**WIDTH, "num_key_value_heads": 2, "sliding_window": 16}),
     "gpt_bigcode": ("GPTBigCode", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}),
     "roberta": ("Roberta", {**WIDTH, "max_position_embeddings": POSITIONS + 2, "pad_token_id": PAD}),
     "roformer": ("RoFormer", WIDTH),
