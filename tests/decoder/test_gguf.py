@@ -203,6 +203,7 @@ def test_an_unknown_rule_of_splitting_is_said(tmp_path, caplog):
 # what others open
 
 
+@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias term")
 def test_an_adapter_names_the_file_and_gives_peft_a_folder_that_it_opens(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf", language_model("Qwen2"))
     base = str(file)
