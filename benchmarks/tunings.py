@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--tunings", nargs="+", choices=TUNINGS, default=list(TUNINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
-    print("| trained | numbers | adapter | learning rate | nDCG@10 × 100, equal pairs | equal time | s a step | memory |")
+    print("| trained | numbers | adapter | learning rate | equal pairs | equal time | s a step | memory |")
     print("|---|---|---|---|---|---|---|---|")
     tunings = dict.fromkeys(["bitfit", *options.tunings])  # its time is what the others are given
     seconds_of_bitfit = 0.0
