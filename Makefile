@@ -11,7 +11,7 @@ MANY = $(shell command -v nvidia-smi >/dev/null || echo ACCELERATE_USE_CPU=true)
 LAUNCH = $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(MANY))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-machines smoke parity lint architecture nano smollm2 bench bench-full clean
+.PHONY: help install train train-real test test-all test-machines smoke parity lint architecture nano smollm2 bench bench-full clean
 
 help:           ## this list
 	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
@@ -20,6 +20,9 @@ install: $(BIN)/.installed  ## .venv with what training needs
 
 train: install  ## the embedded default: search over this Python's documentation, a few minutes on two cores
 	$(LAUNCH) train/biencoder.py experiment=pydocs resume=true
+
+train-real: install smollm2  ## the same on a real base, SmolLM2-135M: most of an hour on two cores, resumed when typed again
+	$(LAUNCH) train/biencoder.py experiment=pydocs_smollm2 resume=true
 
 test: $(BIN)/.installed-dev  ## all tests that should pass before a commit
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
