@@ -10,6 +10,9 @@ import inspect
 from dataclasses import dataclass, replace
 
 from torch import nn
+from transformers import PretrainedConfig
+
+from sgpt.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,27 @@ POSITION_TABLES = ("max_position_embeddings", "n_positions")  # keys of config.j
 def family_of(model_type: str) -> Family:
     """Its row, or the defaults."""
     return FAMILIES.get(model_type, Family())
+
+
+def first_layers(config: PretrainedConfig, layers: int, path: str) -> PretrainedConfig:
+    """The config of the same model with its first blocks alone. InputError where the family cannot be cut so.
+
+    path: of the model, for messages.
+    """
+    total = config.num_hidden_layers
+    if layers > total:
+        raise InputError(f"model.layers={layers}: {path} has {total} blocks; lower it, or leave it out")
+    stated = config.to_dict()
+    for key, value in stated.items():
+        if isinstance(value, list) and len(value) == total > 1:  # kinds of attention, block by block
+            stated[key] = value[:layers]
+    if "attention_types" in stated:  # GPT-Neo's, from which its list is made
+        stated["attention_types"] = [[stated["attention_layers"], 1]]
+    stated[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = layers
+    cut = type(config).from_dict(stated)
+    if cut.num_hidden_layers != layers:
+        raise InputError(f"model.layers={layers}: {config.model_type} cannot be cut to its first blocks; leave it out")
+    return cut
 
 
 def is_norm(module: nn.Module) -> bool:

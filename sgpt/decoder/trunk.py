@@ -18,10 +18,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.models.auto.auto_factory import _get_model_class
 
+from sgpt.decoder.added_biases import block_of
 from sgpt.decoder.agreement import check_agreement
 from sgpt.decoder.attention import NAME, packed, prepare
 from sgpt.decoder.base_folder import how_to_have, local_folder, resolve
-from sgpt.decoder.families import FAMILIES, embedding_size, family_of, position_limit, takes_position_ids
+from sgpt.decoder.families import (
+    FAMILIES,
+    embedding_size,
+    family_of,
+    first_layers,
+    position_limit,
+    takes_position_ids,
+)
 from sgpt.decoder.model_files import (
     CONFIG,
     OUTER,
@@ -49,7 +57,7 @@ from sgpt.decoder.quantised import (
     replace_module,
 )
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.values import check_choice
+from sgpt.runtime.values import COUNT, check_choice, check_ranges
 from sgpt.text.template import unwrap
 
 log = logging.getLogger(__name__)
@@ -72,9 +80,12 @@ class ModelConfig:
     """
     hub: str | None = None
     """Hub id that is loaded where the folder `path` is not there; null for none."""
+    layers: int | None = None
+    """Only the first so many blocks, and the norm after the last one; null takes all of them."""
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)
+        check_ranges(self, "model.", layers=COUNT.or_null("for all"))
 
     def resolved(self) -> "ModelConfig":
         """The base that is opened, `path` or `hub`, as `path`; the log says which, where both are stated."""
@@ -110,11 +121,17 @@ def open_model(config: ModelConfig, auto: type = AutoModel) -> nn.Module:
         if architecture.is_encoder_decoder:
             raise InputError(f"{path}: {architecture.model_type} is an encoder-decoder; use a decoder or an encoder")
         architecture.return_dict = True  # a config may say otherwise, and its forward would give a tuple
+        if config.layers is not None:
+            architecture = first_layers(architecture, config.layers, path)
     stored = stored_tensors(folder, path)
     with describe_errors(path):
         # what half precision holds exactly is read in it, and takes half of the memory until it is quantised
         dtype = stored_dtype(stored) if config.dtype in QUANTISED else config.dtype
         model, report = _loaded(path, folder, architecture, auto, dtype, stored)
+    if config.layers is not None:  # the blocks behind are stored, and not wanted
+        dropped = {name for name in report["unexpected_keys"] if (block_of(name) or 0) >= config.layers}
+        report["unexpected_keys"] = [name for name in report["unexpected_keys"] if name not in dropped]
+        model.base_model.first_layers = config.layers
     check_names(path, model, report)
     check_numbers(path, model, stored)
     if config.dtype in QUANTISED:

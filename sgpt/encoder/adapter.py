@@ -75,6 +75,7 @@ def save_adapter(trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[
         "base_hash": base_hash(untuned, dtype),
         "tokenizer_hash": _rules_hash(tokenizer),
         "added": added_biases(trunk),
+        "layers": getattr(trunk, "first_layers", None),
         "note": note,
     }
     (temporary / DELTA).write_text(json.dumps(delta, indent=2) + "\n")
@@ -100,7 +101,8 @@ def load_adapter(trunk: nn.Module, folder: Path) -> None:
 def open_trunk(folder: Path, dtype: str) -> nn.Module:
     """The base that the contract names, with the adapter in it: changed in place, or wrapped by PEFT for low rank."""
     base, known = Contract.load(folder).base, (folder / DELTA).is_file()
-    trunk = load_trunk(ModelConfig(base, opened_dtype(folder, dtype)))
+    layers = read_delta(folder)["layers"] if known else None
+    trunk = load_trunk(ModelConfig(base, opened_dtype(folder, dtype), layers=layers))
     refuse_other_base(trunk, folder)
     convert(trunk, dtype)
     if known and read_delta(folder)["form"] != "peft":
@@ -127,8 +129,9 @@ def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
         _refuse_trained_weights(trunk, folder, stated)
         return
     trained = {} if stated["form"] == "peft" else load_file(folder / TRAINED)
+    first = f"the first {stated['layers']} blocks of " if stated["layers"] else ""
     raise InputError(
-        f"{folder}: made from {stated['base']} in {stated['dtype']}, and this {type(trunk).__name__} in {trunk.dtype} "
+        f"{folder}: made from {first}{stated['base']} in {stated['dtype']}, and this {type(trunk).__name__} in {trunk.dtype} "
         f"is another: {_first_difference(parameters, trained)}; load that base, untuned"
     )
 
@@ -217,10 +220,10 @@ def _write_delta(trunk: nn.Module, base: Mapping[str, Tensor], folder: Path, bas
     for name, value in trained.items():
         before = base[name].detach().cpu()
         change[name] = (value.double() - before.double()).float()  # in float32 the difference would be rounded twice
-    peft_form = _beft_form(trunk, trained, change)
+    peft_form = None if _is_cut(trunk) else _beft_form(trunk, trained, change)  # PEFT opens all blocks of a base
     if peft_form is None:
         save_file(change, folder / CHANGE)
-        note = f"PEFT has no form for every tensor here; {CHANGE} is the change by parameter name, for load_adapter"
+        note = f"PEFT has no form for this; {CHANGE} is the change by parameter name, for load_adapter"
     else:
         tensors, targets, saved = peft_form
         save_file(tensors, folder / CHANGE, metadata={"format": "pt"})
@@ -231,6 +234,11 @@ def _write_delta(trunk: nn.Module, base: Mapping[str, Tensor], folder: Path, bas
         )
     save_file(trained, folder / TRAINED)
     return "plain" if peft_form is None else "beft", note
+
+
+def _is_cut(trunk: nn.Module) -> bool:
+    """Whether it has the first blocks of its base alone (`model.layers`)."""
+    return getattr(trunk, "first_layers", None) is not None
 
 
 def _of_the_base(trunk: nn.Module) -> dict[str, Tensor | WeightSample]:
@@ -309,6 +317,9 @@ def read_delta(folder: Path) -> dict:
     added = stated.setdefault("added", [])
     if not isinstance(added, list) or not all(isinstance(name, str) and name.endswith(".bias") for name in added):
         raise InputError(f"{file}: key 'added' is {added!r:.80}, expected names of biases; save the adapter again")
+    layers = stated.setdefault("layers", None)
+    if layers is not None and (type(layers) is not int or layers < 1):
+        raise InputError(f"{file}: key 'layers' is {layers!r}, expected a number of blocks; save the adapter again")
     for key, known in (("form", FORMS), ("dtype", FLOATS)):
         if stated[key] not in known:
             raise InputError(

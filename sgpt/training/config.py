@@ -83,6 +83,11 @@ class TrainConfig:
             )
         if self.model.dtype in QUANTISED and self.tuning.name == "full":
             raise InputError(f"tuning=full {of_quantised(self.model.dtype)}")
+        if self.model.layers is not None and self.tuning.name == "lora":
+            raise InputError(
+                f"model.layers={self.model.layers} with tuning=lora: PEFT would open its adapter over all blocks; use "
+                "another tuning, or leave it out"
+            )
         for key in ("evaluation", "dev"):
             check_ranges(getattr(self, key), f"{key}.", limit=COUNT.or_null("for whole sets"))
         longest = max(self.markers.max_tokens(role) for role in ROLES)
