@@ -131,8 +131,8 @@ def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
     trained = {} if stated["form"] == "peft" else load_file(folder / TRAINED)
     first = f"the first {stated['layers']} blocks of " if stated["layers"] else ""
     raise InputError(
-        f"{folder}: made from {first}{stated['base']} in {stated['dtype']}, and this {type(trunk).__name__} in {trunk.dtype} "
-        f"is another: {_first_difference(parameters, trained)}; load that base, untuned"
+        f"{folder}: made from {first}{stated['base']} in {stated['dtype']}, and this {type(trunk).__name__} in "
+        f"{trunk.dtype} is another: {_first_difference(parameters, trained)}; load that base, untuned"
     )
 
 
