@@ -31,6 +31,7 @@ from sgpt.retrieval.searcher import SearchConfig
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.overrides import TextKey, as_typed, texts
 from sgpt.training.config import TrainConfig
+from sgpt.training.tuning import TuningConfig
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
@@ -65,6 +66,15 @@ def test_every_yaml_of_every_group_becomes_a_training_configuration(group, optio
     assert type(config) is TrainConfig
     if hasattr(getattr(config, group, None), "name"):
         assert getattr(config, group).name == option  # the option is the row of the table that it is called after
+
+
+@pytest.mark.parametrize("method", ["bitfit", "bitfit_norm"])
+def test_where_biases_are_added_and_which_blocks_learn_are_keys_of_the_command_line(method):
+    """A key that the YAML of its group does not state would be unknown there."""
+    overrides = (f"tuning={method}", "tuning.add_biases=attention", "tuning.layers=last:2")
+    config = typed(TrainConfig, composed("train", *overrides))
+    assert config.tuning == TuningConfig(method, add_biases="attention", layers="last:2")
+    assert typed(TrainConfig, composed("train", "tuning=full", "tuning.layers=last:2")).tuning.layers == "last:2"
 
 
 @pytest.mark.parametrize("experiment", [option for group, option in OPTIONS if group == "experiment"])
