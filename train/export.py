@@ -9,7 +9,6 @@ from sgpt.cli.command import script
 def main(composed: DictConfig) -> None:
     from pathlib import Path
 
-    import yaml
     from omegaconf import OmegaConf
 
     from sgpt.cli.compose import literal, typed
@@ -17,17 +16,15 @@ def main(composed: DictConfig) -> None:
     from sgpt.runtime.errors import InputError
     from sgpt.training import record as outcome
     from sgpt.training.config import TrainConfig
-    from sgpt.training.run_folder import RunFolder
+    from sgpt.training.run_folder import RunFolder, read_config
 
     config = typed(ExportConfig, composed)
     run = RunFolder(Path(config.run))
-    recorded = run.folder / "config.yaml"
-    if not config.run or not recorded.is_file():
+    if not config.run or not (run.folder / "config.yaml").is_file():
         raise InputError(
             f"run={config.run}: no run folder; give one that holds config.yaml, for example run=runs/pydocs"
         )
-    stated = yaml.safe_load(recorded.read_text(encoding="utf-8"))
-    trained = typed(TrainConfig, OmegaConf.create(literal(stated)))
+    trained = typed(TrainConfig, OmegaConf.create(literal(read_config(run.folder))))
     encoder, newest = outcome.reopen(run, trained)
     folder = Path(config.output) if config.output else run.folder / "export"
     if run.finished and not config.output:

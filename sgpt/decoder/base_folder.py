@@ -65,8 +65,13 @@ def how_to_have(path: str) -> str:
 
 
 def path_for_others(path: str) -> str:
-    """By what stock transformers and PEFT open the base that `path` names here: a GGUF file by its converted folder."""
-    return str(local_folder(path)) if is_gguf(path) else path
+    """By what stock transformers and PEFT open the base that `path` names here.
+
+    A GGUF file by its converted folder, and what lies below this project by its whole path; the rest as it is.
+    """
+    if is_gguf(path):
+        return str(local_folder(path))
+    return path if Path(path).exists() else str(resolve(path))
 
 
 def _refuse_gguf_inside(folder: Path) -> None:

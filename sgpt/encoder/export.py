@@ -27,12 +27,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from sgpt.decoder.added_biases import with_biases
+from sgpt.decoder.base_folder import path_for_others
 from sgpt.decoder.quantised import quantised_dtype
+from sgpt.decoder.trunk import ModelConfig, open_model
 from sgpt.encoder import contract as contracts
-from sgpt.encoder.adapter import CHANGE, DELTA, PEFT, TRAINED
+from sgpt.encoder.adapter import CHANGE, DELTA, PEFT, TRAINED, read_delta
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.probes import probes, rounding
 from sgpt.encoder.sentence_transformers import (
@@ -48,6 +51,10 @@ from sgpt.runtime.files import replace_folder
 
 log = logging.getLogger(__name__)
 HALF_TYPES = {torch.bfloat16, torch.float16}
+OVER_THE_BASE = """
+The weights are an adapter of PEFT over `{base}`, whose class has no place for the trained biases: keep the base at that
+path, and install peft.
+"""
 WRITTEN_FOR_OTHERS = {"README.md", *WRITTEN}  # by our reader: whoever changes these changes what others read
 
 
@@ -88,6 +95,7 @@ def _write(encoder: Encoder, folder: Path, card: str, adapter: Path | None) -> N
     trunk = with_biases(encoder.trunk)
     if trunk is None:
         _copy_adapter(encoder, adapter, folder)
+        card += OVER_THE_BASE.format(base=path_for_others(encoder.contract.base))
     else:
         _write_weights(trunk, folder, *half)
     write_tokenizer(encoder.tokenizer, encoder.contract.markers, folder)
@@ -110,15 +118,37 @@ def _write_weights(trunk: nn.Module, folder: Path, half: torch.dtype | None = No
 
 
 def _copy_adapter(encoder: Encoder, adapter: Path | None, folder: Path) -> None:
-    """InputError where there is none, or it is in no form that other readers open."""
+    """InputError where there is none, it is in no form that other readers open, or they would open another base."""
     if adapter is None or not (adapter / PEFT).is_file():
         raise InputError(
             f"{type(encoder.trunk).__name__}: no class of transformers holds the biases that training added to "
             f"{encoder.contract.base}, and there is no adapter in PEFT's form to export in their place; use the "
             "adapter, or train with tuning.add_biases=attention"
         )
+    _refuse_rounded_base(encoder, adapter)
+    log.info(
+        "no class of transformers holds all biases of this %s: the export is the adapter, over %s",
+        type(encoder.trunk).__name__, encoder.contract.base,
+    )  # fmt: skip
     for name in (CHANGE, PEFT, TRAINED, DELTA):
         shutil.copyfile(adapter / name, folder / name)
+
+
+def _refuse_rounded_base(encoder: Encoder, adapter: Path) -> None:
+    """InputError where half precision, in which the base was opened for training, does not hold it exactly."""
+    dtype = read_delta(adapter)["dtype"]
+    if dtype == "float32":
+        return
+    with safe_open(adapter / TRAINED, "pt") as opened:
+        trained = set(opened.keys())
+    held = dict(encoder.trunk.named_parameters())
+    for name, stored in open_model(ModelConfig(encoder.contract.base)).named_parameters():
+        if name not in trained and not torch.equal(held[name].cpu(), stored):
+            raise InputError(
+                f"{encoder.contract.base}: its weights were rounded to {dtype} for training, and as no class of "
+                f"transformers holds the biases added to this {type(encoder.trunk).__name__}, other readers would open "
+                "the base unrounded; use the adapter, or train with model.dtype=float32, int8 or nf4"
+            )
 
 
 def _whole(encoder: Encoder) -> Encoder:

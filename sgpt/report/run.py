@@ -73,7 +73,7 @@ def write_report(run: Path) -> Path:
         section("Results", _table(results), figures(_score_plots(results))),
         section("Training", figures(_curve_plots(log))),
         section("Cosine of query and document", figures(_similarity_plots(analysis, paths["analysis.json"]))),
-        section("Size of the bias change", figures(_change_plots(analysis, paths["analysis.json"]))),
+        section("Size of the bias change", _change(analysis, paths["analysis.json"])),
         section(
             "How it was made", fold("Configuration", f"<pre>{escape(config)}</pre>"), fold("Manifest", tree(manifest))
         ),
@@ -349,7 +349,7 @@ def _similarity_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
     return plots
 
 
-def _change_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
+def _change(analysis: dict[str, Any], path: Path) -> str:
     """Relative L2 change, mean over the tensors of a row.
 
     A tensor that was zero before has none, and is counted below.
@@ -371,10 +371,10 @@ def _change_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
     inches = max(2.7, 0.7 + 0.45 * len(layers))
     left_out = len(values) - len(finite)
     note = f"Left out, because they were zero before training: {left_out} of {len(values)} tensors." if left_out else ""
+    if not rows:
+        return f"<p class='quiet'>{note}</p>" if note else ""
     draw = partial(_draw_bars, lying=True, xlabel="relative change, L2")
-    plots = (
-        [Plot("Per layer", partial(draw, rows=[row[2] for row in rows], bars=whole), {}, note, inches)] if rows else []
-    )
+    plots = [Plot("Per layer", partial(draw, rows=[row[2] for row in rows], bars=whole), {}, note, inches)]
     if layers:
         plots.append(
             Plot(
@@ -385,7 +385,7 @@ def _change_plots(analysis: dict[str, Any], path: Path) -> list[Plot]:
                 inches,
             )
         )
-    return plots
+    return figures(plots)
 
 
 def _row(name: str) -> tuple[int, int, str]:

@@ -97,12 +97,8 @@ def record_before(run: RunFolder, encoder: Encoder, sets: Sets, *, bm25: bool) -
 
 
 def record_after(run: RunFolder, encoder: Encoder, sets: Sets, base: Mapping[str, Tensor], state: TrainState) -> None:
-    """Scores the tuned model, and writes how far each parameter has moved from `base`, relative to its length there."""
-    learned = trainable_parameters(encoder.trunk)
-    change = {}
-    for name, before in base.items():
-        moved = (learned[name].detach() - before).norm()
-        change[name] = float(moved / before.norm().clamp(min=1e-12))
+    """Scores the tuned model, and writes how far each parameter has moved from `base`."""
+    change = relative_change(base, trainable_parameters(encoder.trunk))
     similarity = run.read("analysis.json", {}).get("similarity", {}) | {"after": _similarity(encoder, sets)}
     run.write("analysis.json", {"similarity": similarity, "change": change})
     adapter = run.folder / "adapter" / "adapter_model.safetensors"
@@ -115,6 +111,15 @@ def record_after(run: RunFolder, encoder: Encoder, sets: Sets, base: Mapping[str
         bytes={"adapter": adapter.stat().st_size},
     )
     run.update("results.json", after=evaluate.evaluate(encoder, sets))
+
+
+def relative_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """How far each tensor has moved, as a share of its length before; None where that was 0, as of added biases."""
+    change: dict[str, float | None] = {}
+    for name, value in before.items():
+        moved, length = (after[name].detach() - value).norm(), value.norm()
+        change[name] = float(moved / length) if length else None
+    return change
 
 
 def finish_run(run: RunFolder) -> None:
@@ -135,9 +140,10 @@ def write_export(run: RunFolder, config: TrainConfig, encoder: Encoder) -> None:
         raise InputError(
             f"{run.folder} has its adapter, results and report, but no export: {error}. To export it again: {again}"
         ) from error
-    weights = sum(file.stat().st_size for file in (run.folder / "export").glob("*.safetensors"))
     size = run.read("manifest.json", {})["bytes"]
-    run.update("manifest.json", export=verified, bytes=size | {"model": weights})
+    if not is_adapter(run.folder / "export"):  # whose weights are those of the base
+        size |= {"model": sum(file.stat().st_size for file in (run.folder / "export").glob("*.safetensors"))}
+    run.update("manifest.json", export=verified, bytes=size)
 
 
 def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
@@ -156,6 +162,12 @@ def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
     encoder = Encoder(trunk, tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
     recorded = run.read("manifest.json", {}).get("inputs", {})
     for name, now in base_inputs(encoder).items():
+        if recorded and name not in recorded:  # model.path where the run had model.hub, or the other way round
+            before = next(known for known in recorded if known.startswith("base model "))
+            raise InputError(
+                f"{run.folder} was started with the {before}, and model.path={config.model.path} is now {model.path}; "
+                "put that base back, and export again"
+            )
         if recorded.get(name, now) != now:
             raise InputError(
                 f"{run.folder}: {name} has changed since the run was started; put it back, and export again"
@@ -204,7 +216,9 @@ def show_run(run: RunFolder) -> None:
         f"{queries / seconds:.1f} pairs per second · {queries:,} pairs · {seconds / 60:.1f} minutes of training"
     )
     parameters, size = manifest["parameters"], manifest["bytes"]
-    model = f" to a model of {_bytes(size['model'])}" if "model" in size else ", not exported"
+    model = ", not exported"
+    if "export" in manifest:
+        model = f" to a model of {_bytes(size['model'])}" if "model" in size else f" to {manifest['contract']['base']}"
     console.print(
         f"trained {parameters['trained']:,} of {parameters['total']:,} parameters: "
         f"{_bytes(size['adapter'])} of changes{model}"

@@ -84,22 +84,34 @@ def open_run(folder: Path, config: dict, *, resume: bool) -> RunFolder:
 
     InputError for a run that exists, unless it is to be resumed with the same configuration.
     """
-    import yaml
-
     run = RunFolder(folder)
-    file = folder / "config.yaml"
-    if not file.is_file():
+    if not (folder / "config.yaml").is_file():
         return run
     if not resume:
         state = "a finished run" if run.finished else "an unfinished run"
         raise InputError(f"{folder} holds {state}; resume it with resume=true, or set name=<another name>")
-    changed = differences(yaml.safe_load(file.read_text(encoding="utf-8")), config, MAY_CHANGE)
+    changed = differences(read_config(folder), config, MAY_CHANGE)
     if changed:
         raise InputError(
             f"{folder} was started with another configuration: {'; '.join(changed[:5])}. "
             "Resume it with that one, or set name=<another name>"
         )
     return run
+
+
+def read_config(folder: Path) -> dict:
+    """The configuration that the run was started with.
+
+    What a run of an older version does not state has the value that computes what that version did.
+    """
+    import yaml
+
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    tuning = config.get("tuning", {})
+    tuning.setdefault("layers", "all")
+    # bitfit refused a base with too few biases, and bitfit_norm trained its gains alone
+    tuning.setdefault("add_biases", "none" if tuning.get("name") == "bitfit_norm" else "all")
+    return config
 
 
 def start_run(run: RunFolder, config: dict) -> None:

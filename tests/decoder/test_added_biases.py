@@ -30,9 +30,11 @@ PEFT_WARNS = "ignore:Detected that the base layer has no bias term"
 needs_stories = pytest.mark.skipif(not TWIN.is_dir(), reason=f"no {TWIN.name} at {MODELS}")
 
 
-def trained(base: Path, seed: int = 0, **tuning) -> tuple[Encoder, dict[str, torch.Tensor]]:
+def trained(
+    base: Path, seed: int = 0, dtype: str = "float32", **tuning
+) -> tuple[Encoder, dict[str, torch.Tensor]]:  # fmt: skip
     """An encoder over the base with random values in what learns, and the values before."""
-    encoder = Encoder.from_pretrained(base, markers=MarkersConfig("brackets", 24, 40))
+    encoder = Encoder.from_pretrained(base, markers=MarkersConfig("brackets", 24, 40), dtype=dtype)
     encoder.trunk = tune(encoder.trunk, TuningConfig(**tuning))
     before = {name: value.detach().clone() for name, value in trainable_parameters(encoder.trunk).items()}
     random = torch.Generator().manual_seed(seed)
@@ -151,6 +153,24 @@ def test_an_export_that_no_class_holds_is_the_adapter_in_the_form_of_peft(tiny_b
     model = SentenceTransformer(str(tmp_path / "export"), device="cpu")
     theirs = model.encode_query(TEXTS[:2])
     assert abs(theirs - encoder.encode(TEXTS[:2], "query")).max() < 1e-5
+
+
+@pytest.mark.filterwarnings(PEFT_WARNS)
+def test_an_adapter_over_a_rounded_base_is_exported_where_the_base_is_stored_so(tiny_base, tmp_path):
+    """Other readers open the base as it is stored."""
+    for stored in (torch.float32, torch.bfloat16):
+        base = tmp_path / str(stored)
+        shutil.copytree(tiny_base("qwen3"), base)
+        AutoModel.from_pretrained(base, dtype=stored).save_pretrained(base)
+        encoder, before = trained(base, dtype="bfloat16")
+        adapter = save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, before, tmp_path / "adapter")
+        if stored == torch.float32:
+            with pytest.raises(InputError, match=r"its weights were rounded to bfloat16 for training, and as no class"):
+                export(encoder, tmp_path / "export", card="", adapter=adapter)
+            assert not (tmp_path / "export").exists()
+        else:
+            assert len(export(encoder, tmp_path / "export", card="", adapter=adapter)["readers"]) == 2
+            assert f"an adapter of PEFT over `{base}`" in (tmp_path / "export" / "README.md").read_text()
 
 
 def test_with_biases_gives_the_same_numbers_and_shares_the_weights(tiny_base):

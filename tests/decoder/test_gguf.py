@@ -396,3 +396,9 @@ def test_a_folder_that_a_command_writes_is_asked_for_by_the_command():
         pytest.skip(f"{folder} was made on this machine")
     with pytest.raises(InputError, match=f"{folder}: no such folder; `make smollm2` writes it"):
         local_folder(str(folder))
+
+
+def test_others_are_given_the_whole_path_of_a_base_below_this_project():
+    """The working directory is another folder, from which `data/nano` is nothing to them."""
+    assert path_for_others("data/nano") == str(Path(__file__).parents[2] / "data" / "nano")
+    assert path_for_others("nobody/nothing") == "nobody/nothing"

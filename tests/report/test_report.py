@@ -175,6 +175,15 @@ def test_bias_change_is_averaged_per_layer_in_layer_order(page: str) -> None:
     ]
 
 
+def test_tensors_that_were_zero_are_counted_also_where_all_were(run: Path) -> None:
+    write_json(run / "analysis.json", {"change": {"layers.0.mlp.up_proj.bias": None, "layers.0.norm.bias": 0.5}})
+    assert "zero before training: 1 of 2 tensors" in page_of(run)
+    write_json(run / "analysis.json", {"change": {"layers.0.mlp.up_proj.bias": None}})
+    page = page_of(run)
+    assert "Size of the bias change" in page
+    assert "zero before training: 1 of 1 tensors" in page
+
+
 def test_last_line_counts_when_a_resumed_run_logged_a_step_twice(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(log_line(80) | {"loss": 0.777}) + "\n")
