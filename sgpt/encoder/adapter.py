@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sgpt.decoder.added_biases import add_named_biases, added_biases
-from sgpt.decoder.base_folder import path_for_others
+from sgpt.decoder.base_folder import local_folder, path_for_others
 from sgpt.decoder.families import is_norm
 from sgpt.decoder.quantised import QUANTISED, WeightSample, quantised_dtype, quantised_layers, unquantised_weights
 from sgpt.decoder.trunk import FLOATS, ModelConfig, load_trunk
@@ -89,6 +89,16 @@ def is_adapter(folder: Path) -> bool:
     return (folder / contracts.FILE).is_file() and ((folder / DELTA).is_file() or (folder / PEFT).is_file())
 
 
+def base_of(folder: Path) -> str:
+    """The path or hub id of the adapter's base; InputError, which names both, where it is not there or no base."""
+    base = Contract.load(folder).base
+    try:
+        local_folder(base)
+    except InputError as error:
+        raise InputError(f"{folder}: is an adapter, and its base cannot be opened: {error}") from error
+    return base
+
+
 def load_adapter(trunk: nn.Module, folder: Path) -> None:
     """Sets the trained tensors in `trunk`, which must hold the values of the base, in place and bit for bit.
 
@@ -100,7 +110,7 @@ def load_adapter(trunk: nn.Module, folder: Path) -> None:
 
 def open_trunk(folder: Path, dtype: str) -> nn.Module:
     """The base that the contract names, with the adapter in it: changed in place, or wrapped by PEFT for low rank."""
-    base, known = Contract.load(folder).base, (folder / DELTA).is_file()
+    base, known = base_of(folder), (folder / DELTA).is_file()
     layers = read_delta(folder)["layers"] if known else None
     trunk = load_trunk(ModelConfig(base, opened_dtype(folder, dtype), layers=layers))
     refuse_other_base(trunk, folder)

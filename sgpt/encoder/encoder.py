@@ -30,7 +30,7 @@ from sgpt.decoder.trunk import (
 )
 from sgpt.encoder import contract as contracts
 from sgpt.encoder import sentence_transformers as sentence_transformers_format
-from sgpt.encoder.adapter import check_tokenizer, open_trunk
+from sgpt.encoder.adapter import base_of, check_tokenizer, open_trunk
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.model_folder import find_model
 from sgpt.encoder.pooling import POOLINGS
@@ -254,7 +254,7 @@ class Encoder(nn.Module):
             raise InputError(f"{folder} carries its markers and pooling in {contracts.FILE}; do not set them")
         if model.kind == "adapter":
             contract = Contract.load(folder)
-            tokenizer = load_tokenizer(contract.base)
+            tokenizer = load_tokenizer(base_of(folder))
             check_tokenizer(tokenizer, folder)
             return cls(open_trunk(folder, dtype), tokenizer, contract)
         if model.kind == "export":

@@ -13,7 +13,7 @@ import torch
 from sgpt.cross_encoder.cross_encoder import CrossEncoder, load_language_model
 from sgpt.cross_encoder.prompts import PromptConfig
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer
-from sgpt.encoder.adapter import DELTA, check_tokenizer, convert, opened_dtype
+from sgpt.encoder.adapter import DELTA, base_of, check_tokenizer, convert, opened_dtype
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.encoder import Encoder
@@ -88,7 +88,7 @@ def load_encoder_and_reranker(
     contract = Contract.load(folder)
     if not (folder / DELTA).is_file():
         raise InputError(f"{folder} holds no {DELTA}, {remedy}")
-    model = load_language_model(ModelConfig(contract.base, opened_dtype(folder, dtype)))
+    model = load_language_model(ModelConfig(base_of(folder), opened_dtype(folder, dtype)))
     convert(model, dtype)  # a base in half precision under trained biases keeps its rounded values
     model = model.to(device)
     tokenizer = load_tokenizer(contract.base)

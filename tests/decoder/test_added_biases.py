@@ -19,6 +19,7 @@ from sgpt.encoder.adapter import load_adapter, save_adapter
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
+from sgpt.retrieval.searcher import load_encoder_and_reranker
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
@@ -171,6 +172,17 @@ def test_an_adapter_over_a_rounded_base_is_exported_where_the_base_is_stored_so(
         else:
             assert len(export(encoder, tmp_path / "export", card="", adapter=adapter)["readers"]) == 2
             assert f"an adapter of PEFT over `{base}`" in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_an_adapter_without_its_base_says_which_is_missing(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base("qwen3"), tmp_path / "base")
+    encoder, before = trained(base)
+    adapter = save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, before, tmp_path / "adapter")
+    shutil.move(base, tmp_path / "moved")
+    missing = f"{adapter}: is an adapter, and its base cannot be opened: {base}: no such folder"
+    for opened in (Encoder.from_pretrained, load_encoder_and_reranker):
+        with pytest.raises(InputError, match=missing):
+            opened(adapter)
 
 
 def test_with_biases_gives_the_same_numbers_and_shares_the_weights(tiny_base):
