@@ -48,19 +48,19 @@ class TuningConfig:
     def __post_init__(self) -> None:
         check_choice("tuning.name", self.name, TUNINGS)
         check_choice("tuning.add_biases", self.add_biases, PLACES)
-        self.first_layer(layers=0)
+        self.last_blocks()
         check_ranges(self, "tuning.", lora_rank=COUNT, lora_alpha=COUNT, lora_dropout=BELOW_ONE)
         if self.layers != "all" and self.name == "lora":
             raise InputError(f"tuning.layers={self.layers}: tuning=lora adapts all layers; leave it out")
 
-    def first_layer(self, layers: int) -> int:
-        """Number of the first block that learns, of so many. InputError for anything but all or last:<number>."""
+    def last_blocks(self) -> int | None:
+        """How many of the last blocks learn; None for all. InputError for anything but all or last:<number>."""
         if self.layers == "all":
-            return 0
+            return None
         last, _, number = self.layers.partition(":")
         if last != "last" or not number.isdecimal() or int(number) < 1:
             raise InputError(f"tuning.layers={self.layers!r} is unknown; choose all, or last:<number>, as in last:10")
-        return max(0, layers - int(number))
+        return int(number)
 
 
 def bitfit(trunk: nn.Module, config: TuningConfig) -> nn.Module:
@@ -200,13 +200,26 @@ def precisions(trunk: nn.Module, precision: str) -> dict[str, str]:
 
 def _learn_only(trunk: nn.Module, learns: Callable[[str], bool], config: TuningConfig) -> None:
     """Freezes the parameters but those whose name `learns`, in the blocks of `config.layers`."""
-    first = config.first_layer(_number_of_blocks(trunk))
+    first = _first_block(trunk, config)
     norms = _norms(trunk)
     for name, parameter in trunk.named_parameters():
         block = block_of(name)
         is_last_norm = block is None and name.rpartition(".")[0] in norms and "emb" not in name
-        is_late = first == 0 or is_last_norm or (block is not None and block >= first)
+        is_late = config.layers == "all" or is_last_norm or (block is not None and block >= first)
         parameter.requires_grad_(is_late and learns(name))
+
+
+def _first_block(trunk: nn.Module, config: TuningConfig) -> int:
+    """Number of the first block that learns. InputError where the trunk has fewer than `config.layers` says."""
+    blocks, last = _number_of_blocks(trunk), config.last_blocks()
+    if last is None:
+        return 0
+    if last > blocks:
+        raise InputError(
+            f"tuning.layers={config.layers}: {type(trunk).__name__} has {blocks} blocks with weights of their own; "
+            f"choose all, or last:{blocks} at most"
+        )
+    return blocks - last
 
 
 def _number_of_blocks(trunk: nn.Module) -> int:
@@ -225,7 +238,7 @@ def _add_biases_where_few(trunk: nn.Module, config: TuningConfig) -> list[str]:
     if not _has_few_biases(trunk) or config.add_biases == "none":
         return []
     few = "few" if _biases(trunk) else "no"
-    added = add_biases(trunk, config.add_biases, config.first_layer(_number_of_blocks(trunk)))
+    added = add_biases(trunk, config.add_biases, _first_block(trunk, config))
     in_attention = sum(place_of(name) == "attention" for name in added)
     log.info(
         "%s has %s biases: %d linear layers, %d of attention and %d of the MLP, are given one of zeros, %s numbers "

@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from sgpt.decoder.added_biases import added_biases
 from sgpt.decoder.trunk import ModelConfig, load_trunk
 from sgpt.runtime.errors import InputError
 from sgpt.training.optim import OptimConfig, build_optimizer
@@ -138,6 +139,24 @@ def test_only_the_last_blocks_and_the_norm_after_them_learn(config, method, expe
 def test_other_words_for_layers_are_refused(layers):
     with pytest.raises(InputError, match=r"tuning.layers=.* is unknown; choose all, or last:<number>"):
         TuningConfig(layers=layers)
+
+
+def test_the_last_of_all_blocks_are_not_the_embeddings_and_more_are_refused():
+    trunk = tune(on_meta(BloomConfig(n_layer=2)), TuningConfig("full", layers="last:2"))
+    assert {name.split(".")[0] for name in trainable_parameters(trunk)} == {"h", "ln_f"}
+    for config in (BloomConfig(n_layer=2), LlamaConfig(**TINY)):
+        with pytest.raises(InputError, match=r"tuning.layers=last:3: .*Model has 2 blocks .* or last:2 at most"):
+            tune(on_meta(config), TuningConfig(layers="last:3"))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_biases_are_added_by_the_methods_that_train_biases_alone(method, tiny_base):
+    trunk = load_trunk(ModelConfig(str(tiny_base("qwen3"))))
+    before = {name for name, _ in trunk.named_parameters()}
+    tuned = tune(trunk, TuningConfig(method))
+    assert not added_biases(trunk)
+    names = {name.replace(".base_layer", "").removeprefix("base_model.model.") for name, _ in tuned.named_parameters()}
+    assert {name for name in names if ".lora_" not in name} == before
 
 
 def test_lora_refuses_layers():
