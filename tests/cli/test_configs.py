@@ -68,6 +68,11 @@ def test_every_yaml_of_every_group_becomes_a_training_configuration(group, optio
         assert getattr(config, group).name == option  # the option is the row of the table that it is called after
 
 
+@pytest.mark.parametrize("model", [option for group, option in OPTIONS if group == "model"])
+def test_the_first_blocks_of_every_model_are_a_key_of_the_command_line(model):
+    assert typed(TrainConfig, composed("train", f"model={model}", "model.layers=2")).model.layers == 2
+
+
 @pytest.mark.parametrize("method", ["bitfit", "bitfit_norm"])
 def test_where_biases_are_added_and_which_blocks_learn_are_keys_of_the_command_line(method):
     """A key that the YAML of its group does not state would be unknown there."""
