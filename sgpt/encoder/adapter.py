@@ -139,10 +139,11 @@ def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
         _refuse_trained_weights(trunk, folder, stated)
         return
     trained = {} if stated["form"] == "peft" else load_file(folder / TRAINED)
+    of_base = {name: value for name, value in trained.items() if name not in stated["added"]}
     first = f"the first {stated['layers']} blocks of " if stated["layers"] else ""
     raise InputError(
         f"{folder}: made from {first}{stated['base']} in {stated['dtype']}, and this {type(trunk).__name__} in "
-        f"{trunk.dtype} is another: {_first_difference(parameters, trained)}; load that base, untuned"
+        f"{trunk.dtype} is another: {_first_difference(parameters, of_base)}; load that base, untuned"
     )
 
 
