@@ -184,7 +184,7 @@ def test_embeddings_and_gradient_are_those_of_the_dequantised_weights(family, dt
     rows = encoder.token_ids(TEXTS, "query")
     expected, exact = dequantised_reference(encoder.contract.base, encoder.trunk, rows, torch.float64)
     _, rounded = dequantised_reference(encoder.contract.base, encoder.trunk, rows, torch.float32)
-    encoder.trunk = tune(encoder.trunk, TuningConfig("bitfit_norm")).eval()
+    encoder.trunk = tune(encoder.trunk, TuningConfig("bitfit_norm", add_biases="none")).eval()
     longest = max(map(len, rows))
 
     def padded(left: bool) -> torch.Tensor:
@@ -206,6 +206,24 @@ def test_embeddings_and_gradient_are_those_of_the_dequantised_weights(family, dt
             size = exact[name].norm() if exact[name].norm() > 1e-6 * largest else largest
             error, allowed = ((gradient - exact[name]).norm() / size for gradient in (parameter.grad, rounded[name]))
             assert error <= max(1e-6, 2 * allowed), name
+
+
+@pytest.mark.parametrize("dtype", QUANTISED)
+def test_added_biases_get_the_gradient_that_they_get_over_the_dequantised_weights(dtype, tiny_encoder):
+    """Over ordinary linear layers, whose gradient for them tests/decoder/test_family_table.py proves in float64."""
+    quantised, whole = tiny_encoder("qwen3", dtype=dtype), tiny_encoder("qwen3")
+    with torch.no_grad():
+        for path, layer in quantised_layers(quantised.trunk).items():
+            whole.trunk.get_submodule(path).weight.copy_(layer.weight)
+    gradients = []
+    for encoder in (quantised, whole):
+        encoder.trunk = tune(encoder.trunk, TuningConfig("bitfit")).eval()
+        embeddings = encoder(encoder.token_ids(TEXTS, "query"))
+        (embeddings * towards(embeddings)).sum().backward()
+        gradients.append({name: value.grad for name, value in trainable_parameters(encoder.trunk).items()})
+    assert len(gradients[0]) == len(quantised_layers(quantised.trunk))
+    for name, expected in gradients[1].items():
+        assert (gradients[0][name] - expected).norm() <= 1e-6 * expected.norm(), name
 
 
 @pytest.mark.parametrize("dtype", QUANTISED)
