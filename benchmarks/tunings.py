@@ -5,7 +5,7 @@
 The task is pydocs: nDCG@10 on packages never trained on. Each tuning first tries its learning rates for a quarter of
 the steps and keeps the best on the dev packages. Then all train on equally many pairs, and once more for as long as
 bias-only training took. Every run is `train/biencoder.py`; a finished run is not run again, so a stopped benchmark
-resumes. Prints the table of docs/tunings.md; seconds are of training alone.
+resumes. Prints a table; seconds are of training alone.
 """
 
 import argparse
