@@ -20,6 +20,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.encoder.adapter import save_adapter
     from sgpt.encoder.contract import Contract
     from sgpt.encoder.encoder import Encoder
+    from sgpt.encoder.export import announce_export
     from sgpt.evaluation import evaluate
     from sgpt.report.run import write_report
     from sgpt.runtime.files import remove_folder
@@ -64,6 +65,7 @@ def main(composed: DictConfig) -> None:
     run.check_same(inputs)  # a resumed run needs the data, weights and versions that it was started with
 
     encoder.trunk = tune(encoder.trunk, config.tuning)
+    announce_export(encoder)
     encoder.to(accelerator.device)
     log.info("%s: %s is trained on %s", run.folder, model.path, config.data.path or config.data.name)
     announce(encoder, feed, config.trainer, config.optim, accelerator)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModel, LlamaConfig, PretrainedConfig
 
 from sgpt.decoder.families import family_of
+from sgpt.decoder.quantised import unquantised_weights
 
 PLACES = ("all", "attention", "mlp", "none")
 ATTENTION = re.compile(r"attn|attention")  # in the path of a projection of any family
@@ -76,14 +77,28 @@ def with_biases(trunk: nn.Module) -> nn.Module | None:
     """
     if not added_biases(trunk):
         return trunk
-    weights = trunk.state_dict()
+    model = _model_with_biases(trunk)
+    if model is not None:
+        weights = trunk.state_dict()
+        missing = model.state_dict().keys() - weights.keys()
+        zeros = {name: torch.zeros_like(model.get_parameter(name), device=trunk.device) for name in missing}
+        model.load_state_dict(weights | zeros, assign=True)
+    return model
+
+
+def has_a_class(trunk: nn.Module) -> bool:
+    """Whether `with_biases` will give a model of this trunk, which may be quantised still."""
+    return not added_biases(trunk) or _model_with_biases(trunk) is not None
+
+
+def _model_with_biases(trunk: nn.Module) -> nn.Module | None:
+    """Of the first class that has all parameters of the trunk, and besides them biases alone; without memory."""
+    names = unquantised_weights(trunk).keys()
     for config in _configs_with_biases(trunk.config):
         with torch.device("meta"):
             model = AutoModel.from_config(config)
-        missing = model.state_dict().keys() - weights.keys()
-        if weights.keys() <= model.state_dict().keys() and all(name.endswith(".bias") for name in missing):
-            zeros = {name: torch.zeros_like(model.get_parameter(name), device=trunk.device) for name in missing}
-            model.load_state_dict(weights | zeros, assign=True)
+        of_class = dict(model.named_parameters()).keys()
+        if names <= of_class and all(name.endswith(".bias") for name in of_class - names):
             return model
     return None
 

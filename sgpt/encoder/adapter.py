@@ -231,7 +231,7 @@ def _write_delta(trunk: nn.Module, base: Mapping[str, Tensor], folder: Path, bas
     for name, value in trained.items():
         before = base[name].detach().cpu()
         change[name] = (value.double() - before.double()).float()  # in float32 the difference would be rounded twice
-    peft_form = None if _is_cut(trunk) else _beft_form(trunk, trained, change)  # PEFT opens all blocks of a base
+    peft_form = None if is_cut(trunk) else _beft_form(trunk, trained, change)  # PEFT opens all blocks of a base
     if peft_form is None:
         save_file(change, folder / CHANGE)
         note = f"PEFT has no form for this; {CHANGE} is the change by parameter name, for load_adapter"
@@ -247,7 +247,7 @@ def _write_delta(trunk: nn.Module, base: Mapping[str, Tensor], folder: Path, bas
     return "plain" if peft_form is None else "beft", note
 
 
-def _is_cut(trunk: nn.Module) -> bool:
+def is_cut(trunk: nn.Module) -> bool:
     """Whether it has the first blocks of its base alone (`model.layers`)."""
     return getattr(trunk, "first_layers", None) is not None
 

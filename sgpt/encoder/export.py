@@ -30,12 +30,12 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from sgpt.decoder.added_biases import with_biases
+from sgpt.decoder.added_biases import has_a_class, with_biases
 from sgpt.decoder.base_folder import path_for_others
 from sgpt.decoder.quantised import quantised_dtype
 from sgpt.decoder.trunk import ModelConfig, open_model
 from sgpt.encoder import contract as contracts
-from sgpt.encoder.adapter import CHANGE, DELTA, PEFT, TRAINED, read_delta
+from sgpt.encoder.adapter import CHANGE, DELTA, PEFT, TRAINED, is_cut, read_delta
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.probes import probes, rounding
 from sgpt.encoder.sentence_transformers import (
@@ -81,6 +81,24 @@ def export(encoder: Encoder, folder: Path, *, card: str, adapter: Path | None = 
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return verified
+
+
+def announce_export(encoder: Encoder) -> None:
+    """Says before training where the export will be no whole model; InputError where it could not be made at all."""
+    if has_a_class(encoder.trunk):
+        return
+    family, base = type(encoder.trunk).__name__, encoder.contract.base
+    remedy = "tuning.add_biases=attention may have one (docs/families.md)"
+    if is_cut(encoder.trunk):
+        raise InputError(
+            f"model.layers: no class of transformers holds the biases added to this {family}, and an adapter in "
+            f"PEFT's form would be opened over all blocks of {base}, so there could be no export; {remedy}, or leave "
+            "model.layers out"
+        )
+    log.warning(
+        "no class of transformers holds all biases of this %s: the export will be an adapter over %s; %s",
+        family, base, remedy,
+    )  # fmt: skip
 
 
 def _refuse_foreign(folder: Path) -> None:

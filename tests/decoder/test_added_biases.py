@@ -18,7 +18,7 @@ from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.adapter import load_adapter, save_adapter
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.encoder import Encoder
-from sgpt.encoder.export import export
+from sgpt.encoder.export import announce_export, export
 from sgpt.retrieval.searcher import load_encoder_and_reranker
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
@@ -228,3 +228,13 @@ def test_the_tokenizer_of_an_export_keeps_a_sequence_of_pre_tokenizers(tiny_base
     assert opened(texts)["input_ids"] == encoder.tokenizer(texts)["input_ids"]
     kinds = [part["type"] for part in json.loads(opened.backend_tokenizer.to_str())["pre_tokenizer"]["pretokenizers"]]
     assert kinds == ["Split", "ByteLevel"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_what_the_export_will_be_is_said_before_training(dtype, tiny_encoder, caplog):
+    for family, warns in {"llama": False, "qwen2": False, "qwen3": True}.items():
+        encoder = tiny_encoder(family, dtype=dtype)
+        encoder.trunk = tune(encoder.trunk, TuningConfig())
+        caplog.clear()
+        announce_export(encoder)
+        assert ("the export will be an adapter over" in caplog.text) == warns

@@ -11,7 +11,7 @@ from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.adapter import load_adapter, save_adapter
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
-from sgpt.encoder.export import export
+from sgpt.encoder.export import announce_export, export
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
 from sgpt.training.config import TrainConfig
@@ -71,3 +71,12 @@ def test_the_adapter_and_the_export_have_these_blocks(family, tiny_base, tmp_pat
     assert config["num_layers" if family == "gpt_neo" else "num_hidden_layers"] == 1
     theirs = SentenceTransformer(str(tmp_path / "export"), device="cpu").encode_query(TEXTS)
     assert abs(theirs - expected).max() < 1e-5
+
+
+def test_a_cut_base_whose_biases_no_class_holds_is_refused_before_training(tiny_base):
+    base = str(tiny_base("qwen3"))
+    contract = Contract(markers=MarkersConfig("brackets", 24, 40), base=base)
+    encoder = Encoder(load_trunk(ModelConfig(base, layers=1)), load_tokenizer(base), contract)
+    encoder.trunk = tune(encoder.trunk, TuningConfig())
+    with pytest.raises(InputError, match=r"model.layers: no class of transformers holds .* or leave model.layers out"):
+        announce_export(encoder)
