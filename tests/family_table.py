@@ -23,8 +23,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from sgpt.decoder.added_biases import added_biases, block_of
-from sgpt.decoder.families import family_of, is_norm
+from sgpt.decoder.added_biases import added_biases
+from sgpt.decoder.families import block_of, family_of, is_norm
 from sgpt.decoder.trunk import takes_packs
 from sgpt.encoder.adapter import PEFT, read_delta, save_adapter
 from sgpt.encoder.encoder import Encoder

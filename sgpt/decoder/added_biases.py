@@ -15,12 +15,11 @@ import torch
 from torch import nn
 from transformers import AutoModel, LlamaConfig, PretrainedConfig
 
-from sgpt.decoder.families import family_of
+from sgpt.decoder.families import block_of, family_of
 from sgpt.decoder.quantised import unquantised_weights
 
 PLACES = ("all", "attention", "mlp", "none")
 ATTENTION = re.compile(r"attn|attention")  # in the path of a projection of any family
-BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 def add_biases(trunk: nn.Module, where: str = "all", first_block: int = 0) -> list[str]:
@@ -55,12 +54,6 @@ def added_biases(trunk: nn.Module) -> list[str]:
 def place_of(path: str) -> str:
     """attention or mlp: where in its block a linear layer, or its bias, lies."""
     return "attention" if ATTENTION.search(path) else "mlp"
-
-
-def block_of(path: str) -> int | None:
-    """Number of the block in which a module or parameter lies; None for embeddings, the last norm and their like."""
-    number = BLOCK_NUMBER.search(path)
-    return int(number[1]) if number else None
 
 
 def _without_bias(trunk: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

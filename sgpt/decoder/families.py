@@ -7,6 +7,7 @@ tests/decoder/test_family_table.py measures of each.
 """
 
 import inspect
+import re
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -74,6 +75,7 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 PACKED_FAMILIES = {name for name, family in FAMILIES.items() if family.packed}
 LENGTH_WITHOUT_TABLE = 2048  # BLOOM's training length: ALiBi has no limit of its own
+BLOCK_NUMBER = re.compile(r"\.(\d+)\.")  # in the path of what lies in a block
 POSITION_TABLES = ("max_position_embeddings", "n_positions")  # keys of config.json
 
 
@@ -101,6 +103,12 @@ def first_layers(config: PretrainedConfig, layers: int, path: str) -> Pretrained
     if cut.num_hidden_layers != layers:
         raise InputError(f"model.layers={layers}: {config.model_type} cannot be cut to its first blocks; leave it out")
     return cut
+
+
+def block_of(path: str) -> int | None:
+    """Number of the block in which a module or parameter lies; None for embeddings, the last norm and their like."""
+    number = BLOCK_NUMBER.search(path)
+    return int(number[1]) if number else None
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers.activations import SiLUActivation
 
+from sgpt.decoder.families import block_of
+
 # By name: all write the same formula, and a class of Gemma's, which has gains of 1 + weight, is not among them.
 RMS_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm", "Olmo2RMSNorm"}
 GATED_MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "Olmo2MLP"}
@@ -23,8 +25,7 @@ def fuse(trunk: nn.Module) -> None:
     for path, module in trunk.named_modules():
         name = type(module).__name__
         if name in RMS_NORMS:
-            in_block = any(part.isdigit() for part in path.split("."))
-            module.forward = MethodType(_norm_of_block if in_block else _last_norm, module)
+            module.forward = MethodType(_last_norm if block_of(f"{path}.") is None else _norm_of_block, module)
         elif name in GATED_MLPS and isinstance(module.act_fn, SiLUActivation):
             module.forward = MethodType(_gated_mlp, module)
 

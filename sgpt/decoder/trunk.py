@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.models.auto.auto_factory import _get_model_class
 
-from sgpt.decoder.added_biases import block_of
 from sgpt.decoder.agreement import check_agreement
 from sgpt.decoder.attention import NAME, packed, prepare
 from sgpt.decoder.base_folder import how_to_have, local_folder, resolve
 from sgpt.decoder.families import (
     FAMILIES,
+    block_of,
     embedding_size,
     family_of,
     first_layers,

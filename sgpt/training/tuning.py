@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from sgpt.decoder.added_biases import PLACES, add_biases, block_of, place_of
-from sgpt.decoder.families import is_norm
+from sgpt.decoder.added_biases import PLACES, add_biases, place_of
+from sgpt.decoder.families import block_of, is_norm
 from sgpt.decoder.quantised import num_weights, quantised_dtype
 from sgpt.encoder.probes import HALVES
 from sgpt.runtime.errors import InputError
