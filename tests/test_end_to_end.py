@@ -52,7 +52,9 @@ BAD_TRAINING = {
     "no evaluation set": (["evaluation.retrieval=[nowhere]"], r"nowhere.*no such f"),
     "no pairs": (["evaluation.sts=[nowhere.jsonl]"], r"nowhere\.jsonl: no such file"),
     "one name for two sets": (["evaluation.retrieval=[toy,./toy]"], r"two evaluation sets are called 'toy'"),
-    "no bias": (["model.path=biasless"], r"tuning=bitfit found no bias parameters in LlamaModel"),
+    "no bias": (
+        ["model.path=biasless", "tuning.add_biases=none"], r"tuning=bitfit found no bias parameters in LlamaModel"
+    ),
     "wrong type": (
         ["optim.learning_rate=fast"],
         r"optim\.learning_rate: Value 'fast' of type 'str' could not be converted to Float"

@@ -15,7 +15,7 @@ STORING = """
 import sys, time
 from pathlib import Path
 from sgpt.data.feed.example import Example
-from sgpt.data.feed.store import stored
+from sgpt.data.feed.store import cached_examples
 folder = Path(sys.argv[1])
 
 def fill(writer):
@@ -28,7 +28,7 @@ def fill(writer):
 (folder / f"ready-{sys.argv[2]}").touch()
 while len(list(folder.glob("ready-*"))) < 3:
     time.sleep(0.001)
-print(len(stored(folder / "cache", "key", fill)))
+print(len(cached_examples(folder / "cache", "key", fill)))
 """
 HOLDING = """
 import sys, time
