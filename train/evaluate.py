@@ -34,7 +34,9 @@ def main(composed: DictConfig) -> None:
     check_request(config)
     sets = find_sets(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = Encoder.from_pretrained(config.model, markers=config.markers, pooling=config.pooling).to(device)
+    encoder = Encoder.from_pretrained(
+        config.model, markers=config.markers, pooling=config.pooling, dtype=config.dtype
+    ).to(device)
     log = logging.getLogger("sgpt.evaluation.evaluate")  # of "sgpt", so that it is shown; a script's own name is not
     log.info("%s is evaluated on %s, on %s", config.model, ", ".join(sets.names), device)
     rerank = load_reranker(config, device)

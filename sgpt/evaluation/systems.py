@@ -17,6 +17,7 @@ from pathlib import Path
 from sgpt.data.formats.beir import RetrievalSet
 from sgpt.data.test_sets.beir_sets import BeirFolder, find_beir_folders, read_beir_folder
 from sgpt.data.test_sets.useb import UsebTask, read_useb
+from sgpt.decoder.trunk import DTYPES
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation import compare
 from sgpt.evaluation.compare import RerankRun
@@ -27,7 +28,7 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import check_writable, write_whole
 from sgpt.runtime.interrupt import interrupt_message
 from sgpt.runtime.progress import log_progress
-from sgpt.runtime.values import COUNT, check_ranges
+from sgpt.runtime.values import COUNT, check_choice, check_ranges
 from sgpt.text.markers import MarkersConfig
 
 KEPT_CHARACTERS = 1 << 30  # of all corpora together, about as many bytes of memory
@@ -39,6 +40,8 @@ class EvaluateConfig:
 
     model: str = ""
     """Run, export, adapter, base (folder or hub id) or sentence-transformers folder."""
+    dtype: str = "float32"
+    """Of the model's weights: float32, bfloat16, float16, int8 or nf4."""
     retrieval: list[str] = field(default_factory=list)
     """BEIR folders, or names of BEIR's sets, which are looked for in beir_root and else downloaded to there."""
     sts: list[str] = field(default_factory=list)
@@ -73,6 +76,7 @@ class EvaluateConfig:
     """Only for a base, which has no contract: its markers and limits of tokens."""
 
     def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DTYPES)
         check_ranges(self, depth=COUNT)
         if self.rerank and not self.retrieval:
             raise InputError(

@@ -9,8 +9,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytrec_eval
+import scipy.stats
 import torch
 import transformers
 
@@ -27,6 +29,7 @@ from sgpt.data.test_sets.beir_sets import (
     find_beir_folders,
     read_beir_folder,
 )
+from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation import compare, systems
 from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
 from sgpt.evaluation.systems import EvaluateConfig, find_sets
@@ -470,7 +473,23 @@ def test_the_script_gives_one_table_of_all_systems_their_runs_and_both_files(pro
     assert ended.stdout.count("┏") == 1
 
 
+def test_the_script_opens_the_model_in_the_dtype_that_is_asked_for(project):
+    pairs = [json.loads(line) for line in (project / "similar.jsonl").read_text().splitlines()]
+    pearson = {}
+    for dtype in ("float32", "bfloat16"):
+        ended = started(project, "model=base", "sts=[similar.jsonl]", f"dtype={dtype}", f"output={dtype}.json")
+        assert ended.returncode == 0, ended.stderr
+        pearson[dtype] = json.loads((project / f"{dtype}.json").read_text())["similar"]["pearson_cosine"]
+        encoder = Encoder.from_pretrained(project / "base", dtype=dtype)
+        left, right = (encoder.encode([row[key] for row in pairs], "query") for key in ("sentence1", "sentence2"))
+        cosines = (left * right).sum(1) / (np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1))
+        expected = scipy.stats.pearsonr(cosines.astype(np.float64), [row["score"] for row in pairs]).statistic
+        assert pearson[dtype] == pytest.approx(expected, abs=1e-5)
+    assert pearson["bfloat16"] != pearson["float32"]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
+    (["model=base", "dtype=half", "retrieval=[toy]"], r"dtype='half' is unknown; choose float32, bfloat16, float16, int8"),
     (["model=base", "retrieval=[toy]", "rerank=bert"], r"bert"),
     (["model=base", "retrieval=[toy]", "rerank=decoder", "prompt=Z"], r"prompt"),
     (["model=base", "retrieval=[toy,./toy]"], r"two evaluation sets are called 'toy'"),
