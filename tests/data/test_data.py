@@ -615,7 +615,8 @@ def test_what_stands_beside_sources_and_weights_of_some_are_refused(weights, opt
         ),
         (
             {"name": "msmarco", "on_error": "skip"},
-            r"^data\.on_error=skip is read by data=file or data=documents or data=beir or data=pydocs only, not by data=msmarco, .*out$"
+            r"^data\.on_error=skip is read by data=file or data=documents or data=beir or data=pydocs only, "
+                r"not by data=msmarco, .*out$",
         ),
     ],
 )
