@@ -126,13 +126,13 @@ def refuse_low_rank(folder: Path) -> None:
     raise InputError(f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves: {problem}")
 
 
-def refuse_matrices(delta: Delta) -> None:
+def refuse_matrices(folder: Path, trained: Mapping[str, Tensor]) -> None:
     """InputError for a delta that changes more than biases and gains of norms, as tuning=full does."""
-    matrix = next((name for name, value in delta.trained.items() if value.ndim > 1), None)
+    matrix = next((name for name, value in trained.items() if value.ndim > 1), None)
     if matrix is not None:
         raise InputError(
-            f"{delta.folder} is not the bias delta that tuning=bitfit or bitfit_norm saves: it changes the matrix "
-            f"{matrix}; open it alone, with Encoder.from_pretrained"
+            f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves: it changes the matrix {matrix}; "
+            "open it alone, with Encoder.from_pretrained"
         )
 
 

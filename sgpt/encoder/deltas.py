@@ -50,7 +50,7 @@ class Deltas(dict[str, Delta]):
         before = {*added_biases(trunk)}
         delta = Delta(trunk, folder, strength=strength, untuned=self._untuned[base])
         self.biases |= {*added_biases(trunk)} - before
-        refuse_matrices(delta)
+        refuse_matrices(folder, delta.trained)
         delta.frames = frames(markers, tokenizer)
         self[name] = delta
 

@@ -22,6 +22,7 @@ from sgpt.cli.launch import _check_processes
 from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.encoder.export import ExportConfig
 from sgpt.evaluation.mteb import MtebConfig
+from sgpt.evaluation.strength import MergeConfig
 from sgpt.evaluation.systems import EvaluateConfig
 from sgpt.inspection.inspect import InspectConfig
 from sgpt.mining.config import MineConfig
@@ -38,7 +39,7 @@ CONFIGS = REPOSITORY / "configs"
 SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig,
     "pretrain": PretrainConfig, "mine": MineConfig,
-    "inspect_data": InspectConfig, "rerank": RerankConfig, "evaluate_mteb": MtebConfig,
+    "inspect_data": InspectConfig, "rerank": RerankConfig, "evaluate_mteb": MtebConfig, "merge": MergeConfig,
 }  # fmt: skip
 SCRIPTS = {"biencoder": "train"} | {name: name for name in SCHEMAS if name != "train"}
 OPTIONS = sorted((file.parent.name, file.stem) for file in CONFIGS.glob("*/*.yaml"))

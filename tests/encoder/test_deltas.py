@@ -1,7 +1,6 @@
 """Many tuned models over one trunk: mixed batches against each model opened alone, strengths against numpy."""
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,11 @@ from safetensors.torch import load_file
 
 from sgpt.decoder.families import family_of
 from sgpt.decoder.trunk import takes_packs
-from sgpt.encoder.adapter import save_adapter
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
-from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
-from tests.conftest import FAMILIES, LIMITS
+from tests.conftest import FAMILIES, LIMITS, save_moved
 
 PACKED = [family for family in FAMILIES if family_of(family).packed]
 TEXTS = [
@@ -25,33 +22,6 @@ TEXTS = [
     "a b", "[brackets] {and} braces", "parse a date", "one more text that is longer than all the others", "é 東 🙂",
 ]  # fmt: skip
 ROWS = [["a", "b", None][number % 3] for number in range(len(TEXTS))]
-MakeDelta = Callable[..., Path]
-
-
-def moved(encoder: Encoder, seed: int, folder: Path, tuning: str = "bitfit") -> Path:
-    """The adapter of a copy of the encoder whose tensors were moved at random. 1e-10 is lost in base + change."""
-    trunk = tune(copy.deepcopy(encoder.trunk), TuningConfig(tuning))
-    before = {name: value.detach().clone() for name, value in trainable_parameters(trunk).items()}
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for value in trainable_parameters(trunk).values():
-            value.add_(torch.randn_like(value) * 0.1).flatten()[0] = 1e-10
-    return save_adapter(trunk, encoder.tokenizer, encoder.contract, before, folder)
-
-
-@pytest.fixture(scope="module")
-def delta(tiny_encoder, tmp_path_factory) -> MakeDelta:
-    """delta(family, seed, tuning="bitfit", **tiny_encoder's options): an adapter folder, saved once."""
-    saved: dict[str, Path] = {}
-
-    def make(family: str, seed: int, tuning: str = "bitfit", **options) -> Path:
-        key = f"{family}{seed}{tuning}{options}"
-        if key not in saved:
-            folder = tmp_path_factory.mktemp("run") / "adapter"
-            saved[key] = moved(tiny_encoder(family, **options), seed, folder, tuning)
-        return saved[key]
-
-    return make
 
 
 def base_encoder(family: str, tiny_base, **options) -> Encoder:
@@ -67,8 +37,8 @@ def alone(texts: Sequence[str], rows: Sequence[str | None], encoders: dict[str |
 @pytest.mark.parametrize(
     ("family", "tuning"), [*((family, "bitfit_norm") for family in PACKED), ("gpt_neo", "bitfit"), ("qwen3", "bitfit")]
 )
-def test_a_mixed_batch_is_bit_for_bit_what_each_model_gives_alone(family, tuning, delta, tiny_base):
-    folders = {"a": delta(family, 1, tuning), "b": delta(family, 2, tuning)}
+def test_a_mixed_batch_is_bit_for_bit_what_each_model_gives_alone(family, tuning, tiny_delta, tiny_base):
+    folders = {"a": tiny_delta(family, 1, tuning), "b": tiny_delta(family, 2, tuning)}
     encoder = base_encoder(family, tiny_base)
     for name, folder in folders.items():
         encoder.load_delta(name, folder)
@@ -87,7 +57,7 @@ def test_a_mixed_batch_is_bit_for_bit_what_each_model_gives_alone(family, tuning
 def test_equal_bit_for_bit_over_nano_in_packs_of_hundreds_of_tokens(tmp_path):
     """Its matrices are of a size for which the library that multiplies has kernels of several shapes."""
     encoder = Encoder.from_pretrained("data/nano", markers=MarkersConfig("brackets", 75, 300))
-    folders = [moved(encoder, seed, tmp_path / str(seed)) for seed in range(3)]
+    folders = [save_moved(encoder, seed, tmp_path / str(seed)) for seed in range(3)]
     texts = [text for text in Path("README.md").read_text().splitlines() if text][:90]
     rows = [[None, "0", "1", "2"][number % 4] for number in range(len(texts))]
     encoders = {str(seed): Encoder.from_pretrained(folder) for seed, folder in enumerate(folders)} | {None: encoder}
@@ -103,11 +73,11 @@ def test_equal_bit_for_bit_over_nano_in_packs_of_hundreds_of_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "qwen3"])
-def test_each_row_has_the_markers_limits_pooling_and_length_of_its_model(family, delta, tiny_base):
+def test_each_row_has_the_markers_limits_pooling_and_length_of_its_model(family, tiny_delta, tiny_base):
     """Token ids differ in number then, and so the packs do: equal to rounding."""
     folders = {
-        "a": delta(family, 1, markers="none", pooling="mean", query_max_tokens=5, normalize=True),
-        "b": delta(family, 2, pooling="last_token"),
+        "a": tiny_delta(family, 1, markers="none", pooling="mean", query_max_tokens=5, normalize=True),
+        "b": tiny_delta(family, 2, pooling="last_token"),
     }
     encoder = base_encoder(family, tiny_base)
     for name, folder in folders.items():
@@ -123,13 +93,13 @@ def test_each_row_has_the_markers_limits_pooling_and_length_of_its_model(family,
     assert np.allclose(unit[[name != "a" or bool(text) for name, text in zip(ROWS, TEXTS, strict=True)]], 1)
 
 
-def test_a_trunk_that_takes_no_packs_has_passes_for_each_delta(delta, tiny_base):
+def test_a_trunk_that_takes_no_packs_has_passes_for_each_delta(tiny_delta, tiny_base):
     encoder = base_encoder("gpt_neo", tiny_base)
     encoder.trunk.config._attn_implementation = "sdpa"  # as for a family whose attention is transformers' own
     assert not takes_packs(encoder.trunk)
     for name, seed in (("a", 1), ("b", 2)):
-        encoder.load_delta(name, delta("gpt_neo", seed))
-    encoders = {name: Encoder.from_pretrained(delta("gpt_neo", seed)) for name, seed in (("a", 1), ("b", 2))}
+        encoder.load_delta(name, tiny_delta("gpt_neo", seed))
+    encoders = {name: Encoder.from_pretrained(tiny_delta("gpt_neo", seed)) for name, seed in (("a", 1), ("b", 2))}
     encoders[None] = base_encoder("gpt_neo", tiny_base)
     expected, mixed = alone(TEXTS, ROWS, encoders), encoder.encode_queries(TEXTS, delta=ROWS)
     assert np.abs(mixed - expected).max() <= 1e-6 * np.abs(expected).max()
@@ -137,9 +107,9 @@ def test_a_trunk_that_takes_no_packs_has_passes_for_each_delta(delta, tiny_base)
 
 @pytest.mark.parametrize("opened", ["run", "adapter", "export"])
 @pytest.mark.parametrize("family", ["gpt_neo", "llama", "qwen2"])
-def test_a_tuned_encoder_serves_others_of_its_base_next_to_itself(family, opened, delta, tiny_base, tmp_path):
+def test_a_tuned_encoder_serves_others_of_its_base_next_to_itself(family, opened, tiny_delta, tiny_base, tmp_path):
     """Of the base it needs the biases, which it has replaced by its own."""
-    own, other = delta(family, 1, "bitfit_norm"), delta(family, 2)
+    own, other = tiny_delta(family, 1, "bitfit_norm"), tiny_delta(family, 2)
     expected = [Encoder.from_pretrained(folder).encode_queries(TEXTS) for folder in (own, other)]
     folder = own if opened == "adapter" else tmp_path / "run" / "export" if opened == "export" else tmp_path / "run"
     if opened != "adapter":
@@ -156,8 +126,8 @@ def test_a_tuned_encoder_serves_others_of_its_base_next_to_itself(family, opened
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "qwen3"])
-def test_strength_is_the_share_of_the_change_rounded_once(family, delta, tiny_base):
-    folder = delta(family, 1, "bitfit_norm")
+def test_strength_is_the_share_of_the_change_rounded_once(family, tiny_delta, tiny_base):
+    folder = tiny_delta(family, 1, "bitfit_norm")
     encoder = base_encoder(family, tiny_base)
     base = {name: value.detach().numpy().copy() for name, value in encoder.trunk.named_parameters()}
     encoder.load_delta("a", folder, strength=0.7)
@@ -187,9 +157,9 @@ def storage_bytes(*tensors: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "qwen3"])
-def test_a_hundred_deltas_cost_a_hundred_times_one_and_nothing_else(family, delta, tiny_base):
+def test_a_hundred_deltas_cost_a_hundred_times_one_and_nothing_else(family, tiny_delta, tiny_base):
     encoder = base_encoder(family, tiny_base)
-    folders = [delta(family, seed) for seed in (1, 2)]
+    folders = [tiny_delta(family, seed) for seed in (1, 2)]
     trained = sum(value.nbytes for value in load_file(folders[0] / "trained.safetensors").values())
     for number in range(100):
         encoder.load_delta(str(number), folders[number % 2], strength=number / 100)
@@ -204,13 +174,13 @@ def test_a_hundred_deltas_cost_a_hundred_times_one_and_nothing_else(family, delt
     )
 
 
-def test_unloading_leaves_the_trunk_as_it_was(delta, tiny_base):
+def test_unloading_leaves_the_trunk_as_it_was(tiny_delta, tiny_base):
     encoder = base_encoder("qwen3", tiny_base)
     names, fingerprint = list(dict(encoder.trunk.named_parameters())), encoder.fingerprint()
-    encoder.load_delta("a", delta("qwen3", 1))
-    encoder.load_delta("b", delta("qwen3", 2))
+    encoder.load_delta("a", tiny_delta("qwen3", 1))
+    encoder.load_delta("b", tiny_delta("qwen3", 2))
     assert encoder.fingerprint() == fingerprint  # an index that was made with the base stays right
-    alone = Encoder.from_pretrained(delta("qwen3", 1))
+    alone = Encoder.from_pretrained(tiny_delta("qwen3", 1))
     tuned = encoder.with_delta("a")
     assert tuned.contract == alone.contract
     assert tuned.fingerprint() == alone.fingerprint()
@@ -218,17 +188,17 @@ def test_unloading_leaves_the_trunk_as_it_was(delta, tiny_base):
     encoder.unload_delta("a")
     assert list(encoder.deltas) == ["b"]
     assert np.array_equal(
-        encoder.encode_queries(TEXTS, delta="b"), Encoder.from_pretrained(delta("qwen3", 2)).encode_queries(TEXTS)
+        encoder.encode_queries(TEXTS, delta="b"), Encoder.from_pretrained(tiny_delta("qwen3", 2)).encode_queries(TEXTS)
     )
     encoder.unload_delta("b")
     assert list(dict(encoder.trunk.named_parameters())) == names
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_in_a_narrower_dtype_a_delta_is_what_it_is_over_a_trunk_of_its_own(dtype, delta, tiny_base):
+def test_in_a_narrower_dtype_a_delta_is_what_it_is_over_a_trunk_of_its_own(dtype, tiny_delta, tiny_base):
     """Trained over float32; the base is opened in float32 once more to be sure that it is this one."""
     encoder = base_encoder("llama", tiny_base, dtype=dtype)
-    folders = {"a": delta("llama", 1), "b": delta("llama", 2)}
+    folders = {"a": tiny_delta("llama", 1), "b": tiny_delta("llama", 2)}
     for name, folder in folders.items():
         encoder.load_delta(name, folder)
     mixed = encoder.encode_queries(TEXTS, delta=ROWS, normalize=True)
@@ -242,16 +212,16 @@ def test_in_a_narrower_dtype_a_delta_is_what_it_is_over_a_trunk_of_its_own(dtype
         assert (one[words] * expected[words]).sum(1).min() > 0.99
 
 
-def test_what_cannot_be_loaded_is_refused_in_a_sentence(delta, tiny_base, tmp_path):
+def test_what_cannot_be_loaded_is_refused_in_a_sentence(tiny_delta, tiny_base, tmp_path):
     encoder = base_encoder("gpt_neo", tiny_base)
-    encoder.load_delta("a", delta("gpt_neo", 1))
+    encoder.load_delta("a", tiny_delta("gpt_neo", 1))
     parameters = list(dict(encoder.trunk.named_parameters()))
     refused = [
-        ("a", delta("gpt_neo", 2), r"'a' is loaded already, from .*; choose another name, or call unload_delta\('a'\)"),
-        ("", delta("gpt_neo", 2), r"the name is ''; give a text"),
-        ("b", delta("gpt2", 1), r"made from .*, and h\.0\.\S+ of this GPTNeoModel is another; open that base"),
-        ("b", delta("gpt_neo", 1, "lora"), r"is not the bias delta .*: it is of low rank .*; open it alone"),
-        ("b", delta("gpt_neo", 1, "full"), r"is not the bias delta .*: it changes the matrix \S+\.weight; open it"),
+        ("a", tiny_delta("gpt_neo", 2), r"'a' is loaded already, from .*; choose another name, or call unload_delta"),
+        ("", tiny_delta("gpt_neo", 2), r"the name is ''; give a text"),
+        ("b", tiny_delta("gpt2", 1), r"made from .*, and h\.0\.\S+ of this GPTNeoModel is another; open that base"),
+        ("b", tiny_delta("gpt_neo", 1, "lora"), r"is not the bias delta .*: it is of low rank .*; open it alone"),
+        ("b", tiny_delta("gpt_neo", 1, "full"), r"is not the bias delta .*: it changes the matrix \S+\.weight; open"),
         ("b", tiny_base("gpt_neo"), r"is not the bias delta .*: there is no sgpt_delta\.json; give a run or its"),
         ("b", tmp_path / "nothing", r"nothing"),
     ]
@@ -260,19 +230,19 @@ def test_what_cannot_be_loaded_is_refused_in_a_sentence(delta, tiny_base, tmp_pa
             encoder.load_delta(name, path)
     for strength in (float("nan"), float("inf"), "1", True, None):
         with pytest.raises(InputError, match=r"strength=.* must be a number"):
-            encoder.load_delta("b", delta("gpt_neo", 2), strength=strength)
+            encoder.load_delta("b", tiny_delta("gpt_neo", 2), strength=strength)
     assert list(encoder.deltas) == ["a"]
     assert list(dict(encoder.trunk.named_parameters())) == parameters
-    other = Encoder.from_pretrained(delta("gpt_neo", 1, "full"))  # its matrices are not those of the base
+    other = Encoder.from_pretrained(tiny_delta("gpt_neo", 1, "full"))  # its matrices are not those of the base
     with pytest.raises(InputError, match=r"made from .*, and \S+\.weight of this GPTNeoModel is another"):
-        other.load_delta("a", delta("gpt_neo", 1))
+        other.load_delta("a", tiny_delta("gpt_neo", 1))
 
 
-def test_what_encode_does_not_know_is_refused_in_a_sentence(delta, tiny_base):
+def test_what_encode_does_not_know_is_refused_in_a_sentence(tiny_delta, tiny_base):
     encoder = base_encoder("gpt_neo", tiny_base)
     with pytest.raises(InputError, match=r"there is no delta 'b'; loaded are none"):
         encoder.encode_queries(["x"], delta="b")
-    encoder.load_delta("a", delta("gpt_neo", 1))
+    encoder.load_delta("a", tiny_delta("gpt_neo", 1))
     for options, sentence in [
         ({"delta": ["a", "c"]}, r"there is no delta 'c'; loaded are 'a'"),
         ({"delta": ["a"]}, r"delta has 1 entries for 2 texts"),
