@@ -225,7 +225,7 @@ def test_a_wrong_export_of_such_weights_is_told_from_rounding(sensitive, tmp_pat
     with pytest.raises(
         InputError,
         match=r"sentence-transformers .* embeds .* both in float32, by .* "
-        r"It is not rounding, which comes to \d\.\de-0[3-7] with",
+        r"It is not rounding, for which \d\.\de-0[3-7] is allowed with",
     ):
         verify(tmp_path / "export", encoder)
 
