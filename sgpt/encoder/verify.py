@@ -5,6 +5,7 @@
 """
 
 import copy
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
+from sgpt.decoder.base_folder import path_for_others
+from sgpt.encoder.adapter import DELTA, PEFT, base_of
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.sentence_transformers import installed_version, is_installed, is_sentence_transformers
 from sgpt.runtime.errors import InputError
@@ -135,9 +139,87 @@ def _sentence_transformers(folder: Path, encoder: Encoder) -> Loader | None:
     return Loader(f"sentence-transformers {installed_version('sentence-transformers')}", token_ids, embed)
 
 
+def _transformers(folder: Path, encoder: Encoder) -> Loader | None:
+    """As somebody would without this framework, who has the folder and reads the JSON files in it."""
+    from transformers import AutoModel
+
+    if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
+        return None
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(encoder.device).eval()
+    return _by_hand(f"transformers {installed_version('transformers')}", model, folder, folder)
+
+
+def _peft(folder: Path, encoder: Encoder) -> Loader | None:
+    """An adapter in PEFT's form over its base, which is opened in the dtype that it had in training."""
+    if not (folder / PEFT).is_file():
+        return None
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    base = path_for_others(base_of(folder))
+    tokenizer = folder if (folder / "tokenizer.json").is_file() else Path(base)
+    if not (tokenizer / "tokenizer.json").is_file():
+        return None
+    delta = json.loads((folder / DELTA).read_text()) if (folder / DELTA).is_file() else {}
+    dtype = getattr(torch, delta.get("dtype", "float32"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected that the base layer has no bias term")
+        trunk = AutoModel.from_pretrained(base, dtype=dtype, trust_remote_code=False).float()
+        model = PeftModel.from_pretrained(trunk, folder).float().to(encoder.device).eval()
+    return _by_hand(f"peft {installed_version('peft')}", model, folder, tokenizer)
+
+
+def _by_hand(name: str, model: nn.Module, folder: Path, tokenizer_folder: Path) -> Loader:
+    """Token ids, mask and pooling by what sgpt.json says, and by no code of ours: a second opinion on the contract."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": tokenizer.convert_ids_to_tokens(0)})
+    contract = json.loads((folder / "sgpt.json").read_text(encoding="utf-8"))
+    device = next(model.parameters()).device
+
+    def token_ids(texts: list[str], role: Role) -> TokenLists:
+        rule, prompt = contract["roles"][role], contract["prompts"].get(role, "")
+        before, after, room = rule["ids_before"], rule["ids_after"], rule["content_tokens"]
+        rows = []
+        for text in texts:
+            if tokenizer.chat_template:  # markers and text in one, as this tokenizer cuts them apart again
+                text = tokenizer.apply_chat_template([{"role": "user", "content": text}], task=role, tokenize=False)
+                ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][len(before) :]
+                ids = ids[: len(ids) - len(after)]
+            else:
+                ids = tokenizer(prompt + text, add_special_tokens=False, verbose=False)["input_ids"]
+            rows.append(before + ids[:room] + after)
+        return rows
+
+    @torch.no_grad()
+    def embed(texts: list[str], role: Role) -> np.ndarray:
+        rows, embeddings = token_ids(texts, role), []
+        for start in range(0, len(rows), 8):
+            batch = {"input_ids": rows[start : start + 8]}
+            padded = tokenizer.pad(batch, padding_side="right", return_tensors="pt").to(device)
+            hidden = model(**padded).last_hidden_state  # [8, T, D]
+            for of_text, mask in zip(hidden, padded["attention_mask"], strict=True):
+                pooled = POOLED_BY_HAND[contract["pooling"]](of_text[mask.bool()])
+                embeddings.append(pooled / pooled.norm() if contract["normalize"] else pooled)
+        return torch.stack(embeddings).cpu().numpy()
+
+    return Loader(name, token_ids, embed)
+
+
+POOLED_BY_HAND: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of one text [T, D], not by our own poolings
+    "weighted_mean": lambda hidden: sum(i * h for i, h in enumerate(hidden, 1)) / sum(range(1, len(hidden) + 1)),
+    "mean": lambda hidden: hidden.mean(0),
+    "last_token": lambda hidden: hidden[-1],
+    "cls": lambda hidden: hidden[0],
+    "max": lambda hidden: hidden.amax(0),
+}
 LOADERS: dict[str, Callable[[Path, Encoder], Loader | None]] = {
     "sgpt": _sgpt,
     "sentence-transformers": _sentence_transformers,
+    "transformers": _transformers,
+    "peft": _peft,
 }
 
 
