@@ -16,7 +16,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,12 +39,16 @@ FORMAT = 2  # 1, which has no tokenizer_hash and leaves low-rank adapters out, i
 FORMS = ("plain", "beft", "peft")
 
 
-def save_adapter(trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[str, Tensor], folder: Path) -> Path:
+def save_adapter(
+    trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[str, Tensor], folder: Path, *,
+    measured: Mapping[str, dict] | None = None,
+) -> Path:  # fmt: skip
     """Writes `folder` and returns it. base: values before training of all trained tensors, by parameter name of
     `trunk`.
 
-    Replaces an adapter of ours; raises InputError for any other folder that is not empty, or when the contract names no
-    base.
+    measured: what `measure` of sgpt/encoder/probes.py gives for these weights; without, the embeddings are not checked
+    when it is opened. Replaces an adapter of ours; raises InputError for any other folder that is not empty, or when
+    the contract names no base.
     """
     folder = Path(folder)
     if not contract.base:
@@ -80,7 +83,8 @@ def save_adapter(trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[
     }
     (temporary / DELTA).write_text(json.dumps(delta, indent=2) + "\n")
     files = [file.name for file in temporary.iterdir() if file.name != "README.md"]  # PEFT writes one
-    replace(contract, probes={}).save(temporary, files)  # probes belong to merged weights
+    measured = measured or {"probes": {}, "rounding": {}}  # the contract's own may be of other weights
+    contract.of_model(tokenizer, **measured).save(temporary, files)
     replace_folder(temporary, folder)
     return folder
 

@@ -290,12 +290,16 @@ class Encoder(nn.Module):
         """Changes with any weight, any rule of the tokenizer and any part of the contract; with a corpus, with any
         document.
         """
+        hashes = self.hashes()
+        return content_hash([self.contract.fingerprint(), *hashes.values()], corpus or {})
+
+    def hashes(self) -> dict[str, str]:
+        """Of the weights and the tokenizer, by which whoever stores them can say which has changed."""
         others = self.deltas.biases - (self.delta.trained.keys() if self.delta else set())
         with self._tuned():
             held = held_weights(self.trunk)
             weights = weights_hash({name: value for name, value in held.items() if name not in others})
-        parts = [self.contract.fingerprint(), weights, tokenizer_hash(self.tokenizer)]
-        return content_hash(parts, corpus or {})
+        return {"weights": weights, "tokenizer": tokenizer_hash(self.tokenizer)}
 
     def in_dtype(self, dtype: torch.dtype) -> "Encoder":
         """A copy that holds and computes all weights in `dtype`; the encoder itself when it does so already.
@@ -321,6 +325,14 @@ class Encoder(nn.Module):
     def encode_in(self, dtype: torch.dtype) -> Encode:
         """`encode` with all weights in `dtype`."""
         return self.in_dtype(dtype).encode
+
+    def check(self, source: str) -> None:
+        """InputError where markers, token ids or embeddings are no longer those of the contract.
+
+        source: the model's folder, for the message.
+        """
+        self.contract.check_roles(self.tokenizer, source)
+        check_probes(self, self.trunk.dtype, source)
 
     def _autocast(self, *versions: Mapping[str, Tensor]) -> AbstractContextManager:
         """Autocast where half-precision weights meet float32 biases, which learn; else what the caller has set.
@@ -348,12 +360,14 @@ class Encoder(nn.Module):
         markers: MarkersConfig | None = None,
         pooling: str | None = None,
         dtype: str = "float32",
+        check: bool = True,
     ) -> "Encoder":
         """Opens an export, adapter or run of ours, a folder of sentence-transformers, or a bare base.
 
         Of sentence-transformers: Transformer, Pooling and, if it is there, Normalize
         (sgpt/encoder/sentence_transformers.py). markers, pooling: only for models that do not carry a contract; stating
-        them against one is refused. An export that no longer gives the embeddings it was saved with is refused, too.
+        them against one is refused. An export or adapter that no longer gives the token ids and embeddings that it was
+        saved with is refused, too; check: false for who measures them (`sgpt/encoder/verify.py`).
         """
         model = find_model(path)
         folder = model.folder
@@ -363,12 +377,16 @@ class Encoder(nn.Module):
             contract = Contract.load(folder)
             tokenizer = load_tokenizer(base_of(folder))
             check_tokenizer(tokenizer, folder)
-            return cls(open_trunk(folder, dtype), tokenizer, contract)
+            encoder = cls(open_trunk(folder, dtype), tokenizer, contract)
+            if check and dtype not in QUANTISED:
+                encoder.check(str(folder))
+            return encoder
         if model.kind == "export":
             contract = Contract.load(folder)
             # probes were computed over the whole weights, and a quantised trunk has them no longer
             encoder = cls(*_load(folder, "float32" if dtype in QUANTISED else dtype), contract)
-            check_probes(contract, encoder.trunk.dtype, encoder.encode, encoder.encode_in, str(folder))
+            if check:
+                encoder.check(str(folder))
             if dtype in QUANTISED:
                 quantise(encoder.trunk, dtype, str(folder))
             return encoder

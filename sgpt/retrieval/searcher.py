@@ -107,6 +107,7 @@ def load_encoder_and_reranker(
     tokenizer = load_tokenizer(contract.base)
     check_tokenizer(tokenizer, folder)
     encoder = Encoder(model.base_model, tokenizer, contract, delta=Delta(model.base_model, folder))
+    encoder.check(str(folder))
     return encoder, CrossEncoder(model, tokenizer, prompt)
 
 
