@@ -52,7 +52,7 @@ class Server:
         self.created = int(time.time())
         self.in_flight = 0
         self.threads = ThreadPoolExecutor(PREPARING_THREADS, "prepare")
-        compute = {"embed": model.embed, "rerank": model.rerank}
+        compute = {"embed": model.embed, "rerank": model.rerank, "contract": model.contracts}
         if page is not None:
             compute["search"] = page.search
         self.batcher = Batcher(compute, config.max_batch_tokens, config.max_wait_ms / 1000, self.metrics.observe)
@@ -174,9 +174,9 @@ class Server:
         size = self.model.embedding_size
         if asked.dimensions is not None and asked.dimensions > size:
             raise Refusal(422, f"dimensions={asked.dimensions} is more than the {size} of the model", "dimensions")
-        rows, truncated = self.model.prepare(texts, asked.input_type, delta, asked.strength)
+        rows, truncated = self.model.prepare(texts, asked.role, delta, asked.strength)
         self._check_truncation(truncated, asked.truncate, "input")
-        chosen = {"input_type": asked.input_type, "delta": delta, "strength": asked.strength}
+        chosen = {"input_type": asked.role, "delta": delta, "strength": asked.strength}
         return asked, rows, {"model": delta or self.model.name, **chosen, "truncated": truncated}
 
     async def rerank(self, request: Request) -> Response:
@@ -232,10 +232,11 @@ class Server:
 
     async def contract(self, request: Request) -> Response:
         """What the model is: by it a client can tell whether the vectors are those of its own copy."""
-        contracts = {name: asdict(contract) for name, contract in self.model.contracts.items()}
-        name = self.model.name
-        stated = {"model": name, "embedding_size": self.model.embedding_size, "contract": contracts.pop(name)}
-        return as_json({**stated, "deltas": contracts})
+        names = self.model.names
+        own, *others = await self.batcher.submit("contract", names, [0] * len(names))
+        deltas = {name: asdict(contract) for name, contract in zip(names[1:], others, strict=True)}
+        stated = {"model": self.model.name, "embedding_size": self.model.embedding_size, "contract": asdict(own)}
+        return as_json({**stated, "deltas": deltas})
 
     async def health(self, request: Request) -> Response:
         ready = self.batcher.alive

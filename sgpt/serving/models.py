@@ -1,17 +1,19 @@
 """What is served: one trunk, the tuned models over it that requests choose from, and perhaps the re-ranker.
 
-What of it tokenises (`prepare…`) may be called by many threads; `embed` and `rerank`, which compute, by one alone.
+What of it tokenises (`prepare…`) may be called by many threads; what computes (`embed`, `rerank`, `contracts`) by one
+alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sgpt.cross_encoder.cross_encoder import CrossEncoder
 from sgpt.cross_encoder.likelihood import ScoredText, log_probabilities
+from sgpt.decoder.quantised import quantised_dtype
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.encoder import Encoder
@@ -44,15 +46,14 @@ class ServedModel:
         self.name, self.encoder, self.reranker = name, encoder.eval(), reranker
         if name in encoder.deltas:
             raise InputError(f"deltas.{name} is what the model itself is called; give it another name, or set name")
+        self._contracts: dict[str, Contract] = {}
         # This first call leaves the tokenizer as all later ones need it: from then on threads only read it.
-        self.contracts = {name: replace(encoder.contract, probes=probes(encoder.encode))}
-        for key, delta in encoder.deltas.items():
-            self.contracts[key] = replace(delta.contract, probes=probes(partial(encoder.encode, delta=key)))
+        encoder.token_ids([""], "query")
 
     @property
     def names(self) -> list[str]:
         """The model's, and those of its deltas."""
-        return [*self.contracts]
+        return [self.name, *self.encoder.deltas]
 
     @property
     def embedding_size(self) -> int:
@@ -62,7 +63,7 @@ class ServedModel:
         """Which delta a request means, None for the model itself; Refusal with 404, and the names, where there is none.
         """
         for field, name in (("model", model), ("delta", delta)):
-            if name is not None and name not in self.contracts:
+            if name is not None and name not in self.names:
                 raise Refusal(404, f"{field}={name!r:.80} is not served here; there are {', '.join(self.names)}", field)
         meant = {name for name in (model, delta) if name not in (None, self.name)}
         if len(meant) > 1:
@@ -130,6 +131,16 @@ class ServedModel:
         scores = log_probabilities(reranker.model, apart, **options)
         self._check_finite(scores)
         return scores.tolist()
+
+    def contracts(self, names: Sequence[str]) -> list[Contract]:
+        """Of the model and its deltas, with what they give for the probe texts where the weights are float32."""
+        for name in names:
+            if name in self._contracts:
+                continue
+            encoder = self.encoder if name == self.name else self.encoder.with_delta(name)
+            exact = encoder.trunk.dtype == torch.float32 and quantised_dtype(encoder.trunk) is None
+            self._contracts[name] = replace(encoder.contract, probes=probes(encoder)) if exact else encoder.contract
+        return [self._contracts[name] for name in names]
 
     def _check_finite(self, numbers: Tensor) -> None:
         if not numbers.isfinite().all():

@@ -36,8 +36,8 @@ class EmbeddingRequest(_Body):
     """A text, or texts. Token ids are refused: those of another tokenizer would be other texts."""
     model: str | None = None
     """The served model, or the name of a delta, as `delta` takes it."""
-    input_type: Role = "document"
-    """Which markers and limit the texts get."""
+    input_type: Role | None = None
+    """Which markers and limit the texts get; null is document, and the answer says so."""
     delta: str | None = None
     """A tuned model over the same base; null is the served model itself."""
     strength: float | None = Field(default=None, allow_inf_nan=False)
@@ -60,6 +60,10 @@ class EmbeddingRequest(_Body):
         if not all(isinstance(one, str) for one in values):
             raise ValueError("must be a string or a list of strings")
         return value
+
+    @property
+    def role(self) -> Role:
+        return self.input_type or "document"
 
     @property
     def texts(self) -> list[str]:

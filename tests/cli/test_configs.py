@@ -248,6 +248,8 @@ def test_the_keys_that_are_taken_for_texts_are_those_of_the_dataclasses(name):
                 found[prefix + key] = TextKey(depth - 1, nullable)
             elif plain == dict[str, str | None]:
                 found |= {f"{prefix}{key}.{role}": TextKey(0, True) for role in COLUMN_ROLES}
+            elif plain == dict[str, str]:
+                found[f"{prefix}{key}.*"] = TextKey(0, False)
             elif is_dataclass(plain) and not nullable:
                 found |= keys(plain, f"{prefix}{key}.")
         return found
@@ -278,6 +280,10 @@ def test_the_keys_that_are_taken_for_texts_are_those_of_the_dataclasses(name):
     ("train", "data.sources=[{path: /x y=3, limit: 7}, {path: 1e5}]", "data.sources[0].path", "/x y=3"),
     ("train", "data.sources=[{path: /x y=3, limit: 7}, {path: 1e5}]", "data.sources[1].path", "1e5"),
     ("train", "data.sources=[{path: /x y=3, limit: 7}, {path: 1e5}]", "data.sources[0].limit", 7),
+    ("serve", "deltas={legal: runs/a b, health: runs/it's}", "deltas.legal", "runs/a b"),
+    ("serve", "deltas={legal: runs/a b, health: runs/it's}", "deltas.health", "runs/it's"),
+    ("serve", "deltas.legal=1e5", "deltas.legal", "1e5"), ("serve", "deltas={a: 1e5}", "deltas.a", "1e5"),
+    ("serve", "api_key=${oc.env:PWD}", "api_key", os.environ.get("PWD")), ("serve", "prompt=${a}", "prompt", "${a}"),
     ("evaluate", "runs=[x]", "runs", "[x]"), ("evaluate", "split=1e5", "split", "1e5"),
     ("evaluate", "markers={name: none, query_max_tokens: 30}", "markers.query_max_tokens", 30),
     ("rerank", "shots=[[a document, true],['b, c',d=e]]", "shots", [["a document", "true"], ["b, c", "d=e"]]),
