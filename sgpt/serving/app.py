@@ -28,7 +28,9 @@ from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
+from sgpt.runtime.errors import InputError
 from sgpt.serving.batching import Batcher
 from sgpt.serving.config import ServeConfig
 from sgpt.serving.metrics import Metrics
@@ -38,6 +40,7 @@ from sgpt.serving.search_page import SearchPage
 
 log = logging.getLogger(__name__)
 SEARCH_PAGE = Path(__file__).with_name("search_page.html")
+BODY_SECONDS = 30  # for a body: a client that stalls would keep its place for ever
 PREPARING_THREADS = 4  # tokenisers are of Rust and leave Python to the others
 IN_THE_LOOP = 16_384  # numbers of an answer that are written in the event loop: a millisecond
 Handler = Callable[[Request], Awaitable[Response]]
@@ -72,6 +75,9 @@ class Server:
             except Refusal as refusal:
                 request.state.note = refusal.message
                 response = as_json(refusal.content(), refusal.status, refusal.headers)
+            except InputError as error:  # what the model gave is no number
+                request.state.note = str(error)
+                response = as_json(Refusal(500, str(error)).content(), 500)
             except Exception as error:
                 log.exception("%s %s", request.method, request.url.path)
                 note = f"a fault of the server and not of the request ({type(error).__name__}); its log says more"
@@ -122,11 +128,17 @@ class Server:
             raise too_large
         parts: list[bytes] = []
         size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > limit:
-                raise too_large
-            parts.append(part)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > limit:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError:
+            raise Refusal(408, f"the body was not there after {BODY_SECONDS} seconds; send it at once") from None
+        except ClientDisconnect:
+            raise Refusal(400, "the connection ended before the whole body was there; send it again") from None
         return b"".join(parts)
 
     async def in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:

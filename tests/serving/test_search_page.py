@@ -9,11 +9,12 @@ from tests.retrieval.test_search import tuned_run
 
 for library in EXTRA:
     pytest.importorskip(library, reason=f"{library} is not installed (pip install -e '.[dev]')")
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
 from tests.serving.test_server import serving  # noqa: E402
 
-DOCUMENTS = ["parse a date", "<b>bold</b> <script>document.title = 'owned'</script>", "sort a list of names", "a " * 500]
+HTML = "<b>bold</b> <script>document.title = 'owned'</script>"
+DOCUMENTS = ["parse a date", HTML, "sort a list of names", "a " * 500]
 
 
 @pytest.fixture(scope="module")

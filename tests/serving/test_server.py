@@ -2,8 +2,10 @@
 
 import base64
 import json
+import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from sgpt.cross_encoder.cross_encoder import CrossEncoder
 from sgpt.encoder.encoder import Encoder
@@ -228,6 +231,31 @@ def test_a_text_without_a_token_is_refused_where_there_are_no_markers(tiny_base)
         assert embed(url, ["a", ""]).json()["error"]["message"].startswith("input[1] has no token")
         refused = embed(url, "a", strength=0.5).json()["error"]
         assert refused["message"].startswith("strength=0.5 needs a change to a base")
+
+
+def test_a_model_that_gives_no_numbers_says_so_and_the_server_goes_on(tiny_base, tmp_path):
+    folder = Path(shutil.copytree(tiny_base("gpt2"), tmp_path / "base"))
+    weights = load_file(folder / "model.safetensors")
+    weights["ln_f.weight"][:] = 3e38  # finite, but not what it is multiplied with
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with serving(folder) as url:
+        for _ in range(2):
+            answer = embed(url, "a")
+            assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+            assert answer.json()["error"]["message"].startswith("base gives NaN or infinity for a text")
+        assert httpx.get(f"{url}/health").json()["ready"] is True
+
+
+def test_half_a_body_is_no_fault_of_the_server(url, caplog):
+    caplog.set_level(logging.INFO, "sgpt")
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+        connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{")
+    give_up, lines = time.monotonic() + 20, []
+    while not lines and time.monotonic() < give_up:
+        time.sleep(0.01)
+        lines = [line for line in caplog.messages if "POST /v1/embeddings 400" in line]
+    assert "the connection ended before the whole body was there" in lines[0]
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 # the re-ranker and the page
