@@ -75,9 +75,9 @@ class Server:
             except Refusal as refusal:
                 request.state.note = refusal.message
                 response = as_json(refusal.content(), refusal.status, refusal.headers)
-            except InputError as error:  # what the model gave is no number
+            except InputError as error:  # what the model gave for these texts is no number
                 request.state.note = str(error)
-                response = as_json(Refusal(500, str(error)).content(), 500)
+                response = as_json(Refusal(422, str(error)).content(), 422)
             except Exception as error:
                 log.exception("%s %s", request.method, request.url.path)
                 note = f"a fault of the server and not of the request ({type(error).__name__}); its log says more"

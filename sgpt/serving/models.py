@@ -145,4 +145,5 @@ class ServedModel:
     def _check_finite(self, numbers: Tensor) -> None:
         if not numbers.isfinite().all():
             dtype = self.encoder.trunk.dtype
-            raise InputError(f"{self.name} gives NaN or infinity for a text; {dtype} overflows: serve it in float32")
+            remedy = "send a smaller strength, or serve it in float32"
+            raise InputError(f"{self.name} gives NaN or infinity for a text, as {dtype} overflows; {remedy}")
