@@ -1,5 +1,6 @@
 """Many tuned models over one trunk: mixed batches against each model opened alone, strengths against numpy."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,6 +73,24 @@ def test_equal_bit_for_bit_over_nano_in_packs_of_hundreds_of_tokens(tmp_path):
     for name, one in encoders.items():
         own = [number for number, row in enumerate(rows) if row == name]
         assert np.array_equal(mixed[own], one.encode_documents(texts)[own])
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    section = Path("README.md").read_text().split("## Many models on one trunk")[1].split("\n## ")[0]
+    example = section[section.index("    from sgpt") :].split("\n\n")[0]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "nano").symlink_to(Path("data/nano").resolve())
+    monkeypatch.chdir(tmp_path)
+    base = Encoder.from_pretrained("data/nano", markers=MarkersConfig("brackets", 75, 300))
+    for seed, name in enumerate(("pydocs", "legal")):
+        save_moved(base, seed, Path("runs", name, "adapter"))
+    names: dict[str, object] = {}
+    exec(textwrap.dedent(example), names)
+    texts = ["parse a date", "a claim for damages", "a recipe"]
+    assert names["texts"] == texts
+    alone = Encoder.from_pretrained("runs/pydocs").encode(texts, "query")
+    unmarked = Encoder.from_pretrained("data/nano").encode(texts, "query")
+    assert np.allclose(names["embeddings"][[0, 2]], [alone[0], unmarked[2]], atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "qwen3"])
