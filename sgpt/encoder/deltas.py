@@ -28,7 +28,8 @@ class Deltas(dict[str, Delta]):
     def __init__(self) -> None:
         super().__init__()
         self.biases: set[str] = set()
-        self._untuned: dict[str, dict[str, Tensor]] = {}  # hash of a base -> its values, where the trunk differs
+        # hashes of a base and its tokenizer, once checked -> the base's values, where the trunk differs
+        self._untuned: dict[tuple[str, str], dict[str, Tensor]] = {}
 
     def load(self, trunk: nn.Module, tokenizer, name: str, path: str | Path, strength: float) -> None:
         """As `Encoder.load_delta`."""
@@ -42,10 +43,11 @@ class Deltas(dict[str, Delta]):
         check_strength(strength)
         folder = bias_delta_folder(path)
         markers = Contract.load(folder).markers
-        check_tokenizer(tokenizer, folder)
         check_limits(markers, trunk)
-        base = read_delta(folder)["base_hash"]
-        if base not in self._untuned:
+        stated = read_delta(folder)
+        base = (stated["base_hash"], stated.get("tokenizer_hash", ""))
+        if base not in self._untuned:  # the other deltas of a base are known by its hashes
+            check_tokenizer(tokenizer, folder)
             self._untuned[base] = untuned_values(trunk, folder)
         before = {*added_biases(trunk)}
         delta = Delta(trunk, folder, strength=strength, untuned=self._untuned[base])

@@ -243,10 +243,17 @@ class Encoder(nn.Module):
         the base's general quality.
 
         This encoder is the base, or a tuned model of it: then the base is opened for a moment, to know its biases.
-        Raises InputError for another base or tokenizer, for what changes more than biases and gains of norms, and for a
-        name that is used. Deltas are for `encode` and not for training.
+        Raises InputError for another base or tokenizer, for what changes more than biases and gains of norms, for a
+        name that is used, and where the embeddings are not those that the adapter was saved with. Deltas are for
+        `encode` and not for training.
         """
         self.deltas.load(self.trunk, self.tokenizer, name, path, strength)
+        if quantised_dtype(self.trunk) is None:  # of which no rounding was measured
+            try:
+                self.with_delta(name, 1).check(str(self.deltas[name].folder))
+            except InputError:
+                self.unload_delta(name)
+                raise
 
     def unload_delta(self, name: str) -> None:
         """Forgets a delta, and leaves the trunk as if it had not been loaded. InputError where there is none."""

@@ -8,7 +8,7 @@ weights of any sign add and take away tasks (Ilharco et al. 2023, arXiv 2212.040
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from sgpt.encoder.adapter import (
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.delta import bias_delta_folder, moved, refuse_matrices
 from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.probes import measure
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import write_whole
 
@@ -61,7 +62,8 @@ def merge(models: Sequence[str], weights: Sequence[float], output: Path) -> dict
         before[name] = parameters[name].detach().clone()
         changes = [(tensors[name], weight) for tensors, weight in zip(trained, weights, strict=True) if name in tensors]
         parameters[name].data = moved(before[name], changes).to(changes[0][0].dtype)
-    save_adapter(trunk, tokenizer, contract, before, output)
+    measured = measure(Encoder(trunk, tokenizer, contract))
+    save_adapter(trunk, tokenizer, contract, before, output, measured=measured)
     record = {"models": [str(folder) for folder in folders], "weights": list(weights)}
     write_whole(output / MERGE, json.dumps(record, indent=2) + "\n")
     return {name: (value.float(), parameters[name].detach()) for name, value in before.items()}
@@ -88,9 +90,8 @@ def _common_contract(folders: Sequence[Path]) -> Contract:
                     "merge models that were trained alike in it"
                 )
     contract = Contract.load(folders[0])
-    return Contract(
-        contract.pooling, contract.markers, contract.normalize, base=contract.base, prompts=contract.prompts
-    )
+    origin = replace(contract.origin, tuning="", training_data="")  # those of each model, which MERGE names
+    return replace(contract, probes={}, rounding={}, files={}, origin=origin)
 
 
 def _rules(contract: Contract) -> dict[str, object]:

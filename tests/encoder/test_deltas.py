@@ -1,5 +1,6 @@
 """Many tuned models over one trunk: mixed batches against each model opened alone, strengths against numpy."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from safetensors.torch import load_file
 
 from sgpt.decoder.families import family_of
 from sgpt.decoder.trunk import takes_packs
+from sgpt.encoder.adapter import save_adapter
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
+from sgpt.encoder.probes import measure
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
 from tests.conftest import FAMILIES, LIMITS, save_moved
@@ -58,7 +61,7 @@ def test_equal_bit_for_bit_over_nano_in_packs_of_hundreds_of_tokens(tmp_path):
     """Its matrices are of a size for which the library that multiplies has kernels of several shapes."""
     encoder = Encoder.from_pretrained("data/nano", markers=MarkersConfig("brackets", 75, 300))
     folders = [save_moved(encoder, seed, tmp_path / str(seed)) for seed in range(3)]
-    texts = [text for text in Path("README.md").read_text().splitlines() if text][:90]
+    texts = [text for text in Path("README.md").read_text().splitlines() if text][:60]
     rows = [[None, "0", "1", "2"][number % 4] for number in range(len(texts))]
     encoders = {str(seed): Encoder.from_pretrained(folder) for seed, folder in enumerate(folders)} | {None: encoder}
     for seed, folder in enumerate(folders):
@@ -70,6 +73,24 @@ def test_equal_bit_for_bit_over_nano_in_packs_of_hundreds_of_tokens(tmp_path):
     for name, one in encoders.items():
         own = [number for number, row in enumerate(rows) if row == name]
         assert np.array_equal(mixed[own], one.encode_documents(texts)[own])
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    section = Path("README.md").read_text().split("## Many models on one trunk")[1].split("\n## ")[0]
+    example = section[section.index("    from sgpt") :].split("\n\n")[0]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "nano").symlink_to(Path("data/nano").resolve())
+    monkeypatch.chdir(tmp_path)
+    base = Encoder.from_pretrained("data/nano", markers=MarkersConfig("brackets", 75, 300))
+    for seed, name in enumerate(("pydocs", "legal")):
+        save_moved(base, seed, Path("runs", name, "adapter"))
+    names: dict[str, object] = {}
+    exec(textwrap.dedent(example), names)
+    texts = ["parse a date", "a claim for damages", "a recipe"]
+    assert names["texts"] == texts
+    alone = Encoder.from_pretrained("runs/pydocs").encode(texts, "query")
+    unmarked = Encoder.from_pretrained("data/nano").encode(texts, "query")
+    assert np.allclose(names["embeddings"][[0, 2]], [alone[0], unmarked[2]], atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "qwen3"])
@@ -236,6 +257,18 @@ def test_what_cannot_be_loaded_is_refused_in_a_sentence(tiny_delta, tiny_base, t
     other = Encoder.from_pretrained(tiny_delta("gpt_neo", 1, "full"))  # its matrices are not those of the base
     with pytest.raises(InputError, match=r"made from .*, and \S+\.weight of this GPTNeoModel is another"):
         other.load_delta("a", tiny_delta("gpt_neo", 1))
+
+
+def test_a_delta_that_no_longer_gives_its_probes_is_not_loaded(tiny_delta, tiny_encoder, tiny_base, tmp_path):
+    encoder, tuned = base_encoder("gpt_neo", tiny_base), Encoder.from_pretrained(tiny_delta("gpt_neo", 1))
+    before = {name: value.detach() for name, value in encoder.trunk.named_parameters() if name.endswith("bias")}
+    for name, probed in (("right", tuned), ("wrong", tiny_encoder("gpt_neo"))):
+        folder = tmp_path / name
+        save_adapter(tuned.trunk, tuned.tokenizer, tuned.contract, before, folder, measured=measure(probed))
+    with pytest.raises(InputError, match=r"wrong: its embeddings differ by .* from those it was saved with"):
+        encoder.load_delta("a", tmp_path / "wrong")
+    assert not encoder.deltas
+    encoder.load_delta("a", tmp_path / "right", strength=0.3)
 
 
 def test_what_encode_does_not_know_is_refused_in_a_sentence(tiny_delta, tiny_base):
