@@ -21,12 +21,21 @@ def main(composed: DictConfig) -> None:
     from sgpt.encoder.contract import Contract
     from sgpt.encoder.encoder import Encoder
     from sgpt.encoder.export import announce_export
+    from sgpt.encoder.probes import measure
     from sgpt.evaluation import evaluate
     from sgpt.report.run import write_report
     from sgpt.runtime.files import remove_folder
     from sgpt.training.config import TrainConfig
     from sgpt.training.guide import with_guide, with_hard_batches
-    from sgpt.training.record import export_and_show, finish_run, record_after, record_before, record_start, run_inputs
+    from sgpt.training.record import (
+        export_and_show,
+        finish_run,
+        origin,
+        record_after,
+        record_before,
+        record_start,
+        run_inputs,
+    )
     from sgpt.training.run_folder import open_run, start_run
     from sgpt.training.trackers import start_trackers
     from sgpt.training.trainer import announce, check_feed, train
@@ -62,6 +71,7 @@ def main(composed: DictConfig) -> None:
     trunk = load_trunk(model)
     encoder = Encoder(trunk, tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
     inputs = run_inputs(encoder, feed, test_sets, dev_sets)
+    contract.origin = origin(config, model.path, inputs)
     run.check_same(inputs)  # a resumed run needs the data, weights and versions that it was started with
 
     encoder.trunk = tune(encoder.trunk, config.tuning)
@@ -86,7 +96,8 @@ def main(composed: DictConfig) -> None:
     if accelerator.is_main_process:
         # train/export.py may have made one from an earlier checkpoint, which would pass for this run's
         remove_folder(run.folder / "export")
-        save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, untrained, run.folder / "adapter")
+        adapter = run.folder / "adapter"
+        save_adapter(encoder.trunk, encoder.tokenizer, contract, untrained, adapter, measured=measure(encoder))
         record_after(run, encoder, test_sets, untrained, state)
         write_report(run.folder)
         finish_run(run)

@@ -58,6 +58,12 @@ def local_folder(path: str) -> Path:
         ) from error
 
 
+def revision_of(path: str) -> str:
+    """The commit of a base of the model hub, by the folder that the hub's files are in; "" for any other base."""
+    folder = local_folder(path)
+    return folder.name if folder.parent.name == "snapshots" else ""
+
+
 def how_to_have(path: str) -> str:
     """What to do about a folder that is not there, as the end of a sentence."""
     command = WRITTEN_BY.get(path.rstrip("/"))

@@ -16,7 +16,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,12 +39,16 @@ FORMAT = 2  # 1, which has no tokenizer_hash and leaves low-rank adapters out, i
 FORMS = ("plain", "beft", "peft")
 
 
-def save_adapter(trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[str, Tensor], folder: Path) -> Path:
+def save_adapter(
+    trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[str, Tensor], folder: Path, *,
+    measured: Mapping[str, dict] | None = None,
+) -> Path:  # fmt: skip
     """Writes `folder` and returns it. base: values before training of all trained tensors, by parameter name of
     `trunk`.
 
-    Replaces an adapter of ours; raises InputError for any other folder that is not empty, or when the contract names no
-    base.
+    measured: what `measure` of sgpt/encoder/probes.py gives for these weights; without, the embeddings are not checked
+    when it is opened. Replaces an adapter of ours; raises InputError for any other folder that is not empty, or when
+    the contract names no base.
     """
     folder = Path(folder)
     if not contract.base:
@@ -80,7 +83,8 @@ def save_adapter(trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[
     }
     (temporary / DELTA).write_text(json.dumps(delta, indent=2) + "\n")
     files = [file.name for file in temporary.iterdir() if file.name != "README.md"]  # PEFT writes one
-    replace(contract, probes={}).save(temporary, files)  # probes belong to merged weights
+    measured = measured or {"probes": {}, "rounding": {}}  # the contract's own may be of other weights
+    contract.of_model(tokenizer, **measured).save(temporary, files)
     replace_folder(temporary, folder)
     return folder
 
@@ -127,6 +131,12 @@ def open_trunk(folder: Path, dtype: str) -> nn.Module:
         raise InputError(f"{folder}: PEFT cannot open the adapter ({reason:.160}); save it again") from error
 
 
+def is_its_base(trunk: nn.Module, folder: Path) -> bool:
+    """Whether the trunk, not tuned, is the one that the adapter was trained over."""
+    stated = read_delta(folder)
+    return base_hash(_of_the_base(trunk), stated["dtype"]) == stated["base_hash"]
+
+
 def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
     """InputError when the trunk, not tuned yet, is not the one that the adapter was trained over.
 
@@ -135,7 +145,7 @@ def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
     if not (folder / DELTA).is_file():
         return
     stated, parameters = read_delta(folder), dict(trunk.named_parameters())
-    if base_hash(_of_the_base(trunk), stated["dtype"]) == stated["base_hash"]:
+    if is_its_base(trunk, folder):
         _refuse_trained_weights(trunk, folder, stated)
         return
     trained = {} if stated["form"] == "peft" else load_file(folder / TRAINED)

@@ -23,7 +23,7 @@ import copy
 import json
 import logging
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ from sgpt.decoder.trunk import ModelConfig, open_model
 from sgpt.encoder import contract as contracts
 from sgpt.encoder.adapter import CHANGE, DELTA, PEFT, TRAINED, is_cut, read_delta
 from sgpt.encoder.encoder import Encoder
-from sgpt.encoder.probes import probes, rounding
+from sgpt.encoder.probes import measure
 from sgpt.encoder.sentence_transformers import (
     WRITTEN,
     is_sentence_transformers,
@@ -99,6 +99,8 @@ def announce_export(encoder: Encoder) -> None:
         "no class of transformers holds all biases of this %s: the export will be an adapter over %s; %s",
         family, base, remedy,
     )  # fmt: skip
+    learning = {name for name, parameter in encoder.trunk.named_parameters() if parameter.requires_grad}
+    _refuse_rounded_base(encoder, str(encoder.trunk.config.dtype).removeprefix("torch."), learning)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -120,8 +122,7 @@ def _write(encoder: Encoder, folder: Path, card: str, adapter: Path | None) -> N
     write_modules(encoder.contract, encoder.tokenizer, encoder.embedding_size, folder, adapter=trunk is None)
     (folder / "README.md").write_text(card, encoding="utf-8")
     read = [file.name for file in folder.iterdir() if file.is_file() and file.name not in WRITTEN_FOR_OTHERS]
-    measured = {"probes": probes(encoder.encode), "rounding": rounding(encoder.encode_in)}
-    replace(encoder.contract, **measured).save(folder, read)
+    encoder.contract.of_model(encoder.tokenizer, **measure(encoder)).save(folder, read)
 
 
 def _write_weights(trunk: nn.Module, folder: Path, half: torch.dtype | None = None) -> None:
@@ -143,7 +144,8 @@ def _copy_adapter(encoder: Encoder, adapter: Path | None, folder: Path) -> None:
             f"{encoder.contract.base}, and there is no adapter in PEFT's form to export in their place; use the "
             "adapter, or train with tuning.add_biases=attention"
         )
-    _refuse_rounded_base(encoder, adapter)
+    with safe_open(adapter / TRAINED, "pt") as opened:
+        _refuse_rounded_base(encoder, read_delta(adapter)["dtype"], {*opened.keys()})
     log.info(
         "no class of transformers holds all biases of this %s: the export is the adapter, over %s",
         type(encoder.trunk).__name__, encoder.contract.base,
@@ -152,16 +154,16 @@ def _copy_adapter(encoder: Encoder, adapter: Path | None, folder: Path) -> None:
         shutil.copyfile(adapter / name, folder / name)
 
 
-def _refuse_rounded_base(encoder: Encoder, adapter: Path) -> None:
-    """InputError where half precision, in which the base was opened for training, does not hold it exactly."""
-    dtype = read_delta(adapter)["dtype"]
+def _refuse_rounded_base(encoder: Encoder, dtype: str, trained: set[str]) -> None:
+    """InputError where half precision, in which the base is opened for training, does not hold it exactly.
+
+    dtype: of the base in training. trained: names of the parameters that learn.
+    """
     if dtype == "float32":
         return
-    with safe_open(adapter / TRAINED, "pt") as opened:
-        trained = set(opened.keys())
-    held = dict(encoder.trunk.named_parameters())
+    held = dict(encoder.trunk.named_parameters())  # but for quantised weights, which are made of the stored ones
     for name, stored in open_model(ModelConfig(encoder.contract.base)).named_parameters():
-        if name not in trained and not torch.equal(held[name].cpu(), stored):
+        if name in held.keys() - trained and not torch.equal(held[name].cpu().float(), stored):
             raise InputError(
                 f"{encoder.contract.base}: its weights were rounded to {dtype} for training, and as no class of "
                 f"transformers holds the biases added to this {type(encoder.trunk).__name__}, other readers would open "

@@ -1,16 +1,24 @@
-"""Proof of an export: every installed reader must give the encoder's token ids and embeddings."""
+"""Proof of an export: every library that opens it must give the encoder's token ids and embeddings.
+
+`LOADERS` has a row for each way to open a folder. A new one is a function of the folder and the encoder that returns a
+`Loader`, or None where the library is not installed or the folder is of another form.
+"""
 
 import copy
+import json
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
+from sgpt.decoder.base_folder import path_for_others
+from sgpt.encoder.adapter import DELTA, PEFT, base_of
 from sgpt.encoder.encoder import Encoder
-from sgpt.encoder.sentence_transformers import installed_version, is_installed
+from sgpt.encoder.sentence_transformers import installed_version, is_installed, is_sentence_transformers
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import ROLES, Role
 from sgpt.text.template import SEAM
@@ -20,26 +28,69 @@ TOLERANCE = 1e-5  # of a row's largest entry, in float32: another order of summa
 ROUNDINGS = 2  # times what these very weights make of a rounding is allowed, where that is more
 
 
+@dataclass(frozen=True)
+class Loader:
+    """A folder as one library has opened it.
+
+    name: of the library, with its version. token_ids: of each text, marked and cut. embed: [texts, D], of length 1
+    where the contract says so. least_cosine: what is asked in place of float32's bound where the arithmetic is another,
+    as int8.
+    """
+
+    name: str
+    token_ids: Callable[[list[str], Role], TokenLists]
+    embed: Callable[[list[str], Role], np.ndarray]
+    least_cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far a loader is from the encoder, at worst, over the texts of one role.
+
+    difference: of an embedding from the encoder's, as a share of the largest entry of that one; NaN where there is
+    none to compare. bound: what is allowed of it, None where cosines are asked for. cosine: the lowest.
+    error: what is wrong, as a sentence; None where all is well.
+    """
+
+    loader: str
+    role: Role
+    texts: int
+    difference: float
+    bound: float | None
+    cosine: float
+    error: str | None = None
+
+
 def verify(folder: Path, encoder: Encoder) -> dict:
-    """Opens the folder anew with our reader, and with sentence-transformers if it is installed, and compares them with
-    `encoder`.
+    """Opens the folder anew with every loader that can, and compares it with `encoder`.
 
     In float32: token ids must be equal, embeddings within 1e-5 of the row's largest entry, or within what rounding
     comes to with these weights. Raises InputError with the text and both id lists. Returns {"max_difference": float,
     "texts": int, "readers": [names]}.
     """
+    worst, names = 0.0, []
+    for deviation in deviations(folder, encoder):
+        if deviation.error is not None:
+            raise InputError(deviation.error)
+        if deviation.bound is not None:
+            worst = max(worst, deviation.difference)
+        if deviation.loader not in names:
+            names.append(deviation.loader)
+    return {"max_difference": worst, "texts": len(hostile_texts(encoder)), "readers": names}
+
+
+def deviations(folder: Path, encoder: Encoder) -> Iterator[Deviation]:
+    """Of each loader that can open the folder, for hostile texts in both roles, against the encoder in float32."""
     texts = hostile_texts(encoder)
     exact = encoder.in_dtype(torch.float32)
     expected = {role: _with_tokens(texts, exact, role) for role in ROLES}
     del exact  # and its weights, where they are a copy
-    worst, names = 0.0, []
-    for reader in _readers(folder, encoder):
-        names.append(reader.name)
-        for role, (compared, ids, embeddings) in expected.items():
-            _compare_ids(reader, role, compared, ids, encoder)
-            worst = max(worst, _compare_embeddings(reader, role, compared, embeddings, encoder))
-        del reader  # and its weights, before the next one loads its own
-    return {"max_difference": worst, "texts": len(texts), "readers": names}
+    for load in LOADERS.values():
+        # one after the other, so that one copy of the weights is held at a time
+        loader = load(folder, encoder)
+        if loader is not None:
+            for role in ROLES:
+                yield _compare(loader, role, *expected[role], encoder)
 
 
 def hostile_texts(encoder: Encoder) -> list[str]:
@@ -59,28 +110,16 @@ def hostile_texts(encoder: Encoder) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-@dataclass(frozen=True)
-class _Reader:
-    name: str
-    token_ids: Callable[[list[str], Role], TokenLists]
-    embed: Callable[[list[str], Role], np.ndarray]
-
-
-def _readers(folder: Path, encoder: Encoder) -> Iterator[_Reader]:
-    """One after the other, so that one copy of the weights is held at a time."""
-    yield _our_reader(folder, encoder)
-    if is_installed():
-        yield _sentence_transformers_reader(folder, encoder)
-
-
-def _our_reader(folder: Path, encoder: Encoder) -> _Reader:
+def _sgpt(folder: Path, encoder: Encoder) -> Loader:
     opened = Encoder.from_pretrained(folder).to(encoder.device)
     if opened.contract.fingerprint() != encoder.contract.fingerprint():
         raise InputError(f"{folder}: its contract {opened.contract} is not the encoder's; export again")
-    return _Reader("sgpt", opened.token_ids, opened.encode)
+    return Loader("sgpt", opened.token_ids, opened.encode)
 
 
-def _sentence_transformers_reader(folder: Path, encoder: Encoder) -> _Reader:
+def _sentence_transformers(folder: Path, encoder: Encoder) -> Loader | None:
+    if not is_installed() or not is_sentence_transformers(folder):
+        return None
     from sentence_transformers import SentenceTransformer
 
     with warnings.catch_warnings():
@@ -97,34 +136,140 @@ def _sentence_transformers_reader(folder: Path, encoder: Encoder) -> _Reader:
         call = model.encode_query if role == "query" else model.encode_document
         return call(texts, batch_size=8, show_progress_bar=False, convert_to_tensor=True).float().cpu().numpy()
 
-    return _Reader(f"sentence-transformers {installed_version('sentence-transformers')}", token_ids, embed)
+    return Loader(f"sentence-transformers {installed_version('sentence-transformers')}", token_ids, embed)
 
 
-def _compare_ids(reader: _Reader, role: Role, texts: list[str], expected: TokenLists, encoder: Encoder) -> None:
-    for text, ours, theirs in zip(texts, expected, reader.token_ids(texts, role), strict=True):
+def _transformers(folder: Path, encoder: Encoder) -> Loader | None:
+    """As somebody would without this framework, who has the folder and reads the JSON files in it."""
+    from transformers import AutoModel
+
+    if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
+        return None
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(encoder.device).eval()
+    return _by_hand(f"transformers {installed_version('transformers')}", model, folder, folder)
+
+
+def _peft(folder: Path, encoder: Encoder) -> Loader | None:
+    """An adapter in PEFT's form over its base, which is opened in the dtype that it had in training."""
+    if not (folder / PEFT).is_file():
+        return None
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    base = path_for_others(base_of(folder))
+    tokenizer = folder if (folder / "tokenizer.json").is_file() else Path(base)
+    if not (tokenizer / "tokenizer.json").is_file():
+        return None
+    delta = json.loads((folder / DELTA).read_text()) if (folder / DELTA).is_file() else {}
+    dtype = getattr(torch, delta.get("dtype", "float32"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected that the base layer has no bias term")
+        trunk = AutoModel.from_pretrained(base, dtype=dtype, trust_remote_code=False).float()
+        model = PeftModel.from_pretrained(trunk, folder).float().to(encoder.device).eval()
+    return _by_hand(f"peft {installed_version('peft')}", model, folder, tokenizer)
+
+
+def _by_hand(name: str, model: nn.Module, folder: Path, tokenizer_folder: Path) -> Loader:
+    """Token ids, mask and pooling by what sgpt.json says, and by no code of ours: a second opinion on the contract."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": tokenizer.convert_ids_to_tokens(0)})
+    contract = json.loads((folder / "sgpt.json").read_text(encoding="utf-8"))
+    device = next(model.parameters()).device
+
+    def token_ids(texts: list[str], role: Role) -> TokenLists:
+        rule, prompt = contract["roles"][role], contract["prompts"].get(role, "")
+        before, after, room = rule["ids_before"], rule["ids_after"], rule["content_tokens"]
+        rows = []
+        for text in texts:
+            if tokenizer.chat_template:  # markers and text in one, as this tokenizer cuts them apart again
+                text = tokenizer.apply_chat_template([{"role": "user", "content": text}], task=role, tokenize=False)
+                ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][len(before) :]
+                ids = ids[: len(ids) - len(after)]
+            else:
+                ids = tokenizer(prompt + text, add_special_tokens=False, verbose=False)["input_ids"]
+            rows.append(before + ids[:room] + after)
+        return rows
+
+    @torch.no_grad()
+    def embed(texts: list[str], role: Role) -> np.ndarray:
+        rows, embeddings = token_ids(texts, role), []
+        for start in range(0, len(rows), 8):
+            batch = {"input_ids": rows[start : start + 8]}
+            padded = tokenizer.pad(batch, padding_side="right", return_tensors="pt").to(device)
+            hidden = model(**padded).last_hidden_state  # [8, T, D]
+            for of_text, mask in zip(hidden, padded["attention_mask"], strict=True):
+                pooled = POOLED_BY_HAND[contract["pooling"]](of_text[mask.bool()])
+                embeddings.append(pooled / pooled.norm() if contract["normalize"] else pooled)
+        return torch.stack(embeddings).cpu().numpy()
+
+    return Loader(name, token_ids, embed)
+
+
+POOLED_BY_HAND: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of one text [T, D], not by our own poolings
+    "weighted_mean": lambda hidden: sum(i * h for i, h in enumerate(hidden, 1)) / sum(range(1, len(hidden) + 1)),
+    "mean": lambda hidden: hidden.mean(0),
+    "last_token": lambda hidden: hidden[-1],
+    "cls": lambda hidden: hidden[0],
+    "max": lambda hidden: hidden.amax(0),
+}
+LOADERS: dict[str, Callable[[Path, Encoder], Loader | None]] = {
+    "sgpt": _sgpt,
+    "sentence-transformers": _sentence_transformers,
+    "transformers": _transformers,
+    "peft": _peft,
+}
+
+
+def _compare(
+    loader: Loader, role: Role, texts: list[str], ids: TokenLists, embeddings: np.ndarray, encoder: Encoder
+) -> Deviation:  # fmt: skip
+    """texts, ids, embeddings [texts, D]: of the encoder, in float32."""
+    bound = None if loader.least_cosine is not None else TOLERANCE
+    if error := _other_ids(loader, role, texts, ids, encoder):
+        return Deviation(loader.name, role, len(texts), np.nan, bound, np.nan, error)
+    given = loader.embed(texts, role)
+    differences, cosines = _difference(given, embeddings), _cosines(given, embeddings)
+    # a row that is no number is the worst of all
+    if loader.least_cosine is not None:
+        row = int(np.nan_to_num(cosines, nan=-np.inf).argmin())
+        is_wrong = not cosines[row] >= loader.least_cosine
+    else:
+        row = int(np.nan_to_num(differences, nan=np.inf).argmax())
+        if not differences[row] <= TOLERANCE:
+            bound = max(TOLERANCE, ROUNDINGS * _rounding(encoder, role, texts, embeddings))
+        is_wrong = not differences[row] <= bound
+    worst = Deviation(loader.name, role, len(texts), float(differences[row]), bound, float(cosines[row]))
+    return replace(worst, error=_other_embedding(loader, worst, texts[row], encoder)) if is_wrong else worst
+
+
+def _other_ids(loader: Loader, role: Role, texts: list[str], expected: TokenLists, encoder: Encoder) -> str | None:
+    """A sentence on the first text that has other token ids."""
+    for text, ours, theirs in zip(texts, expected, loader.token_ids(texts, role), strict=True):
         if ours != theirs:
             tokenizer, markers = type(encoder.tokenizer).__name__, encoder.contract.markers.name
-            raise InputError(
-                f"the export is wrong: {reader.name} gives the {role} {text!r:.80} other token ids than the encoder, "
+            return (
+                f"the export is wrong: {loader.name} gives the {role} {text!r:.80} other token ids than the encoder, "
                 f"{_shown(theirs, ours)} instead of {_shown(ours, theirs)}. If nobody changed the folder, {tokenizer} "
                 f"with markers={markers} cannot be expressed there; use the adapter, or train with markers=none"
             )
+    return None
 
 
-def _compare_embeddings(reader: _Reader, role: Role, texts: list[str], expected: np.ndarray, encoder: Encoder) -> float:
-    """The largest difference, relative to the row's largest entry."""
-    difference = _difference(reader.embed(texts, role), expected)
-    row = int(np.nan_to_num(difference, nan=np.inf).argmax())
-    if difference[row] <= TOLERANCE:  # NaN is not
-        return float(difference[row])
-    rounded = _rounding(encoder, role, texts, expected)
-    if difference[row] <= ROUNDINGS * rounded:
-        return float(difference[row])
-    (ids,) = encoder.token_ids([texts[row]], role)
-    raise InputError(
-        f"the export is wrong: {reader.name} embeds the {role} {texts[row]!r:.80} differently from the encoder, both "
-        f"in float32, by {difference[row]:.1e} of its largest entry, from equal token ids {_shown(ids, [])}. It is not "
-        f"rounding, which comes to {rounded:.1e} with these weights. If nobody changed the folder, "
+def _other_embedding(loader: Loader, worst: Deviation, text: str, encoder: Encoder) -> str:
+    (ids,) = encoder.token_ids([text], worst.role)
+    if worst.bound is None:
+        return (
+            f"the export is wrong: {loader.name} embeds the {worst.role} {text!r:.80} at a cosine of "
+            f"{worst.cosine:.4f} to the encoder, where {loader.least_cosine} is asked, from equal token ids "
+            f"{_shown(ids, [])}"
+        )
+    return (
+        f"the export is wrong: {loader.name} embeds the {worst.role} {text!r:.80} differently from the encoder, both "
+        f"in float32, by {worst.difference:.1e} of its largest entry, from equal token ids {_shown(ids, [])}. It is "
+        f"not rounding, for which {worst.bound:.1e} is allowed with these weights. If nobody changed the folder, "
         f"{type(encoder.trunk).__name__} cannot be expressed there; use the adapter"
     )
 
@@ -150,6 +295,13 @@ def _rounding(encoder: Encoder, role: Role, texts: list[str], expected: np.ndarr
 def _difference(given: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Of each row, relative to its largest entry."""
     return np.abs(given - expected).max(1) / np.abs(expected).max(1).clip(min=1e-9)
+
+
+def _cosines(given: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Of each row [rows], in float64."""
+    given, expected = given.astype(np.float64), expected.astype(np.float64)
+    lengths = np.linalg.norm(given, axis=1) * np.linalg.norm(expected, axis=1)
+    return (given * expected).sum(1) / lengths.clip(min=1e-30)
 
 
 def _with_tokens(texts: list[str], encoder: Encoder, role: Role) -> tuple[list[str], TokenLists, np.ndarray]:

@@ -4,8 +4,9 @@
     graph-<first>-<end>.faiss
                        with kind=faiss: the embeddings of these rows once more, with a graph of neighbours; a file for
                        each gigabyte of embeddings
-    index.json         fingerprint of model, contract and corpus, number of documents, how many of them are encoded,
-                       dtype, kind, block size and environment (versions, threads …); written anew after each block
+    index.json         fingerprint of model, contract and corpus, the contract and the hashes of the model, by which
+                       what has changed is named; number of documents, how many of them are encoded, dtype, kind, block
+                       size and environment (versions, threads …); written anew after each block
 
 Embeddings go into the file block by block (sgpt/runtime/embed.py), in `.<name>.building` next to the index, whose name
 it takes when it is whole. After a kill the next start resumes there, with as many threads and blocks as large, so that
@@ -42,7 +43,7 @@ from sgpt.retrieval.stored import (
 from sgpt.runtime.embed import EmbeddingsFile, embed_blocks
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import make_once, replace_folder
-from sgpt.runtime.provenance import changed_environment, environment
+from sgpt.runtime.provenance import changed_environment, differences, environment
 from sgpt.runtime.values import COUNT, check_choice, check_ranges
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: I
         import_faiss()  # before hours of encoding
     wanted = {"fingerprint": encoder.fingerprint(corpus), "documents": len(corpus), "dtype": config.dtype}
     complete = {**wanted, "encoded": len(corpus)}
+    if read_description(folder) and not description_matches(folder, complete):
+        _say_what_changed(folder, encoder, wanted)
     texts = list(corpus.values())
     make_once(
         folder,
@@ -94,6 +97,20 @@ def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: I
     return Graphs(folder, exact)
 
 
+def _model(encoder: Encoder) -> dict[str, Any]:
+    return {"contract": encoder.contract.stated(), **encoder.hashes()}
+
+
+def _say_what_changed(folder: Path, encoder: Encoder, wanted: dict[str, Any]) -> None:
+    """Logs why the index that is there is not of this model and corpus, and so is built again."""
+    stored = read_description(folder)
+    before, now = stored.get("model"), _model(encoder)
+    changed = [] if before is None else differences(before, now)  # indexes of older versions do not say
+    if stored.get("dtype") != wanted["dtype"]:
+        changed.append(f"dtype: {stored.get('dtype')} -> {wanted['dtype']}")
+    log.warning("%s: is built again; changed: %s", folder, "; ".join(changed) or "the documents")
+
+
 def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, Any], size: int) -> None:
     """Encodes the corpus into an index with kind=exact, or resumes a killed build.
 
@@ -105,7 +122,7 @@ def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, 
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         EmbeddingsFile.create(file.file, (len(texts), encoder.embedding_size), wanted["dtype"], owner=folder)
-        first_start = {"environment": environment(), "documents_per_block": size}
+        first_start = {"environment": environment(), "documents_per_block": size, "model": _model(encoder)}
         write_description(building, {**wanted, **first_start, "kind": "exact", "encoded": 0})
     description = read_description(building)
     size = description["documents_per_block"]

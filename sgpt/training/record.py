@@ -9,18 +9,17 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sgpt.data.feed.sampling import Feed
+from sgpt.decoder.base_folder import revision_of
 from sgpt.decoder.quantised import held_weights
 from sgpt.decoder.trunk import load_tokenizer, load_trunk
 from sgpt.encoder import contract as contracts
 from sgpt.encoder.adapter import check_tokenizer, is_adapter, refuse_other_base
-from sgpt.encoder.contract import Contract
+from sgpt.encoder.contract import Contract, Origin
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
-from sgpt.encoder.probes import probes
 from sgpt.evaluation import evaluate
 from sgpt.evaluation.evaluate import Sets
 from sgpt.runtime.errors import InputError
@@ -66,6 +65,19 @@ def base_inputs(encoder: Encoder) -> Inputs:
     }
 
 
+def origin(config: TrainConfig, base: str, inputs: Inputs) -> Origin:
+    """What a run's weights are made of, for the contract of its adapter and export. inputs: of `run_inputs`."""
+    data = {name: key for name, key in inputs.items() if name.startswith("training data ")}
+    return Origin(
+        revision=revision_of(base),
+        base_weights=str(inputs.get(f"base model {base}", "")),
+        tokenizer=str(inputs.get(f"tokenizer of {base}", "")),
+        dtype=config.model.dtype,
+        tuning=config.tuning.name,
+        training_data=content_hash(data),
+    )
+
+
 def record_start(run: RunFolder, config: TrainConfig, encoder: Encoder, feed: Feed, inputs: Inputs) -> None:
     """Writes the manifest once, when the run starts; a resumed run has its inputs checked against these."""
     if run.read("manifest.json", {}):
@@ -107,7 +119,7 @@ def record_after(run: RunFolder, encoder: Encoder, sets: Sets, base: Mapping[str
         seconds=state.seconds,
         steps=state.step,
         processes=state.processes,
-        probes=probes(encoder.in_dtype(torch.float32).encode),
+        probes=Contract.load(run.folder / "adapter").probes,
         bytes={"adapter": adapter.stat().st_size},
     )
     run.update("results.json", after=evaluate.evaluate(encoder, sets))
@@ -172,6 +184,7 @@ def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
             raise InputError(
                 f"{run.folder}: {name} has changed since the run was started; put it back, and export again"
             )
+    encoder.contract.origin = origin(config, model.path, recorded)
     encoder.trunk = tune(encoder.trunk, config.tuning)
     encoder.eval()
     checkpoint.load_parameters(newest / "trained.safetensors", trainable_parameters(encoder.trunk))

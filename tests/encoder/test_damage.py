@@ -157,8 +157,13 @@ def test_many_changed_folders_are_refused_or_the_same(kind, data, folders, tmp_p
         ({"probes": {"texts": ["a"], "query": [["x"]], "document": [["x"]]}}, r"probes is .*which is not valid"),
         ({"probes": {"texts": ["a"], "query": [[float("nan")]], "document": [[0.5]]}}, r"probes is .*nan"),
         ({"rounding": {"bfloat16": "much"}}, r"rounding is .*much"),
+        ({"similarity": "dot"}, r"similarity is 'dot', which is not valid"),
+        ({"truncation_side": "left"}, r"truncation_side is 'left', which is not valid"),
+        ({"roles": {"query": {}}}, r"roles is .*which is not valid"),
+        ({"origin": {"revision": 3}}, r"origin is .*which is not valid"),
         ({"files": {"../model.safetensors": "0"}}, r"files is .*which is not valid"),
-        ({"format": 3}, r"format 3 is of another version"),
+        ({"format": 4}, r"format 4 is of a newer version of this framework, and formats 1 to 3 are read here; update"),
+        ({"format": 0}, r"format 0 is of another version"),
         ({"format": "2"}, r"format '2' is of another version"),
         ({"later": 1}, r"key 'later' is unknown here, as from a newer version"),
         ({"normalize": True}, r"sgpt\.json: the contract was changed since it was saved"),
@@ -172,7 +177,7 @@ def test_a_contract_that_states_something_else_is_refused_by_its_key(changes, se
         Encoder.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("key", ["format", "pooling", "markers", "probes", "rounding", "files", "hash"])
+@pytest.mark.parametrize("key", ["format", "pooling", "probes", "roles", "origin", "counting", "files", "hash"])
 def test_a_contract_without_a_key_is_refused_by_it(key, folders, tmp_path):
     folder = shutil.copytree(folders["export"][0], tmp_path / "export")
     stored = json.loads((folder / "sgpt.json").read_text())

@@ -73,6 +73,7 @@ def test_exact_search_by_memory_map_finds_what_one_product_in_memory_finds(
     }
     description = read_description(tmp_path / "index")
     assert description.pop("environment")["threads"] == torch.get_num_threads()
+    assert description.pop("model") == {"contract": encoder.contract.stated(), **encoder.hashes()}
     assert description == {**expected, "documents_per_block": 16}
 
 
@@ -162,23 +163,28 @@ def test_a_killed_build_looks_like_no_index_and_resumes_where_it_was_with_as_man
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "whole"]
 
 
-def test_an_index_is_used_again_until_a_text_a_weight_or_the_dtype_changes(encoder, encoded, tmp_path):
+def test_an_index_is_used_again_until_a_text_a_weight_or_the_dtype_changes(encoder, encoded, tmp_path, caplog):
     folder = tmp_path / "index"
 
     def encodes(corpus: dict[str, str], **options) -> bool:
         encoded.clear()
+        caplog.clear()
         open_index(encoder, corpus, folder, IndexConfig(**options))
         assert encoded in ([], list(corpus.values()))
         return bool(encoded)
 
     assert encodes(CORPUS)
     assert not encodes(CORPUS)
+    assert not caplog.messages
     assert encodes({**CORPUS, "d3": "another text"})
+    assert caplog.messages == [f"{folder}: is built again; changed: the documents"]
     assert encodes({**CORPUS, "d3": "another text"}, dtype="float16")
+    assert caplog.messages == [f"{folder}: is built again; changed: dtype: float32 -> float16"]
     bias = next(parameter for name, parameter in encoder.trunk.named_parameters() if name.endswith("bias"))
     with torch.no_grad():
         bias += 1
     assert encodes({**CORPUS, "d3": "another text"}, dtype="float16")
+    assert re.fullmatch(r".*: is built again; changed: weights: \w{64} -> \w{64}", caplog.messages[0])
     assert not encodes({**CORPUS, "d3": "another text"}, dtype="float16")
     with torch.no_grad():
         bias -= 1
