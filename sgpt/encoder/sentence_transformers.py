@@ -310,6 +310,11 @@ def write_tokenizer(tokenizer, markers: MarkersConfig, folder: Path) -> None:
     else:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = None  # of an instruct base: sentence-transformers would render texts through it
+    save_tokenizer(tokenizer, folder, document_length)
+
+
+def save_tokenizer(tokenizer, folder: Path, length: int) -> None:
+    """As every reader takes it as it stands: padding and cutting on the right, to `length` tokens."""
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / TOKENIZER_CONFIG).read_text())
     for key in ("is_local", "local_files_only"):  # how the tokenizer was opened here
@@ -321,7 +326,7 @@ def write_tokenizer(tokenizer, markers: MarkersConfig, folder: Path) -> None:
         "padding_side": "right",
         "truncation_side": "right",
         "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would add token_type_ids as if they were words
-        "model_max_length": document_length,
+        "model_max_length": length,
     }
     write_json(folder / TOKENIZER_CONFIG, config)
 
