@@ -27,6 +27,11 @@ def resolve(path: str) -> Path:
     return below_project if not Path(path).exists() and below_project.exists() else Path(path)
 
 
+def is_of_hub(path: str) -> bool:
+    """Whether others find it by this name: an id of the model hub, and no folder here."""
+    return "/" in path and may_be_hub_id(path) and not resolve(path).exists()
+
+
 def is_gguf(path: str | Path) -> bool:
     """Whether the name is that of a GGUF file."""
     return Path(path).suffix.lower() == ".gguf"

@@ -24,6 +24,7 @@ sentence-transformers as one of a batch; alone it fails there, so it is not comp
 import copy
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -41,8 +42,8 @@ from sgpt.decoder.trunk import ModelConfig, open_model
 from sgpt.encoder import contract as contracts
 from sgpt.encoder.adapter import CHANGE, DELTA, PEFT, TRAINED, is_adapter, is_cut, read_delta
 from sgpt.encoder.encoder import Encoder
-from sgpt.encoder.onnx import GRAPH, OPENVINO, write_graph, write_int8_graph, write_openvino
-from sgpt.encoder.probes import measure
+from sgpt.encoder.onnx import GRAPH, OPENVINO, require, write_graph, write_int8_graph, write_openvino
+from sgpt.encoder.probes import Encode, measure
 from sgpt.encoder.sentence_transformers import (
     WRITTEN,
     is_sentence_transformers,
@@ -51,10 +52,10 @@ from sgpt.encoder.sentence_transformers import (
     write_modules,
     write_tokenizer,
 )
-from sgpt.encoder.verify import verify
+from sgpt.encoder.verify import first_loader, verify
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import may_be_hub_id, replace_folder
-from sgpt.runtime.values import check_choice
+from sgpt.runtime.values import COUNT_OR_NONE, check_choice, check_ranges
 from sgpt.text.markers import ROLES
 from sgpt.text.role_tokenizer import role_tokenizer
 
@@ -65,17 +66,17 @@ OVER_THE_BASE = """
 The weights are an adapter of PEFT over `{base}`, whose class has no place for the trained biases: keep the base at that
 path, and install peft.
 """
-WRITTEN_FOR_OTHERS = {"README.md", *WRITTEN}  # by our reader: whoever changes these changes what others read
-
-
-Card = Callable[[dict, Path], str]  # of what `verify` found and the folder that it opened: the text of README.md
+CARD = "README.md"
+WRITTEN_FOR_OTHERS = {CARD, *WRITTEN}  # by our reader: whoever changes these changes what others read
+Card = Callable[[dict, Encode], str]  # of what `verify` found, and of what embeds as the folder does
 
 
 def export(
     encoder: Encoder, folder: Path, *, card: str | Card, adapter: Path | None = None, form: str = DEFAULT
 ) -> dict:
-    """Writes `folder` and returns what `verify` found. card: its README.md. adapter: of the encoder, saved before.
-    form: one of FORMATS.
+    """Writes `folder` and returns what `verify` found.
+
+    card: the text of its README.md, or what makes it. adapter: of the encoder, saved before. form: one of FORMATS.
 
     Replaces an export of ours, and raises InputError for any other folder that is not empty, for a format that cannot
     hold the encoder, and when a reader disagrees with it. Written and verified under a temporary name, then renamed.
@@ -91,10 +92,11 @@ def export(
         temporary.mkdir(parents=True)
         _write(encoder, temporary, form, adapter)
         verified = verify(temporary, encoder)
-        text = card if isinstance(card, str) else card(verified, temporary)
+        assert verified["readers"], f"{form}: nothing that is installed has opened it"
+        text = card if isinstance(card, str) else card(verified, _embedding(verified, temporary, encoder))
         if form == DEFAULT and is_adapter(temporary):
             text += OVER_THE_BASE.format(base=path_for_others(encoder.contract.base))
-        (temporary / "README.md").write_text(text, encoding="utf-8")
+        (temporary / CARD).write_text(text, encoding="utf-8")
         log.info("export %s", agreement(verified))
         replace_folder(temporary, folder)
     finally:
@@ -104,10 +106,25 @@ def export(
 
 def agreement(verified: dict) -> str:
     """What `verify` found, the end of a sentence."""
-    readers, texts = " and ".join(verified["readers"]), verified["texts"]
+    *others, last = verified["readers"]
+    readers = f"{', '.join(others)} and {last}" if others else last
     if "min_cosine" in verified:
-        return f"is at a cosine of {verified['min_cosine']:.4f} or more to the encoder on {texts} texts, read by {readers}"
-    return f"agrees with the encoder to {verified['max_difference']:.1e} on {texts} texts, read by {readers}"
+        agrees = f"is at a cosine of {rounded_down(verified['min_cosine'])} or more to the encoder"
+    else:
+        agrees = f"agrees with the encoder to {verified['max_difference']:.1e}"
+    return f"{agrees} on {verified['texts']} texts, read by {readers}"
+
+
+def rounded_down(cosine: float) -> str:
+    """To four digits, never up: it is said to be the lowest one."""
+    return f"{math.floor(cosine * 10_000) / 10_000:.4f}"
+
+
+def _embedding(verified: dict, folder: Path, encoder: Encoder) -> Encode:
+    """The encoder's in float32; of an export in int8, which gives other numbers, its own."""
+    if "min_cosine" not in verified:
+        return encoder.encode_in(torch.float32)
+    return first_loader(folder, encoder).embed
 
 
 def check_formats(formats: list[str]) -> None:
@@ -121,6 +138,11 @@ def check_formats(formats: list[str]) -> None:
 def folder_of(form: str, folder: Path) -> Path:
     """Where an export of this format lies: in the folder itself, or in one next to it with the format in its name."""
     return folder if form == DEFAULT else folder.with_name(f"{folder.name}-{form}")
+
+
+def repository_of(form: str, repository: str) -> str:
+    """The hub id for this format: the id itself, or with the format behind it."""
+    return repository if form == DEFAULT else f"{repository}-{form}"
 
 
 def announce_export(encoder: Encoder) -> None:
@@ -144,7 +166,7 @@ def announce_export(encoder: Encoder) -> None:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    has_card = (folder / contracts.FILE).is_file() and (folder / "README.md").is_file()
+    has_card = (folder / contracts.FILE).is_file() and (folder / CARD).is_file()
     ours = has_card and (is_sentence_transformers(folder) or not is_adapter(folder))
     if folder.exists() and not ours and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} exists and is no export of this framework; choose another folder or remove it")
@@ -173,6 +195,10 @@ def _write_sentence_transformers(source: _Source, folder: Path) -> None:
     encoder, trunk = source.encoder, with_biases(source.encoder.trunk)
     if trunk is None:
         _copy_adapter(encoder, source.adapter, folder)
+        log.info(
+            "no class of transformers holds all biases of this %s: the export is the adapter, over %s",
+            type(encoder.trunk).__name__, encoder.contract.base,
+        )  # fmt: skip
     else:
         _write_weights(trunk, folder, source.half)
     write_tokenizer(encoder.tokenizer, encoder.contract.markers, folder)
@@ -202,11 +228,13 @@ def _write_peft(source: _Source, folder: Path) -> None:
 
 
 def _write_onnx(source: _Source, folder: Path) -> None:
+    require("onnx", "onnxruntime")
     write_graph(source.encoder, folder / GRAPH)
     _write_around_graph(source.encoder, folder)
 
 
 def _write_onnx_int8(source: _Source, folder: Path) -> None:
+    require("onnx", "onnxruntime")
     exact = folder / "float32.onnx"
     write_graph(source.encoder, exact)
     write_int8_graph(source.encoder, exact, folder / GRAPH)
@@ -215,6 +243,7 @@ def _write_onnx_int8(source: _Source, folder: Path) -> None:
 
 
 def _write_openvino(source: _Source, folder: Path) -> None:
+    require("onnx", "openvino")
     exact = folder / "float32.onnx"
     write_graph(source.encoder, exact)
     write_openvino(exact, folder / OPENVINO)
@@ -256,19 +285,24 @@ def _write_weights(trunk: nn.Module, folder: Path, half: torch.dtype | None = No
 def _copy_adapter(encoder: Encoder, adapter: Path | None, folder: Path) -> None:
     """InputError where there is none, it is in no form that other readers open, or they would open another base."""
     if adapter is None or not (adapter / PEFT).is_file():
+        family, base = type(encoder.trunk).__name__, encoder.contract.base
+        if has_a_class(encoder.trunk):
+            raise InputError(
+                f"formats=[peft]: the adapter of this {family} is in no form of PEFT, which has none for what was "
+                "trained; use formats=[sentence-transformers] or formats=[transformers], which are whole models"
+            )
         raise InputError(
-            f"{type(encoder.trunk).__name__}: no class of transformers holds the biases that training added to "
-            f"{encoder.contract.base}, and there is no adapter in PEFT's form to export in their place; use the "
-            "adapter, or train with tuning.add_biases=attention"
+            f"{family}: no class of transformers holds the biases that training added to {base}, and there is no "
+            "adapter in PEFT's form to export in their place; use the adapter, formats=[onnx], or train with "
+            "tuning.add_biases=attention"
         )
-    with safe_open(adapter / TRAINED, "pt") as opened:
-        _refuse_rounded_base(encoder, read_delta(adapter)["dtype"], {*opened.keys()})
-    log.info(
-        "no class of transformers holds all biases of this %s: the export is the adapter, over %s",
-        type(encoder.trunk).__name__, encoder.contract.base,
-    )  # fmt: skip
+    stated = read_delta(adapter)
+    if stated["form"] != "peft":  # low rank changes the weights, so only `verify` can tell
+        with safe_open(adapter / TRAINED, "pt") as opened:
+            _refuse_rounded_base(encoder, stated["dtype"], {*opened.keys()})
     for name in (CHANGE, PEFT, TRAINED, DELTA):
-        shutil.copyfile(adapter / name, folder / name)
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, folder / name)
 
 
 def _refuse_rounded_base(encoder: Encoder, dtype: str, trained: set[str]) -> None:
@@ -318,12 +352,12 @@ FORMATS: dict[str, Callable[[_Source, Path], None]] = {
 }
 IMPOSSIBLE = {
     "gguf": (
-        "llama.cpp pools by mean, first or last token alone, puts no marker around a text and has no GPT-Neo, so it "
-        "would serve another vector than the trained one; use formats=[onnx], which holds all of this"
+        "llama.cpp has no position-weighted mean and puts no markers around a text, so another vector would be served "
+        "than the trained one; use formats=[onnx], whose graph pools"
     ),
     "vllm": (
-        "vLLM pools by mean, first or last token alone, so it would serve another vector than the trained one; use "
-        "formats=[onnx] with text-embeddings-inference or ONNX Runtime"
+        "vLLM has no position-weighted mean and puts no markers around a text, so another vector would be served than "
+        "the trained one; use formats=[onnx], whose graph pools, with text-embeddings-inference or ONNX Runtime"
     ),
 }
 
@@ -340,13 +374,16 @@ class ExportConfig:
     formats: list[str] = field(default_factory=lambda: [DEFAULT])
     """Of sentence-transformers, transformers, peft, onnx, onnx-int8 and openvino."""
     push_to_hub: str | None = None
-    """Hub id that the folders are uploaded to; null for none. With several formats each but sentence-transformers has
-    its name behind the id."""
+    """Hub id that the export is uploaded to; null for none. Each format but sentence-transformers goes to a repository
+    of its own, with the format in its name."""
     dry_run: bool = True
     """With push_to_hub: shows what would be uploaded, and uploads nothing."""
+    examples: int = 0
+    """So many training examples are shown in the card; 0 shows none, as they may be private."""
 
     def __post_init__(self) -> None:
         check_formats(self.formats)
+        check_ranges(self, "", examples=COUNT_OR_NONE)
         if not self.formats or len({*self.formats}) < len(self.formats):
             raise InputError(f"formats={self.formats} must name one or more different ones of {', '.join(FORMATS)}")
         if self.push_to_hub is not None and not may_be_hub_id(self.push_to_hub):

@@ -1,4 +1,4 @@
-"""The encoder as one ONNX graph: token ids in, embeddings out, with pooling and normalisation inside; and as OpenVINO's.
+"""The encoder as one graph: token ids in, embeddings out, pooling and normalisation inside; ONNX's and OpenVINO's.
 
 A server that knows no weighted mean (text-embeddings-inference, a few lines around ONNX Runtime) so gives the trained
 vector. The graph is traced from transformers' own attention over padded rows. Biases that no class of transformers has
@@ -40,6 +40,7 @@ OPENVINO = "openvino/openvino_model.xml"
 INPUTS, OUTPUTS = ("input_ids", "attention_mask"), ("token_embeddings", "sentence_embedding")
 OPSET = 17
 LARGEST = 2**31  # bytes of one ONNX file: protobuf counts no further
+EXTRA = {"onnx": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}  # package -> extra of pyproject.toml
 WEIGHTS_TYPE = "weights"  # key of the graph's metadata
 LARGEST_ERROR = 0.05  # of a layer's product in int8, as a share of it
 LEAST_COSINE = 0.98  # of an int8 graph's embeddings to the encoder's: 0.995 and 0.999 are what was measured
@@ -52,7 +53,7 @@ CALIBRATION = (  # any text does: where the large numbers are is a matter of the
     "naïve café 🙂, 12,345.67 €, https://example.org/a?b=c#d",
     "The committee shall, within thirty days, publish the minutes of each meeting. " * 6,
 )
-Run = Callable[[np.ndarray, np.ndarray], np.ndarray]  # input_ids, attention_mask [rows, T], int64 -> embeddings [rows, D]
+Run = Callable[[np.ndarray, np.ndarray], np.ndarray]  # input_ids, attention_mask [rows, T] int64 -> [rows, D]
 
 
 class _EmbeddingGraph(nn.Module):
@@ -70,9 +71,23 @@ class _EmbeddingGraph(nn.Module):
         return hidden, F.normalize(pooled, dim=1) if self.normalize else pooled
 
 
+def require(*packages: str) -> None:
+    """InputError where a package is not installed, with the extra that has it."""
+    missing = [package for package in packages if not is_here(package)]
+    if missing:
+        extra = EXTRA[missing[0]]
+        raise InputError(
+            f"this format needs the package {missing[0]}, which is not installed: pip install -e '.[{extra}]'"
+        )
+
+
+def is_here(package: str) -> bool:
+    """Whether it is installed."""
+    return importlib.util.find_spec(package) is not None
+
+
 def write_graph(encoder: Encoder, file: Path) -> None:
     """Writes the graph of an encoder in float32. InputError for a family that cannot be traced, and beyond 2 GB."""
-    _require("onnx", "onnx")
     size = sum(parameter.numel() * parameter.element_size() for parameter in encoder.trunk.parameters())
     family = f"{type(encoder.trunk).__name__} ({encoder.trunk.config.model_type})"
     if size >= LARGEST:
@@ -114,8 +129,6 @@ def _plain(trunk: nn.Module) -> nn.Module:
 
 def write_int8_graph(encoder: Encoder, graph: Path, file: Path) -> None:
     """Writes the graph again with the weights of linear layers in int8; `graph` is the one in float32."""
-    _require("onnx", "onnx")
-    _require("onnxruntime", "onnx")
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -184,7 +197,6 @@ def _scope(path: str) -> str:
 
 def write_openvino(graph: Path, file: Path) -> None:
     """Writes OpenVINO's form of an ONNX graph, its weights in float32."""
-    _require("openvino", "openvino")
     import openvino
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +205,6 @@ def write_openvino(graph: Path, file: Path) -> None:
 
 def open_onnx_runtime(file: Path) -> tuple[Run, str]:
     """What runs the graph, and the type of its weights: float32 or int8."""
-    _require("onnxruntime", "onnx")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -207,7 +218,6 @@ def open_onnx_runtime(file: Path) -> tuple[Run, str]:
 
 def open_openvino(file: Path) -> Run:
     """What runs OpenVINO's form, in float32: left to itself it computes in bfloat16 where the processor can."""
-    _require("openvino", "openvino")
     import openvino
 
     model = openvino.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -221,12 +231,3 @@ def open_openvino(file: Path) -> Run:
 def is_graph(folder: Path) -> bool:
     """Whether it holds a graph in place of weights."""
     return (folder / GRAPH).is_file() or (folder / OPENVINO).is_file()
-
-
-def is_here(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _require(package: str, extra: str) -> None:
-    if not is_here(package):
-        raise InputError(f"this needs the package {package}, which is not installed: pip install -e '.[{extra}]'")

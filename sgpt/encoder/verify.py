@@ -99,6 +99,11 @@ def deviations(folder: Path, encoder: Encoder) -> Iterator[Deviation]:
                 yield _compare(loader, role, *expected[role], encoder)
 
 
+def first_loader(folder: Path, encoder: Encoder) -> Loader:
+    """The first one that opens the folder."""
+    return next(loader for load in LOADERS.values() if (loader := load(folder, encoder)) is not None)
+
+
 def hostile_texts(encoder: Encoder) -> list[str]:
     """Texts that have broken an export, ours or another's; some are made for this tokenizer and these limits."""
     tokenizer = encoder.tokenizer

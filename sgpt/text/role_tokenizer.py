@@ -1,7 +1,7 @@
 """A tokenizer of one role: called plainly, it puts the markers around a text and cuts it, as its post-processor says.
 
-For readers that know no roles: transformers, ONNX Runtime, text-embeddings-inference. `tokenizers` cuts a text before it
-puts the post-processor's tokens around it, so a marker is never cut off, and the text is tokenised alone, so nothing
+For readers that know no roles: transformers, ONNX Runtime, text-embeddings-inference. `tokenizers` cuts a text before
+it puts the post-processor's tokens around it, so a marker is never cut off, and the text is tokenised alone, so nothing
 merges with one. sentence-transformers, which has one tokenizer for both roles, takes them from a chat template
 (sgpt/text/template.py).
 """
