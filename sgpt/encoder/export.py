@@ -42,7 +42,8 @@ from sgpt.decoder.trunk import ModelConfig, open_model
 from sgpt.encoder import contract as contracts
 from sgpt.encoder.adapter import CHANGE, DELTA, PEFT, TRAINED, is_adapter, is_cut, read_delta
 from sgpt.encoder.encoder import Encoder
-from sgpt.encoder.onnx import GRAPH, OPENVINO, require, write_graph, write_int8_graph, write_openvino
+from sgpt.encoder.model_folder import GRAPH, OPENVINO
+from sgpt.encoder.onnx import require, write_graph, write_int8_graph, write_openvino
 from sgpt.encoder.probes import Encode, measure
 from sgpt.encoder.sentence_transformers import (
     WRITTEN,
@@ -83,6 +84,8 @@ def export(
     """
     folder = Path(folder)
     check_formats([form])
+    if encoder.head is not None:
+        raise InputError("this model of others has modules behind its pooling, which no export holds; copy its folder")
     _refuse_foreign(folder)
     if quantised_dtype(encoder.trunk):
         encoder = encoder.in_dtype(torch.float32)  # once, and not by each of those who compare in float32
@@ -258,6 +261,8 @@ def _write_around_graph(encoder: Encoder, folder: Path) -> None:
     frame = encoder.frames["document"]
     save_tokenizer(role_tokenizer(encoder.tokenizer, frame), folder, frame.length)
     _write_role_tokenizers(encoder, folder)
+    if encoder.frames["query"] == frame:  # otherwise sentence-transformers' own ONNX reader would take one for both
+        write_modules(encoder.contract, encoder.tokenizer, encoder.embedding_size, folder)
 
 
 def _write_role_tokenizers(encoder: Encoder, folder: Path) -> None:

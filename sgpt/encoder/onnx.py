@@ -35,9 +35,7 @@ from sgpt.runtime.errors import InputError
 from sgpt.text.markers import ROLES
 
 log = logging.getLogger(__name__)
-GRAPH = "onnx/model.onnx"  # where sentence-transformers and text-embeddings-inference look for it
-OPENVINO = "openvino/openvino_model.xml"
-INPUTS, OUTPUTS = ("input_ids", "attention_mask"), ("token_embeddings", "sentence_embedding")
+INPUTS, OUTPUTS = ("input_ids", "attention_mask"), ("last_hidden_state", "sentence_embedding")
 OPSET = 17
 LARGEST = 2**31  # bytes of one ONNX file: protobuf counts no further
 EXTRA = {"onnx": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}  # package -> extra of pyproject.toml
@@ -207,7 +205,10 @@ def open_onnx_runtime(file: Path) -> tuple[Run, str]:
     """What runs the graph, and the type of its weights: float32 or int8."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # which takes the cores from others
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     kind = session.get_modelmeta().custom_metadata_map.get(WEIGHTS_TYPE, "float32")
 
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -220,14 +221,10 @@ def open_openvino(file: Path) -> Run:
     """What runs OpenVINO's form, in float32: left to itself it computes in bfloat16 where the processor can."""
     import openvino
 
-    model = openvino.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    model = openvino.compile_model(file, "CPU", settings)
 
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return model(dict(zip(INPUTS, (ids, mask), strict=True)))[OUTPUTS[1]]
 
     return run
-
-
-def is_graph(folder: Path) -> bool:
-    """Whether it holds a graph in place of weights."""
-    return (folder / GRAPH).is_file() or (folder / OPENVINO).is_file()

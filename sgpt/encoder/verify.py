@@ -19,7 +19,8 @@ from sgpt.decoder.base_folder import path_for_others
 from sgpt.decoder.model_files import TOKENIZER
 from sgpt.encoder.adapter import DELTA, PEFT, base_of
 from sgpt.encoder.encoder import Encoder
-from sgpt.encoder.onnx import GRAPH, LEAST_COSINE, OPENVINO, Run, is_graph, is_here, open_onnx_runtime, open_openvino
+from sgpt.encoder.model_folder import GRAPH, OPENVINO, is_graph
+from sgpt.encoder.onnx import LEAST_COSINE, Run, is_here, open_onnx_runtime, open_openvino
 from sgpt.encoder.sentence_transformers import installed_version, is_installed, is_sentence_transformers
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import ROLES, Role
@@ -131,7 +132,7 @@ def _sgpt(folder: Path, encoder: Encoder) -> Loader | None:
 
 
 def _sentence_transformers(folder: Path, encoder: Encoder) -> Loader | None:
-    if not is_installed() or not is_sentence_transformers(folder):
+    if not is_installed() or not is_sentence_transformers(folder) or is_graph(folder):
         return None
     from sentence_transformers import SentenceTransformer
 

@@ -217,7 +217,7 @@ def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
                 f"{run.folder}: {name} has changed since the run was started; put it back, and export again"
             )
     encoder.contract.origin = origin(config, model.path, recorded)
-    encoder.trunk = tune(encoder.trunk, config.tuning)
+    encoder.trunk = tune(encoder.trunk, config.tuning, model.path)
     encoder.eval()
     checkpoint.load_parameters(newest / "trained.safetensors", trainable_parameters(encoder.trunk))
     return encoder, newest
