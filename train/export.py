@@ -13,7 +13,7 @@ def main(composed: DictConfig) -> None:
 
     from sgpt.cli.compose import literal, typed
     from sgpt.encoder.export import DEFAULT, ExportConfig, folder_of, repository_of
-    from sgpt.encoder.hub import files_to_push, push, shown
+    from sgpt.encoder.hub import files_to_push, listing, push
     from sgpt.runtime.errors import InputError
     from sgpt.training import record as outcome
     from sgpt.training.config import TrainConfig
@@ -38,7 +38,7 @@ def main(composed: DictConfig) -> None:
         return
     for form, folder in folders.items():
         repository = repository_of(form, config.push_to_hub)
-        print(shown(repository, files_to_push(folder)))
+        print(listing(repository, files_to_push(folder)))
         if config.dry_run:
             print("nothing was uploaded; dry_run=false uploads it")
         else:

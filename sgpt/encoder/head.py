@@ -148,7 +148,7 @@ def _with_weights(layer: nn.Module, folder: Path) -> nn.Module:
         odd = sorted(tensors.keys() ^ wanted.keys())[0]
         problem = "is missing" if odd in wanted else "has no place there"
         raise InputError(f"{folder}: {odd} {problem}, by what {CONFIG} says; fetch both again")
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if tensor.shape != wanted[name].shape:
             shapes = tuple(tensor.shape), tuple(wanted[name].shape)
             raise InputError(f"{folder}: {name} is {shapes[0]} where {CONFIG} makes it {shapes[1]}; fetch both again")

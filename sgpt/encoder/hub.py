@@ -62,7 +62,7 @@ def of_repository(folder: Path, repository: str) -> str:
     return text.replace(f'"{folder}"', f'"{repository}"')
 
 
-def shown(repository: str, files: Mapping[str, int]) -> str:
+def listing(repository: str, files: Mapping[str, int]) -> str:
     """A line for each file that would go, and their sum."""
     lines = [f"  {size:>14,}  {name}" for name, size in files.items()]
     return "\n".join([f"{repository}: {len(files)} files, {sum(files.values()):,} bytes", *lines])

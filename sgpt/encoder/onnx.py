@@ -37,7 +37,7 @@ from sgpt.text.markers import ROLES
 log = logging.getLogger(__name__)
 INPUTS, OUTPUTS = ("input_ids", "attention_mask"), ("last_hidden_state", "sentence_embedding")
 OPSET = 17
-LARGEST = 2**31  # bytes of one ONNX file: protobuf counts no further
+LARGEST_FILE = 2**31  # bytes of one ONNX file: protobuf counts no further
 EXTRA = {"onnx": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}  # package -> extra of pyproject.toml
 WEIGHTS_TYPE = "weights"  # key of the graph's metadata
 LARGEST_ERROR = 0.05  # of a layer's product in int8, as a share of it
@@ -51,7 +51,7 @@ CALIBRATION = (  # any text does: where the large numbers are is a matter of the
     "naïve café 🙂, 12,345.67 €, https://example.org/a?b=c#d",
     "The committee shall, within thirty days, publish the minutes of each meeting. " * 6,
 )
-Run = Callable[[np.ndarray, np.ndarray], np.ndarray]  # input_ids, attention_mask [rows, T] int64 -> [rows, D]
+RunGraph = Callable[[np.ndarray, np.ndarray], np.ndarray]  # input_ids, attention_mask [rows, T] int64 -> [rows, D]
 
 
 class _EmbeddingGraph(nn.Module):
@@ -88,7 +88,7 @@ def write_graph(encoder: Encoder, file: Path) -> None:
     """Writes the graph of an encoder in float32. InputError for a family that cannot be traced, and beyond 2 GB."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in encoder.trunk.parameters())
     family = f"{type(encoder.trunk).__name__} ({encoder.trunk.config.model_type})"
-    if size >= LARGEST:
+    if size >= LARGEST_FILE:
         raise InputError(
             f"formats=[onnx]: the weights of {encoder.contract.base} are {size / 1e9:.1f} GB, and an ONNX file holds "
             "2 GB at most; use formats=[sentence-transformers] or formats=[transformers]"
@@ -201,7 +201,7 @@ def write_openvino(graph: Path, file: Path) -> None:
     openvino.save_model(openvino.Core().read_model(graph), file, compress_to_fp16=False)
 
 
-def open_onnx_runtime(file: Path) -> tuple[Run, str]:
+def open_onnx_runtime(file: Path) -> tuple[RunGraph, str]:
     """What runs the graph, and the type of its weights: float32 or int8."""
     import onnxruntime
 
@@ -217,7 +217,7 @@ def open_onnx_runtime(file: Path) -> tuple[Run, str]:
     return run, kind
 
 
-def open_openvino(file: Path) -> Run:
+def open_openvino(file: Path) -> RunGraph:
     """What runs OpenVINO's form, in float32: left to itself it computes in bfloat16 where the processor can."""
     import openvino
 

@@ -12,9 +12,9 @@ from sgpt.encoder.probes import Encode
 
 QUERY = "parse a date from a string"
 DOCUMENTS = ("strptime makes a date of a text by a format.", "A list keeps its items in the order they were added in.")
-NUMBERS = 4  # of the query's embedding
+SHOWN_NUMBERS = 4  # of the query's embedding
 DIGITS = 3
-WEIGHTS = {  # of the tokens of a row, by the pooling: from the mask [texts, T]
+TOKEN_WEIGHTS = {  # of the tokens of a row, by the pooling: from the mask [texts, T]
     "weighted_mean": "mask * mask.cumsum(1)  # 1, 2, 3 …: later tokens have seen more",
     "mean": "mask",
     "last_token": "mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))",
@@ -31,7 +31,7 @@ def outputs(embed: Encode) -> str:
     """What the lines print."""
     query, documents = embed([QUERY], "query"), embed(list(DOCUMENTS), "document")
     cosines = documents @ query[0] / np.linalg.norm(documents, axis=1) / np.linalg.norm(query)
-    return f"{_shown(query[0, :NUMBERS])}\n{_shown(cosines)}"
+    return f"{_shown(query[0, :SHOWN_NUMBERS])}\n{_shown(cosines)}"
 
 
 def _shown(numbers: Sequence[float]) -> str:
@@ -46,7 +46,7 @@ documents = encode([
     "{DOCUMENTS[1]}",
 ], "document")
 cosines = documents @ query[0] / np.linalg.norm(documents, axis=1) / np.linalg.norm(query)
-print([round(float(number), {DIGITS}) for number in query[0, :{NUMBERS}]])
+print([round(float(number), {DIGITS}) for number in query[0, :{SHOWN_NUMBERS}]])
 print([round(float(cosine), {DIGITS}) for cosine in cosines])
 '''
 
@@ -88,7 +88,7 @@ def _encode_by_hand(contract: Contract) -> str:
     if contract.pooling == "max":
         pooled = "    embeddings = hidden.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(1)"
     else:
-        pooled = f'''    weights = {WEIGHTS[contract.pooling]}
+        pooled = f'''    weights = {TOKEN_WEIGHTS[contract.pooling]}
     weights = weights / weights.sum(1, keepdim=True)
     embeddings = (hidden * weights.unsqueeze(-1)).sum(1)'''
     unit = "torch.nn.functional.normalize(embeddings, dim=1)" if contract.normalize else "embeddings"

@@ -20,7 +20,7 @@ from sgpt.decoder.model_files import TOKENIZER
 from sgpt.encoder.adapter import DELTA, PEFT, base_of
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import GRAPH, OPENVINO, is_graph
-from sgpt.encoder.onnx import LEAST_COSINE, Run, is_here, open_onnx_runtime, open_openvino
+from sgpt.encoder.onnx import LEAST_COSINE, RunGraph, is_here, open_onnx_runtime, open_openvino
 from sgpt.encoder.sentence_transformers import installed_version, is_installed, is_sentence_transformers
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import ROLES, Role
@@ -250,7 +250,7 @@ def _openvino(folder: Path, encoder: Encoder) -> Loader | None:
     return _of_graph(f"OpenVINO {installed_version('openvino')}", folder, open_openvino(folder / OPENVINO))
 
 
-def _of_graph(name: str, folder: Path, run: Run, least_cosine: float | None = None) -> Loader:
+def _of_graph(name: str, folder: Path, run: RunGraph, least_cosine: float | None = None) -> Loader:
     """Rows in the order given, padded a few at a time as the tokenizer of the role does."""
     token_ids = _role_tokenizers(folder)
 

@@ -124,14 +124,14 @@ def evaluate_queries(encoder: Encoder, sets: Sets) -> tuple[Results, QueryScores
     return results, scores
 
 
-def differences(after: QueryScores, before: QueryScores) -> dict[str, dict[str, float | None]]:
+def gains(after: QueryScores, before: QueryScores) -> dict[str, dict[str, float | None]]:
     """Of each set that both have, the mean difference with its 95 % interval: fields of `Difference`."""
-    gains = {}
-    for name in after.keys() & before.keys():
+    of_sets = {}
+    for name in (name for name in after if name in before):
         queries = sorted(after[name].keys() & before[name].keys())
         of_set = ([scores[name][query] for query in queries] for scores in (after, before))
-        gains[name] = asdict(difference(*of_set))
-    return gains
+        of_sets[name] = asdict(difference(*of_set))
+    return of_sets
 
 
 def cosines(encoder: Encoder, pairs: PairSet) -> list[float]:

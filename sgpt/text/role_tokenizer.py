@@ -13,7 +13,7 @@ from tokenizers import processors
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import Frame
 
-TEXT = "$A"  # of a post-processor's template: the text itself
+CONTENT = "$A"  # of a post-processor's template: the text itself
 
 
 def role_tokenizer(tokenizer, frame: Frame):
@@ -30,7 +30,7 @@ def role_tokenizer(tokenizer, frame: Frame):
     before, after = (tokenizer.convert_ids_to_tokens(list(ids)) for ids in (frame.before, frame.after))
     ids = dict(zip([*before, *after], [*frame.before, *frame.after], strict=True))
     of_role.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*before, TEXT, *after], special_tokens=[*ids.items()]
+        single=[*before, CONTENT, *after], special_tokens=[*ids.items()]
     )
     of_role.chat_template = None
     for key in ("add_bos_token", "add_eos_token"):  # by which transformers would make a post-processor of its own

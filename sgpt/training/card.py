@@ -22,7 +22,7 @@ from sgpt.training.run_folder import RunFolder
 LIBRARIES = {  # of the hub, by the format
     "transformers": "transformers", "peft": "peft", "onnx": "onnx", "onnx-int8": "onnx", "openvino": "openvino",
 }  # fmt: skip
-OURS = """The same numbers by this framework:
+BY_THIS_FRAMEWORK = """The same numbers by this framework:
 
     from sgpt import Encoder
     encoder = Encoder.from_pretrained("{folder}")
@@ -44,7 +44,7 @@ INT8 = """The weights of linear layers are in int8, and their inputs are rounded
 batch: the embedding of a text depends a little on what it is batched with.
 """
 NOTES = {
-    DEFAULT: [OURS],
+    DEFAULT: [BY_THIS_FRAMEWORK],
     "transformers": [TOKENIZERS],
     "peft": [ADAPTER],
     "onnx": [GRAPH, TOKENIZERS, SERVER],

@@ -119,7 +119,7 @@ def record_after(run: RunFolder, encoder: Encoder, sets: Sets, base: Mapping[str
     analysis = run.read("analysis.json", {})
     similarity = analysis.get("similarity", {}) | {"after": _similarity(encoder, sets)}
     of_queries = analysis.get("queries", {}) | {"after": queries}  # runs of older versions do not say before
-    gains = evaluate.differences(queries, of_queries.get("before", {}))
+    gains = evaluate.gains(queries, of_queries.get("before", {}))
     run.write(
         "analysis.json",
         {"similarity": similarity, "change": change, "queries": of_queries, "differences": gains},
