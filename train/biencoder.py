@@ -74,7 +74,7 @@ def main(composed: DictConfig) -> None:
     contract.origin = origin(config, model.path, inputs)
     run.check_same(inputs)  # a resumed run needs the data, weights and versions that it was started with
 
-    encoder.trunk = tune(encoder.trunk, config.tuning)
+    encoder.trunk = tune(encoder.trunk, config.tuning, model.path)
     announce_export(encoder)
     encoder.to(accelerator.device)
     log.info("%s: %s is trained on %s", run.folder, model.path, config.data.path or config.data.name)

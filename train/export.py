@@ -1,4 +1,4 @@
-"""Export a run again, finished or not: `python train/export.py run=runs/pydocs output=my-model`."""
+"""Export a run again, finished or not: `python train/export.py run=runs/pydocs formats=[onnx,openvino]`."""
 
 from omegaconf import DictConfig
 
@@ -12,7 +12,8 @@ def main(composed: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from sgpt.cli.compose import literal, typed
-    from sgpt.encoder.export import ExportConfig, export
+    from sgpt.encoder.export import DEFAULT, ExportConfig, folder_of, repository_of
+    from sgpt.encoder.hub import files_to_push, listing, push
     from sgpt.runtime.errors import InputError
     from sgpt.training import record as outcome
     from sgpt.training.config import TrainConfig
@@ -26,12 +27,22 @@ def main(composed: DictConfig) -> None:
         )
     trained = typed(TrainConfig, OmegaConf.create(literal(read_config(run.folder))))
     encoder, newest = outcome.reopen(run, trained)
-    folder = Path(config.output) if config.output else run.folder / "export"
-    if run.finished and not config.output:
-        outcome.write_export(run, trained, encoder)
-    else:
-        export(encoder, folder, card=outcome.card(run, trained), adapter=run.folder / "adapter")
-    print(f"{newest} exported to {folder}")
+    folders = {form: folder_of(form, Path(config.output or run.folder / "export")) for form in config.formats}
+    for form, folder in folders.items():
+        if run.finished and not config.output and form == DEFAULT and not config.examples:
+            outcome.write_export(run, trained, encoder)  # which the manifest knows
+        else:
+            outcome.export_as(run, trained, encoder, form, folder, config.examples)
+        print(f"{newest} exported to {folder}")
+    if config.push_to_hub is None:
+        return
+    for form, folder in folders.items():
+        repository = repository_of(form, config.push_to_hub)
+        print(listing(repository, files_to_push(folder)))
+        if config.dry_run:
+            print("nothing was uploaded; dry_run=false uploads it")
+        else:
+            print(f"uploaded to {push(folder, repository)}")
 
 
 if __name__ == "__main__":

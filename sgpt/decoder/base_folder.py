@@ -6,6 +6,7 @@ from huggingface_hub import snapshot_download
 
 from sgpt.decoder.gguf import converted
 from sgpt.decoder.model_files import ADAPTER, CONFIG, INDEX, WEIGHTS, first_line
+from sgpt.decoder.pickled import PICKLED, PICKLED_INDEX
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import may_be_hub_id
 
@@ -13,7 +14,9 @@ FETCHED = [  # from the hub
     CONFIG, WEIGHTS, INDEX, "model-*.safetensors", ADAPTER, "token*", "vocab*", "merges.txt", "bpe.codes", "*.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template*", "sgpt.json", "modules.json",
     "config_sentence_transformers.json", "sentence_*_config.json", "*Pooling/config.json",
+    *(f"*_{module}/{file}" for module in ("Dense", "LayerNorm") for file in (CONFIG, WEIGHTS, PICKLED)),
 ]  # fmt: skip
+FETCHED_OF_OLD = [PICKLED, PICKLED_INDEX, "pytorch_model-*.bin"]  # where there are no safetensors
 CONVERTED = "data/cache/gguf"  # a folder for each GGUF file that was opened
 WRITTEN_BY = {"data/raw/smollm2_135m": "make smollm2"}  # folders that a command of this project writes
 
@@ -25,6 +28,11 @@ def resolve(path: str) -> Path:
     """
     below_project = Path(__file__).parents[2] / path
     return below_project if not Path(path).exists() and below_project.exists() else Path(path)
+
+
+def is_of_hub(path: str) -> bool:
+    """Whether others find it by this name: an id of the model hub, and no folder here."""
+    return "/" in path and may_be_hub_id(path) and not resolve(path).exists()
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -50,7 +58,10 @@ def local_folder(path: str) -> Path:
     if not may_be_hub_id(path):
         raise InputError(f"{path}: no such folder; {how_to_have(path)}")
     try:
-        return Path(snapshot_download(path, allow_patterns=FETCHED))
+        folder = Path(snapshot_download(path, allow_patterns=FETCHED))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(path, allow_patterns=FETCHED_OF_OLD)
+        return folder
     except Exception as error:  # of httpx, of the hub, of the system
         raise InputError(
             f"{path}: no such local folder, and it could not be had from the model hub ({first_line(error)}). "

@@ -1,4 +1,4 @@
-"""A model's folder as it lies on disk: its JSON and its safetensors, looked at before transformers reads them.
+"""A model's folder as it lies on disk: its JSON and its weights, looked at before transformers reads them.
 
 transformers asks at a terminal for leave to run foreign code, gives random values to weights that it does not find, and
 meets a damaged file with whatever exception comes. What is known to end so is refused here by file, key and value.
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
+from sgpt.decoder.pickled import PICKLED, PICKLED_INDEX, unpickled
 from sgpt.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -117,10 +118,16 @@ def refuse_foreign_code(file: Path, stated: Mapping, *, known: bool) -> None:
 
 
 def stored_tensors(folder: Path, path: str) -> dict[str, Path]:
-    """Name of each stored tensor -> its file. InputError when weights are missing, cut, damaged or pickled."""
+    """Name of each stored tensor -> its file, a safetensors file also where the folder has pickled ones.
+
+    InputError when weights are missing, cut, damaged or in another form.
+    """
     whole, index = folder / WEIGHTS, folder / INDEX
     if whole.is_file():
         return dict.fromkeys(_names(whole), whole)
+    if not index.is_file() and (pickles := _pickles(folder)):
+        file = unpickled(pickles, folder.resolve().name)
+        return dict.fromkeys(_names(file), file)
     if not index.is_file():
         pickled = [file.name for file in sorted(folder.glob("*")) if file.suffix in OTHER_FORMS]
         if pickled:
@@ -129,19 +136,33 @@ def stored_tensors(folder: Path, path: str) -> dict[str, Path]:
                 f"only safetensors are read, and its weights are {pickled[0]}: save the model again as safetensors",
             )
         raise unloadable(path, f"there is no {WEIGHTS}")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        raise InputError(f"{index}: weight_map must give a file to every tensor; fetch it again")
+    shards = _weight_map(index)
     held: dict[str, Path] = {}
     for shard in sorted(set(shards.values())):
-        if Path(shard).name != shard or shard in (".", ".."):
-            raise InputError(f"{index}: weight_map names {shard!r}, which is no file of this folder")
-        if not (folder / shard).is_file():
-            raise InputError(f"{index}: its file {shard} is missing; fetch it again")
         held |= dict.fromkeys(_names(folder / shard), folder / shard)
     if absent := sorted(shards.keys() - held.keys()):
         raise InputError(f"{index}: {_some(absent)} should be in {shards[absent[0]]} and is not; fetch the files again")
     return held
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> name of the file next to the index that holds it."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise InputError(f"{index}: weight_map must give a file to every tensor; fetch it again")
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or shard in (".", ".."):
+            raise InputError(f"{index}: weight_map names {shard!r}, which is no file of this folder")
+        if not (index.parent / shard).is_file():
+            raise InputError(f"{index}: its file {shard} is missing; fetch it again")
+    return shards
+
+
+def _pickles(folder: Path) -> list[Path]:
+    """The files of weights in PyTorch's pickle; none where the folder has no such weights."""
+    if (folder / PICKLED_INDEX).is_file():
+        return [folder / shard for shard in sorted({*_weight_map(folder / PICKLED_INDEX).values()})]
+    return [folder / PICKLED] if (folder / PICKLED).is_file() else []
 
 
 def stored_dtype(stored: Mapping[str, Path]) -> str:

@@ -1,7 +1,8 @@
 """Base models: opening a trunk and its tokenizer, and the few facts that differ by family.
 
 The trunk is `AutoModel`: the decoder (or encoder) without its language-model head. `open_model` is the one way by which
-weights are opened, whoever asks, so that no check can be forgotten. Only safetensors and JSON are read, and no code.
+weights are opened, whoever asks, so that no check can be forgotten. No code of a folder is run: its JSON and
+safetensors are read, and of older files the tensors (sgpt/decoder/pickled.py).
 """
 
 import copy
@@ -245,11 +246,14 @@ def _loaded(
         "attn_implementation": "sdpa" if model_class._supports_sdpa else "eager",  # whatever the config says
     }  # fmt: skip
     own = without_wrappers(stored)
-    if own == {name: name for name in stored}:
+    is_renamed = own != {name: name for name in stored}
+    if not is_renamed and all(file.parent == folder for file in stored.values()):
         model, report = model_class.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **options)
     else:
-        prefix = _taken_off(own)
-        log.warning("%s: its weights were saved from within a wrapper; prefixes such as %r are taken off", path, prefix)
+        if is_renamed:
+            prefix = _taken_off(own)
+            message = "%s: its weights were saved from within a wrapper; prefixes such as %r are taken off"
+            log.warning(message, path, prefix)
         model, report = model_class.from_pretrained(None, state_dict=_renamed(stored, own), **options)
     # names that still do not fit may have an outer prefix, which is tried: some families' own names begin with "model."
     bare = without_wrappers(stored, also=OUTER)

@@ -10,6 +10,7 @@ Many tuned models of one base are served from one trunk, each a delta of kilobyt
 """
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -40,6 +41,7 @@ from sgpt.encoder.adapter import base_of, check_tokenizer, open_trunk
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.deltas import DeltaNames, Deltas, Strengths, check_limits
+from sgpt.encoder.head import output_size, read_head
 from sgpt.encoder.model_folder import find_model
 from sgpt.encoder.pooling import POOLINGS
 from sgpt.encoder.probes import Encode, check_probes
@@ -49,6 +51,7 @@ from sgpt.runtime.provenance import content_hash, tokenizer_hash, weights_hash
 from sgpt.text.markers import Frame, MarkersConfig, Role, frames
 from sgpt.text.tokens import TokenLists, content_ids, marked
 
+log = logging.getLogger(__name__)
 TOKENS_PER_PACK = 4096
 TEXTS_AT_A_TIME = 16_384  # whose token ids exist
 
@@ -59,7 +62,7 @@ class Encoder(nn.Module):
     trunk: any decoder or BERT-like encoder. contract: markers, limits, pooling. Training calls `packs`, `embed_pack`
     and `restore_order`; `forward` is the three in one. delta: where others use the trunk as well, what makes it this
     encoder's (sgpt/encoder/delta.py); `encode` puts it on and off. deltas: other tuned models over the same trunk by
-    name, see `load_delta`.
+    name, see `load_delta`. head: what models of others do to an embedding behind the pooling (sgpt/encoder/head.py).
     """
 
     def __init__(
@@ -70,10 +73,12 @@ class Encoder(nn.Module):
         *,
         tokens_per_pack: int = TOKENS_PER_PACK,
         delta: Delta | None = None,
+        head: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.delta = delta
         self.deltas = Deltas()
+        self.head = head
         self.trunk, self.tokenizer, self.contract = trunk, tokenizer, contract
         check_vocabulary(tokenizer, trunk)
         self.tokens_per_pack = tokens_per_pack
@@ -117,7 +122,7 @@ class Encoder(nn.Module):
         """poolings: of each row of the pack; all equal for a trunk that does not take packs."""
         if not takes_packs(self.trunk):
             input_ids, mask = pack.padded(self.tokenizer.pad_token_id)
-            return _pooled(token_embeddings(self.trunk, input_ids, mask), mask, poolings)
+            return self._through_head(_pooled(token_embeddings(self.trunk, input_ids, mask), mask, poolings))
         hidden = packed_token_embeddings(self.trunk, pack)  # [N, D]
         pooled: list[Tensor] = []
         start = 0
@@ -125,7 +130,7 @@ class Encoder(nn.Module):
             mask = block.new_ones(block.shape[:2], dtype=torch.long)
             pooled.append(_pooled(block, mask, poolings[start : start + len(block)]))
             start += len(block)
-        return torch.cat(pooled)
+        return self._through_head(torch.cat(pooled))
 
     def restore_order(self, all_packs: Sequence[Pack], embeddings: Sequence[Tensor], num_rows: int) -> Tensor:
         """The packs' embeddings as [num_rows, D], in the order of the rows; zeros for rows that are in no pack."""
@@ -138,7 +143,11 @@ class Encoder(nn.Module):
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[rows, T] with padding on either side -> [rows, D]."""
         hidden = token_embeddings(self.trunk, input_ids, attention_mask)
-        return POOLINGS[self.contract.pooling](hidden, attention_mask)
+        return self._through_head(POOLINGS[self.contract.pooling](hidden, attention_mask))
+
+    def _through_head(self, pooled: Tensor) -> Tensor:
+        """[rows, D of the trunk] -> [rows, D]."""
+        return pooled if self.head is None else self.head(pooled.float())
 
     def token_ids(self, texts: Sequence[str], role: Role, deltas: Sequence[Delta | None] | None = None) -> TokenLists:
         """Marked and truncated ids; the content is tokenised alone, so nothing merges with a marker.
@@ -247,6 +256,10 @@ class Encoder(nn.Module):
         name that is used, and where the embeddings are not those that the adapter was saved with. Deltas are for
         `encode` and not for training.
         """
+        if self.head is not None:
+            raise InputError(
+                f"{name}: this model has layers behind its pooling, over which no delta was trained; open the base"
+            )
         self.deltas.load(self.trunk, self.tokenizer, name, path, strength)
         if quantised_dtype(self.trunk) is None:  # of which no rounding was measured
             try:
@@ -306,7 +319,8 @@ class Encoder(nn.Module):
         with self._tuned():
             held = held_weights(self.trunk)
             weights = weights_hash({name: value for name, value in held.items() if name not in others})
-        return {"weights": weights, "tokenizer": tokenizer_hash(self.tokenizer)}
+        head = {} if self.head is None else {"head": weights_hash(self.head.state_dict())}
+        return {"weights": weights, "tokenizer": tokenizer_hash(self.tokenizer), **head}
 
     def in_dtype(self, dtype: torch.dtype) -> "Encoder":
         """A copy that holds and computes all weights in `dtype`; the encoder itself when it does so already.
@@ -327,7 +341,7 @@ class Encoder(nn.Module):
         return self._over(trunk)
 
     def _over(self, trunk: nn.Module) -> "Encoder":
-        return type(self)(trunk, self.tokenizer, self.contract, tokens_per_pack=self.tokens_per_pack)
+        return type(self)(trunk, self.tokenizer, self.contract, tokens_per_pack=self.tokens_per_pack, head=self.head)
 
     def encode_in(self, dtype: torch.dtype) -> Encode:
         """`encode` with all weights in `dtype`."""
@@ -357,7 +371,8 @@ class Encoder(nn.Module):
 
     @property
     def embedding_size(self) -> int:
-        return embedding_size(self.trunk)
+        of_trunk = embedding_size(self.trunk)
+        return of_trunk if self.head is None else output_size(self.head, of_trunk)
 
     @classmethod
     def from_pretrained(
@@ -371,7 +386,7 @@ class Encoder(nn.Module):
     ) -> "Encoder":
         """Opens an export, adapter or run of ours, a folder of sentence-transformers, or a bare base.
 
-        Of sentence-transformers: Transformer, Pooling and, if it is there, Normalize
+        Of sentence-transformers: Transformer, Pooling, and Dense, LayerNorm and Normalize behind them
         (sgpt/encoder/sentence_transformers.py). markers, pooling: only for models that do not carry a contract; stating
         them against one is refused. An export or adapter that no longer gives the token ids and embeddings that it was
         saved with is refused, too; check: false for who measures them (`sgpt/encoder/verify.py`).
@@ -398,7 +413,8 @@ class Encoder(nn.Module):
                 quantise(encoder.trunk, dtype, str(folder))
             return encoder
         if model.kind == "sentence-transformers":
-            return cls(*_open_foreign(folder, markers, pooling, dtype))
+            trunk, tokenizer, contract, head = _open_foreign(str(path), folder, markers, pooling, dtype)
+            return cls(trunk, tokenizer, contract, head=head)
         trunk, tokenizer = _load(path, dtype)
         markers = markers or _unmarked(position_limit(trunk))
         return cls(trunk, tokenizer, Contract(pooling or "weighted_mean", markers, base=str(path)))
@@ -415,16 +431,25 @@ def _unmarked(limit: int | None) -> MarkersConfig:
 
 
 def _open_foreign(
-    folder: Path, markers: MarkersConfig | None, pooling: str | None, dtype: str
-) -> tuple[nn.Module, object, Contract]:  # fmt: skip
-    """Trunk, tokenizer and contract of a sentence-transformers folder that is none of our exports."""
+    path: str, folder: Path, markers: MarkersConfig | None, pooling: str | None, dtype: str
+) -> tuple[nn.Module, object, Contract, nn.Module | None]:  # fmt: skip
+    """Trunk, tokenizer, contract and head of a sentence-transformers folder that is none of our exports."""
     stated = sentence_transformers_format.read(folder)
     trunk = load_trunk(ModelConfig(str(stated.transformer), dtype))
     tokenizer = load_tokenizer(str(stated.transformer), **stated.tokenizer_options)
     if stated.lower_case:
         tokenizer = sentence_transformers_format.lower_cased(tokenizer)
-    contract = sentence_transformers_format.contract_of(stated, trunk)
-    return trunk, tokenizer, replace(contract, markers=markers or contract.markers, pooling=pooling or contract.pooling)
+    said_by = None if markers else sentence_transformers_format.is_published_with_roles(path, stated, tokenizer)
+    contract = sentence_transformers_format.contract_of(stated, trunk, roles=said_by is not None)
+    if said_by is not None:
+        log.warning(
+            "%s: by %s it is an asymmetric SGPT model, so queries are put in [ ] and documents in { }, as in its "
+            "training; markers=none opens it without",
+            path, said_by,
+        )  # fmt: skip
+    head = read_head(stated.head, embedding_size(trunk))
+    contract = replace(contract, markers=markers or contract.markers, pooling=pooling or contract.pooling)
+    return trunk, tokenizer, contract, head
 
 
 def _pooled(hidden: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:

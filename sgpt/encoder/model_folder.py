@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 from sgpt.decoder.base_folder import local_folder
+from sgpt.decoder.model_files import INDEX, WEIGHTS
 from sgpt.encoder import contract as contracts
 from sgpt.encoder.adapter import is_adapter
 from sgpt.encoder.sentence_transformers import is_sentence_transformers
+from sgpt.runtime.errors import InputError
 
+GRAPH, OPENVINO = "onnx/model.onnx", "openvino/openvino_model.xml"  # where servers look for them
 OF_A_RUN = ("export", "adapter")  # folders of a run that hold its model, the one that needs no base first
 
 
@@ -25,12 +28,24 @@ class ModelFolder:
         return self.kind in OF_A_RUN
 
 
+def is_graph(folder: Path) -> bool:
+    """Whether it holds a graph in place of weights."""
+    has_weights = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+    return not has_weights and any((folder / name).is_file() for name in (GRAPH, OPENVINO))
+
+
 def find_model(path: str | Path, of_a_run: tuple[str, ...] = OF_A_RUN) -> ModelFolder:
     """The model of a local path or hub id. of_a_run: what to look for in a run, in this order.
 
-    Raises InputError where there is no folder; what is in a folder is checked when it is opened.
+    Raises InputError where there is no folder, and for an export that holds a graph in place of weights; what else is
+    in a folder is checked when it is opened.
     """
     root = local_folder(str(path))
+    if (root / contracts.FILE).is_file() and is_graph(root):
+        raise InputError(
+            f"{path}: holds a graph for ONNX Runtime or OpenVINO, used as its README.md shows, and no weights; give "
+            "the run, its export or its adapter"
+        )
     for folder in (*(root / part for part in of_a_run), root):
         if (folder / contracts.FILE).is_file():
             return ModelFolder(folder, "adapter" if is_adapter(folder) else "export")

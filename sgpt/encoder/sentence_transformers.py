@@ -1,9 +1,10 @@
 """The format of sentence-transformers, both directions: folders of others are read, and our exports are written.
 
 What a folder says of reading a text is applied as version 6.2 does, or refused.
-A folder lists modules (modules.json): here a Transformer, a Pooling and any number of Normalize. The Transformer's own
-file says how long texts may be, and whether they are lower-cased; config_sentence_transformers.json says what stands
-before queries and documents. A key that is neither applied nor known to change nothing is refused by its name.
+A folder lists modules (modules.json): here a Transformer, a Pooling, and what changes embeddings
+(sgpt/encoder/head.py). The Transformer's own file says how long texts may be, and whether they are lower-cased;
+config_sentence_transformers.json says what stands before queries and documents. A key that is neither applied nor
+known to change nothing is refused by its name.
 """
 
 import copy
@@ -20,6 +21,7 @@ from torch import nn
 from sgpt.decoder.families import position_limit
 from sgpt.decoder.model_files import CONFIG, TOKENIZER, TOKENIZER_CONFIG, read_json
 from sgpt.encoder.contract import Contract
+from sgpt.encoder.head import READERS_OF_MODULES
 from sgpt.encoder.pooling import POOLINGS
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import ROLES, MarkersConfig, frames
@@ -58,6 +60,14 @@ TRANSFORMER_VALUES = {  # what each key may say where it changes nothing here
     "unpad_inputs": (None, True, False), "query_expansion": (None, False), "modality_config": ({"text": PLAIN_TEXT},),
     "model_args": ({},), "model_kwargs": ({},), "config_args": ({},), "config_kwargs": ({},),
 }  # fmt: skip
+SUPPORTED = "Transformer, Pooling, Dense, LayerNorm and Normalize"
+_TWO_WAYS = "sends queries and documents through modules of their own, and here both go through one decoder"
+OBSTACLES = {  # modules that people have, and why they are not applied here
+    "Router": _TWO_WAYS, "Asym": _TWO_WAYS,
+    "WeightedLayerPooling": "mixes the hidden states of all layers, and here the last ones alone are computed",
+    "StaticEmbedding": "has no decoder, but a table of words",
+    "WordWeights": "weighs words by a table, before they are pooled",
+}  # fmt: skip
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 UNLIMITED = 1e6  # a model_max_length beyond it says that there is none
 
@@ -66,11 +76,13 @@ UNLIMITED = 1e6  # a model_max_length beyond it says that there is none
 class Stated:
     """What the folder says.
 
-    limits: of query and document in tokens, None where the model's own are meant, and the file and key that state it.
+    head: kind and folder of the modules behind the pooling, but for a last Normalize, which is `normalize`. limits: of
+    query and document in tokens, None where the model's own are meant, and the file and key that state it.
     """
 
     transformer: Path
     pooling: str
+    head: list[tuple[str, Path]]
     normalize: bool
     lower_case: bool
     limits: dict[str, tuple[int | None, str]]
@@ -84,8 +96,7 @@ def is_sentence_transformers(folder: Path) -> bool:
 
 def read(folder: Path) -> Stated:
     """InputError with file and key for whatever is missing, broken, or said in a way that is not applied here."""
-    modules = _modules(folder)
-    transformer = modules["Transformer"]
+    (_, transformer), (_, pooling), *head = _modules(folder)
     own = next((transformer / name for name in TRANSFORMER_CONFIGS if (transformer / name).is_file()), None)
     stated = read_json(own) if own else {}
     file = own or transformer / TRANSFORMER_CONFIG
@@ -103,10 +114,12 @@ def read(folder: Path) -> Stated:
             "their end here; set it to right"
         )
     prompts = _prompts(folder)
+    is_unit = bool(head) and head[-1][0] == "Normalize"
     return Stated(
         transformer=transformer,
-        pooling=_pooling(modules["Pooling"] / CONFIG, prompts),
-        normalize="Normalize" in modules,
+        pooling=_pooling(pooling / CONFIG, prompts),
+        head=head[:-1] if is_unit else head,
+        normalize=is_unit,
         lower_case=bool(stated.get("do_lower_case")),
         limits=_limits(file, stated, transformer, tokenizer),
         prompts=prompts,
@@ -114,8 +127,11 @@ def read(folder: Path) -> Stated:
     )
 
 
-def contract_of(stated: Stated, trunk: nn.Module) -> Contract:
-    """Limits that the folder states must fit the model; where it leaves them open, they are the model's."""
+def contract_of(stated: Stated, trunk: nn.Module, *, roles: bool = False) -> Contract:
+    """Limits that the folder states must fit the model; where it leaves them open, they are the model's.
+
+    roles: queries stand in brackets and documents in braces, which published SGPT models say by their names alone.
+    """
     table = position_limit(trunk)
     tokens = {}
     for role, (limit, where) in stated.limits.items():
@@ -130,10 +146,25 @@ def contract_of(stated: Stated, trunk: nn.Module) -> Contract:
             )
         tokens[f"{role}_max_tokens"] = limit
     try:
-        markers = MarkersConfig("none", **tokens)
+        markers = MarkersConfig("brackets", original_limit=True, **tokens) if roles else MarkersConfig("none", **tokens)
     except InputError as error:
         raise InputError(f"{next(iter(stated.limits.values()))[1]}: {error}") from None
     return Contract(stated.pooling, markers, stated.normalize, str(stated.transformer), prompts=stated.prompts)
+
+
+def is_published_with_roles(path: str, stated: Stated, tokenizer) -> str | None:
+    """What says that it is an asymmetric SGPT model as published, and that its folder has no key for; else None.
+
+    path: folder or hub id as it was given. Source: Muennighoff/sgpt, whose asymmetric models are called
+    SGPT-<size>-weightedmean-msmarco-specb-bitfit. Their training put the tokens [SOS] and {SOS} into the vocabulary,
+    and replaced them by the brackets' ids.
+    """
+    config = stated.transformer / CONFIG
+    names = [Path(path).name, str(read_json(config).get("_name_or_path", ""))] if config.is_file() else [path]
+    if named := next((name for name in names if "specb" in name.lower()), None):
+        return f"the name {named}"
+    vocabulary = tokenizer.get_vocab()
+    return "the tokens [SOS] and {SOS} of its vocabulary" if {"[SOS]", "{SOS}"} <= vocabulary.keys() else None
 
 
 def lower_cased(tokenizer):
@@ -156,21 +187,23 @@ def _has_lower_case(normalizer) -> bool:
     return isinstance(normalizer, Lowercase) or bool(getattr(normalizer, "lowercase", False))
 
 
-def _modules(folder: Path) -> dict[str, Path]:
-    """Kind -> folder of each module, in their order."""
+def _modules(folder: Path) -> list[tuple[str, Path]]:
+    """Kind and folder of each module, in their order: a Transformer, a Pooling, and what changes embeddings."""
     file = folder / MODULES
-    modules: dict[str, Path] = {}
+    modules: list[tuple[str, Path]] = []
     for module in read_json(file, list):
         if not isinstance(module, dict) or not all(isinstance(module.get(key), str) for key in ("type", "path")):
             raise InputError(f"{file}: module {module!r:.80} must state a type and a path; fetch it again")
         kind, path = module["type"].rsplit(".", 1)[-1], Path(module["path"])
         if not module["type"].startswith("sentence_transformers."):
             raise InputError(
-                f"{file}: type={module['type']!r} is a class of its own, whose code is never run here; Transformer, "
-                "Pooling and Normalize are supported"
+                f"{file}: type={module['type']!r} is a class of its own, whose code is never run here; "
+                f"{SUPPORTED} are supported"
             )
-        if kind not in ("Transformer", "Pooling", "Normalize"):
-            raise InputError(f"{file}: module {kind} is not supported; Transformer, Pooling and Normalize are")
+        if kind in OBSTACLES:
+            raise InputError(f"{file}: module {kind} {OBSTACLES[kind]}; open it with sentence-transformers")
+        if kind not in ("Transformer", "Pooling", *READERS_OF_MODULES):
+            raise InputError(f"{file}: module {kind} is not supported; {SUPPORTED} are")
         if path.is_absolute() or ".." in path.parts:
             raise InputError(f"{file}: path={module['path']!r} leaves the folder; a module must lie in it")
         if module.get("kwargs"):
@@ -178,16 +211,18 @@ def _modules(folder: Path) -> dict[str, Path]:
                 f"{file}: kwargs={module['kwargs']!r} of module {kind} is not applied here; open it with "
                 "sentence-transformers"
             )
-        if kind in modules and kind != "Normalize":
+        if kind in ("Transformer", "Pooling") and kind in dict(modules):
             raise InputError(f"{file}: lists {kind} twice; one is supported")
-        modules[kind] = folder / path
-    if list(modules) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        problem = f"has the order {', '.join(modules)}"
+        modules.append((kind, folder / path))
+    kinds = [kind for kind, _ in modules]
+    if kinds[:2] != ["Transformer", "Pooling"]:
+        problem = f"has the order {', '.join(kinds)}"
         for kind in ("Pooling", "Transformer"):
-            if kind not in modules:
+            if kind not in kinds:
                 problem = f"lists no {kind} module, so it makes no embedding of a text"
         raise InputError(
-            f"{file}: {problem}; Transformer, Pooling and, if wanted, Normalize must be there in this order"
+            f"{file}: {problem}; Transformer and Pooling must come first, and what changes embeddings "
+            f"({', '.join(READERS_OF_MODULES)}) behind them"
         )
     return modules
 
@@ -310,6 +345,11 @@ def write_tokenizer(tokenizer, markers: MarkersConfig, folder: Path) -> None:
     else:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = None  # of an instruct base: sentence-transformers would render texts through it
+    save_tokenizer(tokenizer, folder, document_length)
+
+
+def save_tokenizer(tokenizer, folder: Path, length: int) -> None:
+    """As every reader takes it as it stands: padding and cutting on the right, to `length` tokens."""
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / TOKENIZER_CONFIG).read_text())
     for key in ("is_local", "local_files_only"):  # how the tokenizer was opened here
@@ -321,7 +361,7 @@ def write_tokenizer(tokenizer, markers: MarkersConfig, folder: Path) -> None:
         "padding_side": "right",
         "truncation_side": "right",
         "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would add token_type_ids as if they were words
-        "model_max_length": document_length,
+        "model_max_length": length,
     }
     write_json(folder / TOKENIZER_CONFIG, config)
 

@@ -7,7 +7,7 @@
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +16,11 @@ import torch
 from torch import nn
 
 from sgpt.decoder.base_folder import path_for_others
+from sgpt.decoder.model_files import TOKENIZER
 from sgpt.encoder.adapter import DELTA, PEFT, base_of
 from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.model_folder import GRAPH, OPENVINO, is_graph
+from sgpt.encoder.onnx import LEAST_COSINE, RunGraph, is_here, open_onnx_runtime, open_openvino
 from sgpt.encoder.sentence_transformers import installed_version, is_installed, is_sentence_transformers
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import ROLES, Role
@@ -66,17 +69,21 @@ def verify(folder: Path, encoder: Encoder) -> dict:
 
     In float32: token ids must be equal, embeddings within 1e-5 of the row's largest entry, or within what rounding
     comes to with these weights. Raises InputError with the text and both id lists. Returns {"max_difference": float,
-    "texts": int, "readers": [names]}.
+    "texts": int, "readers": [names]}; of a loader that computes in int8 "min_cosine" in place of the first.
     """
-    worst, names = 0.0, []
+    differences, cosines, names = [], [], []
     for deviation in deviations(folder, encoder):
         if deviation.error is not None:
             raise InputError(deviation.error)
         if deviation.bound is not None:
-            worst = max(worst, deviation.difference)
+            differences.append(deviation.difference)
+        else:
+            cosines.append(deviation.cosine)
         if deviation.loader not in names:
             names.append(deviation.loader)
-    return {"max_difference": worst, "texts": len(hostile_texts(encoder)), "readers": names}
+    worst = {"max_difference": max(differences)} if differences else {}
+    lowest = {"min_cosine": min(cosines)} if cosines else {}
+    return {**worst, **lowest, "texts": len(hostile_texts(encoder)), "readers": names}
 
 
 def deviations(folder: Path, encoder: Encoder) -> Iterator[Deviation]:
@@ -91,6 +98,11 @@ def deviations(folder: Path, encoder: Encoder) -> Iterator[Deviation]:
         if loader is not None:
             for role in ROLES:
                 yield _compare(loader, role, *expected[role], encoder)
+
+
+def first_loader(folder: Path, encoder: Encoder) -> Loader:
+    """The first one that opens the folder."""
+    return next(loader for load in LOADERS.values() if (loader := load(folder, encoder)) is not None)
 
 
 def hostile_texts(encoder: Encoder) -> list[str]:
@@ -110,7 +122,9 @@ def hostile_texts(encoder: Encoder) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def _sgpt(folder: Path, encoder: Encoder) -> Loader:
+def _sgpt(folder: Path, encoder: Encoder) -> Loader | None:
+    if is_graph(folder):
+        return None
     opened = Encoder.from_pretrained(folder).to(encoder.device)
     if opened.contract.fingerprint() != encoder.contract.fingerprint():
         raise InputError(f"{folder}: its contract {opened.contract} is not the encoder's; export again")
@@ -118,7 +132,7 @@ def _sgpt(folder: Path, encoder: Encoder) -> Loader:
 
 
 def _sentence_transformers(folder: Path, encoder: Encoder) -> Loader | None:
-    if not is_installed() or not is_sentence_transformers(folder):
+    if not is_installed() or not is_sentence_transformers(folder) or is_graph(folder):
         return None
     from sentence_transformers import SentenceTransformer
 
@@ -143,7 +157,7 @@ def _transformers(folder: Path, encoder: Encoder) -> Loader | None:
     """As somebody would without this framework, who has the folder and reads the JSON files in it."""
     from transformers import AutoModel
 
-    if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
+    if is_graph(folder) or not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
         return None
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(encoder.device).eval()
     return _by_hand(f"transformers {installed_version('transformers')}", model, folder, folder)
@@ -170,7 +184,10 @@ def _peft(folder: Path, encoder: Encoder) -> Loader | None:
 
 
 def _by_hand(name: str, model: nn.Module, folder: Path, tokenizer_folder: Path) -> Loader:
-    """Token ids, mask and pooling by what sgpt.json says, and by no code of ours: a second opinion on the contract."""
+    """Token ids, mask and pooling by what sgpt.json says, and by no code of ours: a second opinion on the contract.
+
+    Where the folder has a tokenizer for each role, token ids are what these give.
+    """
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
@@ -205,6 +222,8 @@ def _by_hand(name: str, model: nn.Module, folder: Path, tokenizer_folder: Path) 
                 embeddings.append(pooled / pooled.norm() if contract["normalize"] else pooled)
         return torch.stack(embeddings).cpu().numpy()
 
+    if (of_roles := _role_tokenizers(folder)) is not None:
+        return Loader(name, lambda texts, role: of_roles(texts, role)["input_ids"], embed)
     return Loader(name, token_ids, embed)
 
 
@@ -215,11 +234,53 @@ POOLED_BY_HAND: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of one 
     "cls": lambda hidden: hidden[0],
     "max": lambda hidden: hidden.amax(0),
 }
+
+
+def _onnx_runtime(folder: Path, encoder: Encoder) -> Loader | None:
+    if not (folder / GRAPH).is_file() or not is_here("onnxruntime"):
+        return None
+    run, weights = open_onnx_runtime(folder / GRAPH)
+    least_cosine = None if weights == "float32" else LEAST_COSINE
+    return _of_graph(f"ONNX Runtime {installed_version('onnxruntime')}", folder, run, least_cosine)
+
+
+def _openvino(folder: Path, encoder: Encoder) -> Loader | None:
+    if not (folder / OPENVINO).is_file() or not is_here("openvino"):
+        return None
+    return _of_graph(f"OpenVINO {installed_version('openvino')}", folder, open_openvino(folder / OPENVINO))
+
+
+def _of_graph(name: str, folder: Path, run: RunGraph, least_cosine: float | None = None) -> Loader:
+    """Rows in the order given, padded a few at a time as the tokenizer of the role does."""
+    token_ids = _role_tokenizers(folder)
+
+    def embed(texts: list[str], role: Role) -> np.ndarray:
+        parts = []
+        for start in range(0, len(texts), 8):
+            batch = token_ids(texts[start : start + 8], role, padding=True, return_tensors="np")
+            parts.append(run(batch["input_ids"].astype(np.int64), batch["attention_mask"].astype(np.int64)))
+        return np.concatenate(parts)
+
+    return Loader(name, lambda texts, role: token_ids(texts, role)["input_ids"], embed, least_cosine)
+
+
+def _role_tokenizers(folder: Path) -> Callable[..., Mapping] | None:
+    """The tokenizer of each role as it is called plainly; None where the folder has none."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not all((folder / role / TOKENIZER).is_file() for role in ROLES):
+        return None
+    tokenizers = {role: PreTrainedTokenizerFast.from_pretrained(folder / role) for role in ROLES}
+    return lambda texts, role, **options: tokenizers[role](texts, truncation=True, **options)
+
+
 LOADERS: dict[str, Callable[[Path, Encoder], Loader | None]] = {
     "sgpt": _sgpt,
     "sentence-transformers": _sentence_transformers,
     "transformers": _transformers,
     "peft": _peft,
+    "onnxruntime": _onnx_runtime,
+    "openvino": _openvino,
 }
 
 

@@ -8,7 +8,7 @@ corpus.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch.nn import functional as F
@@ -19,12 +19,20 @@ from sgpt.data.test_sets.beir_sets import find_beir_folders, read_beir_folder
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.dense import name_in_errors, retrieve
-from sgpt.retrieval.metrics import correlations, ranking
+from sgpt.retrieval.metrics import (
+    MAIN_METRICS,
+    correlations,
+    difference,
+    mean_ranking,
+    ranking,
+    ranking_per_query,
+)
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import log_progress
 
 BEIR_ROOT = "data/raw/beir"  # where sets of BEIR are looked for and downloaded to
 Results = dict[str, dict[str, float]]
+QueryScores = dict[str, dict[str, float]]  # set -> query id -> the main metric
 log = logging.getLogger(__name__)
 
 
@@ -96,16 +104,34 @@ def _limited(sets: Sets, limit: int) -> Sets:
 
 def evaluate(encoder: Encoder, sets: Sets) -> Results:
     """Set name -> metrics."""
+    return evaluate_queries(encoder, sets)[0]
+
+
+def evaluate_queries(encoder: Encoder, sets: Sets) -> tuple[Results, QueryScores]:
+    """The metrics of each set, and of each query of a retrieval set the first of MAIN_METRICS, for intervals."""
     results: Results = {}
+    scores: QueryScores = {}
     for dataset in sets.retrieval:
         with log_progress(
             f"evaluating on {dataset.name}, {len(dataset.qrels):,} queries and {len(dataset.corpus):,} documents"
         ):
-            results[dataset.name] = ranking(dataset.qrels, retrieve(encoder, dataset))
+            per_query = ranking_per_query(dataset.qrels, retrieve(encoder, dataset))
+        results[dataset.name] = mean_ranking(per_query)
+        scores[dataset.name] = {query: row[MAIN_METRICS[0]] for query, row in per_query.items()}
     for pairs in sets.sts:
         with log_progress(f"evaluating on {pairs.name}, {len(pairs.scores):,} pairs"):
             results[pairs.name] = correlations(pairs.scores, cosines(encoder, pairs))
-    return results
+    return results, scores
+
+
+def gains(after: QueryScores, before: QueryScores) -> dict[str, dict[str, float | None]]:
+    """Of each set that both have, the mean difference with its 95 % interval: fields of `Difference`."""
+    of_sets = {}
+    for name in (name for name in after if name in before):
+        queries = sorted(after[name].keys() & before[name].keys())
+        of_set = ([scores[name][query] for query in queries] for scores in (after, before))
+        of_sets[name] = asdict(difference(*of_set))
+    return of_sets
 
 
 def cosines(encoder: Encoder, pairs: PairSet) -> list[float]:

@@ -24,7 +24,11 @@ MAIN_METRICS = ("ndcg@10", "spearman_cosine")
 
 def ranking(qrels: Qrels, run: Run) -> dict[str, float]:
     """Means of RANKING_METRICS over the queries that have a relevant document; no results count 0."""
-    per_query = ranking_per_query(qrels, run)
+    return mean_ranking(ranking_per_query(qrels, run))
+
+
+def mean_ranking(per_query: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Of what `ranking_per_query` returns."""
     return {name: sum(row[name] for row in per_query.values()) / max(1, len(per_query)) for name in RANKING_METRICS}
 
 

@@ -1,46 +1,222 @@
-"""The model card of an export: what it is, how to open it and what it was trained on."""
+"""The model card of an export: what it is, how to use it and what that prints, what it was made of, what it is worth.
 
-from sgpt.decoder.base_folder import resolve
+All of it is read from the run's files or computed by the export itself. No text of the training data is in it, unless
+`examples` asks for some.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sgpt.data.feed.example import Example
+from sgpt.decoder.base_folder import is_of_hub, resolve
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.export import CARD, DEFAULT, agreement, rounded_down
+from sgpt.encoder.probes import Encode
+from sgpt.encoder.snippets import outputs, snippet
+from sgpt.report.run import METRIC_LABELS
+from sgpt.retrieval.metrics import main_metric
 from sgpt.training.config import TrainConfig
 from sgpt.training.run_folder import RunFolder
 
-
-def card(run: RunFolder, config: TrainConfig) -> str:
-    """The text of the export's README.md."""
-    from huggingface_hub import ModelCardData
-
-    manifest = run.read("manifest.json", {})
-    base = manifest["contract"]["base"]
-    on_hub = "/" in base and not resolve(base).exists()
-    data = ModelCardData(
-        library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity",
-        base_model=base if on_hub else None,
-        tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "sgpt", config.tuning.name],
-    )
-    parameters, markers = manifest["parameters"], config.markers
-    sources = ", ".join(source["key"] for source in manifest["data"]["sources"])
-    frozen = manifest.get("precision", {}).get("frozen", "float32")  # runs of older versions do not say
-    over = f" over a trunk in {frozen}" if frozen != "float32" else ""
-    roles = "encode_query / encode_document" if config.markers.name != "none" else "encode"
-    return f"""---
-{data.to_yaml()}
----
-
-# {run.name}
-
-An SGPT bi-encoder: {base} with {parameters['trained']:,} of {parameters['total']:,} parameters trained
-({config.tuning.name}, in float32{over}), pooled by {config.pooling.name}, markers {markers.name},
-at most {markers.query_max_tokens} tokens a query and {markers.document_max_tokens} a document. Compare by cosine.
-
-    from sentence_transformers import SentenceTransformer   # 6.0 or newer; older versions would leave out the markers
-    model = SentenceTransformer("{run.folder}/export")        # {roles}
+LIBRARIES = {  # of the hub, by the format
+    "transformers": "transformers", "peft": "peft", "onnx": "onnx", "onnx-int8": "onnx", "openvino": "openvino",
+}  # fmt: skip
+BY_THIS_FRAMEWORK = """The same numbers by this framework:
 
     from sgpt import Encoder
-    encoder = Encoder.from_pretrained("{run.folder}/export")
+    encoder = Encoder.from_pretrained("{folder}")
     encoder.encode_queries([...]), encoder.encode_documents([...])
-
-Trained on {manifest['data']['examples']:,} examples ({sources}),
-loss {config.loss.name}, scale {config.loss.scale:g}, {config.trainer.queries_per_process} queries a process,
-peak learning rate {config.optim.learning_rate:g}, seed {config.trainer.seed}.
 """
+TOKENIZERS = """`query/` and `document/` hold a tokenizer each, which puts the markers around a text and cuts it.
+The one at the root is {root}.
+"""
+ADAPTER = """The weights are an adapter over `{base}`, which must be where its name says. sentence-transformers opens
+the folder, too (`encode_query`, `encode_document`).
+"""
+GRAPH = """Pooling{normalised} in the graph: input_ids and attention_mask [texts, T] in, `sentence_embedding` [texts, D]
+out.
+"""
+SERVER = """text-embeddings-inference serves documents from the folder as it stands (`--pooling mean`, which the graph
+makes void); for queries give it a copy of the folder with the files of `query/` at the root.
+"""
+INT8 = """The weights of linear layers are in int8, and their inputs are rounded as they come, by one scale for a whole
+batch: the embedding of a text depends a little on what it is batched with.
+"""
+NOTES = {
+    DEFAULT: [BY_THIS_FRAMEWORK],
+    "transformers": [TOKENIZERS],
+    "peft": [ADAPTER],
+    "onnx": [GRAPH, TOKENIZERS, SERVER],
+    "onnx-int8": [GRAPH, INT8, TOKENIZERS, SERVER],
+    "openvino": [GRAPH, TOKENIZERS],
+}
+
+
+def card(
+    run: RunFolder, config: TrainConfig, verified: Mapping, embed: Encode, *,
+    folder: Path, form: str = DEFAULT, examples: Sequence[Example] = (),
+) -> str:  # fmt: skip
+    """The text of the export's README.md.
+
+    verified: what `verify` found. embed: as the export does. folder: where it will lie. examples: of the training data,
+    which are shown.
+    """
+    manifest = run.read("manifest.json", {})
+    contract = Contract(config.pooling.name, config.markers, base=manifest["contract"]["base"])
+    parts = [
+        f"---\n{_front_matter(run, config, form)}\n---\n\n# {run.name}\n",
+        _what(manifest, config),
+        _use(form, contract, folder, embed),
+        f"This folder {agreement(verified)}.\n",
+        _recipe(manifest, config),
+        _results(run),
+        _limits(run, config, form, verified),
+    ]
+    if examples:
+        rows = [{"query": one.query, "positive": one.positive, **_negatives(one)} for one in examples]
+        lines = "\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in rows)
+        parts.append(f"## Training examples\n\n{lines}\n")
+    return "\n".join(parts)
+
+
+def _negatives(example: Example) -> dict[str, list[str]]:
+    return {"hard_negatives": [*example.hard_negatives]} if example.hard_negatives else {}
+
+
+def _front_matter(run: RunFolder, config: TrainConfig, form: str) -> str:
+    """What the model hub reads: YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base = run.read("manifest.json", {})["contract"]["base"]
+    scores = []
+    for name, metrics in run.read("results.json", {}).get("after", {}).items():
+        task = "information-retrieval" if "ndcg@10" in metrics else "semantic-similarity"
+        for metric, value in metrics.items():
+            label = f"cosine_{metric}" if task == "information-retrieval" else metric
+            scores.append(EvalResult(
+                task_type=task, dataset_type=name, dataset_name=name, metric_type=label, metric_value=round(value, 6),
+            ))  # fmt: skip
+    data = ModelCardData(
+        library_name=LIBRARIES.get(form, "sentence-transformers"),
+        pipeline_tag="sentence-similarity",
+        base_model=base if is_of_hub(base) else None,
+        license=_license(base),
+        tags=["sentence-similarity", "feature-extraction", "embeddings", "sgpt", config.tuning.name, form],
+        model_name=run.name if scores else None,
+        eval_results=scores or None,
+    )
+    return data.to_yaml()
+
+
+def _license(base: str) -> str | None:
+    """The base's, where its folder has a card that states one."""
+    from huggingface_hub.repocard import metadata_load
+
+    file = resolve(base) / CARD
+    stated = (metadata_load(file) or {}) if file.is_file() else {}
+    return stated.get("license") if isinstance(stated.get("license"), str) else None
+
+
+def _what(manifest: Mapping, config: TrainConfig) -> str:
+    parameters, markers = manifest["parameters"], config.markers
+    marked = {"none": "without markers", "brackets": "queries in `[ ]`, documents in `{ }`"}[markers.name]
+    return (
+        f"An SGPT bi-encoder: `{manifest['contract']['base']}` with {parameters['trained']:,} of its "
+        f"{parameters['total']:,} parameters\ntrained (`{config.tuning.name}`), pooled by `{config.pooling.name}`, "
+        f"{marked}. Compare embeddings by cosine.\n"
+    )
+
+
+def _use(form: str, contract: Contract, folder: Path, embed: Encode) -> str:
+    facts = {
+        "folder": folder,
+        "base": contract.base,
+        "normalised": " and normalisation are" if contract.normalize else " is",
+        "root": "the base's, without markers" if form == "transformers" else "the documents'",
+    }
+    notes = "\n".join(note.format(**facts) for note in NOTES[form])
+    return (
+        f"## Use\n\n```python\n{snippet(form, contract, str(folder))}```\n\nIt prints, but for the last digit:\n\n"
+        f"```\n{outputs(embed)}\n```\n\n{notes}"
+    )
+
+
+def _recipe(manifest: Mapping, config: TrainConfig) -> str:
+    precision = manifest.get("precision", {})  # runs of older versions do not say
+    frozen = precision.get("frozen", "float32")
+    inputs = manifest.get("inputs", {})
+    base = manifest["contract"]["base"]
+    rows = {
+        "base": f"`{base}`, weights {_short(inputs.get(f'base model {base}'))}, "
+        f"tokenizer {_short(inputs.get(f'tokenizer of {base}'))}",
+        "learns": f"{config.tuning.name}, {manifest['parameters']['trained']:,} numbers in float32; the rest frozen in "
+        f"{frozen}",
+        "loss": f"{config.loss.name}, scale {config.loss.scale:g}",
+        "batch": f"{config.trainer.queries_per_process} queries in each of {manifest.get('processes', 1)} processes, "
+        f"gradients of {config.trainer.gradient_accumulation} added",
+        "optimizer": f"peak learning rate {config.optim.learning_rate:g}, {manifest.get('steps', 0):,} steps, seed "
+        f"{manifest['seed']}",
+        "time": f"{manifest.get('seconds', 0) / 60:.1f} minutes on {_processor(manifest)}",
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest["environment"]["versions"].items()),
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    for source in manifest["data"]["sources"]:
+        lines.insert(1, f"| data | {source['examples']:,} examples, hash {_short(source['key'])} |")
+    return "## Recipe\n\n| | |\n|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def _short(digest: object) -> str:
+    return f"`{str(digest)[:16]}`" if digest else "not recorded"
+
+
+def _processor(manifest: Mapping) -> str:
+    environment = manifest["environment"]
+    return str(environment.get("processor") or environment.get("device") or "a machine that was not recorded")
+
+
+def _results(run: RunFolder) -> str:
+    """Before and after, and the interval of the difference where there are queries to resample."""
+    results = run.read("results.json", {})
+    gains = run.read("analysis.json", {}).get("differences", {})
+    if not results.get("after"):
+        return "## Results\n\nNo test set was named, so nothing was measured.\n"
+    lines = []
+    for name, after in results["after"].items():
+        before, bm25 = (results.get(system, {}).get(name, {}) for system in ("before", "bm25"))
+        for metric, value in after.items():
+            gain = gains.get(name) if metric == main_metric(after)[0] else None
+            cells = [_percent(before.get(metric)), _percent(value), _interval(gain), _percent(bm25.get(metric))]
+            lines.append(f"| {name} | {METRIC_LABELS.get(metric, metric)} | {' | '.join(cells)} |")
+    return (
+        "## Results\n\nTimes 100. In brackets the 95 % interval of the difference: a paired bootstrap over queries.\n\n"
+        "| set | metric | base | trained | difference | BM25 |\n|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def _interval(gain: Mapping | None) -> str:
+    if gain is None or gain["low"] is None:
+        return "–"
+    return f"{100 * gain['mean']:+.2f} ({100 * gain['low']:+.2f} to {100 * gain['high']:+.2f})"
+
+
+def _limits(run: RunFolder, config: TrainConfig, form: str, verified: Mapping) -> str:
+    markers = config.markers
+    lines = [
+        f"A query loses what is beyond {markers.query_max_tokens} tokens, a document what is beyond "
+        f"{markers.document_max_tokens}, markers and special tokens included.",
+        "Subjects and languages are those of the base and of the training data; biases of both are in it.",
+        "What is measured is said under Results, and nothing else was.",
+    ]
+    if markers.name != "none":
+        lines.append(
+            "Queries and documents are different roles: a text that is encoded without its markers, or with the other "
+            "role's, gets another vector."
+        )
+    if "min_cosine" in verified:
+        lines.append(f"Rounded to int8: the lowest cosine to float32 was {rounded_down(verified['min_cosine'])}.")
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"

@@ -5,13 +5,16 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
 
+from sgpt.data.feed.example import Example
 from sgpt.data.feed.sampling import Feed
+from sgpt.data.readers import read_examples
 from sgpt.decoder.base_folder import revision_of
 from sgpt.decoder.quantised import held_weights
 from sgpt.decoder.trunk import load_tokenizer, load_trunk
@@ -19,7 +22,8 @@ from sgpt.encoder import contract as contracts
 from sgpt.encoder.adapter import check_tokenizer, is_adapter, refuse_other_base
 from sgpt.encoder.contract import Contract, Origin
 from sgpt.encoder.encoder import Encoder
-from sgpt.encoder.export import export
+from sgpt.encoder.export import DEFAULT, export
+from sgpt.encoder.probes import Encode
 from sgpt.evaluation import evaluate
 from sgpt.evaluation.evaluate import Sets
 from sgpt.runtime.errors import InputError
@@ -103,16 +107,23 @@ def record_before(run: RunFolder, encoder: Encoder, sets: Sets, *, bm25: bool) -
     """Scores the untuned base, once: a resumed run keeps what the first start wrote."""
     if "before" in run.read("results.json", {}):
         return
-    run.write("analysis.json", {"similarity": {"before": _similarity(encoder, sets)}})
-    before = evaluate.evaluate(encoder, sets)
+    before, queries = evaluate.evaluate_queries(encoder, sets)
+    run.write("analysis.json", {"similarity": {"before": _similarity(encoder, sets)}, "queries": {"before": queries}})
     run.write("results.json", {"before": before, "bm25": evaluate.bm25(sets) if bm25 else {}})
 
 
 def record_after(run: RunFolder, encoder: Encoder, sets: Sets, base: Mapping[str, Tensor], state: TrainState) -> None:
     """Scores the tuned model, and writes how far each parameter has moved from `base`."""
     change = relative_change(base, trainable_parameters(encoder.trunk))
-    similarity = run.read("analysis.json", {}).get("similarity", {}) | {"after": _similarity(encoder, sets)}
-    run.write("analysis.json", {"similarity": similarity, "change": change})
+    after, queries = evaluate.evaluate_queries(encoder, sets)
+    analysis = run.read("analysis.json", {})
+    similarity = analysis.get("similarity", {}) | {"after": _similarity(encoder, sets)}
+    of_queries = analysis.get("queries", {}) | {"after": queries}  # runs of older versions do not say before
+    gains = evaluate.gains(queries, of_queries.get("before", {}))
+    run.write(
+        "analysis.json",
+        {"similarity": similarity, "change": change, "queries": of_queries, "differences": gains},
+    )
     adapter = run.folder / "adapter" / "adapter_model.safetensors"
     run.update(
         "manifest.json",
@@ -122,7 +133,7 @@ def record_after(run: RunFolder, encoder: Encoder, sets: Sets, base: Mapping[str
         probes=Contract.load(run.folder / "adapter").probes,
         bytes={"adapter": adapter.stat().st_size},
     )
-    run.update("results.json", after=evaluate.evaluate(encoder, sets))
+    run.update("results.json", after=after)
 
 
 def relative_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float | None]:
@@ -146,7 +157,7 @@ def is_exported(run: RunFolder) -> bool:
 def write_export(run: RunFolder, config: TrainConfig, encoder: Encoder) -> None:
     """Exports a finished run and says so in the manifest. InputError names the command that exports it again."""
     try:
-        verified = export(encoder, run.folder / "export", card=card(run, config), adapter=run.folder / "adapter")
+        verified = export_as(run, config, encoder, DEFAULT, run.folder / "export")
     except InputError as error:
         again = f"python train/export.py {argument('run', str(run.folder))}"
         raise InputError(
@@ -156,6 +167,27 @@ def write_export(run: RunFolder, config: TrainConfig, encoder: Encoder) -> None:
     if not is_adapter(run.folder / "export"):  # whose weights are those of the base
         size |= {"model": sum(file.stat().st_size for file in (run.folder / "export").glob("*.safetensors"))}
     run.update("manifest.json", export=verified, bytes=size)
+
+
+def export_as(
+    run: RunFolder, config: TrainConfig, encoder: Encoder, form: str, folder: Path, examples: int = 0
+) -> dict:  # fmt: skip
+    """Exports a run in one format, with its card, and returns what `verify` found.
+
+    examples: so many of the training examples are shown in the card.
+    """
+    shown = list(islice(_training_examples(config), examples))
+
+    def text(verified: dict, embed: Encode) -> str:
+        return card(run, config, verified, embed, folder=folder, form=form, examples=shown)
+
+    return export(encoder, folder, card=text, adapter=run.folder / "adapter", form=form)
+
+
+def _training_examples(config: TrainConfig) -> Iterator[Example]:
+    """Of all sources in their order, from the cache where they were read before."""
+    for source in config.data.source_configs():
+        yield from read_examples(source, Path(config.data.cache))
 
 
 def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
@@ -185,7 +217,7 @@ def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
                 f"{run.folder}: {name} has changed since the run was started; put it back, and export again"
             )
     encoder.contract.origin = origin(config, model.path, recorded)
-    encoder.trunk = tune(encoder.trunk, config.tuning)
+    encoder.trunk = tune(encoder.trunk, config.tuning, model.path)
     encoder.eval()
     checkpoint.load_parameters(newest / "trained.safetensors", trainable_parameters(encoder.trunk))
     return encoder, newest

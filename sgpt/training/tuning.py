@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from sgpt.decoder.added_biases import PLACES, add_biases, place_of
+from sgpt.decoder.base_folder import resolve
 from sgpt.decoder.families import block_of, is_norm
 from sgpt.decoder.quantised import num_weights, quantised_dtype
+from sgpt.encoder.contract import FILE as CONTRACT
+from sgpt.encoder.contract import Contract
 from sgpt.encoder.probes import HALVES
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import BELOW_ONE, COUNT, check_choice, check_ranges
@@ -120,6 +123,7 @@ def lora(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     return get_peft_model(trunk, settings)
 
 
+BIASES_ALONE = ("bitfit", "bitfit_norm")  # rows of TUNINGS that train what BitFit does
 TUNINGS: dict[str, Callable[[nn.Module, TuningConfig], nn.Module]] = {
     "bitfit": bitfit,
     "bitfit_norm": bitfit_norm,
@@ -128,13 +132,23 @@ TUNINGS: dict[str, Callable[[nn.Module, TuningConfig], nn.Module]] = {
 }
 
 
-def tune(trunk: nn.Module, config: TuningConfig) -> nn.Module:
+def tune(trunk: nn.Module, config: TuningConfig, base: str = "") -> nn.Module:
     """Freezes all but what the method trains and returns the trunk (wrapped by PEFT for lora).
+
+    base: path of the trunk. Where it is an export of a run that trained biases, these are the ones that learn, and none
+    are added.
 
     What learns is float32 also in a trunk of half precision, which stays frozen as it is: a bias of 1 in bfloat16 would
     not move by less than 0.004. The norms go with their biases; the encoder computes the rest under autocast.
     """
+    if base and config.name in BIASES_ALONE and trained_by(base) in BIASES_ALONE:
+        log.info("%s is an export of a run that trained its biases: the same learn again, none are added", base)
+        trunk.has_trained_biases = True
     tuned = TUNINGS[config.name](trunk, config)
+    if getattr(trunk, "has_trained_biases", False):
+        for name, parameter in trainable_parameters(tuned).items():
+            if name.endswith("bias") and not parameter.any():  # its class has them, and the run did not
+                parameter.requires_grad_(False)
     if trunk.dtype.itemsize >= 4:
         return tuned
     for parameter in trainable_parameters(tuned).values():
@@ -146,6 +160,12 @@ def tune(trunk: nn.Module, config: TuningConfig) -> nn.Module:
     if any(parameter.dtype == torch.float16 for parameter in tuned.parameters()):
         _scale_gradients(tuned)
     return tuned
+
+
+def trained_by(base: str) -> str:
+    """The row of TUNINGS by which a base that is an export of ours was made; "" for any other base."""
+    folder = resolve(base)
+    return Contract.load(folder).origin.tuning if (folder / CONTRACT).is_file() else ""
 
 
 class _EnlargeGradient(torch.autograd.Function):
@@ -258,11 +278,14 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _has_few_biases(trunk: nn.Module) -> bool:
-    """Less than 4·D numbers in a layer, counted in the last one, to which biases may have been added alone.
+    """Whether it needs more biases than it has; those that were trained before are enough.
 
+    Few are less than 4·D numbers in a layer, counted in the last one, to which biases may have been added alone.
     GPT-J, the poorest base that SGPT trained, has 6·D; Qwen2's q, k and v biases are under 3·D, and can only shift
     attention.
     """
+    if getattr(trunk, "has_trained_biases", False):
+        return False
     last = _number_of_blocks(trunk) - 1
     in_last = [value for name, value in trunk.named_parameters() if name.endswith("bias") and block_of(name) == last]
     return _count(in_last) < 4 * trunk.config.hidden_size

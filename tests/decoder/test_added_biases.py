@@ -16,6 +16,7 @@ from sgpt.cross_encoder import CrossEncoder
 from sgpt.decoder.added_biases import add_biases, added_biases, with_biases
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.adapter import load_adapter, save_adapter
+from sgpt.encoder.contract import Origin
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import announce_export, export
@@ -243,3 +244,26 @@ def test_what_the_export_will_be_is_said_before_training(dtype, tiny_encoder, ca
         caplog.clear()
         announce_export(encoder)
         assert ("the export will be an adapter over" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gpt_neo", {}), ("llama", {"add_biases": "attention"}), ("llama", {"add_biases": "mlp"}), ("qwen2", {}),
+        ("qwen2", {"add_biases": "mlp"}), ("llama", {"name": "bitfit_norm", "layers": "last:1"}),
+    ],
+)  # fmt: skip
+def test_an_export_that_is_trained_on_keeps_its_frozen_set(family, settings, tiny_base, tmp_path):
+    """attention alone is too few biases for a base, and Llama's class has some that Qwen2's run did not train."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base(family), base)
+    if family == "llama":
+        _without_its_biases(base)
+    encoder, before = trained(base, **settings)
+    encoder.contract.origin = Origin(tuning=settings.get("name", "bitfit"))
+    export(encoder, tmp_path / "export", card="")
+    config = TuningConfig(**{"name": "bitfit", **settings})
+    for again in (config, TuningConfig(config.name, layers=config.layers)):
+        trunk = tune(load_trunk(ModelConfig(str(tmp_path / "export"))), again, str(tmp_path / "export"))
+        assert trainable_parameters(trunk).keys() == before.keys()
+        assert not added_biases(trunk)

@@ -2,6 +2,9 @@
 refused.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -136,12 +139,58 @@ def test_a_folder_that_is_no_model_is_a_clear_error(tmp_path):
             load(str(tmp_path))
 
 
-def test_pickled_weights_are_refused(tiny_base, tmp_path):
+@pytest.mark.parametrize("form", ["zip", "old", "shards"])
+def test_pickled_tensors_are_read_and_kept_as_safetensors(form, tiny_base, tmp_path, monkeypatch, caplog):
+    """Of old GPT-Neo files with their masks, of before PyTorch 1.6, and in shards with an index."""
+    monkeypatch.chdir(tmp_path)
+    trunk = AutoModel.from_pretrained(tiny_base("gpt_neo"))
+    folder = tmp_path / "published"
+    trunk.config.save_pretrained(folder)
+    tensors = trunk.state_dict() | {"h.0.attn.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8)}
+    if form == "shards":
+        names = {name: f"pytorch_model-0000{1 + number % 2}-of-00002.bin" for number, name in enumerate(tensors)}
+        for shard in {*names.values()}:
+            torch.save({name: tensors[name] for name in names if names[name] == shard}, folder / shard)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    else:
+        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form == "zip")
+    opened = load_trunk(ModelConfig(str(folder)))
+    for name, value in trunk.named_parameters():
+        assert torch.equal(opened.get_parameter(name), value)
+    assert "no code of it is run, and they are kept as safetensors in data/cache/pickled/published-" in caplog.text
+    caplog.clear()
+    load_trunk(ModelConfig(str(folder)))  # of which nothing is unpickled again
+    assert "kept as safetensors" not in caplog.text
+
+
+class _Harmful:
+    def __reduce__(self):
+        return (Path.touch, (Path("was-run"),))
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (lambda tensors: {**tensors, "extra": _Harmful()}, r"asks for more than tensors, .* get the model as safet"),
+        (lambda tensors: {"model": tensors}, r"holds more than named tensors; get the model as safetensors"),
+        (None, r"is cut or damaged .*; fetch it again"),
+    ],
+)  # fmt: skip
+def test_pickles_of_anything_else_are_refused_and_run_nothing(content, match, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     trunk = load_trunk(ModelConfig(str(tiny_base("gpt2"))))
-    trunk.config.save_pretrained(tmp_path)
-    torch.save(trunk.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"cannot be loaded .*safetensors"):
-        load_trunk(ModelConfig(str(tmp_path)))
+    folder = tmp_path / "model"
+    trunk.config.save_pretrained(folder)
+    if content is None:
+        torch.save(trunk.state_dict(), folder / "pytorch_model.bin")
+        whole = (folder / "pytorch_model.bin").read_bytes()
+        (folder / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    else:
+        torch.save(content(trunk.state_dict()), folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=rf"pytorch_model\.bin: {match}"):
+        load_trunk(ModelConfig(str(folder)))
+    assert not (tmp_path / "was-run").exists()
+    assert not [*tmp_path.rglob("*.safetensors")]
 
 
 def test_limits_beyond_the_position_table_are_refused(tiny_encoder):

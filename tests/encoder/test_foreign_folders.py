@@ -7,13 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+from sentence_transformers.models import Dense, LayerNorm, Normalize, Pooling, Transformer
+from torch import nn
+from transformers import AutoTokenizer
 
 from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.export import export
 from sgpt.runtime.errors import InputError
+from sgpt.text.markers import MarkersConfig
+from tests.conftest import random_trunk
 from tests.damage import damaged
 
 QUERIES = ["Parse a DATE from a string", "what?", "x" * 5, "how long can a text be that is long " * 6]
@@ -209,9 +216,10 @@ def test_prompts_left_out_of_the_pooling_are_refused_where_there_are_any(folder)
     [
         ("mine.modules.Pooling", r"type='mine\.modules\.Pooling' is a class of its own, whose code is never run here"),
         ("custom.Pooling", r"type='custom\.Pooling' is a class of its own"),
-        ("sentence_transformers.models.LayerNorm", r"module LayerNorm is not supported"),
-        ("sentence_transformers.models.Router", r"module Router is not supported"),
-        ("sentence_transformers.models.StaticEmbedding", r"module StaticEmbedding is not supported"),
+        ("sentence_transformers.models.CNN", r"module CNN is not supported; Transformer, Pooling, Dense, Layer"),
+        ("sentence_transformers.models.Router", r"module Router sends queries and documents through modules of their"),
+        ("sentence_transformers.models.Asym", r"module Asym sends queries and documents through modules of their"),
+        ("sentence_transformers.models.StaticEmbedding", r"module StaticEmbedding has no decoder"),
         ("sentence_transformers.models.Transformer", r"lists Transformer twice"),
         (3, r"must state a type and a path"),
     ],
@@ -224,10 +232,150 @@ def test_modules_that_are_not_ours_to_run_are_refused(kind, match, folder):
     refused(model, r"modules\.json: .*" + match)
 
 
-def test_a_dense_layer_is_refused(saved, tiny_base, tmp_path):
-    transformer = Transformer(str(tiny_base("bert")))
-    SentenceTransformer(modules=[transformer, Pooling(32), Dense(32, 16)], device="cpu").save(str(tmp_path))
-    refused(tmp_path, r"modules\.json: module Dense is not supported")
+HEADS = {
+    "tanh": [lambda: Dense(32, 16)],
+    "residual": [lambda: Dense(32, 32, use_residual=True, activation_function=nn.GELU())],
+    "narrowed": [lambda: Dense(32, 8, bias=False, use_residual=True, activation_function=nn.Identity())],
+    "norm": [lambda: LayerNorm(32), Normalize],
+    "many": [Normalize, lambda: Dense(32, 24), lambda: LayerNorm(24), lambda: Dense(24, 16, bias=False), Normalize],
+}
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_what_changes_embeddings_is_applied_as_theirs(head, pickled, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(3)
+    modules = [make() for make in HEADS[head]]
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    transformer = Transformer(str(tiny_base("bert")), max_seq_length=48)
+    model = SentenceTransformer(modules=[transformer, Pooling(32), *modules], device="cpu")
+    model.save_pretrained(str(tmp_path / "model"))
+    if pickled:  # as published before safetensors
+        for file in (tmp_path / "model").rglob("model.safetensors"):
+            torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+            file.unlink()
+        expected = model.encode_query(QUERIES)
+        encoder = Encoder.from_pretrained(tmp_path / "model")
+        difference = np.abs(encoder.encode_queries(QUERIES) - expected).max()
+        assert difference <= 1e-6 * max(1, np.abs(expected).max())
+    else:
+        encoder = agrees(tmp_path / "model")
+    assert encoder.embedding_size == model.get_embedding_dimension()
+    assert encoder.hashes()["head"] != ""
+    with pytest.raises(InputError, match=r"modules behind its pooling, which no export holds"):
+        export(encoder, tmp_path / "export", card="")
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"activation_function": "mine.Swish"}, r"activation_function='mine\.Swish' is none of torch\.nn's"),
+        ({"in_features": 31}, r"in_features=31, and what comes in has 32 numbers"),
+        ({"out_features": 15}, r"linear\.bias is \(16,\) where config\.json makes it \(15,\)"),
+        ({"bias": False}, r"linear\.bias has no place there"),
+        ({"use_residual": True}, r"residual\.weight is missing"),
+        ({"module_input_name": "token_embeddings"}, r"module_input_name='token_embeddings' is not the"),
+        ({"mine": 1}, r"key 'mine' is not known here"),
+    ],
+)
+def test_a_dense_layer_that_cannot_be_applied_is_refused_by_its_key(values, match, tiny_base, tmp_path):
+    modules = [Transformer(str(tiny_base("bert"))), Pooling(32), Dense(32, 16)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path))
+    change(tmp_path / "2_Dense" / "config.json", **values)
+    refused(tmp_path, r"2_Dense.*" + match)
+
+
+# published SGPT models: sentence-transformers 2, pickled, and their roles in the name alone
+
+
+@pytest.fixture
+def published(tiny_base, tmp_path, monkeypatch) -> Callable[..., Path]:
+    """published(name, limit, tokens): as on the hub, a tiny GPT-Neo with rows for tokens that were added."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(name: str, limit: int, tokens: tuple[str, ...] = ()) -> Path:
+        folder = tmp_path / name
+        tokenizer = AutoTokenizer.from_pretrained(tiny_base("gpt_neo"))
+        tokenizer.add_tokens([*tokens], special_tokens=True)
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.save_pretrained(folder)
+        trunk = random_trunk("gpt_neo", len(tokenizer), max_position_embeddings=512)
+        trunk.config.save_pretrained(folder)
+        torch.save(trunk.state_dict(), folder / "pytorch_model.bin")
+        (folder / "1_Pooling").mkdir()
+        flags = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+        pooling = {f"pooling_mode_{flag}": flag == "weightedmean_tokens" for flag in flags}
+        modules = [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        ]
+        for file, content in {
+            POOLING: {"word_embedding_dimension": 32, **pooling}, "modules.json": modules,
+            TRANSFORMER: {"max_seq_length": limit, "do_lower_case": False},
+            SETTINGS: {"__version__": {"sentence_transformers": "2.1.0"}},
+        }.items():  # fmt: skip
+            (folder / file).write_text(json.dumps(content))
+        return folder
+
+    return make
+
+
+def by_hand(folder: Path, rows: list[list[int]]) -> np.ndarray:
+    """Means of the last hidden states, weighted by 1 to n, in float64."""
+    trunk = random_trunk("gpt_neo", len(AutoTokenizer.from_pretrained(folder)), max_position_embeddings=512)
+    means = []
+    for row in rows:
+        with torch.no_grad():
+            hidden = trunk(input_ids=torch.tensor([row])).last_hidden_state[0].double().numpy()
+        weights = np.arange(1, len(row) + 1)
+        means.append(weights @ hidden / weights.sum())
+    return np.array(means)
+
+
+LONG = "how to sort every path of the folder " * 60
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "said"),
+    [
+        ("SGPT-125M-weightedmean-msmarco-specb-bitfit", (), "by the name SGPT-125M-weightedmean-msmarco-specb-bitfit"),
+        ("renamed", ("[SOS]", "{SOS}"), r"by the tokens [SOS] and {SOS} of its vocabulary"),
+    ],
+)  # fmt: skip
+def test_an_asymmetric_sgpt_model_as_published_gets_its_roles(name, tokens, said, published, caplog):
+    """297 tokens of a text and two markers, as the original cuts to 300."""
+    folder = published(name, 300, tokens)
+    encoder = Encoder.from_pretrained(folder)
+    assert f"{said}" in caplog.text
+    assert "queries are put in [ ] and documents in { }" in caplog.text
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for role, (opening, closing) in {"query": "[]", "document": "{}"}.items():
+        rows = []
+        for text in ("what?", "a date", LONG):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"][:297]
+            rows.append([tokenizer.convert_tokens_to_ids(opening), *ids, tokenizer.convert_tokens_to_ids(closing)])
+        assert len(rows[-1]) == 299
+        means = by_hand(folder, rows)
+        assert np.abs(encoder.encode(["what?", "a date", LONG], role) - means).max() < 1e-5
+    unmarked = MarkersConfig("none", 300, 300)
+    assert Encoder.from_pretrained(folder, markers=unmarked).token_ids(["what?"], "query") == [
+        tokenizer("what?", add_special_tokens=False)["input_ids"]
+    ]
+
+
+def test_a_symmetric_sgpt_model_as_published_has_no_roles_and_75_tokens(published, caplog):
+    folder = published("SGPT-125M-weightedmean-nli-bitfit", 75)
+    encoder = Encoder.from_pretrained(folder)
+    assert "asymmetric" not in caplog.text
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["what?", LONG]
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:75] for text in texts]
+    assert len(rows[1]) == 75
+    for role in ("query", "document"):
+        assert np.abs(encoder.encode(texts, role) - by_hand(folder, rows)).max() < 1e-5
 
 
 @pytest.mark.parametrize(
