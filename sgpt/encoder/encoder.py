@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgpt.decoder.families import embedding_size, position_limit
+from sgpt.decoder.int8 import int8_products
 from sgpt.decoder.packing import Pack, packs
 from sgpt.decoder.quantised import QUANTISED, held_weights, quantise, quantised_dtype
 from sgpt.decoder.trunk import (
@@ -136,10 +137,10 @@ class Encoder(nn.Module):
         """Embeddings [texts, D] in float32, on the CPU, in the order given.
 
         normalize: length 1; None takes the contract's word. out: a tensor to fill and return, a memory map for what
-        memory cannot hold; besides it the memory taken does not grow with the texts. progress: a bar; None shows one
-        when the work is longer than a few seconds and the output is a terminal. A text without any token (empty,
-        without markers) gives zeros. Raises InputError for anything but a list of strings, and for embeddings that are
-        not finite.
+        memory cannot hold; besides it the memory taken does not grow with the texts. A trunk in int8 multiplies in int8
+        (sgpt/decoder/int8.py). progress: a bar; None shows one when the work is longer than a few seconds and the
+        output is a terminal. A text without any token (empty, without markers) gives zeros. Raises InputError for
+        anything but a list of strings, and for embeddings that are not finite.
         """
         if isinstance(texts, str):
             raise InputError(f"encode takes a list of texts, got one string {texts!r:.60}; put it in a list")
@@ -150,7 +151,8 @@ class Encoder(nn.Module):
         self.eval()
         embeddings = torch.empty(len(texts), self.embedding_size) if out is None else out
         unit = self.contract.normalize if normalize is None else normalize
-        with self.delta, progress_bar(f"encoding {len(texts):,} {role} texts", len(texts), progress) as advance:
+        title = f"encoding {len(texts):,} {role} texts"
+        with self.delta, self._products(), progress_bar(title, len(texts), progress) as advance:
             for start in range(0, len(texts), TEXTS_AT_A_TIME):
                 part = embeddings[start : start + TEXTS_AT_A_TIME].zero_()
                 for pack in self.packs(self.token_ids(texts[start : start + TEXTS_AT_A_TIME], role)):
@@ -224,6 +226,10 @@ class Encoder(nn.Module):
         dtypes = {parameter.dtype for parameter in self.trunk.parameters()}
         half = dtypes - {torch.float32}
         return torch.autocast(self.device.type, half.pop()) if half and len(dtypes) > 1 else nullcontext()
+
+    def _products(self) -> AbstractContextManager:
+        """In int8, where the trunk is."""
+        return int8_products(self.device) if quantised_dtype(self.trunk) == "int8" else nullcontext()
 
     @property
     def device(self) -> torch.device:
