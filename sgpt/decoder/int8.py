@@ -7,8 +7,8 @@ each token, so that its largest number is 127 or -127, and the product is one of
     output[t, o] = sum over i of codes[t, i] · weight[o, i], times the scales of token t and of row o, plus the bias
 
 (as LLM.int8() has it, Dettmers et al. 2022, arXiv 2208.07339, without its outliers). A token's scale is its own: what
-it is computed together with changes nothing. Processors with VNNI multiply four pairs of int8 where they multiply one of
-float32: of SmolLM2's shapes a Zen 4 core takes 400 billion operations a second, and 90 in float32, 190 in bfloat16.
+it is computed together with changes nothing. Processors with VNNI multiply four pairs of int8 where they multiply one
+of float32: of SmolLM2's shapes a Zen 4 core takes 400 billion operations a second, 90 in float32 and 190 in bfloat16.
 
 `torch._int_mm` multiplies the codes as they are stored: nothing is packed, and no weight is held twice. Of what else
 torch has, onednn.qlinear_pointwise is as fast from 256 tokens on and slower below, and wants a packed copy;
