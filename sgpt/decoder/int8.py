@@ -83,7 +83,10 @@ def int8_products(device: torch.device) -> Iterator[None]:
 
     Others dequantise as in training; the log says so, once in a process.
     """
-    token = _PRODUCTS.set(Int8Products() if _is_fast(device) else None)
+    products = Int8Products() if multiplies_int8(device) else None
+    if products is None:
+        _warn_once(device)
+    token = _PRODUCTS.set(products)
     try:
         yield
     finally:
@@ -95,13 +98,15 @@ def current() -> Int8Products | None:
     return _PRODUCTS.get()
 
 
-def _is_fast(device: torch.device) -> bool:
-    if device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in VNNI):
-        return True
+def multiplies_int8(device: torch.device) -> bool:
+    """Whether products in int8 are fast, and are taken."""
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in VNNI)
+
+
+def _warn_once(device: torch.device) -> None:
     what = "this processor has no VNNI" if device.type == "cpu" else f"the device is {device.type}"
     if what not in _WARNED:
         _WARNED.add(what)
         log.warning(
             "dtype=int8: %s, so weights are dequantised for each product: int8 saves memory here, and no time", what
         )
-    return False

@@ -151,12 +151,12 @@ class Encoder(nn.Module):
         self.eval()
         embeddings = torch.empty(len(texts), self.embedding_size) if out is None else out
         unit = self.contract.normalize if normalize is None else normalize
-        title = f"encoding {len(texts):,} {role} texts"
-        with self.delta, self._products(), progress_bar(title, len(texts), progress) as advance:
+        with self.delta, progress_bar(f"encoding {len(texts):,} {role} texts", len(texts), progress) as advance:
             for start in range(0, len(texts), TEXTS_AT_A_TIME):
                 part = embeddings[start : start + TEXTS_AT_A_TIME].zero_()
                 for pack in self.packs(self.token_ids(texts[start : start + TEXTS_AT_A_TIME], role)):
-                    of_pack = self.embed_pack(pack).float()  # [rows of the pack, D]
+                    with self._products():
+                        of_pack = self.embed_pack(pack).float()  # [rows of the pack, D]
                     of_pack = (F.normalize(of_pack, dim=1) if unit else of_pack).cpu()
                     if not of_pack.isfinite().all():
                         self._refuse_not_finite(of_pack, [start + row for row in pack.rows], texts, role)
