@@ -2,10 +2,12 @@
 
     <output>/00000.parquet    id (string) and vector (a list of fixed size) of the first texts; with format=npy
                               00000.npy [texts, dimensions], for a memory map, and their ids in 00000.ids.json
-    <output>/encoding.json    what they are: model and contract by their fingerprints, role, size, the files
-    <output>/reduction.safetensors
+    <output>/_encoding.json   what they are: model and contract by their fingerprints, role, size, the files
+    <output>/_reduction.safetensors
                               directions of reduce=pca and ranges of precision=int8 (sgpt/retrieval/smaller.py)
     <output>.manifest.json    of the job (sgpt/runtime/jobs.py)
+
+Readers of Parquet take the folder as one dataset, as files that begin with _ are none to them.
 
 Texts are streamed: in memory are all ids, for ids must differ, and the texts of one shard. A shard is embedded by one
 process and renamed when it is whole, so a kill loses a shard a process. What has to be fitted on all embeddings waits
@@ -46,7 +48,7 @@ from sgpt.runtime.values import COUNT, THREADS, check_choice, check_ranges
 from sgpt.text.markers import ROLES, Role
 
 log = logging.getLogger(__name__)
-DESCRIPTION = "encoding.json"
+DESCRIPTION = "_encoding.json"
 FORMATS = ("parquet", "npy")
 
 
@@ -124,7 +126,7 @@ def open_encoded(folder: str | Path, encoder: Encoder) -> Encoded:
 
 
 def encode_texts(config: EncodeConfig, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Writes the folder, or resumes a killed job; returns what encoding.json says, {} on all but the main process."""
+    """Writes the folder, or resumes a killed job; returns what _encoding.json says, {} on all but the main process."""
     if not config.model or not config.texts or not config.output:
         raise InputError("set model=<folder>, texts=<BEIR folder or file> and output=<folder>")
     with Job(config, "encoded") as job:

@@ -27,7 +27,7 @@ from sgpt.runtime.values import COUNT, check_choice, check_ranges
 REDUCTIONS = ("prefix", "pca")
 PRECISIONS = ("float32", "float16", "int8", "binary")
 STEPS = 255  # of int8 between the ends of a range
-FITTED = "reduction.safetensors"
+FITTED = "_reduction.safetensors"
 Parts = Callable[[], Iterable[np.ndarray]]  # the corpus' embeddings [rows, D], a part at a time, as often as called
 
 

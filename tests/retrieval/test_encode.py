@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from pyarrow.dataset import dataset
 
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.encode import EncodeConfig, encode_texts, open_encoded, read_shard
@@ -152,7 +153,7 @@ def test_queries_are_projected_as_the_vectors_were_and_another_model_is_refused(
     assert np.corrcoef(scores[0], exact[0])[0, 1] > 0.99
     with pytest.raises(InputError, match="sized was encoded by another model than this one"):
         open_encoded(folder / "sized", Encoder.from_pretrained(folder / "other"))
-    with pytest.raises(InputError, match=r"nowhere/encoding\.json: no such file; encode with output="):
+    with pytest.raises(InputError, match=r"nowhere/_encoding\.json: no such file; encode with output="):
         open_encoded(folder / "nowhere", encoder)
 
 
@@ -163,7 +164,7 @@ def test_the_queries_of_a_beir_folder_are_encoded_as_queries(started, encoder):
     assert ids == [f"q{n}" for n in range(5)]
     texts = [" ".join(random.Random(n).sample(WORDS, k=3)) for n in range(5)]
     assert np.array_equal(vectors, encoder.encode_queries(texts, normalize=True).astype(np.float16))
-    description = json.loads((folder / "queries" / "encoding.json").read_text())
+    description = json.loads((folder / "queries" / "_encoding.json").read_text())
     assert (description["role"], description["contract"]) == ("query", encoder.contract.fingerprint())
 
 
@@ -172,7 +173,8 @@ def test_the_queries_of_a_beir_folder_are_encoded_as_queries(started, encoder):
 
 def test_lancedb_finds_what_exact_search_finds(started, encoder, expected, tmp_path):
     lancedb = pytest.importorskip("lancedb", reason="the extra `databases` is not installed")
-    table = lancedb.connect(tmp_path).create_table("texts", parquet.ParquetDataset(started[0] / "whole").read())
+    batches = dataset(started[0] / "whole").to_batches()  # the folder is a dataset as it is
+    table = lancedb.connect(tmp_path).create_table("texts", batches, schema=dataset(started[0] / "whole").schema)
     query = encoder.encode_queries(["help option value"], normalize=True)[0]
     found = table.search(query).distance_type("dot").limit(10).to_list()
     assert [row["id"] for row in found] == exact_ids(query, expected)

@@ -82,8 +82,8 @@ def test_what_was_fitted_is_the_same_when_it_is_loaded(embeddings, tmp_path):
     sizing.save(tmp_path)
     loaded = Sizing.load(tmp_path, config, True)
     assert np.array_equal(loaded.encode(embeddings), sizing.encode(embeddings))
-    (tmp_path / "reduction.safetensors").write_bytes(b"\1\0\0\0\0\0\0\0{")
-    with pytest.raises(InputError, match=r"reduction\.safetensors: cannot be read \(.*\); encode the texts again"):
+    (tmp_path / "_reduction.safetensors").write_bytes(b"\1\0\0\0\0\0\0\0{")
+    with pytest.raises(InputError, match=r"_reduction\.safetensors: cannot be read \(.*\); encode the texts again"):
         Sizing.load(tmp_path, config, True)
 
 
