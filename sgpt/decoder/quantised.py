@@ -6,8 +6,8 @@
            al. 2023, arXiv 2305.14314), whose second quantisation, of the scales, is left out
 
 A layer makes its weights again for each product and drops them: for the forward pass, and once more for the backward
-pass, which is exact with respect to them. Embedding tables stay as they are: they are looked up, not multiplied. So
-does a language-model head.
+pass, which is exact with respect to them; int8 encodes in products of integers instead (sgpt/decoder/int8.py).
+Embedding tables stay as they are: they are looked up, not multiplied. So does a language-model head.
 
 Written here in a few lines of torch, on any device, because neither library fits. torchao 0.18 puts the largest weight
 of a row at 127.5, which no int8 is; its NF4 refuses a weight whose size is no multiple of 16,384, of which SmolLM2 has
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sgpt.decoder import int8
 from sgpt.runtime.errors import InputError
 
 NF4_BLOCK = 64  # weights that share a scale in nf4
@@ -143,7 +144,13 @@ class QuantisedLinear(nn.Linear):
         return self.dequantised(torch.float32)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[…, in] -> […, out], in the dtype of the inputs, or of autocast inside of it."""
+        """[…, in] -> […, out], in the dtype of the inputs, or of autocast inside of it.
+
+        Inside of `int8_products` a layer of dtype int8 multiplies integers, and gives no gradient.
+        """
+        products = int8.current() if self.dtype == "int8" else None
+        if products is not None and not torch.is_grad_enabled():
+            return products.linear(inputs, self.codes, self.scale, self.bias)
         return _Product.apply(inputs, self.bias, self)
 
     def extra_repr(self) -> str:

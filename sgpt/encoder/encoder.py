@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgpt.decoder.families import embedding_size, position_limit
+from sgpt.decoder.int8 import int8_products
 from sgpt.decoder.mixed import mixed
 from sgpt.decoder.packing import Pack, packs
 from sgpt.decoder.quantised import QUANTISED, held_weights, quantise, quantised_dtype
@@ -197,10 +198,10 @@ class Encoder(nn.Module):
         that take no packs each delta has passes of its own.
 
         normalize: length 1; None takes the contract's word. out: a tensor to fill and return, a memory map for what
-        memory cannot hold; besides it the memory taken does not grow with the texts. progress: a bar; None shows one
-        when the work is longer than a few seconds and the output is a terminal. A text without any token (empty,
-        without markers) gives zeros. Raises InputError for anything but a list of strings, and for embeddings that are
-        not finite.
+        memory cannot hold; besides it the memory taken does not grow with the texts. A trunk in int8 multiplies in int8
+        (sgpt/decoder/int8.py). progress: a bar; None shows one when the work is longer than a few seconds and the
+        output is a terminal. A text without any token (empty, without markers) gives zeros. Raises InputError for
+        anything but a list of strings, and for embeddings that are not finite.
         """
         if isinstance(texts, str):
             raise InputError(f"encode takes a list of texts, got one string {texts!r:.60}; put it in a list")
@@ -237,7 +238,8 @@ class Encoder(nn.Module):
         for of_passes in [rows] if takes_packs(self.trunk) else _by_delta(rows, deltas):
             for pack in self.packs(of_passes):
                 of_rows = [deltas[row] for row in pack.rows]
-                embeddings = self._embed_with(pack, of_rows).float()
+                with self._products():
+                    embeddings = self._embed_with(pack, of_rows).float()
                 unit = [self._contract(delta).normalize if normalize is None else normalize for delta in of_rows]
                 if any(unit):
                     chosen = torch.tensor(unit, device=embeddings.device)[:, None]
@@ -364,6 +366,10 @@ class Encoder(nn.Module):
         dtypes |= {value.dtype for values in versions for value in values.values()}
         half = dtypes - {torch.float32}
         return torch.autocast(self.device.type, half.pop()) if half and len(dtypes) > 1 else nullcontext()
+
+    def _products(self) -> AbstractContextManager:
+        """In int8, where the trunk is."""
+        return int8_products(self.device) if quantised_dtype(self.trunk) == "int8" else nullcontext()
 
     @property
     def device(self) -> torch.device:

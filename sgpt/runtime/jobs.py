@@ -1,4 +1,4 @@
-"""Long work that survives a kill, by any number of processes: mining and re-ranking.
+"""Long work that survives a kill, by any number of processes: mining, re-ranking and encoding.
 
 Work is cut into blocks; process r of W takes the blocks r, r + W, … of those that remain. A finished block is a line in
 `<output>.part-<rank>`, so a killed job loses only the blocks that were under way, and may be resumed by more or fewer

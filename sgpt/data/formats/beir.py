@@ -13,6 +13,7 @@ from sgpt.data.formats.lines import checked_lines, json_rows
 from sgpt.data.formats.row import PlacedRows, attempt, listed, same_split, shown, spells_nothing
 from sgpt.data.formats.rows import kind_of, rows
 from sgpt.runtime.errors import InputError
+from sgpt.text.markers import Role
 
 Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> relevance
 log = logging.getLogger(__name__)
@@ -113,6 +114,19 @@ def read_corpus(path: Path) -> dict[str, str]:
     file = path if path.is_file() else _table(path, "corpus")
     table = rows(file) if kind_of(file) else json_rows(file)  # any other ending is taken for JSON lines
     return {identifier: _document(row) for identifier, row in _by_id(table).items()}
+
+
+def stream_texts(path: Path, role: Role) -> Iterator[tuple[str, str]]:
+    """(id, text) of the documents or the queries of a BEIR folder, or of a file, one after the other.
+
+    As `read_corpus` reads them, but that only ids are held in memory.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; check the path")
+    file = path if path.is_file() else _table(path, "corpus" if role == "document" else "queries")
+    table = rows(file) if kind_of(file) else json_rows(file)  # any other ending is taken for JSON lines
+    for row in _identified(table):
+        yield row["_id"], _document(row) if role == "document" else row["text"]
 
 
 def split_files(folder: Path) -> list[Path]:
@@ -260,8 +274,12 @@ def _table(folder: Path, name: str) -> Path:
 
 
 def _by_id(table: PlacedRows, bad: Bad | None = None) -> dict[str, dict]:
-    """Rows with text as id and text, and a title that is text or none, which null and NaN are."""
-    by_id: dict[str, dict] = {}
+    return {row["_id"]: row for row in _identified(table, bad)}
+
+
+def _identified(table: PlacedRows, bad: Bad | None = None) -> Iterator[dict]:
+    """Rows with text as id and text, and a title that is text or none, which null and NaN are; ids stay in memory."""
+    ids: set[str] = set()
     nothing: list[str] = []
     for where, row in table:
         if isinstance(row, InputError):
@@ -276,19 +294,19 @@ def _by_id(table: PlacedRows, bad: Bad | None = None) -> dict[str, dict]:
             )
         elif not row["_id"].strip():
             _reject(bad, where, f"_id is {row['_id']!r:.80}; give the row an id")
-        elif row["_id"] in by_id:
+        elif row["_id"] in ids:
             _reject(bad, where, f"id {shown(row['_id'])} was used before; ids must be unique")
         else:
-            by_id[row["_id"]] = row
+            ids.add(row["_id"])
             if word := next(filter(spells_nothing, (row["text"], row.get("title"))), None):
                 nothing.append(f"{where}: {shown(word)}")
+            yield row
     if nothing:
         log.warning(
             "%s is a word for no value and is read as a text or title, in %d rows; leave it empty if it is none",
             nothing[0],
             len(nothing),
         )
-    return by_id
 
 
 def _no_text(row: dict) -> str | None:

@@ -1,0 +1,112 @@
+"""Products in int8 for encoding on a CPU: int8 weights with activations that are quantised token by token.
+
+A trunk with dtype=int8 holds a byte a weight and a scale for each row (sgpt/decoder/quantised.py). Dequantised for each
+product, that saves memory and no time. Inside of `int8_products` an activation becomes int8 as well, with a scale for
+each token, so that its largest number is 127 or -127, and the product is one of integers, exact in int32:
+
+    output[t, o] = sum over i of codes[t, i] · weight[o, i], times the scales of token t and of row o, plus the bias
+
+(as LLM.int8() has it, Dettmers et al. 2022, arXiv 2208.07339, without its outliers). A token's scale is its own: what
+it is computed together with changes nothing. Processors with VNNI multiply four pairs of int8 where they multiply one
+of float32: of SmolLM2's shapes a Zen 4 core takes 400 billion operations a second, 90 in float32 and 190 in bfloat16.
+
+`torch._int_mm` multiplies the codes as they are stored: nothing is packed, and no weight is held twice. Of what else
+torch has, onednn.qlinear_pointwise is as fast from 256 tokens on and slower below, and wants a packed copy;
+dynamic.Linear of fbgemm and oneDNN takes one scale for all tokens and is slower; _weight_int8pack_mm is for bfloat16
+activations, and slower than float32.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+LARGEST = 127  # of int8; -128 is left out, so that the codes are symmetric
+# without one of these oneDNN adds pairs of products in 16 bits, which can overflow
+VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
+TINY = torch.finfo(torch.float32).tiny  # instead of the scale 0, of a token that is all zeros
+
+
+class TokenCodes(NamedTuple):
+    """Activations of N tokens in int8: codes [N, in], and float32 scales [N, 1] to multiply them with."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def quantise_tokens(inputs: Tensor) -> TokenCodes:
+    """[…, in] of floats -> codes and scales of all tokens: the number furthest from 0 of a token is 127 or -127."""
+    tokens = inputs.flatten(0, -2).float()  # [N, in]
+    furthest = torch.maximum(tokens.amax(1, keepdim=True), tokens.amin(1, keepdim=True).neg_()).clamp_(min=TINY)
+    codes = (tokens * (LARGEST / furthest)).round_().to(torch.int8)
+    return TokenCodes(codes, furthest.div_(LARGEST))
+
+
+class Int8Products:
+    """Linear layers one after the other, which know what the last one read.
+
+    Layers that read the same tensor (queries, keys and values; gate and up) share its codes. It is held until another
+    one is quantised, so that no other tensor can take its place in memory; nothing may write into it in between.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: Tensor | None = None
+        self.of_inputs: TokenCodes | None = None
+
+    def linear(self, inputs: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """inputs […, in], weight int8 [out, in] with scale [out, 1], bias [out] -> […, out] in the dtype of the inputs.
+
+        Without gradient.
+        """
+        if self.inputs is not inputs:
+            self.inputs, self.of_inputs = inputs, quantise_tokens(inputs)
+        codes, token_scale = self.of_inputs
+        # each line is one pass over [N, out]: a type for the first, the row's scale, the token's scale with the bias
+        output = torch._int_mm(codes, weight.T).float()
+        output *= scale.T
+        output = output.mul_(token_scale) if bias is None else torch.addcmul(bias, output, token_scale, out=output)
+        return output.view(*inputs.shape[:-1], -1).to(inputs.dtype)
+
+
+_PRODUCTS: ContextVar[Int8Products | None] = ContextVar("int8_products", default=None)
+_WARNED: set[str] = set()
+
+
+@contextmanager
+def int8_products(device: torch.device) -> Iterator[None]:
+    """Inside, quantised layers of dtype int8 multiply in int8, where the device is a processor that is fast at it.
+
+    Others dequantise as in training; the log says so, once in a process.
+    """
+    products = Int8Products() if multiplies_int8(device) else None
+    if products is None:
+        _warn_once(device)
+    token = _PRODUCTS.set(products)
+    try:
+        yield
+    finally:
+        _PRODUCTS.reset(token)
+
+
+def current() -> Int8Products | None:
+    """What multiplies here; None outside of `int8_products`, and inside where int8 is not fast."""
+    return _PRODUCTS.get()
+
+
+def multiplies_int8(device: torch.device) -> bool:
+    """Whether products in int8 are fast, and are taken."""
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in VNNI)
+
+
+def _warn_once(device: torch.device) -> None:
+    what = "this processor has no VNNI" if device.type == "cpu" else f"the device is {device.type}"
+    if what not in _WARNED:
+        _WARNED.add(what)
+        log.warning(
+            "dtype=int8: %s, so weights are dequantised for each product: int8 saves memory here, and no time", what
+        )

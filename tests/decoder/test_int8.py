@@ -1,0 +1,155 @@
+"""Products of int8 weights with int8 activations, against integers and loops in Python, and against float32 weights."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from sgpt.decoder import int8
+from sgpt.decoder.int8 import Int8Products, int8_products, quantise_tokens
+from sgpt.decoder.quantised import QuantisedLinear, quantised_layers
+
+CPU = torch.device("cpu")
+FAST = any(torch.cpu.get_capabilities().get(name) for name in int8.VNNI)
+needs_vnni = pytest.mark.skipif(not FAST, reason="this processor has no VNNI, and dequantises instead")
+TEXTS = ["sort a path", "[[1]]", "what?", "naïve 東京 🙂", "word " * 30, "", "read a file line by line"]
+
+
+def activations(tokens: int, width: int) -> torch.Tensor:
+    """Random, with a token of zeros, one with a single large number, and one that is very small."""
+    inputs = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
+    inputs[0] = 0
+    inputs[1, 3] = -200
+    inputs[2] *= 1e-20
+    return inputs
+
+
+def test_codes_are_the_nearest_of_255_steps_of_each_token():
+    inputs = activations(6, 40)
+    codes, scale = quantise_tokens(inputs)
+    assert codes.dtype == torch.int8
+    for token, of_token, step in zip(inputs.tolist(), codes.tolist(), scale[:, 0].tolist(), strict=True):
+        furthest = max(map(abs, token))
+        assert step == pytest.approx(furthest / 127, rel=1e-6, abs=1e-37)
+        for value, code in zip(token, of_token, strict=True):
+            assert abs(value - code * step) <= (0.5 + 1e-4) * furthest / 127
+        assert max(map(abs, of_token)) == (127 if furthest else 0)
+
+
+@needs_vnni
+@pytest.mark.parametrize(("tokens", "width", "outputs"), [(1, 8, 3), (7, 33, 5), (70, 576, 192), (300, 1536, 576)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_product_is_that_of_the_integers(tokens, width, outputs, with_bias):
+    """In numpy's int64, which nothing can overflow, also where every code is 127: then scales and bias in float64."""
+    layer = QuantisedLinear(nn.Linear(width, outputs, bias=with_bias), "int8", name="", source="")
+    layer.codes[0] = 127
+    inputs = activations(max(tokens, 3), width)[:tokens]
+    inputs[-1] = 1
+    codes, scale = quantise_tokens(inputs)
+    integers = codes.numpy().astype(np.int64) @ layer.codes.numpy().astype(np.int64).T
+    expected = integers * scale.numpy().astype(np.float64) * layer.scale[:, 0].numpy().astype(np.float64)
+    if with_bias:
+        expected += layer.bias.detach().numpy().astype(np.float64)
+    with torch.inference_mode(), int8_products(CPU):
+        output = layer(inputs)
+    product = np.abs(expected - layer.bias.detach().numpy()) if with_bias else np.abs(expected)
+    assert (np.abs(output.numpy() - expected) <= 4 * 2.0**-24 * (product + np.abs(expected))).all()  # a rounding a pass
+
+
+@needs_vnni
+def test_a_token_is_multiplied_alike_whatever_stands_next_to_it():
+    layer = QuantisedLinear(nn.Linear(64, 48), "int8", name="", source="")
+    inputs = activations(50, 64)
+    with torch.inference_mode(), int8_products(CPU):
+        together = layer(inputs)
+        for token in range(50):
+            assert torch.equal(layer(inputs[token : token + 1]), together[token : token + 1])
+
+
+def test_layers_that_read_one_tensor_share_its_codes_and_another_tensor_gets_its_own():
+    products = Int8Products()
+    weight, scale = torch.ones(2, 4, dtype=torch.int8), torch.ones(2, 1)
+    one, other = torch.full((3, 4), 1.0), torch.full((3, 4), 2.0)
+    assert products.linear(one, weight, scale, None)[0, 0] == pytest.approx(4)
+    shared = products.of_inputs
+    products.linear(one, weight, scale, None)
+    assert products.of_inputs is shared
+    assert products.linear(other, weight, scale, None)[0, 0] == pytest.approx(8)
+
+
+@needs_vnni
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gpt_neo", "gptj", "opt", "bloom", "bert"])
+def test_embeddings_are_those_of_a_model_whose_activations_are_rounded_so(family, tiny_encoder):
+    """transformers' own model in float64, every linear layer of which rounds its weights and its inputs; each text
+    alone.
+
+    Equal but for float32's rounding; only a number next to the middle of two steps may become the other one, which
+    moves a text by less than what rounding no activation does (0.0014 and more, over these).
+    """
+    encoder = tiny_encoder(family, dtype="int8")
+    model = AutoModel.from_pretrained(encoder.contract.base).eval().double()
+    for path, layer in quantised_layers(encoder.trunk).items():
+        linear = model.get_submodule(path)
+        linear.weight.data.copy_(layer.weight)
+        linear.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+    embeddings = encoder.encode_queries(TEXTS)
+    errors = []
+    for row, embedding in zip(encoder.token_ids(TEXTS, "query"), embeddings, strict=True):
+        with torch.no_grad():
+            hidden = model(input_ids=torch.tensor([row])).last_hidden_state[0]  # [T, D]
+        places = torch.arange(1, len(row) + 1, dtype=torch.float64)
+        expected = ((places / places.sum()) @ hidden).numpy()
+        errors.append(np.linalg.norm(embedding - expected) / np.linalg.norm(expected))
+    assert np.median(errors) < 1e-6
+    assert max(errors) < 1e-3
+
+
+def rounded(inputs: torch.Tensor) -> torch.Tensor:
+    """To the steps of each token, by hand."""
+    steps = inputs.abs().amax(-1, keepdim=True) / 127
+    return torch.where(steps > 0, (inputs / steps).round() * steps, inputs)
+
+
+@needs_vnni
+def test_a_text_is_embedded_alike_alone_and_among_others(tiny_encoder):
+    """Its scales are its own. Attention rounds otherwise in another pack, and that may turn a code to its neighbour."""
+    encoder = tiny_encoder("llama", dtype="int8")
+    together = encoder.encode_queries(TEXTS, normalize=True)
+    alone = np.concatenate([encoder.encode_queries([text], normalize=True) for text in TEXTS])
+    assert np.abs(together - alone).max() < 0.01
+
+
+@needs_vnni
+def test_what_learns_does_so_over_dequantised_weights_also_after_encoding(tiny_encoder):
+    encoder = tiny_encoder("llama", dtype="int8")
+    rows = encoder.token_ids(TEXTS[:5], "query")
+    before = encoder(rows)
+    encoded = encoder.encode_queries(TEXTS[:5], as_tensor=True)
+    assert torch.equal(encoder(rows), before)
+    assert before.requires_grad
+    assert 0 < (encoded - before).norm() / before.norm() < 0.1
+
+
+def test_without_vnni_weights_are_dequantised_and_the_log_says_so_once(tiny_encoder, monkeypatch, caplog):
+    encoder = tiny_encoder("llama", dtype="int8")
+    with torch.inference_mode():
+        expected = encoder(encoder.token_ids(TEXTS, "query"))
+    monkeypatch.setattr(int8, "_WARNED", set())
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    with caplog.at_level(logging.WARNING, logger="sgpt"):
+        embeddings = [encoder.encode_queries(TEXTS, as_tensor=True) for _ in range(2)]
+    assert all(torch.equal(one, expected) for one in embeddings)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith("dtype=int8: this processor has no VNNI, so weights are dequantised")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "nf4"])
+def test_other_dtypes_multiply_as_before(dtype, tiny_encoder, caplog):
+    encoder = tiny_encoder("llama", dtype=dtype)
+    with torch.inference_mode():
+        expected = encoder(encoder.token_ids(TEXTS, "query"))
+    assert torch.equal(encoder.encode_queries(TEXTS, as_tensor=True), expected)
+    assert not caplog.records

@@ -1,0 +1,240 @@
+"""Encoded corpora: the encoder's own embeddings, after kills and by two processes, and searched in two databases."""
+
+import gzip
+import json
+import random
+from contextlib import chdir
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from pyarrow.dataset import dataset
+
+from sgpt.encoder.encoder import Encoder
+from sgpt.retrieval.encode import EncodeConfig, encode_texts, open_encoded, read_shard
+from sgpt.retrieval.smaller import SizeConfig, Sizing
+from sgpt.runtime.errors import InputError
+from tests.starts import Start, beir, blocks, free_port, start_all
+
+WORDS = ["parser", "argument", "help", "option", "value", "name", "type", "action", "group", "error"]
+PER_SHARD = 16
+SIZED = ["reduce=pca", "dimensions=16", "precision=int8"]
+
+
+def random_texts(number: int) -> dict[str, str]:
+    chance = random.Random(0)
+    return {f"d{n}": " ".join(chance.choices(WORDS, k=chance.randint(1, 30))) for n in range(number)}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    """150 documents, the last of which is empty, and 5 queries."""
+    queries = {f"q{n}": " ".join(random.Random(n).sample(WORDS, k=3)) for n in range(5)}
+    corpus = random_texts(149) | {"empty": ""}
+    return beir(tmp_path_factory.mktemp("encode") / "toy", corpus, queries, {"q0": {"d0": 1}})
+
+
+@pytest.fixture(scope="module")
+def started(toy, tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("started")
+    (folder / "toy").symlink_to(toy)
+    (folder / "base").symlink_to(tiny_base("gpt_neo"))
+    (folder / "other").symlink_to(tiny_base("gpt2"))
+    common = ["texts=toy", "model=base", f"texts_per_shard={PER_SHARD}", "threads=1"]
+    return folder, start_all("encode", folder, {
+        "whole": Start([*common, "output=whole"]),
+        "killed": Start([*common, "output=killed"], ("killed.part-0", 2)),
+        "not resumed": Start([*common, "output=killed"]),
+        "other model": Start([*common, "output=killed", "model=other", "resume=true"]),
+        "resumed": Start([*common, "output=killed", "resume=true"], port=free_port()),
+        "again": Start([*common, "output=whole", "resume=true"]),
+        "sized": Start([*common, "output=sized", "format=npy", *SIZED], port=free_port()),
+        "sized, killed": Start([*common, "output=sized_killed", "format=npy", *SIZED], ("sized_killed.part-0", 3)),
+        "sized, resumed": Start([*common, "output=sized_killed", "format=npy", *SIZED, "resume=true"]),
+        "queries": Start([*common, "output=queries", "role=query", "precision=float16"]),
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder(started) -> Encoder:
+    with chdir(started[0]):  # the path of a bare base is a part of its contract
+        return Encoder.from_pretrained("base")
+
+
+@pytest.fixture(scope="module")
+def expected(encoder, toy) -> np.ndarray:
+    """[150, D], encoded in slices as large as the shards."""
+    texts = [*random_texts(149).values(), ""]
+    parts = [texts[start : start + PER_SHARD] for start in range(0, len(texts), PER_SHARD)]
+    return np.concatenate([encoder.encode_documents(part, normalize=True) for part in parts])
+
+
+def vectors_of(folder: Path) -> tuple[list[str], np.ndarray]:
+    """As any reader of Parquet has them."""
+    table = pa.concat_tables([parquet.read_table(file) for file in sorted(folder.glob("*.parquet"))])
+    return table["id"].to_pylist(), np.array(table["vector"].to_pylist())
+
+
+def test_parquet_holds_the_encoders_embeddings_in_order(started, expected):
+    folder, ended = started
+    assert ended["whole"].codes == [0], ended["whole"].err
+    ids, vectors = vectors_of(folder / "whole")
+    assert ids == [*(f"d{n}" for n in range(149)), "empty"]
+    assert np.array_equal(vectors.astype(np.float32), expected)
+    schema = parquet.read_schema(folder / "whole" / "00000.parquet")
+    assert schema.field("vector").type.equals(pa.list_(schema.field("vector").type.value_field, 32))
+    assert schema.field("vector").type.value_type == pa.float32()
+    assert "encoded 150 texts in" in ended["whole"].err
+    assert "texts/s, by 1 process(es)" in ended["whole"].err
+    assert "150 texts, 32 dimensions of float32, 10 file(s)" in ended["whole"].out
+
+
+@pytest.mark.bitwise
+def test_a_killed_job_resumes_where_it_was_by_any_number_of_processes(started):
+    folder, ended = started
+    assert (ended["killed"].codes, ended["resumed"].codes) == ([-9], [0, 0]), ended["resumed"].err
+    done = blocks(ended["killed"], "block")
+    assert done == list(range(len(done)))
+    assert 2 <= len(done) < 10
+    assert "killed" not in ended["killed"].files
+    assert f"encoded {150 - PER_SHARD * len(done)} texts in" in ended["resumed"].err
+    assert "by 2 process(es)" in ended["resumed"].err
+    for file in (folder / "whole").iterdir():
+        assert (folder / "killed" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert not [name for name in ended["resumed"].files if "building" in name or ".part-" in name]
+
+
+def test_unfinished_finished_and_other_outputs_are_told_apart(started):
+    _, ended = started
+    assert ended["not resumed"].codes == ended["other model"].codes == [2]
+    assert "killed is unfinished, see killed.manifest.json; resume with resume=true" in ended["not resumed"].err
+    assert "killed was started with another configuration: model: base -> other" in ended["other model"].err
+    assert ended["again"].codes == [0]
+    assert "whole was finished at 2" in ended["again"].err
+    assert "nothing is encoded" in ended["again"].err
+
+
+def test_a_model_whose_weights_changed_is_refused_on_the_same_output(tiny_base, toy, tmp_path):
+    config = EncodeConfig(model=str(tmp_path / "model"), texts=str(toy), output=str(tmp_path / "out"), threads=1)
+    (tmp_path / "model").symlink_to(tiny_base("gpt_neo"))
+    encode_texts(config)
+    (tmp_path / "model").unlink()
+    (tmp_path / "model").symlink_to(tiny_base("gpt2"))
+    config.resume = True
+    with pytest.raises(InputError, match=r"out was started with other inputs .*model .* has changed \(hash"):
+        encode_texts(config)
+
+
+@pytest.mark.bitwise
+def test_a_fitted_size_is_that_of_all_embeddings_also_after_a_kill(started, expected):
+    folder, ended = started
+    assert (ended["sized"].codes, ended["sized, killed"].codes) == ([0, 0], [-9]), ended["sized"].err
+    assert ended["sized, resumed"].codes == [0], ended["sized, resumed"].err
+    parts = np.array_split(expected, range(PER_SHARD, len(expected), PER_SHARD))
+    sizing = Sizing.fit(SizeConfig("pca", 16, "int8"), True, lambda: iter(parts))
+    by_hand = np.concatenate([sizing.encode(part) for part in parts])
+    for name in ("sized", "sized_killed"):
+        files = sorted((folder / name).glob("*.npy"))
+        assert len(files) == 10
+        assert not list((folder / name).glob("raw*"))
+        ids, vectors = zip(*map(read_shard, files), strict=True)
+        assert [one for of_file in ids for one in of_file][-1] == "empty"
+        assert np.array_equal(np.concatenate(vectors), by_hand)
+
+
+def test_queries_are_projected_as_the_vectors_were_and_another_model_is_refused(started, encoder, expected):
+    folder, _ = started
+    opened = open_encoded(folder / "sized", encoder)
+    decoded = np.concatenate([opened.sizing.decode(vectors) for _, vectors in opened.shards()])
+    scores = opened.queries(["parser argument"]) @ decoded.T
+    exact = encoder.encode_queries(["parser argument"], normalize=True) @ expected.T
+    assert np.corrcoef(scores[0], exact[0])[0, 1] > 0.99
+    with pytest.raises(InputError, match="sized was encoded by another model than this one"):
+        open_encoded(folder / "sized", Encoder.from_pretrained(folder / "other"))
+    with pytest.raises(InputError, match=r"nowhere/_encoding\.json: no such file; encode with output="):
+        open_encoded(folder / "nowhere", encoder)
+
+
+def test_the_queries_of_a_beir_folder_are_encoded_as_queries(started, encoder):
+    folder, ended = started
+    assert ended["queries"].codes == [0], ended["queries"].err
+    ids, vectors = vectors_of(folder / "queries")
+    assert ids == [f"q{n}" for n in range(5)]
+    texts = [" ".join(random.Random(n).sample(WORDS, k=3)) for n in range(5)]
+    assert np.array_equal(vectors, encoder.encode_queries(texts, normalize=True).astype(np.float16))
+    description = json.loads((folder / "queries" / "_encoding.json").read_text())
+    assert (description["role"], description["contract"]) == ("query", encoder.contract.fingerprint())
+
+
+# --- databases ---
+
+
+def test_lancedb_finds_what_exact_search_finds(started, encoder, expected, tmp_path):
+    lancedb = pytest.importorskip("lancedb", reason="the extra `databases` is not installed")
+    batches = dataset(started[0] / "whole").to_batches()  # the folder is a dataset as it is
+    table = lancedb.connect(tmp_path).create_table("texts", batches, schema=dataset(started[0] / "whole").schema)
+    query = encoder.encode_queries(["help option value"], normalize=True)[0]
+    found = table.search(query).distance_type("dot").limit(10).to_list()
+    assert [row["id"] for row in found] == exact_ids(query, expected)
+
+
+def test_qdrant_finds_what_exact_search_finds(started, encoder, expected):
+    qdrant = pytest.importorskip("qdrant_client", reason="the extra `databases` is not installed")
+    client = qdrant.QdrantClient(":memory:")
+    parameters = qdrant.models.VectorParams(size=32, distance=qdrant.models.Distance.DOT)
+    client.create_collection("texts", parameters)
+    number = 0
+    for ids, vectors in open_encoded(started[0] / "whole", encoder).shards():
+        points = range(number, number + len(ids))
+        payloads = [{"id": identifier} for identifier in ids]
+        client.upload_collection("texts", vectors=vectors, payload=payloads, ids=points)
+        number += len(ids)
+    query = encoder.encode_queries(["help option value"], normalize=True)[0]
+    found = client.query_points("texts", query=query, limit=10).points
+    assert [point.payload["id"] for point in found] == exact_ids(query, expected)
+
+
+def exact_ids(query: np.ndarray, embeddings: np.ndarray) -> list[str]:
+    """Of the ten largest inner products, in float64."""
+    scores = embeddings.astype(np.float64) @ query.astype(np.float64)
+    return [f"d{row}" for row in np.argsort(-scores)[:10]]
+
+
+# --- refused ---
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"_id": "a", "text": "x"}', '{"_id": "a", "text": "y"}'], "line 2: id 'a' was used before; ids must be"),
+        (['{"_id": "a", "text": "x"}', '{"_id": 7, "text": "y"}'], "line 2: _id is 7, which is no text"),
+        (['{"_id": "a", "text": "x"}', '{"_id": "b"}'], "line 2: needs the columns _id and text; it has _id"),
+        (['{"_id": "a", "text": "x"}', "{"], "line 2: "),
+        ([], "no rows in it; give a file with at least one"),
+    ],
+)
+def test_bad_rows_are_refused_by_file_and_line_before_anything_is_written(lines, message, tiny_base, tmp_path):
+    file = tmp_path / "texts.jsonl.gz"
+    file.write_bytes(gzip.compress("\n".join(lines).encode()))
+    with pytest.raises(InputError, match=message) as refused:
+        encode_texts(EncodeConfig(model=str(tiny_base("gpt2")), texts=str(file), output=str(tmp_path / "out")))
+    assert str(file) in str(refused.value)
+    assert [left.name for left in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model": ""}, "set model=<folder>, texts=<BEIR folder or file> and output=<folder>"),
+        ({"texts": "nowhere.jsonl"}, "nowhere.jsonl: no such file or folder; check the path"),
+        ({"reduce": "prefix", "dimensions": 64}, "dimensions=64: .* has 32; take at most as many"),
+        ({"role": "passage"}, "role='passage' is unknown; choose query or document"),
+        ({"format": "csv"}, "format='csv' is unknown; choose parquet or npy"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused(keys, message, tiny_base, toy, tmp_path):
+    given = {"model": str(tiny_base("gpt2")), "texts": str(toy), "output": str(tmp_path / "out"), **keys}
+    with pytest.raises(InputError, match=message):
+        encode_texts(EncodeConfig(**given))
