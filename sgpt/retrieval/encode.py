@@ -49,7 +49,7 @@ from sgpt.text.markers import ROLES, Role
 
 log = logging.getLogger(__name__)
 DESCRIPTION = "_encoding.json"
-FORMATS = ("parquet", "npy")
+VECTOR_FORMATS = ("parquet", "npy")
 
 
 @dataclass
@@ -81,7 +81,7 @@ class EncodeConfig(SizeConfig):
         super().__post_init__()
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("role", self.role, ROLES)
-        check_choice("format", self.format, FORMATS)
+        check_choice("format", self.format, VECTOR_FORMATS)
         check_ranges(self, texts_per_shard=COUNT, threads=THREADS.or_null("to share the cores"))
 
     @property
