@@ -32,6 +32,7 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.overrides import TextKey, as_typed, texts
 from sgpt.training.config import TrainConfig
 from sgpt.training.tuning import TuningConfig
+from sgpt.verification.config import VerifyConfig
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
@@ -39,6 +40,7 @@ SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig,
     "pretrain": PretrainConfig, "mine": MineConfig,
     "inspect_data": InspectConfig, "rerank": RerankConfig, "evaluate_mteb": MtebConfig,
+    "verify": VerifyConfig,
 }  # fmt: skip
 SCRIPTS = {"biencoder": "train"} | {name: name for name in SCHEMAS if name != "train"}
 OPTIONS = sorted((file.parent.name, file.stem) for file in CONFIGS.glob("*/*.yaml"))
