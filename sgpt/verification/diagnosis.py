@@ -163,16 +163,15 @@ def _of_ids(encoder: Encoder, rows: TokenLists, *, causal: bool = True) -> np.nd
     """Embeddings [rows, D] of token ids, one row after the other."""
     pool = POOLINGS[encoder.contract.pooling]
     embeddings: list[Tensor] = []
-    with encoder.delta:
-        for ids in rows:
-            length = len(ids)
-            shape = (1, length) if causal else (1, 1, length, length)
-            inputs = {
-                "input_ids": torch.tensor([ids], device=encoder.device),
-                "attention_mask": torch.ones(shape, dtype=torch.long if causal else torch.bool, device=encoder.device),
-            }
-            if takes_position_ids(encoder.trunk):
-                inputs["position_ids"] = torch.arange(length, device=encoder.device)[None]
-            hidden = encoder.trunk(**inputs).last_hidden_state  # [1, T, D]
-            embeddings.append(pool(hidden, hidden.new_ones(1, length, dtype=torch.long))[0])
+    for ids in rows:
+        length = len(ids)
+        shape = (1, length) if causal else (1, 1, length, length)
+        inputs = {
+            "input_ids": torch.tensor([ids], device=encoder.device),
+            "attention_mask": torch.ones(shape, dtype=torch.long if causal else torch.bool, device=encoder.device),
+        }
+        if takes_position_ids(encoder.trunk):
+            inputs["position_ids"] = torch.arange(length, device=encoder.device)[None]
+        hidden = encoder.trunk(**inputs).last_hidden_state  # [1, T, D]
+        embeddings.append(pool(hidden, hidden.new_ones(1, length, dtype=torch.long))[0])
     return torch.stack(embeddings).float().cpu().numpy()
