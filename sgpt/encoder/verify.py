@@ -164,7 +164,8 @@ def _transformers(folder: Path, encoder: Encoder) -> Loader | None:
     """As somebody would without this framework, who has the folder and reads the JSON files in it."""
     from transformers import AutoModel
 
-    if is_graph(folder) or any(not (folder / name).is_file() for name in ("sgpt.json", "config.json", "tokenizer.json")):
+    needed = ("sgpt.json", "config.json", "tokenizer.json")
+    if is_graph(folder) or not all((folder / name).is_file() for name in needed):
         return None
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(encoder.device).eval()
     return _by_hand(f"transformers {installed_version('transformers')}", model, folder, folder)
