@@ -34,6 +34,7 @@ from sgpt.runtime.overrides import TextKey, as_typed, texts
 from sgpt.serving.config import ServeConfig
 from sgpt.training.config import TrainConfig
 from sgpt.training.tuning import TuningConfig
+from sgpt.verification.config import VerifyConfig
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
@@ -41,7 +42,7 @@ SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig,
     "pretrain": PretrainConfig, "mine": MineConfig,
     "inspect_data": InspectConfig, "rerank": RerankConfig, "evaluate_mteb": MtebConfig, "merge": MergeConfig,
-    "serve": ServeConfig,
+    "serve": ServeConfig, "verify": VerifyConfig,
 }  # fmt: skip
 SCRIPTS = {"biencoder": "train"} | {name: name for name in SCHEMAS if name != "train"}
 OPTIONS = sorted((file.parent.name, file.stem) for file in CONFIGS.glob("*/*.yaml"))
