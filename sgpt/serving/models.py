@@ -139,7 +139,8 @@ class ServedModel:
                 continue
             encoder = self.encoder if name == self.name else self.encoder.with_delta(name)
             exact = encoder.trunk.dtype == torch.float32 and quantised_dtype(encoder.trunk) is None
-            self._contracts[name] = replace(encoder.contract, probes=probes(encoder)) if exact else encoder.contract
+            measured = probes(encoder.encode, encoder.token_ids) if exact else encoder.contract.probes
+            self._contracts[name] = replace(encoder.contract, probes=measured)
         return [self._contracts[name] for name in names]
 
     def _check_finite(self, numbers: Tensor) -> None:
