@@ -3,6 +3,7 @@ here.
 """
 
 import argparse
+import copy
 import inspect
 import signal
 from collections.abc import Callable, Iterator
@@ -16,9 +17,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
+from sgpt.encoder.adapter import save_adapter
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.text.markers import MarkersConfig
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.starts import Forks, forks, small_training
 
 REAL_GPT2 = Path(__file__).parents[2] / "shared" / "models" / "tokenizer-gpt2"
@@ -94,6 +97,37 @@ def tiny_encoder(tiny_base: Callable[..., Path]) -> Callable[..., Encoder]:
         base = str(tiny_base(family, real_tokenizer=real_tokenizer))
         contract = Contract(pooling, MarkersConfig(markers, **{**LIMITS, **limits}), normalize, base)
         return Encoder(load_trunk(ModelConfig(base, dtype)), load_tokenizer(base), contract)
+
+    return make
+
+
+def save_moved(encoder: Encoder, seed: int, folder: Path, tuning: str = "bitfit") -> Path:
+    """The adapter of a copy of the encoder, in which what `tuning` trains was moved at random.
+
+    One number of each tensor is 1e-10 then, which is lost in base + (trained - base).
+    """
+    trunk = tune(copy.deepcopy(encoder.trunk), TuningConfig(tuning))
+    before = {name: value.detach().clone() for name, value in trainable_parameters(trunk).items()}
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for value in trainable_parameters(trunk).values():
+            value.add_(torch.randn_like(value) * 0.1).flatten()[0] = 1e-10
+    return save_adapter(trunk, encoder.tokenizer, encoder.contract, before, folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_delta(
+    tiny_encoder: Callable[..., Encoder], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """tiny_delta(family, seed, tuning="bitfit", **tiny_encoder's options): an adapter folder, saved once a session."""
+    saved: dict[str, Path] = {}
+
+    def make(family: str, seed: int, tuning: str = "bitfit", **options) -> Path:
+        key = f"{family}{seed}{tuning}{options}"
+        if key not in saved:
+            folder = tmp_path_factory.mktemp("run") / "adapter"
+            saved[key] = save_moved(tiny_encoder(family, **options), seed, folder, tuning)
+        return saved[key]
 
     return make
 

@@ -169,10 +169,11 @@ class CrossEncoder:
                 f"{self.max_tokens} positions the instruction leaves {room}; shorten the query or the prompt"
             )
         instruction, behind = context[: self.instruction_tokens], context[self.instruction_tokens :]
+        cut = max(0, len(behind) + len(scored) - room)
         ids = (*instruction, *(*behind, *scored)[-room:])
         if len(ids) == len(scored):  # the first scored token needs one before it
             ids = (self.tokenizer.eos_token_id, *ids)
-        return ScoredText(ids, len(scored), group)
+        return ScoredText(ids, len(scored), group, cut)
 
     def _tokens(self, texts: Iterable[str]) -> dict[str, Ids]:
         """text -> its token ids, without special tokens."""

@@ -14,7 +14,7 @@ Texts are computed in one of three ways, which `_score_all` decides:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
 
 import torch
@@ -39,12 +39,14 @@ BRANCH_TOKENS = 512  # of a group at a time: the mask between its texts is squar
 class ScoredText:
     """Token ids of which the last `targets`, one or more, are scored, each given all before it; at least one id is not.
 
-    group: texts of one group may begin alike, as those of one document do.
+    group: texts of one group may begin alike, as those of one document do. cut: tokens of the document that did not
+    fit.
     """
 
     ids: tuple[int, ...]
     targets: int
     group: int = 0
+    cut: int = field(default=0, compare=False)
 
     @property
     def read(self) -> tuple[int, ...]:

@@ -46,6 +46,13 @@ def add_named_biases(trunk: nn.Module, names: Collection[str]) -> None:
     trunk.added_biases = sorted({*added_biases(trunk), *names})
 
 
+def remove_biases(trunk: nn.Module, names: Collection[str]) -> None:
+    """Takes biases that were added off again, by parameter name."""
+    for name in names:
+        trunk.get_submodule(name.removesuffix(".bias")).bias = None
+    trunk.added_biases = sorted({*added_biases(trunk)} - {*names})
+
+
 def added_biases(trunk: nn.Module) -> list[str]:
     """Names of the parameters that `add_biases` gave the trunk: its base has none of them."""
     return getattr(trunk, "added_biases", [])

@@ -131,6 +131,12 @@ def open_trunk(folder: Path, dtype: str) -> nn.Module:
         raise InputError(f"{folder}: PEFT cannot open the adapter ({reason:.160}); save it again") from error
 
 
+def is_its_base(trunk: nn.Module, folder: Path) -> bool:
+    """Whether the trunk, not tuned, is the one that the adapter was trained over."""
+    stated = read_delta(folder)
+    return base_hash(_of_the_base(trunk), stated["dtype"]) == stated["base_hash"]
+
+
 def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
     """InputError when the trunk, not tuned yet, is not the one that the adapter was trained over.
 
@@ -139,7 +145,7 @@ def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
     if not (folder / DELTA).is_file():
         return
     stated, parameters = read_delta(folder), dict(trunk.named_parameters())
-    if base_hash(_of_the_base(trunk), stated["dtype"]) == stated["base_hash"]:
+    if is_its_base(trunk, folder):
         _refuse_trained_weights(trunk, folder, stated)
         return
     trained = {} if stated["form"] == "peft" else load_file(folder / TRAINED)

@@ -1,46 +1,179 @@
-"""A bias delta over a frozen trunk that others use as well: put on and taken off without a copy."""
+"""Bias deltas: tuned models of kilobytes over a frozen trunk that others use as well."""
 
+import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from sgpt.encoder.adapter import DELTA, read_delta, read_trained, refuse_other_base
+from sgpt.decoder.mixed import exchanged
+from sgpt.decoder.quantised import WeightSample, unquantised_weights
+from sgpt.decoder.trunk import ModelConfig, load_trunk
+from sgpt.encoder.adapter import DELTA, base_of, is_its_base, opened_dtype, read_delta, read_trained, refuse_other_base
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.model_folder import find_model
 from sgpt.runtime.errors import InputError
+from sgpt.text.markers import Frame, Role
 
 
 class Delta:
-    """The trained tensors of an adapter next to a frozen trunk that others use too: inside `with delta:` the trunk has
-    them.
+    """A tuned model as what it changes of a trunk that others use too: inside `with delta:` the trunk has it.
 
-    Nothing is copied on entering: each parameter is given other storage, and its own again on leaving. Raises
-    InputError for another base, and for low-rank adapters, which change the modules themselves.
+    contract: markers, limits, pooling and normalisation of its training. trained: its tensors, by parameter name.
+    strength: the share of the change that the trunk gets, base + strength · (trained - base); 1 is the trained tensors
+    bit for bit, 0 the base. frames: of each role, where the delta is one of an encoder's `deltas`.
+
+    untuned: by name, the base's values where the trunk has others outside of every delta (`untuned_values`); None looks
+    whether it is the base, and raises InputError if not. Low-rank adapters are refused, as they change the modules
+    themselves.
     """
 
-    def __init__(self, trunk: nn.Module, folder: Path) -> None:
-        if not (folder / DELTA).is_file() or read_delta(folder)["form"] == "peft":
-            raise InputError(
-                f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves, so encoder and re-ranker "
-                "cannot share one trunk; search without re-ranking: python train/search.py run=<this run> rerank=false"
-            )
-        refuse_other_base(trunk, folder)
+    def __init__(
+        self, trunk: nn.Module, folder: Path, *, strength: float = 1.0, untuned: Mapping[str, Tensor] | None = None
+    ) -> None:
+        refuse_low_rank(folder)
+        if untuned is None:
+            refuse_other_base(trunk, folder)
+        self.folder, self.strength = folder, strength
+        self.contract = Contract.load(folder)
+        self.frames: dict[Role, Frame] = {}
         trained = read_trained(folder, trunk)
+        self.untuned: Mapping[str, Tensor] = untuned or {}
         parameters = dict(trunk.named_parameters())
-        self.inside = False
-        self.pairs: list[tuple[nn.Parameter, Tensor]] = []  # each with what it does not have now
-        for name, value in trained.items():
-            parameter = parameters[name]
-            self.pairs.append((parameter, value.to(parameter.device)))
+        self.parameters = {name: parameters[name] for name in {**self.untuned, **trained}}
+        self.trained = {name: value.to(parameters[name].device) for name, value in trained.items()}
+        self._exchange: AbstractContextManager | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the trained tensors: all that is held for this model next to the trunk."""
+        return sum(value.nbytes for value in self.trained.values())
+
+    @property
+    def inside(self) -> bool:
+        """Whether the trunk has it now."""
+        return self._exchange is not None
+
+    def at(self, strength: float) -> "Delta":
+        """The same in another strength; the trained tensors are shared."""
+        if strength == self.strength:
+            return self
+        other = copy.copy(self)
+        other.strength, other._exchange = strength, None
+        return other
+
+    def values(self) -> dict[str, Tensor]:
+        """What the trunk gets, by parameter name; made anew where the strength is neither 0 nor 1.
+
+        The trunk must be outside of every delta.
+        """
+        values = dict(self.untuned)
+        for name, trained in self.trained.items():
+            base = self.untuned[name] if name in self.untuned else self.parameters[name].data
+            if trained.device != base.device:  # the trunk was moved since
+                trained = self.trained[name] = trained.to(base.device)
+            values[name] = moved(base, [(trained, self.strength)])
+        return values
 
     def __enter__(self) -> None:
-        assert not self.inside, "entered twice, the trunk would be the base again"
-        self._exchange()
+        assert not self.inside, "entered twice, its base would be the tuned trunk"
+        self._exchange = exchanged(self.parameters, self.values())
+        self._exchange.__enter__()
 
     def __exit__(self, *failure) -> None:
-        self._exchange()
+        exchange, self._exchange = self._exchange, None
+        exchange.__exit__(*failure)
 
-    def _exchange(self) -> None:
-        exchanged = []
-        for parameter, value in self.pairs:
-            exchanged.append((parameter, parameter.data))
-            parameter.data = value
-        self.pairs, self.inside = exchanged, not self.inside
+
+def moved(base: Tensor, changes: list[tuple[Tensor, float]]) -> Tensor:
+    """base + the sum of weight · (trained - base), in float64 and rounded once, in the dtype of the trained tensors.
+
+    changes: trained tensors, each with its weight. A tensor with weight 1 alone is given itself, and where all weights
+    are 0 the base is: (trained - base) + base would not be trained, bit for bit.
+    """
+    changes = [(trained, weight) for trained, weight in changes if weight != 0]
+    if not changes:
+        return base
+    if len(changes) == 1 and changes[0][1] == 1:
+        return changes[0][0]
+    start = base.double()
+    total = start.clone()
+    for trained, weight in changes:
+        total += weight * (trained.double() - start)
+    return total.to(changes[0][0].dtype)
+
+
+def bias_delta_folder(path: str | Path) -> Path:
+    """The adapter folder of a run or adapter, which holds biases and gains of norms and nothing else.
+
+    Raises InputError for everything else.
+    """
+    folder = find_model(path, ("adapter",)).folder
+    refuse_low_rank(folder)
+    return folder
+
+
+def refuse_low_rank(folder: Path) -> None:
+    """InputError for a folder that holds no adapter of ours, or one of low rank."""
+    if not (folder / DELTA).is_file():
+        problem = f"there is no {DELTA}; give a run or its adapter/"
+    elif read_delta(folder)["form"] == "peft":
+        problem = "it is of low rank and changes the modules themselves; open it alone, with Encoder.from_pretrained"
+    else:
+        return
+    raise InputError(f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves: {problem}")
+
+
+def refuse_matrices(folder: Path, trained: Mapping[str, Tensor]) -> None:
+    """InputError for a delta that changes more than biases and gains of norms, as tuning=full does."""
+    matrix = next((name for name, value in trained.items() if value.ndim > 1), None)
+    if matrix is not None:
+        raise InputError(
+            f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves: it changes the matrix {matrix}; "
+            "open it alone, with Encoder.from_pretrained"
+        )
+
+
+def untuned_values(trunk: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """The values of the base where `trunk` has others, by name: none over the base itself.
+
+    folder: a bias delta over that base, which is opened for a moment to compare, where the trunk is a tuned model of
+    it, or the base in a narrower dtype. A bias that the base has not is zero. Raises InputError where anything but
+    biases and gains differs, by its name.
+    """
+    stated = read_delta(folder)
+    if is_its_base(trunk, folder):
+        return {}
+    base = load_trunk(ModelConfig(base_of(folder), opened_dtype(folder, "float32"), layers=stated["layers"]))
+    refuse_other_base(base, folder)
+    now, of_base = unquantised_weights(trunk), dict(base.named_parameters())
+    untuned: dict[str, Tensor] = {}
+    differs = next((name for name in of_base if name not in now), None)
+    for name, value in now.items():
+        if name not in of_base:
+            if not name.endswith(".bias"):
+                differs = differs or name
+            elif value.any():
+                untuned[name] = torch.zeros_like(value)
+        elif not _equal(value, of_base[name]):
+            if of_base[name].ndim > 1 or of_base[name].shape != value.shape:
+                differs = differs or name
+            else:
+                untuned[name] = of_base[name].detach().to(value.device)
+    if differs is not None:
+        first = f"the first {stated['layers']} blocks of " if stated["layers"] else ""
+        raise InputError(
+            f"{folder}: made from {first}{stated['base']}, and {differs} of this {type(trunk).__name__} is another; "
+            "open that base, or a model whose biases were tuned over it"
+        )
+    return untuned
+
+
+def _equal(value: Tensor | WeightSample, of_base: Tensor) -> bool:
+    """In the dtype of `value`, of which a quantised trunk has kept a sample."""
+    if isinstance(value, WeightSample):
+        sample = WeightSample.of(of_base)
+        return sample.shape == value.shape and _equal(value.numbers, sample.numbers)
+    return value.shape == of_base.shape and torch.equal(value, of_base.to(value.device, value.dtype))

@@ -2,6 +2,11 @@
 
     encoder = Encoder.from_pretrained("runs/pydocs/export")
     encoder.encode_queries(["parse a date from a string"])  # [1, D]
+
+Many tuned models of one base are served from one trunk, each a delta of kilobytes:
+
+    encoder.load_delta("legal", "runs/legal")
+    encoder.encode_queries(["a claim", "a recipe"], delta=["legal", None])  # each by its model, in one forward pass
 """
 
 import copy
@@ -17,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgpt.decoder.families import embedding_size, position_limit
+from sgpt.decoder.mixed import mixed
 from sgpt.decoder.packing import Pack, packs
 from sgpt.decoder.quantised import QUANTISED, held_weights, quantise, quantised_dtype
 from sgpt.decoder.trunk import (
@@ -33,6 +39,8 @@ from sgpt.encoder import contract as contracts
 from sgpt.encoder import sentence_transformers as sentence_transformers_format
 from sgpt.encoder.adapter import base_of, check_tokenizer, open_trunk
 from sgpt.encoder.contract import Contract
+from sgpt.encoder.delta import Delta
+from sgpt.encoder.deltas import DeltaNames, Deltas, Strengths, check_limits
 from sgpt.encoder.head import output_size, read_head
 from sgpt.encoder.model_folder import find_model
 from sgpt.encoder.pooling import POOLINGS
@@ -40,7 +48,7 @@ from sgpt.encoder.probes import Encode, check_probes
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import progress_bar
 from sgpt.runtime.provenance import content_hash, tokenizer_hash, weights_hash
-from sgpt.text.markers import ROLES, Frame, MarkersConfig, Role, frames
+from sgpt.text.markers import Frame, MarkersConfig, Role, frames
 from sgpt.text.tokens import TokenLists, content_ids, marked
 
 log = logging.getLogger(__name__)
@@ -53,8 +61,8 @@ class Encoder(nn.Module):
 
     trunk: any decoder or BERT-like encoder. contract: markers, limits, pooling. Training calls `packs`, `embed_pack`
     and `restore_order`; `forward` is the three in one. delta: where others use the trunk as well, what makes it this
-    encoder's (sgpt/encoder/delta.py); `encode` puts it on and off. head: what models of others do to an embedding
-    behind the pooling (sgpt/encoder/head.py).
+    encoder's (sgpt/encoder/delta.py); `encode` puts it on and off. deltas: other tuned models over the same trunk by
+    name, see `load_delta`. head: what models of others do to an embedding behind the pooling (sgpt/encoder/head.py).
     """
 
     def __init__(
@@ -64,17 +72,18 @@ class Encoder(nn.Module):
         contract: Contract,
         *,
         tokens_per_pack: int = TOKENS_PER_PACK,
-        delta: AbstractContextManager | None = None,
+        delta: Delta | None = None,
         head: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.delta = nullcontext() if delta is None else delta
         self.head = head
+        self.delta = delta
+        self.deltas = Deltas()
         self.trunk, self.tokenizer, self.contract = trunk, tokenizer, contract
         check_vocabulary(tokenizer, trunk)
         self.tokens_per_pack = tokens_per_pack
         self.frames: dict[Role, Frame] = frames(contract.markers, tokenizer)
-        _check_limits(contract.markers, trunk)
+        check_limits(contract.markers, trunk)
         self.train(trunk.training)  # a new module says it is training, and `encode` would leave its trunk so
 
     def forward(self, rows: TokenLists) -> Tensor:
@@ -92,18 +101,36 @@ class Encoder(nn.Module):
 
     def embed_pack(self, pack: Pack) -> Tensor:
         """[rows of the pack, D], with gradient. No padding is computed, except for trunks that do not take packs."""
-        inside = getattr(self.delta, "inside", True)
-        assert inside, "the trunk is the base here: call this inside of `with encoder.delta:`"
+        assert self.delta is None or self.delta.inside, "the trunk is the base here: use `with encoder.delta:`"
         with self._autocast():
-            if not takes_packs(self.trunk):
-                return self.embed(*pack.padded(self.tokenizer.pad_token_id))
-            hidden = packed_token_embeddings(self.trunk, pack)  # [N, D]
-            pool = POOLINGS[self.contract.pooling]
-            pooled = []
-            for block in pack.split(hidden):  # [rows, T, D], every token real
-                mask = block.new_ones(block.shape[:2], dtype=torch.long)
-                pooled.append(pool(block, mask))
-            return self._through_head(torch.cat(pooled))
+            return self._embed(pack, [self.contract.pooling] * len(pack.rows))
+
+    def _embed_with(self, pack: Pack, deltas: Sequence[Delta | None]) -> Tensor:
+        """As `embed_pack`, without gradient, each row with its delta; one for all where the trunk takes no packs."""
+        distinct = [*dict.fromkeys(deltas)]
+        poolings = [self._contract(delta).pooling for delta in deltas]
+        if len(distinct) == 1:
+            with self._tuned(distinct[0]), self._autocast():
+                return self._embed(pack, poolings)
+        own = self.delta.values() if self.delta else {}
+        versions = [delta.values() if delta else own for delta in distinct]
+        of_rows = [distinct.index(delta) for delta in deltas]
+        with mixed(self.trunk, pack, versions, of_rows), self._autocast(*versions):
+            return self._embed(pack, poolings)
+
+    def _embed(self, pack: Pack, poolings: Sequence[str]) -> Tensor:
+        """poolings: of each row of the pack; all equal for a trunk that does not take packs."""
+        if not takes_packs(self.trunk):
+            input_ids, mask = pack.padded(self.tokenizer.pad_token_id)
+            return self._through_head(_pooled(token_embeddings(self.trunk, input_ids, mask), mask, poolings))
+        hidden = packed_token_embeddings(self.trunk, pack)  # [N, D]
+        pooled: list[Tensor] = []
+        start = 0
+        for block in pack.split(hidden):  # [rows, T, D], every token real
+            mask = block.new_ones(block.shape[:2], dtype=torch.long)
+            pooled.append(_pooled(block, mask, poolings[start : start + len(block)]))
+            start += len(block)
+        return self._through_head(torch.cat(pooled))
 
     def restore_order(self, all_packs: Sequence[Pack], embeddings: Sequence[Tensor], num_rows: int) -> Tensor:
         """The packs' embeddings as [num_rows, D], in the order of the rows; zeros for rows that are in no pack."""
@@ -122,13 +149,31 @@ class Encoder(nn.Module):
         """[rows, D of the trunk] -> [rows, D]."""
         return pooled if self.head is None else self.head(pooled.float())
 
-    def token_ids(self, texts: Sequence[str], role: Role) -> TokenLists:
-        """Marked and truncated ids; the content is tokenised alone, so nothing merges with a marker."""
-        return marked(self._prompted(texts, role), self.tokenizer, self.frames[role])
+    def token_ids(self, texts: Sequence[str], role: Role, deltas: Sequence[Delta | None] | None = None) -> TokenLists:
+        """Marked and truncated ids; the content is tokenised alone, so nothing merges with a marker.
 
-    def _prompted(self, texts: Sequence[str], role: Role) -> Sequence[str]:
-        prompt = self.contract.prompts.get(role)
+        deltas: of each text, as `deltas.of_rows` gives them; its markers and limits are used.
+        """
+        deltas = deltas or [None] * len(texts)
+        rows: TokenLists = [[]] * len(texts)
+        for delta in dict.fromkeys(deltas):
+            numbers = [number for number, of_text in enumerate(deltas) if of_text is delta]
+            prompted = self._prompted([texts[number] for number in numbers], role, delta)
+            frame = (delta.frames if delta else self.frames)[role]
+            for number, ids in zip(numbers, marked(prompted, self.tokenizer, frame), strict=True):
+                rows[number] = ids
+        return rows
+
+    def _prompted(self, texts: Sequence[str], role: Role, delta: Delta | None = None) -> Sequence[str]:
+        prompt = self._contract(delta).prompts.get(role)
         return [prompt + text for text in texts] if prompt else texts
+
+    def _contract(self, delta: Delta | None) -> Contract:
+        return delta.contract if delta else self.contract
+
+    def _tuned(self, delta: Delta | None = None) -> AbstractContextManager:
+        """Inside, the trunk is tuned by `delta`, or without one as the encoder was opened."""
+        return delta or self.delta or nullcontext()
 
     def encode_queries(self, texts: Sequence[str], **options) -> np.ndarray | Tensor:
         """As `encode` with role="query"."""
@@ -141,9 +186,15 @@ class Encoder(nn.Module):
     @torch.inference_mode()
     def encode(
         self, texts: Sequence[str], role: Role, *,
+        delta: DeltaNames = None, strength: Strengths = None,
         normalize: bool | None = None, as_tensor: bool = False, out: Tensor | None = None, progress: bool | None = None,
     ) -> np.ndarray | Tensor:  # fmt: skip
         """Embeddings [texts, D] in float32, on the CPU, in the order given.
+
+        delta: name of a loaded delta, whose model, markers, limits, pooling and normalisation are used; one for all
+        texts, or one a text. None is the encoder as it was opened. strength: as in `load_delta`, for all or one a text;
+        None takes the one from there. Texts of several deltas share forward passes (sgpt/decoder/mixed.py); over trunks
+        that take no packs each delta has passes of its own.
 
         normalize: length 1; None takes the contract's word. out: a tensor to fill and return, a memory map for what
         memory cannot hold; besides it the memory taken does not grow with the texts. progress: a bar; None shows one
@@ -156,22 +207,71 @@ class Encoder(nn.Module):
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"encode: text {number} is {type(text).__name__} {text!r:.60}; give strings")
+        deltas = self.deltas.of_rows(len(texts), delta, strength)
         was_training = self.training
         self.eval()
         embeddings = torch.empty(len(texts), self.embedding_size) if out is None else out
-        unit = self.contract.normalize if normalize is None else normalize
-        with self.delta, progress_bar(f"encoding {len(texts):,} {role} texts", len(texts), progress) as advance:
+        with progress_bar(f"encoding {len(texts):,} {role} texts", len(texts), progress) as advance:
             for start in range(0, len(texts), TEXTS_AT_A_TIME):
-                part = embeddings[start : start + TEXTS_AT_A_TIME].zero_()
-                for pack in self.packs(self.token_ids(texts[start : start + TEXTS_AT_A_TIME], role)):
-                    of_pack = self.embed_pack(pack).float()  # [rows of the pack, D]
-                    of_pack = (F.normalize(of_pack, dim=1) if unit else of_pack).cpu()
+                stop = start + TEXTS_AT_A_TIME
+                part = embeddings[start:stop].zero_()
+                rows = self.token_ids(texts[start:stop], role, deltas[start:stop])
+                for numbers, of_pack in self.embed_rows(rows, deltas[start:stop], normalize=normalize):
                     if not of_pack.isfinite().all():
-                        self._refuse_not_finite(of_pack, [start + row for row in pack.rows], texts, role)
-                    part[pack.rows] = of_pack
-                    advance(len(pack.rows))
+                        self._refuse_not_finite(of_pack, [start + number for number in numbers], texts, role)
+                    part[numbers] = of_pack
+                    advance(len(numbers))
         self.train(was_training)
         return embeddings if as_tensor or out is not None else embeddings.numpy()
+
+    @torch.inference_mode()
+    def embed_rows(
+        self, rows: TokenLists, deltas: Sequence[Delta | None] | None = None, *, normalize: bool | None = None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Of each pack the numbers of its rows and their embeddings [rows of the pack, D], in float32, on the CPU.
+
+        rows: token ids; one without any is in no pack. deltas: of each row, as `deltas.of_rows` gives them. normalize:
+        None is what each row's contract says. The encoder is to be in evaluation mode.
+        """
+        deltas = deltas or [None] * len(rows)
+        for of_passes in [rows] if takes_packs(self.trunk) else _by_delta(rows, deltas):
+            for pack in self.packs(of_passes):
+                of_rows = [deltas[row] for row in pack.rows]
+                embeddings = self._embed_with(pack, of_rows).float()
+                unit = [self._contract(delta).normalize if normalize is None else normalize for delta in of_rows]
+                if any(unit):
+                    chosen = torch.tensor(unit, device=embeddings.device)[:, None]
+                    embeddings = torch.where(chosen, F.normalize(embeddings, dim=1), embeddings)
+                yield pack.rows, embeddings.cpu()
+
+    def load_delta(self, name: str, path: str | Path, strength: float = 1.0) -> None:
+        """Holds another model that was tuned by its biases over the same base; `encode` takes its name.
+
+        It costs the kilobytes of its tensors. path: its run or adapter folder. strength: how much of its change is
+        used, base + strength · change, so that 1 is the tuned model bit for bit and 0 the base; in between is more of
+        the base's general quality.
+
+        This encoder is the base, or a tuned model of it: then the base is opened for a moment, to know its biases.
+        Raises InputError for another base or tokenizer, for what changes more than biases and gains of norms, and for a
+        name that is used. Deltas are for `encode` and not for training.
+        """
+        self.deltas.load(self.trunk, self.tokenizer, name, path, strength)
+
+    def unload_delta(self, name: str) -> None:
+        """Forgets a delta, and leaves the trunk as if it had not been loaded. InputError where there is none."""
+        self.deltas.unload(self.trunk, name)
+
+    def with_delta(self, name: str, strength: float | None = None) -> "Encoder":
+        """A loaded delta as an encoder of its own over the same trunk, for what takes an encoder: an index, a score.
+
+        Encoders of one trunk encode one after the other.
+        """
+        delta = self.deltas.named(name, strength)
+        other = type(self)(
+            self.trunk, self.tokenizer, delta.contract, tokens_per_pack=self.tokens_per_pack, delta=delta
+        )
+        other.deltas.biases = self.deltas.biases
+        return other
 
     def _refuse_not_finite(self, embeddings: Tensor, numbers: Sequence[int], texts: Sequence[str], role: Role) -> None:
         """Names the first text, in the order given, whose embedding holds NaN or infinity."""
@@ -204,8 +304,10 @@ class Encoder(nn.Module):
 
     def hashes(self) -> dict[str, str]:
         """Of the weights and the tokenizer, by which whoever stores them can say which has changed."""
-        with self.delta:
-            weights = weights_hash(held_weights(self.trunk))
+        others = self.deltas.biases - (self.delta.trained.keys() if self.delta else set())
+        with self._tuned():
+            held = held_weights(self.trunk)
+            weights = weights_hash({name: value for name, value in held.items() if name not in others})
         head = {} if self.head is None else {"head": weights_hash(self.head.state_dict())}
         return {"weights": weights, "tokenizer": tokenizer_hash(self.tokenizer), **head}
 
@@ -213,15 +315,15 @@ class Encoder(nn.Module):
         """A copy that holds and computes all weights in `dtype`; the encoder itself when it does so already.
 
         A quantised trunk gets the weights again that it was opened from. Buffers are left as they are, as loading in
-        this dtype leaves them: rotary frequencies stay float32.
+        this dtype leaves them: rotary frequencies stay float32. Loaded deltas stay behind.
         """
         if quantised_dtype(self.trunk):
-            with self.delta:
+            with self._tuned():
                 whole = unquantised(self.trunk)
             return self._over(whole).in_dtype(dtype)
         if all(parameter.dtype == dtype for parameter in self.trunk.parameters()):
             return self
-        with self.delta:
+        with self._tuned():
             trunk = copy.deepcopy(self.trunk)
         for parameter in trunk.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -242,9 +344,13 @@ class Encoder(nn.Module):
         self.contract.check_roles(self.tokenizer, source)
         check_probes(self, self.trunk.dtype, source)
 
-    def _autocast(self) -> AbstractContextManager:
-        """Autocast where half-precision weights meet float32 biases, which learn; else what the caller has set."""
+    def _autocast(self, *versions: Mapping[str, Tensor]) -> AbstractContextManager:
+        """Autocast where half-precision weights meet float32 biases, which learn; else what the caller has set.
+
+        versions: values that some rows have instead of the trunk's.
+        """
         dtypes = {parameter.dtype for parameter in self.trunk.parameters()}
+        dtypes |= {value.dtype for values in versions for value in values.values()}
         half = dtypes - {torch.float32}
         return torch.autocast(self.device.type, half.pop()) if half and len(dtypes) > 1 else nullcontext()
 
@@ -327,7 +433,7 @@ def _open_foreign(
     if said_by is not None:
         log.warning(
             "%s: by %s it is an asymmetric SGPT model, so queries are put in [ ] and documents in { }, as in its "
-            "training; markers=none opens it without",
+            "training; state markers to open it otherwise",
             path, said_by,
         )  # fmt: skip
     head = read_head(stated.head, embedding_size(trunk))
@@ -335,11 +441,17 @@ def _open_foreign(
     return trunk, tokenizer, contract, head
 
 
-def _check_limits(markers: MarkersConfig, trunk: nn.Module) -> None:
-    limit = position_limit(trunk)
-    for role in ROLES:
-        if limit is not None and markers.max_tokens(role) > limit:
-            raise InputError(
-                f"markers.{role}_max_tokens={markers.max_tokens(role)} is more than the {limit} positions of "
-                f"{type(trunk).__name__}; lower it to {limit} or less"
-            )
+def _pooled(hidden: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
+    """[rows, T, D] -> [rows, D], each row by its row of POOLINGS. Every pooling sees all rows, as it would alone."""
+    first, *others = dict.fromkeys(poolings)
+    pooled = POOLINGS[first](hidden, mask)
+    for name in others:
+        chosen = torch.tensor([pooling == name for pooling in poolings], device=hidden.device)[:, None]
+        pooled = torch.where(chosen, POOLINGS[name](hidden, mask), pooled)
+    return pooled
+
+
+def _by_delta(rows: TokenLists, deltas: Sequence[Delta | None]) -> Iterator[TokenLists]:
+    """For each delta all rows, of which those of others are empty."""
+    for delta in dict.fromkeys(deltas):
+        yield [row if of_row is delta else [] for row, of_row in zip(rows, deltas, strict=True)]

@@ -37,6 +37,7 @@ TOLERANCE = 1e-3  # of the largest entry, in float32: other machines sum in anot
 ROUNDINGS = 3
 HALVES = ("bfloat16", "float16")
 Encode = Callable[[Sequence[str], Role], np.ndarray]  # as `Encoder.encode`: embeddings [texts, D]
+TokenIds = Callable[[Sequence[str], Role], TokenLists]  # as `Encoder.token_ids`
 
 
 class Probed(Protocol):
@@ -44,32 +45,28 @@ class Probed(Protocol):
 
     contract: Contract
     encode: Encode
+    token_ids: TokenIds
 
-    def token_ids(self, texts: Sequence[str], role: Role) -> TokenLists: ...
     def encode_in(self, dtype: torch.dtype) -> Encode: ...
 
 
 def measure(encoder: Probed) -> dict[str, dict]:
     """The fields `probes` and `rounding` of the contract that is saved with the encoder's weights."""
-    return {"probes": probes(encoder), "rounding": rounding(encoder.encode_in)}
+    exact = encoder.encode_in(torch.float32)
+    return {"probes": probes(exact, encoder.token_ids), "rounding": rounding(encoder.encode_in)}
 
 
-def probes(encoder: Probed) -> dict[str, list]:
-    """In float32: {"texts", "query", "document", "query_ids", "document_ids"}.
+def probes(encode: Encode, token_ids: TokenIds | None = None) -> dict[str, list]:
+    """{"texts", "query", "document"}, of each embedding the first NUMBERS numbers; encode: in float32.
 
-    Of each embedding the first NUMBERS numbers; of each text its token ids.
+    token_ids: adds the ids of each text, "query_ids" and "document_ids".
     """
-    measured = _embedded(encoder.encode_in(torch.float32), PROBE_TEXTS)
+    measured: dict[str, list] = {"texts": list(PROBE_TEXTS)}
     for role in ROLES:
-        measured[f"{role}_ids"] = encoder.token_ids(PROBE_TEXTS, role)
-    return measured
-
-
-def _embedded(encode: Encode, texts: Sequence[str]) -> dict[str, list]:
-    measured: dict[str, list] = {"texts": list(texts)}
-    for role in ROLES:
-        rows = encode(texts, role)[:, :NUMBERS].tolist()
+        rows = encode(PROBE_TEXTS, role)[:, :NUMBERS].tolist()
         measured[role] = [[float(f"{number:.7g}") for number in row] for row in rows]
+        if token_ids is not None:
+            measured[f"{role}_ids"] = token_ids(PROBE_TEXTS, role)
     return measured
 
 
@@ -100,7 +97,7 @@ def rounding(
 
     encode_in: of a dtype, `encode` of a model whose weights are held and computed in it.
     """
-    exact = _embedded(encode_in(torch.float32), PROBE_TEXTS)
+    exact = probes(encode_in(torch.float32))
     measured: dict[str, float | None] = {}
     for name in dtypes:
         try:

@@ -24,7 +24,7 @@ TOKEN_WEIGHTS = {  # of the tokens of a row, by the pooling: from the mask [text
 
 def snippet(form: str, contract: Contract, folder: str) -> str:
     """The lines for an export in this format. folder: its path, or its id on the model hub."""
-    return LINES[form](contract, folder) + _usage()
+    return SNIPPETS[form](contract, folder) + _usage()
 
 
 def outputs(embed: Encode) -> str:
@@ -137,7 +137,7 @@ def encode(texts, role):
 '''
 
 
-LINES = {
+SNIPPETS = {
     "sentence-transformers": _sentence_transformers,
     "transformers": _transformers,
     "peft": _peft,

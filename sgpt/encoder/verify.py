@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from sgpt.decoder.base_folder import path_for_others
-from sgpt.decoder.model_files import TOKENIZER
+from sgpt.decoder.model_files import TOKENIZER, first_line
 from sgpt.encoder.adapter import DELTA, PEFT, base_of
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import GRAPH, OPENVINO, is_graph
@@ -50,13 +51,13 @@ class Loader:
 class Deviation:
     """How far a loader is from the encoder, at worst, over the texts of one role.
 
-    difference: of an embedding from the encoder's, as a share of the largest entry of that one; NaN where there is
-    none to compare. bound: what is allowed of it, None where cosines are asked for. cosine: the lowest.
-    error: what is wrong, as a sentence; None where all is well.
+    role: "both" where they are measured together. difference: of an embedding from the encoder's, as a share of the
+    largest entry of that one; NaN where there is none to compare. bound: what is allowed of it, None where cosines are
+    asked for. cosine: the lowest. error: what is wrong, as a sentence; None where all is well.
     """
 
     loader: str
-    role: Role
+    role: Role | Literal["both"]
     texts: int
     difference: float
     bound: float | None
@@ -92,12 +93,18 @@ def deviations(folder: Path, encoder: Encoder) -> Iterator[Deviation]:
     exact = encoder.in_dtype(torch.float32)
     expected = {role: _with_tokens(texts, exact, role) for role in ROLES}
     del exact  # and its weights, where they are a copy
-    for load in LOADERS.values():
+    for name, load in LOADERS.items():
         # one after the other, so that one copy of the weights is held at a time
-        loader = load(folder, encoder)
-        if loader is not None:
-            for role in ROLES:
-                yield _compare(loader, role, *expected[role], encoder)
+        try:
+            loader = load(folder, encoder)
+            if loader is not None:
+                for role in ROLES:
+                    yield _compare(loader, role, *expected[role], encoder)
+        except InputError as error:
+            yield Deviation(name, "both", 0, np.nan, TOLERANCE, np.nan, str(error))
+        except Exception as error:  # of another library, which may raise anything at what it cannot read
+            reason = f"{type(error).__name__}: {first_line(error):.160}"
+            yield Deviation(name, "both", 0, np.nan, TOLERANCE, np.nan, f"{name} cannot open {folder} ({reason})")
 
 
 def first_loader(folder: Path, encoder: Encoder) -> Loader:
@@ -157,7 +164,8 @@ def _transformers(folder: Path, encoder: Encoder) -> Loader | None:
     """As somebody would without this framework, who has the folder and reads the JSON files in it."""
     from transformers import AutoModel
 
-    if is_graph(folder) or not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
+    needed = ("sgpt.json", "config.json", "tokenizer.json")
+    if is_graph(folder) or any(not (folder / name).is_file() for name in needed):
         return None
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(encoder.device).eval()
     return _by_hand(f"transformers {installed_version('transformers')}", model, folder, folder)
@@ -165,7 +173,7 @@ def _transformers(folder: Path, encoder: Encoder) -> Loader | None:
 
 def _peft(folder: Path, encoder: Encoder) -> Loader | None:
     """An adapter in PEFT's form over its base, which is opened in the dtype that it had in training."""
-    if not (folder / PEFT).is_file():
+    if not (folder / PEFT).is_file() or not (folder / "sgpt.json").is_file():
         return None
     from peft import PeftModel
     from transformers import AutoModel
@@ -292,7 +300,7 @@ def _compare(
     if error := _other_ids(loader, role, texts, ids, encoder):
         return Deviation(loader.name, role, len(texts), np.nan, bound, np.nan, error)
     given = loader.embed(texts, role)
-    differences, cosines = _difference(given, embeddings), _cosines(given, embeddings)
+    differences, cosines = _difference(given, embeddings), row_cosines(given, embeddings)
     # a row that is no number is the worst of all
     if loader.least_cosine is not None:
         row = int(np.nan_to_num(cosines, nan=-np.inf).argmin())
@@ -358,8 +366,8 @@ def _difference(given: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return np.abs(given - expected).max(1) / np.abs(expected).max(1).clip(min=1e-9)
 
 
-def _cosines(given: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Of each row [rows], in float64."""
+def row_cosines(given: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Of each pair of rows [rows], in float64; 0 where one is zeros, NaN where one is no number."""
     given, expected = given.astype(np.float64), expected.astype(np.float64)
     lengths = np.linalg.norm(given, axis=1) * np.linalg.norm(expected, axis=1)
     return (given * expected).sum(1) / lengths.clip(min=1e-30)

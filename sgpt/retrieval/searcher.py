@@ -13,13 +13,14 @@ import torch
 from sgpt.cross_encoder.cross_encoder import CrossEncoder, load_language_model
 from sgpt.cross_encoder.prompts import PromptConfig
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer
-from sgpt.encoder.adapter import DELTA, base_of, check_tokenizer, convert, opened_dtype
+from sgpt.encoder.adapter import DELTA, base_of, check_tokenizer, convert, opened_dtype, read_delta
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import find_model
 from sgpt.retrieval.index import IndexConfig, open_index
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.overrides import argument
 from sgpt.runtime.values import COUNT, check_ranges
 
 
@@ -88,6 +89,18 @@ def load_encoder_and_reranker(
     contract = Contract.load(folder)
     if not (folder / DELTA).is_file():
         raise InputError(f"{folder} holds no {DELTA}, {remedy}")
+    stated = read_delta(folder)
+    without = f"search without re-ranking: leave out rerank=true (python train/search.py {argument('run', str(path))})"
+    if stated["form"] == "peft":
+        raise InputError(
+            f"{folder} is of low rank and not the bias delta that tuning=bitfit or bitfit_norm saves, so encoder and "
+            f"re-ranker cannot share one trunk; {without}"
+        )
+    if stated["layers"]:
+        raise InputError(
+            f"{folder}: trained over the first {stated['layers']} blocks of {stated['base']} (model.layers), which "
+            f"are no language model that could re-rank; {without}"
+        )
     model = load_language_model(ModelConfig(base_of(folder), opened_dtype(folder, dtype)))
     convert(model, dtype)  # a base in half precision under trained biases keeps its rounded values
     model = model.to(device)

@@ -23,10 +23,11 @@ NO_TEXT = {
     "limit", "data.limit", "evaluation.limit", "dev.limit",
     "data.positive_score", "data.negative_score", "data.weight", "data.query_max_tokens", "data.document_max_tokens",
     "loss.false_negative_margin", "trainer.max_steps", "trainer.keep_gigabytes", "trainer.threads", "threads",
-    "score_margin", "score_ratio", "markers", "model.layers",
+    "score_margin", "score_ratio", "markers", "model.layers", "weights", "least_cosine",
 }  # fmt: skip
 OR_NULL = {"evaluation.split", "dev.split"}  # their default is a text, and null is allowed as well
 SOURCES = "data.sources"  # a list whose members hold keys of data, in braces
+ANY = ".*"  # behind a group whose keys have any names
 DEPTHS = {"shots": 2}  # lists of lists of texts, which an empty list in the YAML does not show
 QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 PLAIN = re.compile(r"[\w./-][\w./:@%+?*| -]*", re.ASCII)  # what Hydra reads without quotes
@@ -75,9 +76,11 @@ def _as_typed(argument: str, known: Mapping[str, TextKey], verbatim: Sequence[st
         return argument
     if sweeping and (SWEEP.match(value) or len(_split(value)) > 1):
         return argument
+    if f"{name}{ANY}" in known or f"{name.rpartition('.')[0]}{ANY}" in known:
+        key = f"++{name}"  # Hydra takes new keys in no other way
     if name in verbatim:
         return argument if _stands(value, known[name]) else f"{key}=" + quoted(value.replace("\\n", "\n"))
-    return f"{key}={_value(name, value, known, known.get(name))}"
+    return f"{key}={_value(name, value, known, _kind(name, known))}"
 
 
 def _value(key: str, value: str, known: Mapping[str, TextKey], kind: TextKey | None) -> str:
@@ -100,9 +103,14 @@ def _value(key: str, value: str, known: Mapping[str, TextKey], kind: TextKey | N
         for part in _split(inner[1:-1]):
             name, _, inner_value = part.partition(":")
             full_key = f"{key}.{name.strip()}"
-            pairs.append(f"{name.strip()}:{_value(full_key, inner_value.strip(), known, known.get(full_key))}")
+            pairs.append(f"{name.strip()}:{_value(full_key, inner_value.strip(), known, _kind(full_key, known))}")
         return f"{{{','.join(pairs)}}}"
     return value if PLAIN.fullmatch(inner) or "${" in value or not inner else quoted(value)
+
+
+def _kind(key: str, known: Mapping[str, TextKey]) -> TextKey | None:
+    """What the key holds, by itself or as any key of its group; None where that is no text."""
+    return known.get(key, known.get(f"{key.rpartition('.')[0]}{ANY}"))
 
 
 def _paths(parts: list[str]) -> list[str]:
@@ -150,9 +158,14 @@ def _split(text: str) -> list[str]:
 
 @cache
 def texts(config_name: str) -> dict[str, TextKey]:
-    """The keys of a script that are texts or lists of them, by the defaults in its YAML."""
+    """The keys of a script that are texts or lists of them, by the defaults in its YAML.
+
+    A group that is empty there has keys of any name, which hold texts.
+    """
     kinds: dict[str, TextKey] = {}
     for key, value in _leaves(_composed(config_name)):
+        if value == {}:
+            kinds[f"{key}{ANY}"] = TextKey(0, False)
         if key not in NO_TEXT and (value is None or isinstance(value, str | list)):
             depth = DEPTHS.get(key, int(isinstance(value, list)))
             kinds[key] = TextKey(depth, value is None or key in OR_NULL)
@@ -176,7 +189,7 @@ def _composed(config_name: str) -> dict[str, Any]:
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     leaves: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             leaves += _leaves(value, f"{prefix}{key}.")
         else:
             leaves.append((f"{prefix}{key}", value))

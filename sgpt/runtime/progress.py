@@ -75,6 +75,19 @@ def log_progress(title: str, total: float | None = None) -> Iterator[Work]:
             _under_way.remove(work)
 
 
+@contextmanager
+def no_progress() -> Iterator[None]:
+    """No lines about the work under way while this lasts: a server has no end that it comes nearer to."""
+    with _lock:
+        hidden = list(_under_way)
+        _under_way.clear()
+    try:
+        yield
+    finally:
+        with _lock:
+            _under_way[:0] = hidden
+
+
 def _write_lines() -> None:
     """Until nothing is under way. Wakes ten times in each interval, so that no work is kept waiting for this thread."""
     global _writer

@@ -37,7 +37,8 @@ def read(typed: str, script: str) -> object:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_argument_that_is_printed_is_read_as_the_same_text(name):
     for script, key in (
-        ("search", "run"), ("export", "run"), ("evaluate", "model"), ("rerank", "data"), ("train", "runs")
+        ("search", "run"), ("export", "run"), ("evaluate", "model"), ("rerank", "data"), ("train", "runs"),
+        ("verify", "model"),
     ):
         assert read(*words(argument(key, name)), script) == name
         assert read(*words(argument(key, f"{name}/run")), script) == f"{name}/run"

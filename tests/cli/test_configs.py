@@ -22,6 +22,7 @@ from sgpt.cli.launch import _check_processes
 from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.encoder.export import ExportConfig
 from sgpt.evaluation.mteb import MtebConfig
+from sgpt.evaluation.strength import MergeConfig
 from sgpt.evaluation.systems import EvaluateConfig
 from sgpt.inspection.inspect import InspectConfig
 from sgpt.mining.config import MineConfig
@@ -30,15 +31,18 @@ from sgpt.retrieval.rerank import RerankConfig
 from sgpt.retrieval.searcher import SearchConfig
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.overrides import TextKey, as_typed, texts
+from sgpt.serving.config import ServeConfig
 from sgpt.training.config import TrainConfig
 from sgpt.training.tuning import TuningConfig
+from sgpt.verification.config import VerifyConfig
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
 SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig,
     "pretrain": PretrainConfig, "mine": MineConfig,
-    "inspect_data": InspectConfig, "rerank": RerankConfig, "evaluate_mteb": MtebConfig,
+    "inspect_data": InspectConfig, "rerank": RerankConfig, "evaluate_mteb": MtebConfig, "merge": MergeConfig,
+    "serve": ServeConfig, "verify": VerifyConfig,
 }  # fmt: skip
 SCRIPTS = {"biencoder": "train"} | {name: name for name in SCHEMAS if name != "train"}
 OPTIONS = sorted((file.parent.name, file.stem) for file in CONFIGS.glob("*/*.yaml"))
@@ -245,6 +249,8 @@ def test_the_keys_that_are_taken_for_texts_are_those_of_the_dataclasses(name):
                 found[prefix + key] = TextKey(depth - 1, nullable)
             elif plain == dict[str, str | None]:
                 found |= {f"{prefix}{key}.{role}": TextKey(0, True) for role in COLUMN_ROLES}
+            elif plain == dict[str, str]:
+                found[f"{prefix}{key}.*"] = TextKey(0, False)
             elif is_dataclass(plain) and not nullable:
                 found |= keys(plain, f"{prefix}{key}.")
         return found
@@ -275,6 +281,10 @@ def test_the_keys_that_are_taken_for_texts_are_those_of_the_dataclasses(name):
     ("train", "data.sources=[{path: /x y=3, limit: 7}, {path: 1e5}]", "data.sources[0].path", "/x y=3"),
     ("train", "data.sources=[{path: /x y=3, limit: 7}, {path: 1e5}]", "data.sources[1].path", "1e5"),
     ("train", "data.sources=[{path: /x y=3, limit: 7}, {path: 1e5}]", "data.sources[0].limit", 7),
+    ("serve", "deltas={legal: runs/a b, health: runs/it's}", "deltas.legal", "runs/a b"),
+    ("serve", "deltas={legal: runs/a b, health: runs/it's}", "deltas.health", "runs/it's"),
+    ("serve", "deltas.legal=1e5", "deltas.legal", "1e5"), ("serve", "deltas={a: 1e5}", "deltas.a", "1e5"),
+    ("serve", "api_key=${oc.env:PWD}", "api_key", os.environ.get("PWD")), ("serve", "prompt=${a}", "prompt", "${a}"),
     ("evaluate", "runs=[x]", "runs", "[x]"), ("evaluate", "split=1e5", "split", "1e5"),
     ("evaluate", "markers={name: none, query_max_tokens: 30}", "markers.query_max_tokens", 30),
     ("rerank", "shots=[[a document, true],['b, c',d=e]]", "shots", [["a document", "true"], ["b, c", "d=e"]]),

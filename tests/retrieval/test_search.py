@@ -28,11 +28,11 @@ CORPUS = {
 }
 
 
-def tuned_run(base, folder, seed: int = 0) -> Encoder:
+def tuned_run(base, folder, seed: int = 0, *, layers: int | None = None, tuning: str = "bitfit") -> Encoder:
     """A run folder whose biases were moved at random, saved as a training run saves them."""
-    trunk = load_trunk(ModelConfig(str(base)))
+    trunk = tune(load_trunk(ModelConfig(str(base), layers=layers)), TuningConfig(tuning))
     encoder = Encoder(
-        tune(trunk, TuningConfig()), load_tokenizer(str(base)),
+        trunk, load_tokenizer(str(base)),
         Contract("weighted_mean", MarkersConfig("brackets", **LIMITS), base=str(base))
     )
     before = {name: value.detach().clone() for name, value in trainable_parameters(trunk).items()}
@@ -58,7 +58,7 @@ def test_each_gives_what_it_gives_alone(language_model, tmp_path, family):
 def test_beside_the_language_model_there_are_only_biases(language_model, tmp_path):
     tuned_run(language_model("gpt_neo"), tmp_path)
     encoder, reranker = load_encoder_and_reranker(tmp_path)
-    delta = [value for _, value in encoder.delta.pairs]
+    delta = encoder.delta.trained.values()
     modules = (reranker.model, encoder)
     tensors = [*delta, *(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -124,8 +124,21 @@ def test_what_cannot_share_is_refused(language_model, tiny_base, tmp_path):
         Delta(other, tmp_path / "adapter")
     with pytest.raises(InputError, match=r"holds no adapter/, so there is no base to re-rank with"):
         load_encoder_and_reranker(tiny_base("gpt2"))
-    with pytest.raises(InputError, match=r"is not the bias delta that .* cannot share one trunk; search"):
+    with pytest.raises(InputError, match=r"is not the bias delta that tuning=bitfit .* saves: there is no sgpt_delta"):
         Delta(other, tiny_base("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"layers": 1}, r"trained over the first 1 blocks of .* \(model.layers\), which are no language model"),
+        ({"tuning": "lora"}, r"is of low rank and not the bias delta .* cannot share one trunk"),
+    ],
+)
+def test_a_run_that_cannot_re_rank_is_told_to_leave_that_out(options, reason, language_model, tmp_path):
+    tuned_run(language_model("llama"), tmp_path, **options)
+    with pytest.raises(InputError, match=reason + r".*; search without re-ranking: leave out rerank=true"):
+        load_encoder_and_reranker(tmp_path)
 
 
 def test_an_id_that_comes_twice_is_refused(tmp_path):

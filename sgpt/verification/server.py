@@ -1,0 +1,207 @@
+"""A running server against the trained model: every condition, both roles, with and without each delta.
+
+Expected vectors are those of the local model in float32. A server may compute in half precision: what that makes of
+these very weights is measured here, and three times as much is allowed. Cosines are blind to length, so lengths are
+compared too: they are 1, or those of the model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import numpy as np
+import torch
+
+from sgpt.decoder.trunk import ModelConfig, load_trunk
+from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.probes import PROBE_TEXTS
+from sgpt.encoder.verify import hostile_texts, row_cosines
+from sgpt.text.markers import ROLES, Role
+from sgpt.verification.clients import Client, RefusedTexts
+from sgpt.verification.conditions import Condition, conditions
+from sgpt.verification.config import VerifyConfig
+from sgpt.verification.diagnosis import Trained, explain
+
+FLOAT32 = 1e-6  # of a cosine to 1, which another order of summation, or a GPU's TF32, does not reach
+ROUNDINGS = 3  # times what half precision makes of these weights here is allowed, as other machines round elsewhere
+LENGTH_TOLERANCE = 1e-2  # of a vector's length, relative
+IGNORED, PUT_ON = "delta ignored: the vector of {}", "wrong delta: the vector of {}"
+Models = dict[str | None, Encoder]  # by delta, None is the model itself
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A condition, in one role, with one delta or without.
+
+    texts: that were compared. refused: that the server does not take. cosine: the lowest of a served vector to the
+    trained one, of `text`. fault: what is wrong, None where nothing is.
+    """
+
+    condition: str
+    role: Role
+    delta: str | None
+    texts: int
+    refused: int
+    cosine: float
+    least_cosine: float
+    text: str
+    fault: str | None = None
+
+
+def verify_server(config: VerifyConfig) -> Iterator[Finding]:
+    """One finding after the other. InputError where the server, or the local model, cannot be asked at all."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models: Models = {None: Encoder.from_pretrained(config.model).to(device)}
+    models |= {name: Encoder.from_pretrained(folder).to(device) for name, folder in config.deltas.items()}
+    assert config.endpoint is not None
+    with Client(
+        config.endpoint, config.api, models[None].embedding_size, api_key=config.api_key,
+        served_name=config.served_name, delta_as=config.delta_as, timeout_seconds=config.timeout_seconds,
+        connections=config.requests_at_once,
+    ) as client:  # fmt: skip
+        # asked first, by itself: a server that is not there, or another one, is said in a sentence
+        _asked(client, ["parse a date from a string"], "query", None, config, models[None])
+        for delta, encoder in models.items():
+            trained = Trained(encoder, _mistaken(delta, models))
+            for role in ROLES:
+                yield from _findings(client, trained, role, delta, config)
+
+
+def _mistaken(delta: str | None, models: Models) -> dict[str, Callable[[], Encoder]]:
+    """By its fault, what would come if another delta was applied than asked for, or none."""
+    encoder = models[delta]
+    others: dict[str, Callable[[], Encoder]] = {}
+    for name, other in models.items():
+        if name != delta:
+            fault = PUT_ON.format(name) if name else IGNORED.format("the model without it")
+            others[fault] = partial(_in_place_of, encoder, other)
+
+    @cache
+    def base() -> Encoder:
+        trunk = load_trunk(ModelConfig(encoder.contract.base)).to(encoder.device)
+        return Encoder(trunk, encoder.tokenizer, encoder.contract)
+
+    if encoder.contract.base:
+        others[IGNORED.format("the base")] = base
+    return others
+
+
+def _in_place_of(asked: Encoder, other: Encoder) -> Encoder:
+    """The other's weights under the contract of the model that was asked for."""
+    return Encoder(other.trunk, other.tokenizer, asked.contract)
+
+
+def _findings(
+    client: Client, trained: Trained, role: Role, delta: str | None, config: VerifyConfig
+) -> Iterator[Finding]:  # fmt: skip
+    encoder = trained.encoder
+    texts = list(dict.fromkeys([*PROBE_TEXTS, *hostile_texts(encoder)]))
+    ids = encoder.token_ids(texts, role)
+    expected = encoder.encode(texts, role, normalize=False)
+    least = config.least_cosine
+    if least is None:
+        least = _least_cosine(encoder, config.dtype, [text for text, row in zip(texts, ids, strict=True) if row], role)
+    frame = encoder.frames[role]
+    sizes = {"texts_per_request": config.texts_per_request, "requests_at_once": config.requests_at_once}
+    refused: set[int] = set()
+    around = len(frame.before) + len(frame.after)
+    for condition in conditions(ids, len(PROBE_TEXTS), around, frame.length, **sizes):
+        requests = [[row for row in rows if row not in refused] for rows in condition.requests]
+        condition = replace(condition, requests=[rows for rows in requests if rows])
+        rows, vectors, not_taken = _vectors(client, condition, texts, role, delta, config, encoder)
+        refused |= not_taken
+        yield _finding(condition, role, delta, rows, vectors, len(not_taken), texts, expected, trained, least)
+
+
+def _vectors(
+    client: Client, condition: Condition, texts: Sequence[str], role: Role, delta: str | None, config: VerifyConfig,
+    encoder: Encoder,
+) -> tuple[list[int], np.ndarray, set[int]]:  # fmt: skip
+    """Rows that were answered, their vectors [rows, D], and the rows of requests that were refused."""
+
+    def ask(rows: list[int]) -> np.ndarray | None:
+        try:
+            return _asked(client, [texts[row] for row in rows], role, delta, config, encoder)
+        except RefusedTexts:
+            if len(rows) > 1:  # each of them was taken by itself
+                raise
+            return None
+
+    if condition.at_once:
+        with ThreadPoolExecutor(len(condition.requests) or 1) as threads:
+            answers = list(threads.map(ask, condition.requests))
+    else:
+        answers = [ask(rows) for rows in condition.requests]
+    rows: list[int] = []
+    refused: set[int] = set()
+    answered = [np.empty((0, encoder.embedding_size), dtype=np.float32)]
+    for asked, vectors in zip(condition.requests, answers, strict=True):
+        if vectors is None:
+            refused.update(asked)
+        else:
+            rows += asked
+            answered.append(vectors)
+    return rows, np.concatenate(answered), refused
+
+
+def _asked(
+    client: Client, texts: Sequence[str], role: Role, delta: str | None, config: VerifyConfig, encoder: Encoder
+) -> np.ndarray:  # fmt: skip
+    if config.markers_by == "server":
+        return client.embed(texts, role, delta)
+    rule = encoder.contract.of_model(encoder.tokenizer).roles[role]
+    return client.embed([f"{rule.text_before}{text}{rule.text_after}" for text in texts], None, delta)
+
+
+def _finding(
+    condition: Condition, role: Role, delta: str | None, rows: list[int], vectors: np.ndarray, refused: int,
+    texts: Sequence[str], expected: np.ndarray, trained: Trained, least: float,
+) -> Finding:  # fmt: skip
+    """The condition's worst, and what is wrong there."""
+    finding = Finding(condition.name, role, delta, len(rows), refused, np.nan, least, "")
+    if not rows:
+        return finding
+    given = np.nan_to_num(row_cosines(vectors, expected[rows]), nan=-1.0)
+    worst = given.argsort(kind="stable")
+    finding = replace(finding, cosine=float(given[worst[0]]), text=texts[rows[worst[0]]])
+    off = [row for row in worst if given[row] < least]
+    if off:
+        wrong = vectors[off]
+        if _are_mixed_up(wrong, [rows[row] for row in off], expected, least):
+            return replace(finding, fault="answers mixed up: the vectors of other texts")
+        fault = explain([texts[rows[row]] for row in off], role, wrong, trained, least)
+        return replace(finding, fault=fault)
+    return replace(finding, fault=_wrong_lengths(vectors, expected[rows], trained.encoder))
+
+
+def _are_mixed_up(vectors: np.ndarray, rows: Sequence[int], expected: np.ndarray, least: float) -> bool:
+    """Whether each vector is that of another text."""
+    norms = np.linalg.norm(expected, axis=1, keepdims=True)
+    kept = norms[:, 0] > 0
+    units = np.where(kept[:, None], expected / np.maximum(norms, 1e-30), 0)
+    similar = (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)) @ units.T
+    best = similar.argmax(1)
+    return bool((similar.max(1) >= least).all() and all(other != row for other, row in zip(best, rows, strict=True)))
+
+
+def _wrong_lengths(vectors: np.ndarray, expected: np.ndarray, encoder: Encoder) -> str | None:
+    """Says so where the vectors are neither of length 1 nor of the model's lengths, or not of 1 as the contract says.
+    """
+    lengths, trained = np.linalg.norm(vectors, axis=1), np.linalg.norm(expected, axis=1)
+    units = np.abs(lengths - 1) <= LENGTH_TOLERANCE
+    as_trained = np.abs(lengths - trained) <= LENGTH_TOLERANCE * trained
+    if units.all() or (as_trained.all() and not encoder.contract.normalize):
+        return None
+    odd = float(lengths[~units][0])
+    if encoder.contract.normalize:
+        return f"no normalisation: a vector of length {odd:.3g}, where the contract says 1"
+    return f"a vector of length {odd:.3g}, which is neither 1 nor the model's"
+
+
+def _least_cosine(encoder: Encoder, dtype: str, texts: Sequence[str], role: Role) -> float:
+    """What rounding in this dtype explains."""
+    if dtype == "float32":
+        return 1 - FLOAT32
+    rounded = encoder.encode_in(getattr(torch, dtype))(texts, role)
+    return 1 - max(FLOAT32, ROUNDINGS * (1 - float(row_cosines(rounded, encoder.encode(texts, role)).min())))

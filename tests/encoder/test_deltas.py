@@ -1,0 +1,257 @@
+"""Many tuned models over one trunk: mixed batches against each model opened alone, strengths against numpy."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sgpt.decoder.families import family_of
+from sgpt.decoder.trunk import takes_packs
+from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.export import export
+from sgpt.runtime.errors import InputError
+from sgpt.text.markers import MarkersConfig
+from tests.conftest import FAMILIES, LIMITS, save_moved
+
+PACKED = [family for family in FAMILIES if family_of(family).packed]
+TEXTS = [
+    "parse a date", "", "open a file", "sort a list of names, then print it", "x", "date arithmetic", "close a file",
+    "a b", "[brackets] {and} braces", "parse a date", "one more text that is longer than all the others", "é 東 🙂",
+]  # fmt: skip
+ROWS = [["a", "b", None][number % 3] for number in range(len(TEXTS))]
+
+
+def base_encoder(family: str, tiny_base, **options) -> Encoder:
+    return Encoder.from_pretrained(tiny_base(family), markers=MarkersConfig("brackets", **LIMITS), **options)
+
+
+def alone(texts: Sequence[str], rows: Sequence[str | None], encoders: dict[str | None, Encoder]) -> np.ndarray:
+    """Each text's row of the embeddings that its model gives all texts, opened by itself."""
+    embeddings = {name: encoder.encode_queries(texts) for name, encoder in encoders.items()}
+    return np.stack([embeddings[name][number] for number, name in enumerate(rows)])
+
+
+@pytest.mark.parametrize(
+    ("family", "tuning"), [*((family, "bitfit_norm") for family in PACKED), ("gpt_neo", "bitfit"), ("qwen3", "bitfit")]
+)
+def test_a_mixed_batch_is_bit_for_bit_what_each_model_gives_alone(family, tuning, tiny_delta, tiny_base):
+    folders = {"a": tiny_delta(family, 1, tuning), "b": tiny_delta(family, 2, tuning)}
+    encoder = base_encoder(family, tiny_base)
+    for name, folder in folders.items():
+        encoder.load_delta(name, folder)
+    encoders = {name: Encoder.from_pretrained(folder) for name, folder in folders.items()}
+    encoders[None] = base_encoder(family, tiny_base)
+    expected = alone(TEXTS, ROWS, encoders)
+    mixed = encoder.encode_queries(TEXTS, delta=ROWS)
+    assert np.array_equal(mixed, expected)
+    others = alone(TEXTS, [{"a": "b", "b": None, None: "a"}[name] for name in ROWS], encoders)
+    distances = np.abs(mixed - others).max(1)
+    assert (distances[[bool(text) for text in TEXTS]] > 1e-3).all()
+    for name, one in encoders.items():  # and the trunk is as it was
+        assert np.array_equal(encoder.encode_queries(TEXTS, delta=name), one.encode_queries(TEXTS))
+
+
+def test_equal_bit_for_bit_over_nano_in_packs_of_hundreds_of_tokens(tmp_path):
+    """Its matrices are of a size for which the library that multiplies has kernels of several shapes."""
+    encoder = Encoder.from_pretrained("data/nano", markers=MarkersConfig("brackets", 75, 300))
+    folders = [save_moved(encoder, seed, tmp_path / str(seed)) for seed in range(3)]
+    texts = [text for text in Path("README.md").read_text().splitlines() if text][:90]
+    rows = [[None, "0", "1", "2"][number % 4] for number in range(len(texts))]
+    encoders = {str(seed): Encoder.from_pretrained(folder) for seed, folder in enumerate(folders)} | {None: encoder}
+    for seed, folder in enumerate(folders):
+        encoder.load_delta(str(seed), folder)
+    for one in encoders.values():
+        one.tokens_per_pack = 512
+    assert len(list(encoder.packs(encoder.token_ids(texts, "document")))) > 2
+    mixed = encoder.encode_documents(texts, delta=rows)
+    for name, one in encoders.items():
+        own = [number for number, row in enumerate(rows) if row == name]
+        assert np.array_equal(mixed[own], one.encode_documents(texts)[own])
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "qwen3"])
+def test_each_row_has_the_markers_limits_pooling_and_length_of_its_model(family, tiny_delta, tiny_base):
+    """Token ids differ in number then, and so the packs do: equal to rounding."""
+    folders = {
+        "a": tiny_delta(family, 1, markers="none", pooling="mean", query_max_tokens=5, normalize=True),
+        "b": tiny_delta(family, 2, pooling="last_token"),
+    }
+    encoder = base_encoder(family, tiny_base)
+    for name, folder in folders.items():
+        encoder.load_delta(name, folder)
+    assert [loaded.contract.pooling for loaded in encoder.deltas.values()] == ["mean", "last_token"]
+    encoders = {name: Encoder.from_pretrained(folder) for name, folder in folders.items()}
+    encoders[None] = base_encoder(family, tiny_base)
+    expected, mixed = alone(TEXTS, ROWS, encoders), encoder.encode_queries(TEXTS, delta=ROWS)
+    assert np.abs(mixed - expected).max() <= 1e-6 * np.abs(expected).max()
+    assert np.allclose(np.linalg.norm(mixed[0::3], axis=1), 1)  # no text among them is empty
+    assert not np.allclose(np.linalg.norm(mixed[8::3], axis=1), 1)
+    unit = np.linalg.norm(encoder.encode_queries(TEXTS, delta=ROWS, normalize=True), axis=1)
+    assert np.allclose(unit[[name != "a" or bool(text) for name, text in zip(ROWS, TEXTS, strict=True)]], 1)
+
+
+def test_a_trunk_that_takes_no_packs_has_passes_for_each_delta(tiny_delta, tiny_base):
+    encoder = base_encoder("gpt_neo", tiny_base)
+    encoder.trunk.config._attn_implementation = "sdpa"  # as for a family whose attention is transformers' own
+    assert not takes_packs(encoder.trunk)
+    for name, seed in (("a", 1), ("b", 2)):
+        encoder.load_delta(name, tiny_delta("gpt_neo", seed))
+    encoders = {name: Encoder.from_pretrained(tiny_delta("gpt_neo", seed)) for name, seed in (("a", 1), ("b", 2))}
+    encoders[None] = base_encoder("gpt_neo", tiny_base)
+    expected, mixed = alone(TEXTS, ROWS, encoders), encoder.encode_queries(TEXTS, delta=ROWS)
+    assert np.abs(mixed - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("opened", ["run", "adapter", "export"])
+@pytest.mark.parametrize("family", ["gpt_neo", "llama", "qwen2"])
+def test_a_tuned_encoder_serves_others_of_its_base_next_to_itself(family, opened, tiny_delta, tiny_base, tmp_path):
+    """Of the base it needs the biases, which it has replaced by its own."""
+    own, other = tiny_delta(family, 1, "bitfit_norm"), tiny_delta(family, 2)
+    expected = [Encoder.from_pretrained(folder).encode_queries(TEXTS) for folder in (own, other)]
+    folder = own if opened == "adapter" else tmp_path / "run" / "export" if opened == "export" else tmp_path / "run"
+    if opened != "adapter":
+        export(Encoder.from_pretrained(own), tmp_path / "run" / "export", card="")
+    encoder = Encoder.from_pretrained(folder)
+    encoder.load_delta("other", other)
+    base = base_encoder(family, tiny_base).encode_queries(TEXTS)
+    assert np.array_equal(encoder.encode_queries(TEXTS), expected[0])
+    assert np.array_equal(encoder.encode_queries(TEXTS, delta="other"), expected[1])
+    assert np.array_equal(encoder.encode_queries(TEXTS, delta="other", strength=0), base)
+    mixed = encoder.encode_queries(TEXTS, delta=["other", None] * 6)
+    assert np.array_equal(mixed[0::2], expected[1][0::2])
+    assert np.array_equal(mixed[1::2], expected[0][1::2])
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "qwen3"])
+def test_strength_is_the_share_of_the_change_rounded_once(family, tiny_delta, tiny_base):
+    folder = tiny_delta(family, 1, "bitfit_norm")
+    encoder = base_encoder(family, tiny_base)
+    base = {name: value.detach().numpy().copy() for name, value in encoder.trunk.named_parameters()}
+    encoder.load_delta("a", folder, strength=0.7)
+    with encoder.deltas["a"]:
+        now = {name: value.detach().numpy().copy() for name, value in encoder.trunk.named_parameters()}
+    for name, trained in load_file(folder / "trained.safetensors").items():
+        before = base.get(name, np.zeros(trained.shape, np.float32)).astype(np.float64)
+        by_hand = before + 0.7 * (trained.numpy().astype(np.float64) - before)
+        assert np.array_equal(now.pop(name), by_hand.astype(np.float32)), name
+    assert all(np.array_equal(value, base[name]) for name, value in now.items())
+
+    tuned, untuned = Encoder.from_pretrained(folder).encode_queries(TEXTS), base_encoder(family, tiny_base)
+    assert np.array_equal(encoder.encode_queries(TEXTS, delta="a", strength=1), tuned)
+    assert np.array_equal(encoder.encode_queries(TEXTS, delta="a", strength=0), untuned.encode_queries(TEXTS))
+    usual = encoder.encode_queries(TEXTS, delta="a")
+    assert np.array_equal(usual, encoder.encode_queries(TEXTS, delta="a", strength=0.7))
+    assert not np.allclose(usual, tuned, atol=1e-3)
+    strengths = [1, 0, None, 0.7] * 3
+    mixed = encoder.encode_queries(TEXTS, delta="a", strength=strengths)
+    for strength in (1, 0, None, 0.7):
+        rows = [number for number, value in enumerate(strengths) if value == strength]
+        assert np.array_equal(mixed[rows], encoder.encode_queries(TEXTS, delta="a", strength=strength)[rows])
+
+
+def storage_bytes(*tensors: torch.Tensor) -> int:
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "qwen3"])
+def test_a_hundred_deltas_cost_a_hundred_times_one_and_nothing_else(family, tiny_delta, tiny_base):
+    encoder = base_encoder(family, tiny_base)
+    folders = [tiny_delta(family, seed) for seed in (1, 2)]
+    trained = sum(value.nbytes for value in load_file(folders[0] / "trained.safetensors").values())
+    for number in range(100):
+        encoder.load_delta(str(number), folders[number % 2], strength=number / 100)
+    encoder.encode_queries(TEXTS, delta=[str(7 * number) for number in range(12)], strength=0.3)
+    assert encoder.deltas["7"].nbytes == trained
+    held = [value for loaded in encoder.deltas.values() for value in vars(loaded).values() if isinstance(value, dict)]
+    tensors = [value for values in held for value in values.values() if isinstance(value, torch.Tensor)]
+    trunk = list(encoder.trunk.parameters())  # a delta knows them, and does not hold them again
+    zeros = trained if family == "qwen3" else 0  # of the biases that the base has not, once
+    assert storage_bytes(*tensors, *trunk) <= storage_bytes(*base_encoder(family, tiny_base).trunk.parameters()) + (
+        100 * trained + zeros
+    )
+
+
+def test_unloading_leaves_the_trunk_as_it_was(tiny_delta, tiny_base):
+    encoder = base_encoder("qwen3", tiny_base)
+    names, fingerprint = list(dict(encoder.trunk.named_parameters())), encoder.fingerprint()
+    encoder.load_delta("a", tiny_delta("qwen3", 1))
+    encoder.load_delta("b", tiny_delta("qwen3", 2))
+    assert encoder.fingerprint() == fingerprint  # an index that was made with the base stays right
+    alone = Encoder.from_pretrained(tiny_delta("qwen3", 1))
+    tuned = encoder.with_delta("a")
+    assert tuned.contract == alone.contract
+    assert tuned.fingerprint() == alone.fingerprint()
+    assert np.array_equal(tuned.encode_queries(TEXTS), alone.encode_queries(TEXTS))
+    encoder.unload_delta("a")
+    assert list(encoder.deltas) == ["b"]
+    assert np.array_equal(
+        encoder.encode_queries(TEXTS, delta="b"), Encoder.from_pretrained(tiny_delta("qwen3", 2)).encode_queries(TEXTS)
+    )
+    encoder.unload_delta("b")
+    assert list(dict(encoder.trunk.named_parameters())) == names
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_in_a_narrower_dtype_a_delta_is_what_it_is_over_a_trunk_of_its_own(dtype, tiny_delta, tiny_base):
+    """Trained over float32; the base is opened in float32 once more to be sure that it is this one."""
+    encoder = base_encoder("llama", tiny_base, dtype=dtype)
+    folders = {"a": tiny_delta("llama", 1), "b": tiny_delta("llama", 2)}
+    for name, folder in folders.items():
+        encoder.load_delta(name, folder)
+    mixed = encoder.encode_queries(TEXTS, delta=ROWS, normalize=True)
+    for name in ("a", "b", None):
+        rows = [number for number, row in enumerate(ROWS) if row == name]
+        one = encoder.encode_queries(TEXTS, delta=name, normalize=True)
+        whole = Encoder.from_pretrained(folders[name]) if name else base_encoder("llama", tiny_base)
+        expected = whole.encode_queries(TEXTS, normalize=True)
+        words = [number for number in rows if TEXTS[number]]
+        assert (mixed[words] * one[words]).sum(1).min() > (0.9999 if dtype == "bfloat16" else 1 - 1e-6)
+        assert (one[words] * expected[words]).sum(1).min() > 0.99
+
+
+def test_what_cannot_be_loaded_is_refused_in_a_sentence(tiny_delta, tiny_base, tmp_path):
+    encoder = base_encoder("gpt_neo", tiny_base)
+    encoder.load_delta("a", tiny_delta("gpt_neo", 1))
+    parameters = list(dict(encoder.trunk.named_parameters()))
+    refused = [
+        ("a", tiny_delta("gpt_neo", 2), r"'a' is loaded already, from .*; choose another name, or call unload_delta"),
+        ("", tiny_delta("gpt_neo", 2), r"the name is ''; give a text"),
+        ("b", tiny_delta("gpt2", 1), r"made from .*, and h\.0\.\S+ of this GPTNeoModel is another; open that base"),
+        ("b", tiny_delta("gpt_neo", 1, "lora"), r"is not the bias delta .*: it is of low rank .*; open it alone"),
+        ("b", tiny_delta("gpt_neo", 1, "full"), r"is not the bias delta .*: it changes the matrix \S+\.weight; open"),
+        ("b", tiny_base("gpt_neo"), r"is not the bias delta .*: there is no sgpt_delta\.json; give a run or its"),
+        ("b", tmp_path / "nothing", r"nothing"),
+    ]
+    for name, path, sentence in refused:
+        with pytest.raises(InputError, match=sentence):
+            encoder.load_delta(name, path)
+    for strength in (float("nan"), float("inf"), "1", True, None):
+        with pytest.raises(InputError, match=r"strength=.* must be a number"):
+            encoder.load_delta("b", tiny_delta("gpt_neo", 2), strength=strength)
+    assert list(encoder.deltas) == ["a"]
+    assert list(dict(encoder.trunk.named_parameters())) == parameters
+    other = Encoder.from_pretrained(tiny_delta("gpt_neo", 1, "full"))  # its matrices are not those of the base
+    with pytest.raises(InputError, match=r"made from .*, and \S+\.weight of this GPTNeoModel is another"):
+        other.load_delta("a", tiny_delta("gpt_neo", 1))
+
+
+def test_what_encode_does_not_know_is_refused_in_a_sentence(tiny_delta, tiny_base):
+    encoder = base_encoder("gpt_neo", tiny_base)
+    with pytest.raises(InputError, match=r"there is no delta 'b'; loaded are none"):
+        encoder.encode_queries(["x"], delta="b")
+    encoder.load_delta("a", tiny_delta("gpt_neo", 1))
+    for options, sentence in [
+        ({"delta": ["a", "c"]}, r"there is no delta 'c'; loaded are 'a'"),
+        ({"delta": ["a"]}, r"delta has 1 entries for 2 texts"),
+        ({"delta": "a", "strength": [1.0]}, r"strength has 1 entries for 2 texts"),
+        ({"strength": 0.5}, r"strength=0\.5 has no effect without a delta"),
+        ({"delta": ["a", None], "strength": [0.5, 0.5]}, r"has no effect on a text without a delta; give None for it"),
+        ({"delta": "a", "strength": float("nan")}, r"strength=nan must be a number"),
+    ]:
+        with pytest.raises(InputError, match=sentence):
+            encoder.encode_queries(["x", "y"], **options)
+    with pytest.raises(InputError, match=r"there is no delta 'c'; loaded are 'a'"):
+        encoder.unload_delta("c")

@@ -1,0 +1,234 @@
+"""Servers made by hand with one fault each: every fault is told by its name, and the right server passes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.export import export
+from sgpt.runtime.errors import InputError
+from sgpt.text.markers import MarkersConfig
+from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
+from sgpt.verification.clients import Client
+from sgpt.verification.config import VerifyConfig
+from sgpt.verification.server import Finding, verify_server
+from tests.conftest import byte_level, random_trunk
+from tests.starts import free_port
+from tests.verification.servers import ByHand, serving
+
+LIMIT = 200  # tokens; faults cut at 128
+MASK = "no causal mask: every token sees the whole text"
+EQUAL = {"equal lengths together", "12 at once, equal lengths"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder, tokenizer = tmp_path_factory.mktemp("base"), byte_level()
+    tokenizer.save_pretrained(folder)
+    random_trunk("llama", len(tokenizer), max_position_embeddings=256).save_pretrained(folder)
+    return folder
+
+
+def tuned(base: Path, folder: Path, seed: int, *, normalize: bool = False) -> Path:
+    """An export whose biases are the base's, moved at random."""
+    contract = Contract("weighted_mean", MarkersConfig("brackets", LIMIT, LIMIT), normalize, str(base))
+    trunk = tune(load_trunk(ModelConfig(str(base))), TuningConfig("bitfit"))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainable_parameters(trunk).values():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    export(Encoder(trunk, load_tokenizer(str(base)), contract), folder, card="")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(base, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: tuned(base, folder / name, seed) for seed, name in enumerate(("own", "legal"))}
+
+
+@pytest.fixture(scope="module")
+def findings(base, models) -> Callable[..., list[Finding]]:
+    """findings(fault, **keys of VerifyConfig): of a server with that fault, None is the right one."""
+
+    def found(fault: str | None, **keys) -> list[Finding]:
+        own = base if fault == "base" else models["own"]
+        served = ByHand({None: own, "legal": models["legal"]}, base, LIMIT, fault)
+        keys = {"model": str(models["own"]), "requests_at_once": 12, **keys}
+        with serving(served) as server:
+            return list(verify_server(VerifyConfig(endpoint=server.url, **keys)))
+
+    return found
+
+
+def faults(findings: list[Finding]) -> set[str]:
+    return {finding.fault for finding in findings if finding.fault}
+
+
+def broken(findings: list[Finding]) -> set[str]:
+    return {finding.condition for finding in findings if finding.fault}
+
+
+@pytest.mark.parametrize("api", ["openai", "tei", "cohere"])
+def test_the_right_server_gives_the_trained_vectors_under_every_condition(api, findings, models):
+    deltas = {"legal": str(models["legal"])} if api == "openai" else {}
+    at_once = 64 if api == "openai" else 12
+    found = findings(None, api=api, deltas=deltas, requests_at_once=at_once)
+    assert not faults(found)
+    assert {finding.condition for finding in found} == {
+        "one at a time", "empty and of one token", "as long as the limit, and longer", "one batch",
+        "equal lengths together", f"{at_once} requests at once", f"{at_once} at once, equal lengths",
+    }  # fmt: skip
+    assert {(finding.role, finding.delta) for finding in found} == {
+        (role, delta) for role in ("query", "document") for delta in (None, *deltas)
+    }
+    assert all(finding.cosine > 1 - 1e-9 and finding.texts for finding in found)
+    assert sum(finding.refused for finding in found) == 0
+
+
+def test_a_mask_skipped_on_equal_lengths_breaks_those_conditions_alone_and_is_named(findings):
+    found = findings("mask")
+    assert faults(found) == {MASK}
+    assert EQUAL <= broken(found) <= {*EQUAL, "12 requests at once"}
+    assert min(finding.cosine for finding in found) < 0.999
+
+
+def test_a_mask_skipped_under_load_alone_is_seen_by_requests_at_once_alone(findings):
+    found = findings("mask under load")
+    assert faults(found) == {MASK}
+    assert {"12 at once, equal lengths"} <= broken(found) <= {"12 at once, equal lengths", "12 requests at once"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("base", {"delta ignored: the vector of the base"}),
+        ("last token", {"last_token pooling instead of weighted_mean"}),
+        ("no markers", {"no markers"}),
+        ("role", {"wrong role: the text as a document"}),
+    ],
+)
+def test_what_is_wrong_with_every_text_breaks_every_condition_by_one_name(fault, named, findings):
+    found = findings(fault)
+    assert faults(found) == named
+    of_role = [finding for finding in found if fault != "role" or finding.role == "query"]
+    assert all(finding.fault for finding in of_role)
+
+
+def test_truncation_to_128_breaks_what_holds_long_texts(findings):
+    found = findings("truncation to 128")
+    assert faults(found) == {"truncation to 128 tokens"}
+    assert broken(found) >= {"as long as the limit, and longer", "one batch"}
+    assert not broken(found) & {"one at a time", "empty and of one token", "12 at once, equal lengths"}
+
+
+def test_a_delta_that_is_ignored_is_told_from_a_wrong_model(findings, models):
+    found = findings("delta ignored", deltas={"legal": str(models["legal"])})
+    assert faults(found) == {"delta ignored: the vector of the model without it"}
+    assert {finding.delta for finding in found if finding.fault} == {"legal"}
+
+
+def test_answers_that_are_mixed_up_under_load_are_called_so(findings):
+    found = findings("mixed up")
+    assert faults(found) == {"answers mixed up: the vectors of other texts"}
+    assert broken(found) <= {"12 requests at once", "12 at once, equal lengths"}
+
+
+def test_lengths_that_are_neither_1_nor_the_models_are_said_where_cosines_are_blind(findings):
+    found = findings("lengths")
+    assert all(fault.startswith("a vector of length") for fault in faults(found))
+    assert broken(found) >= {"one at a time", "one batch"}
+    assert all(finding.cosine > 1 - 1e-6 for finding in found)
+
+
+def test_a_contract_that_promises_length_1_is_held_to_it(base, tmp_path):
+    folder = tuned(base, tmp_path / "unit", 0, normalize=True)
+    with serving(ByHand({None: folder}, base, LIMIT)) as server:
+        found = list(verify_server(VerifyConfig(model=str(folder), endpoint=server.url, requests_at_once=2)))
+    assert all(finding.fault.startswith("no normalisation: a vector of length") for finding in found)
+
+
+def test_markers_that_are_sent_as_text_merge_with_it_and_are_said_to(base, models):
+    """`?]` is one token of this tokenizer."""
+    served = ByHand({None: models["own"]}, base, LIMIT, "no markers")
+    with serving(served) as server:
+        keys = {"model": str(models["own"]), "requests_at_once": 2}
+        config = VerifyConfig(endpoint=server.url, markers_by="client", **keys)
+        found = list(verify_server(config))
+        assert all("input_type" not in body for body in server.seen)
+        assert any(text == "[what?]" for body in server.seen for text in body["input"])
+    assert faults(found) & {"markers that are tokenised with the text, and merge with it"}
+
+
+def test_what_half_precision_makes_of_the_weights_is_allowed_where_it_is_said_and_only_there(base, models):
+    served = ByHand({None: models["own"]}, base, LIMIT)
+    served.models[None] = served.models[None].bfloat16()
+    with serving(served) as server:
+        keys = {"model": str(models["own"]), "endpoint": server.url, "requests_at_once": 2}
+        assert faults(list(verify_server(VerifyConfig(**keys))))
+        assert not faults(list(verify_server(VerifyConfig(**keys, dtype="bfloat16"))))
+
+
+def test_key_model_and_delta_are_sent_where_the_server_looks_for_them(base, models):
+    served = ByHand({None: models["own"], "legal": models["legal"]}, base, LIMIT)
+    keys = {"model": str(models["own"]), "deltas": {"legal": str(models["legal"])}, "api_key": "secret"}
+    keys["requests_at_once"] = 2
+    with serving(served) as server:
+        findings = verify_server(VerifyConfig(endpoint=f"{server.url}/v1/", **keys))
+        next(findings)
+        findings.close()
+        assert server.seen[0]["key"] == "Bearer secret"
+        assert server.seen[0]["model"] == "served"  # the first that the server lists
+        assert "delta" not in server.seen[0]
+    with serving(served) as server:
+        with Client(server.url, "openai", 32, served_name="own", delta_as="model") as client:
+            client.embed(["a"], "query")
+            client.embed(["a"], "query", "legal")
+        assert [body["model"] for body in server.seen] == ["own", "legal"]
+
+
+@pytest.mark.parametrize(
+    ("replies", "sentence"),
+    [
+        ({"status": 401, "text": '{"error": {"message": "bad key"}}'}, r"401, the key is missing or wrong \(bad key\)"),
+        ({"status": 404, "text": "Not Found"}, r"404, there is no such path, model or delta \(Not Found\); api=openai"),
+        ({"status": 422, "text": '{"detail": "no field input_type"}'}, r"422, .* refuses .*\(no field input_type\)"),
+        ({"status": 500, "text": "oops"}, r"500 instead of an answer \(oops\); see the server's log"),
+        ({"text": "<html>hello</html>"}, r"answers '<html>hello</html>', which is no JSON"),
+        ({"text": '{"vectors": []}'}, r"holds no list of vectors as of api=openai"),
+        ({"text": '{"data": [{"index": 0, "embedding": [1, 2]}]}'}, r"gives 1 vectors of 2 numbers .* 32 for each"),
+        ({"seconds": 5.0}, r"no answer within 0\.3 s; raise timeout_seconds"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_server_that_gives_no_vectors_is_one_sentence(replies, sentence, models):
+    with serving(None, **replies) as server:
+        config = VerifyConfig(model=str(models["own"]), endpoint=server.url, timeout_seconds=0.3)
+        with pytest.raises(InputError, match=rf"^{server.url}/v1/embeddings: .*{sentence}") as refusal:
+            list(verify_server(config))
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_endpoint_where_nobody_listens_is_one_sentence(models):
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(InputError, match=rf"^{url}/v1/embeddings: no server answers .*; start it, or check host"):
+        list(verify_server(VerifyConfig(model=str(models["own"]), endpoint=url)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"endpoint": "localhost:8000"}, r"endpoint=localhost:8000 is no URL; give one such as http"),
+        ({"api": "grpc"}, r"api"),
+        ({"api": "tei", "deltas": {"a": "b"}}, r"deltas: text-embeddings-inference has no request for one"),
+        ({"deltas": {"a": ""}}, r"deltas\.a is empty"),
+        ({"markers_by": "both"}, r"markers_by"),
+    ],
+)
+def test_keys_that_cannot_be_are_refused(keys, sentence):
+    with pytest.raises(InputError, match=sentence):
+        VerifyConfig(**keys)
