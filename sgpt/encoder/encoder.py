@@ -450,7 +450,7 @@ def _open_foreign(
     if said_by is not None:
         log.warning(
             "%s: by %s it is an asymmetric SGPT model, so queries are put in [ ] and documents in { }, as in its "
-            "training; markers=none opens it without",
+            "training; state markers to open it otherwise",
             path, said_by,
         )  # fmt: skip
     head = read_head(stated.head, embedding_size(trunk))

@@ -50,3 +50,8 @@ def find_model(path: str | Path, of_a_run: tuple[str, ...] = OF_A_RUN) -> ModelF
         if (folder / contracts.FILE).is_file():
             return ModelFolder(folder, "adapter" if is_adapter(folder) else "export")
     return ModelFolder(root, "sentence-transformers" if is_sentence_transformers(root) else "base")
+
+
+def exports_in_other_formats(run: Path) -> list[Path]:
+    """Of a run, the exports next to its first one, by their names: export-onnx and so on."""
+    return sorted(folder for folder in run.glob("export-*") if (folder / contracts.FILE).is_file())

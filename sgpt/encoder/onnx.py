@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 INPUTS, OUTPUTS = ("input_ids", "attention_mask"), ("last_hidden_state", "sentence_embedding")
 OPSET = 17
 LARGEST_FILE = 2**31  # bytes of one ONNX file: protobuf counts no further
-EXTRAS = {"onnx": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}  # package -> extra of pyproject.toml
+EXTRA_OF = {"onnx": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}  # package -> extra of pyproject.toml
 WEIGHTS_TYPE = "weights"  # key of the graph's metadata
 LARGEST_ERROR = 0.05  # of a layer's product in int8, as a share of it
 LEAST_COSINE = 0.98  # of an int8 graph's embeddings to the encoder's: 0.995 and 0.999 are what was measured
@@ -73,7 +73,7 @@ def require(*packages: str) -> None:
     """InputError where a package is not installed, with the extra that has it."""
     missing = [package for package in packages if not is_here(package)]
     if missing:
-        extra = EXTRAS[missing[0]]
+        extra = EXTRA_OF[missing[0]]
         raise InputError(
             f"this format needs the package {missing[0]}, which is not installed: pip install -e '.[{extra}]'"
         )

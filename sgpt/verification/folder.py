@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sgpt.decoder.base_folder import local_folder
 from sgpt.encoder.encoder import Encoder
-from sgpt.encoder.model_folder import OF_A_RUN, find_model
+from sgpt.encoder.model_folder import OF_A_RUN, exports_in_other_formats, find_model
 from sgpt.encoder.probes import TOLERANCE, changed_ids, probe_difference
 from sgpt.encoder.verify import Deviation, deviations
 
 
 def verify_folder(model: str) -> Iterator[tuple[Path, Deviation]]:
-    """The folder that was opened, and how far a loader is from the model; of a run its export and its adapter.
+    """The folder that was opened, and how far a loader is from the model; of a run its exports and its adapter.
 
     All are compared with the first folder as our own loader opens it in float32.
     """
@@ -25,6 +26,9 @@ def verify_folder(model: str) -> Iterator[tuple[Path, Deviation]]:
         if opened.contract.probes:
             yield folder, _since_saved(opened)
         del opened
+        for deviation in deviations(folder, encoder):
+            yield folder, deviation
+    for folder in exports_in_other_formats(local_folder(model)):
         for deviation in deviations(folder, encoder):
             yield folder, deviation
 
