@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 LARGEST_CODE = 127  # of int8; -128 is left out, so that the codes are symmetric
 # without one of these oneDNN adds pairs of products in 16 bits, which can overflow
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
-TINY = torch.finfo(torch.float32).tiny  # instead of the scale 0, of a token or a row that is all zeros
+SMALLEST = 1e-30  # a token's furthest number counts as at least this, so that 127 / it is finite for one of zeros
 
 
 class TokenCodes(NamedTuple):
@@ -42,7 +42,7 @@ class TokenCodes(NamedTuple):
 def quantise_tokens(inputs: Tensor) -> TokenCodes:
     """[…, in] of floats -> codes and scales of all tokens: the number furthest from 0 of a token is 127 or -127."""
     tokens = inputs.flatten(0, -2).float()  # [N, in]
-    furthest = torch.maximum(tokens.amax(1, keepdim=True), tokens.amin(1, keepdim=True).neg_()).clamp_(min=TINY)
+    furthest = torch.maximum(tokens.amax(1, keepdim=True), tokens.amin(1, keepdim=True).neg_()).clamp_(min=SMALLEST)
     codes = (tokens * (LARGEST_CODE / furthest)).round_().to(torch.int8)
     return TokenCodes(codes, furthest.div_(LARGEST_CODE))
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgpt.decoder import int8
-from sgpt.decoder.int8 import TINY
 from sgpt.runtime.errors import InputError
 
 NF4_BLOCK = 64  # weights that share a scale in nf4
@@ -39,6 +38,7 @@ NF4_LEVELS = torch.tensor([
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
+TINY = torch.finfo(torch.float32).tiny  # instead of the scale 0, where all weights are 0
 
 
 class WeightSample(NamedTuple):

@@ -99,7 +99,7 @@ class Sizing:
         projected = embeddings[:, : self.config.dimensions]
         if self.directions is not None:
             projected = embeddings @ self.directions
-        return unit_rows(projected) if self.normalize else np.ascontiguousarray(projected, np.float32)
+        return unit_length(projected) if self.normalize else np.ascontiguousarray(projected, np.float32)
 
     def encode(self, embeddings: np.ndarray) -> np.ndarray:
         """[rows, D] of documents -> what is stored, [rows, dimensions], or [rows, dimensions / 8] bytes of binary."""
@@ -151,7 +151,7 @@ class Sizing:
         return cls(config, normalize, directions, ranges)
 
 
-def unit_rows(embeddings: np.ndarray) -> np.ndarray:
+def unit_length(embeddings: np.ndarray) -> np.ndarray:
     """Rows of length 1, float32; zeros stay."""
     length = np.linalg.norm(embeddings, axis=1, keepdims=True)
     return np.divide(embeddings, length, out=np.zeros_like(embeddings, np.float32), where=length > 0)

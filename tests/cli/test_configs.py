@@ -27,6 +27,7 @@ from sgpt.evaluation.systems import EvaluateConfig
 from sgpt.inspection.inspect import InspectConfig
 from sgpt.mining.config import MineConfig
 from sgpt.pretraining.model import PretrainConfig
+from sgpt.retrieval.encode import EncodeConfig
 from sgpt.retrieval.rerank import RerankConfig
 from sgpt.retrieval.searcher import SearchConfig
 from sgpt.runtime.errors import InputError
@@ -41,8 +42,8 @@ CONFIGS = REPOSITORY / "configs"
 SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig,
     "pretrain": PretrainConfig, "mine": MineConfig,
-    "inspect_data": InspectConfig, "rerank": RerankConfig, "evaluate_mteb": MtebConfig, "merge": MergeConfig,
-    "serve": ServeConfig, "verify": VerifyConfig,
+    "encode": EncodeConfig, "inspect_data": InspectConfig, "rerank": RerankConfig, "evaluate_mteb": MtebConfig,
+    "merge": MergeConfig, "serve": ServeConfig, "verify": VerifyConfig,
 }  # fmt: skip
 SCRIPTS = {"biencoder": "train"} | {name: name for name in SCHEMAS if name != "train"}
 OPTIONS = sorted((file.parent.name, file.stem) for file in CONFIGS.glob("*/*.yaml"))

@@ -1,22 +1,24 @@
 """Encoded corpora: the encoder's own embeddings, after kills and by two processes, and searched in two databases."""
 
+import ast
 import gzip
 import json
 import random
-from contextlib import chdir
+import re
+from contextlib import chdir, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from pyarrow.dataset import dataset
 
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.encode import EncodeConfig, encode_texts, open_encoded, read_shard
 from sgpt.retrieval.smaller import SizeConfig, Sizing
 from sgpt.runtime.errors import InputError
-from tests.starts import Start, beir, blocks, free_port, start_all
+from tests.starts import REPOSITORY, Start, beir, blocks, free_port, start_all
 
 WORDS = ["parser", "argument", "help", "option", "value", "name", "type", "action", "group", "error"]
 PER_SHARD = 16
@@ -40,16 +42,17 @@ def toy(tmp_path_factory) -> Path:
 def started(toy, tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("started")
     (folder / "toy").symlink_to(toy)
-    (folder / "base").symlink_to(tiny_base("gpt_neo"))
+    (folder / "runs").mkdir()
+    (folder / "runs" / "pydocs").symlink_to(tiny_base("gpt_neo"))
     (folder / "other").symlink_to(tiny_base("gpt2"))
-    common = ["texts=toy", "model=base", f"texts_per_shard={PER_SHARD}", "threads=1"]
+    common = ["texts=toy", "model=runs/pydocs", f"texts_per_shard={PER_SHARD}", "threads=1"]
     return folder, start_all("encode", folder, {
-        "whole": Start([*common, "output=whole"]),
+        "whole": Start([*common, "output=vectors"]),
         "killed": Start([*common, "output=killed"], ("killed.part-0", 2)),
         "not resumed": Start([*common, "output=killed"]),
         "other model": Start([*common, "output=killed", "model=other", "resume=true"]),
         "resumed": Start([*common, "output=killed", "resume=true"], port=free_port()),
-        "again": Start([*common, "output=whole", "resume=true"]),
+        "again": Start([*common, "output=vectors", "resume=true"]),
         "sized": Start([*common, "output=sized", "format=npy", *SIZED], port=free_port()),
         "sized, killed": Start([*common, "output=sized_killed", "format=npy", *SIZED], ("sized_killed.part-0", 3)),
         "sized, resumed": Start([*common, "output=sized_killed", "format=npy", *SIZED, "resume=true"]),
@@ -60,7 +63,7 @@ def started(toy, tiny_base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoder(started) -> Encoder:
     with chdir(started[0]):  # the path of a bare base is a part of its contract
-        return Encoder.from_pretrained("base")
+        return Encoder.from_pretrained("runs/pydocs")
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +83,10 @@ def vectors_of(folder: Path) -> tuple[list[str], np.ndarray]:
 def test_parquet_holds_the_encoders_embeddings_in_order(started, expected):
     folder, ended = started
     assert ended["whole"].codes == [0], ended["whole"].err
-    ids, vectors = vectors_of(folder / "whole")
+    ids, vectors = vectors_of(folder / "vectors")
     assert ids == [*(f"d{n}" for n in range(149)), "empty"]
     assert np.array_equal(vectors.astype(np.float32), expected)
-    schema = parquet.read_schema(folder / "whole" / "00000.parquet")
+    schema = parquet.read_schema(folder / "vectors" / "00000.parquet")
     assert schema.field("vector").type.equals(pa.list_(schema.field("vector").type.value_field, 32))
     assert schema.field("vector").type.value_type == pa.float32()
     assert "encoded 150 texts in" in ended["whole"].err
@@ -101,7 +104,7 @@ def test_a_killed_job_resumes_where_it_was_by_any_number_of_processes(started):
     assert "killed" not in ended["killed"].files
     assert f"encoded {150 - PER_SHARD * len(done)} texts in" in ended["resumed"].err
     assert "by 2 process(es)" in ended["resumed"].err
-    for file in (folder / "whole").iterdir():
+    for file in (folder / "vectors").iterdir():
         assert (folder / "killed" / file.name).read_bytes() == file.read_bytes(), file.name
     assert not [name for name in ended["resumed"].files if "building" in name or ".part-" in name]
 
@@ -110,9 +113,9 @@ def test_unfinished_finished_and_other_outputs_are_told_apart(started):
     _, ended = started
     assert ended["not resumed"].codes == ended["other model"].codes == [2]
     assert "killed is unfinished, see killed.manifest.json; resume with resume=true" in ended["not resumed"].err
-    assert "killed was started with another configuration: model: base -> other" in ended["other model"].err
+    assert "killed was started with another configuration: model: runs/pydocs -> other" in ended["other model"].err
     assert ended["again"].codes == [0]
-    assert "whole was finished at 2" in ended["again"].err
+    assert "vectors was finished at 2" in ended["again"].err
     assert "nothing is encoded" in ended["again"].err
 
 
@@ -171,35 +174,20 @@ def test_the_queries_of_a_beir_folder_are_encoded_as_queries(started, encoder):
 # --- databases ---
 
 
-def test_lancedb_finds_what_exact_search_finds(started, encoder, expected, tmp_path):
-    lancedb = pytest.importorskip("lancedb", reason="the extra `databases` is not installed")
-    batches = dataset(started[0] / "whole").to_batches()  # the folder is a dataset as it is
-    table = lancedb.connect(tmp_path).create_table("texts", batches, schema=dataset(started[0] / "whole").schema)
-    query = encoder.encode_queries(["help option value"], normalize=True)[0]
-    found = table.search(query).distance_type("dot").limit(10).to_list()
-    assert [row["id"] for row in found] == exact_ids(query, expected)
-
-
-def test_qdrant_finds_what_exact_search_finds(started, encoder, expected):
-    qdrant = pytest.importorskip("qdrant_client", reason="the extra `databases` is not installed")
-    client = qdrant.QdrantClient(":memory:")
-    parameters = qdrant.models.VectorParams(size=32, distance=qdrant.models.Distance.DOT)
-    client.create_collection("texts", parameters)
-    number = 0
-    for ids, vectors in open_encoded(started[0] / "whole", encoder).shards():
-        points = range(number, number + len(ids))
-        payloads = [{"id": identifier} for identifier in ids]
-        client.upload_collection("texts", vectors=vectors, payload=payloads, ids=points)
-        number += len(ids)
-    query = encoder.encode_queries(["help option value"], normalize=True)[0]
-    found = client.query_points("texts", query=query, limit=10).points
-    assert [point.payload["id"] for point in found] == exact_ids(query, expected)
-
-
-def exact_ids(query: np.ndarray, embeddings: np.ndarray) -> list[str]:
-    """Of the ten largest inner products, in float64."""
-    scores = embeddings.astype(np.float64) @ query.astype(np.float64)
-    return [f"d{row}" for row in np.argsort(-scores)[:10]]
+@pytest.mark.parametrize("database", ["lancedb", "qdrant_client"])
+def test_the_lines_of_the_docs_find_what_exact_search_finds(database, started, encoder, expected):
+    """docs/vectors.md, run as it stands in a folder that has its run and its vectors."""
+    pytest.importorskip(database, reason="the extra `databases` is not installed")
+    page = (REPOSITORY / "docs" / "vectors.md").read_text(encoding="utf-8")
+    [lines] = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if database in block]
+    printed = StringIO()
+    with chdir(started[0]), redirect_stdout(printed):
+        exec(lines, {})
+    hits = ast.literal_eval(printed.getvalue())
+    scores = encoder.encode_queries(["parse a date from a string"], normalize=True).astype(np.float64) @ expected.T
+    order = np.argsort(-scores[0])[:10]
+    assert [identifier for identifier, _ in hits] == [f"d{row}" for row in order]
+    assert np.abs([score for _, score in hits] - scores[0][order]).max() < 1e-5
 
 
 # --- refused ---

@@ -5,7 +5,7 @@ import pytest
 from sentence_transformers.util import quantize_embeddings
 from sklearn.decomposition import TruncatedSVD
 
-from sgpt.retrieval.smaller import SizeConfig, Sizing, unit_rows
+from sgpt.retrieval.smaller import SizeConfig, Sizing, unit_length
 from sgpt.runtime.errors import InputError
 
 
@@ -13,7 +13,7 @@ from sgpt.runtime.errors import InputError
 def embeddings() -> np.ndarray:
     """[200, 16] of length 1, longer in some directions than in others."""
     random = np.random.default_rng(0)
-    return unit_rows((random.standard_normal((200, 16)) * np.linspace(3, 0.1, 16) + 0.5).astype(np.float32))
+    return unit_length((random.standard_normal((200, 16)) * np.linspace(3, 0.1, 16) + 0.5).astype(np.float32))
 
 
 def fitted(embeddings: np.ndarray, **size) -> Sizing:

@@ -19,6 +19,7 @@ from sgpt.evaluation.systems import EvaluateConfig
 from sgpt.inspection.inspect import InspectConfig
 from sgpt.mining.config import MineConfig
 from sgpt.pretraining.model import PretrainConfig
+from sgpt.retrieval.encode import EncodeConfig
 from sgpt.retrieval.rerank import RerankConfig
 from sgpt.retrieval.searcher import SearchConfig
 from sgpt.runtime.errors import InputError
@@ -28,7 +29,7 @@ from sgpt.verification.config import VerifyConfig
 
 SCRIPTS = (
     TrainConfig, InspectConfig, EvaluateConfig, ExportConfig, SearchConfig, PretrainConfig, MineConfig, RerankConfig,
-    MtebConfig, MergeConfig, ServeConfig, VerifyConfig,
+    MtebConfig, MergeConfig, ServeConfig, VerifyConfig, EncodeConfig,
 )
 HOSTILE = (
     math.nan, math.inf, -math.inf, -1, -1.5, 0, 0.5, 1.5, 1e30, 1e300, 2**31, 2**63, 2**70, 10**400, True, None, "",
@@ -38,6 +39,7 @@ HOSTILE = (
 NEEDED = {  # by keys which nothing reads else
     "guide_margin": {"guide": "a"}, "rerank": {"retrieval": ["a"]}, "grouping_model": {"batches": "hard"},
     "model": {"source": "model"}, "trec": {"source": "run", "first": "run"}, "encoder": {"first": "encoder"},
+    "reduce": {"dimensions": 8}, "dimensions": {"reduce": "pca"},
 }  # fmt: skip
 
 
