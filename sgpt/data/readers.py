@@ -17,9 +17,17 @@ from sgpt.data.feed.sampling import Feed, Source
 from sgpt.data.feed.store import Examples, Tokens, Writer, cached_examples, key_of
 from sgpt.data.formats import beir
 from sgpt.data.formats.rows import is_hub_dataset, is_saved_dataset, kind_of, of_split, rows
-from sgpt.data.sources import msmarco, nli, pairs, pydocs
+from sgpt.data.sources import documents, msmarco, nli, pairs, pydocs
 from sgpt.data.sources.bad_rows import accepted
-from sgpt.data.sources.columns import COLUMN_ROLES, describe, guess_columns, peek_column_names, refuse_late_columns
+from sgpt.data.sources.columns import (
+    COLUMN_ROLES,
+    DocumentColumns,
+    describe,
+    guess_columns,
+    guess_document_columns,
+    peek_column_names,
+    refuse_late_columns,
+)
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import files_below
 from sgpt.runtime.values import (
@@ -47,7 +55,7 @@ class SourceConfig:
     """
 
     name: str = "file"
-    """The reader, a row of READERS: file, beir, nli, msmarco or pydocs."""
+    """The reader, a row of READERS: file, documents, beir, nli, msmarco or pydocs."""
     path: str = ""
     """File or folder, or the id of a data set of the hub."""
     split: str = "train"
@@ -105,6 +113,11 @@ class SourceConfig:
             raise InputError(
                 f"data.num_hard_negatives={self.num_hard_negatives}: data=nli has one hard negative for each example; "
                 "set it to 1 or 0"
+            )
+        if self.num_hard_negatives and self.name == "documents":
+            raise InputError(
+                f"data.num_hard_negatives={self.num_hard_negatives}: pairs made of documents alone have no hard "
+                "negatives; leave it out, or mine some (train/mine.py) and train on those with data=file"
             )
         check_choice("data.on_error", self.on_error, ("stop", "skip"))
         if self.on_error == "skip" and "on_error" not in READERS[self.name].keys:
@@ -295,6 +308,10 @@ def _row_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if kind_of(file))
 
 
+def _document_files(folder: Path) -> list[Path]:
+    return documents.text_files(folder) or _row_files(folder)
+
+
 def _beir_files(folder: Path) -> list[Path]:
     texts = [folder / f"{part}.jsonl{packed}" for part in ("corpus", "queries") for packed in ("", ".gz")]
     return [*texts, *sorted(folder.glob("qrels/*.tsv"))]
@@ -372,6 +389,20 @@ def _write_accepted(parsed_rows: pairs.ParsedRows, config: SourceConfig, writer:
     _write(examples, config, writer)
 
 
+def _fill_documents(config: SourceConfig, writer: Writer, rejected: Path) -> None:
+    path = Path(config.path)
+    if files := documents.text_files(path):
+        columns, document_rows = DocumentColumns("text", "title"), documents.text_rows(files)
+    else:
+        all_rows = rows(path, config.split, subset=config.subset, streaming=config.streaming)
+        names, all_rows = peek_column_names(all_rows)
+        columns = guess_document_columns(names, config.columns, config.path)
+        document_rows = of_split(all_rows, config.split, config.path)
+    title = f"titles from {columns.title!r}" if columns.title else "no titles"
+    log.info("%s: documents from %r, %s; pairs are made of each", config.path, columns.text, title)
+    _write_accepted(documents.document_pairs(document_rows, columns), config, writer, rejected)
+
+
 def _fill_pydocs(config: SourceConfig, writer: Writer, rejected: Path) -> None:
     _fill_rows(replace(config, path=str(pydocs.build(Path(config.path)) / "train.jsonl")), writer, rejected)
 
@@ -420,6 +451,12 @@ READERS: dict[str, Reader] = {
         _fill_rows,
         ("split", "subset", "streaming", "columns", *JUDGED_PAIR_KEYS, "num_hard_negatives", *BAD_ROW_KEYS),
         fingerprint=_rows_fingerprint,
+    ),
+    "documents": Reader(
+        _fill_documents,
+        ("split", "subset", "streaming", "columns", *BAD_ROW_KEYS),
+        _document_files,
+        _rows_fingerprint,
     ),
     "beir": Reader(
         _fill_beir,

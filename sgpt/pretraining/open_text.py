@@ -4,7 +4,6 @@ The sources are JSON-lines files below one root folder. TEXT_FILES says which fi
 the evaluation splits: in one place, so that nothing later has to remember it.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,8 @@ from pathlib import Path
 from sgpt.data.formats.beir import read_qrels
 from sgpt.data.formats.jsonl import read_rows
 from sgpt.data.formats.row import listed
+from sgpt.data.sources.documents import weak_pairs
 from sgpt.runtime.errors import InputError
-
-MIN_PARAGRAPH_WORDS, MAX_HEADING_WORDS = 20, 14
 
 
 @dataclass(frozen=True)
@@ -79,40 +77,3 @@ def read_weak_pairs(root: Path) -> Iterator[WeakPair]:
             group = row["source"].split("@")[0]
             for query, document in weak_pairs(row["title"], row["text"]):
                 yield WeakPair(query, document, group)
-
-
-def weak_pairs(title: str, text: str) -> Iterator[tuple[str, str]]:
-    """Pairs of a page, whose blocks are set apart by blank lines.
-
-    The title and the first paragraph, a heading and the paragraph below it, the first sentence of a paragraph and the
-    rest of it, the first sentence of a paragraph and the paragraph after it.
-    """
-    blocks = [" ".join(block.split()) for block in text.split("\n\n")]
-    blocks = [block for block in blocks if block]
-    heading, previous, first = "", "", True
-    for block in blocks:
-        words = len(block.split())
-        if words <= MAX_HEADING_WORDS and not block.endswith((".", ":", ";", ",")):
-            heading, previous = block, ""
-            continue
-        if words < MIN_PARAGRAPH_WORDS:  # a caption, a list's item, a line of code
-            continue
-        if first and len(title.split()) > 1:
-            yield title, block
-        elif heading:
-            yield (f"{title}: {heading}" if len(heading.split()) < 3 else heading), block
-        elif previous:
-            yield previous, block
-        sentence, rest = _first_sentence(block)
-        if len(rest.split()) >= MIN_PARAGRAPH_WORDS:
-            yield sentence, rest
-        previous = sentence if len(sentence.split()) >= 5 else ""
-        heading, first = "", False
-
-
-def _first_sentence(block: str) -> tuple[str, str]:
-    """The first sentence and the rest; a block whose first sentence is no good query is left whole, with no rest."""
-    parts = re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(])", block, maxsplit=1)
-    if len(parts) == 2 and 4 <= len(parts[0].split()) <= 40:
-        return parts[0], parts[1]
-    return block, ""

@@ -24,19 +24,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Work:
-    """Work that takes a while. total: of whatever `done` counts, None when it is not known."""
+    """Work that takes a while. total: of whatever `done` counts, None when it is not known. done_before: by an earlier
+    start, in no time of this one.
+    """
 
     title: str
     total: float | None = None
-    done: float = 0.0
+    done_before: float = 0.0
+    done: float = field(init=False)
     started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.done = self.done_before
 
     def line(self) -> str:
         seconds = time.monotonic() - self.started
-        if not self.total or not self.done:
+        now_done = self.done - self.done_before
+        if not self.total or not now_done:
             return f"{self.title}, {clock(seconds)} so far"
         share = min(1.0, self.done / self.total)
-        seconds_left = max(0.0, self.total / self.done - 1) * seconds
+        seconds_left = max(0.0, self.total - self.done) / now_done * seconds
         return f"{self.title}: {share:.0%}, about {clock(seconds_left)} left"
 
 
@@ -59,10 +66,10 @@ def note_line_written() -> None:
 
 
 @contextmanager
-def log_progress(title: str, total: float | None = None) -> Iterator[Work]:
+def log_progress(title: str, total: float | None = None, done_before: float = 0.0) -> Iterator[Work]:
     """Writes lines about this work into the log while it lasts, together with the work that it is part of."""
     global _writer
-    work = Work(title, total)
+    work = Work(title, total, done_before)
     with _lock:
         _under_way.append(work)
         if _writer is None and not sys.stderr.isatty():

@@ -153,7 +153,7 @@ def train(
     batch_numbers = range(state.batches, steps * config.gradient_accumulation)
     batches = prefetch(lambda number: feed.batch(number, rank), batch_numbers)  # a thread prepares the next one
     encoder.train()
-    with Stop() as stop, log_progress("training", steps) as work:
+    with Stop() as stop, log_progress("training", steps, state.step) as work:
         while state.step < steps:
             started = time.perf_counter()
             is_logged = every(config.log_every_steps, state.step + 1) or state.step + 1 == steps

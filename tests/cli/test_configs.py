@@ -316,7 +316,8 @@ def test_the_advice_for_a_value_that_hydra_cannot_read_works_when_typed(tmp_path
         2, "error: hydra.run.dir=it's {a} = b: what the value holds means something to Hydra"
     )
     again = subprocess.run(["bash", "-c", f"{command} {advice}"], cwd=tmp_path, capture_output=True, text=True)
-    assert again.stderr == "error: data.path is empty; set data.path=<file or folder> for data=file\n"
+    error = again.stderr.splitlines()[-1]  # a busy machine says before that it is still at it
+    assert error == "error: data.path is empty; set data.path=<file or folder> for data=file"
     assert [path.name for path in tmp_path.iterdir()] == ["it's {a} = b"]
 
 

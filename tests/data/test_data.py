@@ -215,7 +215,7 @@ def test_a_file_in_another_encoding_is_refused(tmp_path):
 
 def test_bad_settings_are_refused():
     with pytest.raises(
-        InputError, match=r"data\.name='csv' is unknown; choose file, beir, nli, msmarco or pydocs"
+        InputError, match=r"data\.name='csv' is unknown; choose file, documents, beir, nli, msmarco or pydocs"
     ):
         DataConfig("csv")
     with pytest.raises(
@@ -615,7 +615,8 @@ def test_what_stands_beside_sources_and_weights_of_some_are_refused(weights, opt
         ),
         (
             {"name": "msmarco", "on_error": "skip"},
-            r"^data\.on_error=skip is read by data=file or data=beir or data=pydocs only, not by data=msmarco, .*out$"
+            r"^data\.on_error=skip is read by data=file or data=documents or data=beir or data=pydocs only, "
+                r"not by data=msmarco, .*out$",
         ),
     ],
 )

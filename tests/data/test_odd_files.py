@@ -476,13 +476,22 @@ def test_mined_rows_without_negatives_are_told(tmp_path, caplog):
         ),
         ({"seed": 3}, r"^data\.seed=3 is read by data=nli or data=msmarco only, not by data=file"),
         ({"triples": "t.tsv"}, r"^data\.triples=t\.tsv is read by data=beir only"),
-        ({"name": "beir", "columns": {"query": "q"}}, r"^data\.columns=.* is read by data=file only, not by data=beir"),
-        ({"name": "nli", "split": "dev"}, r"^data\.split=dev is read by data=file or data=beir only, not by data=nli"),
+        (
+            {"name": "beir", "columns": {"query": "q"}},
+            r"^data\.columns=.* is read by data=file or data=documents only, not by data=beir",
+        ),
+        (
+            {"name": "nli", "split": "dev"},
+            r"^data\.split=dev is read by data=file or data=documents or data=beir only, not by data=nli",
+        ),
         (
             {"name": "msmarco", "positive_score": 0.5},
             r"^data\.positive_score=0\.5 is read by data=file only, not by data=msmarco"
         ),
-        ({"name": "pydocs", "streaming": True}, r"^data\.streaming=True is read by data=file only, not by data=pydocs"),
+        (
+            {"name": "pydocs", "streaming": True},
+            r"^data\.streaming=True is read by data=file or data=documents only, not by data=pydocs",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", [SourceConfig, DataConfig])

@@ -21,7 +21,6 @@ from sgpt.pretraining.corpus import Corpus, prepare_corpus
 from sgpt.pretraining.lexical import bag_of_tokens, overlapping
 from sgpt.pretraining.model import NanoConfig, PretrainConfig, build_model, save_model, start_from
 from sgpt.pretraining.next_token_loss import next_token_loss, perplexity
-from sgpt.pretraining.open_text import weak_pairs
 from sgpt.pretraining.pretrain import embed, pretrain
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.interrupt import Interrupted
@@ -77,21 +76,6 @@ def config(text_root, tmp_path_factory) -> PretrainConfig:
         windows_per_step=4, pairs_per_step=16, max_query_tokens=12, max_document_tokens=24, warmup_steps=2,
         save_every_steps=4, log_every_steps=1,
     )  # fmt: skip
-
-
-def test_weak_pairs_of_a_page():
-    first, second = (
-        "Alpha beta gamma delta. Then " + "word " * 25 + "ends.",
-        "Second part starts here. Also " + "more " * 25 + "ends.",
-    )
-    assert list(weak_pairs("The title", f"{first}\n\nA small heading\n\n{second}\n\n{first}")) == [
-        ("The title", first),
-        ("Alpha beta gamma delta.", first.split(". ", 1)[1]),
-        ("A small heading", second),
-        ("Second part starts here.", second.split(". ", 1)[1]),
-        # its neighbour's first sentence is too short to be a query
-        ("Alpha beta gamma delta.", first.split(". ", 1)[1]),
-    ]
 
 
 def test_next_token_loss_is_torchs_cross_entropy_with_its_gradients():

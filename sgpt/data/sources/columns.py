@@ -27,6 +27,8 @@ NAMES = {  # the first that is there is taken
     ),
     "label": ("label", "labels", "gold_label", "is_duplicate", "duplicate", "is_relevant", "relevance"),
     "score": ("score", "similarity", "similarity_score", "relevance_score"),
+    "title": ("title", "heading", "headline"),
+    "text": ("text", "content", "body", "document", "passage", "abstract"),
 }
 NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?s?(?:_?([0-9]{1,6}))?")
 COLUMN_ROLES = ("query", "positive", "negative", "label", "score")
@@ -49,6 +51,14 @@ class Columns:
     negatives: tuple[str, ...] = ()
     label: str | None = None
     score: str | None = None
+
+
+@dataclass(frozen=True)
+class DocumentColumns:
+    """The file's own names of a document's parts; title: None where it has none."""
+
+    text: str
+    title: str | None
 
 
 def peek_column_names(rows: PlacedRows, first: int = 100) -> tuple[list[str], PlacedRows]:
@@ -88,6 +98,30 @@ def guess_columns(names: Sequence[str], stated: Mapping[str, str | None], where:
         label = _first(free, "label") if label is None else None
         score = _first(free, "score") if score is None and not label else None
     return Columns(query, positive, negatives, label or None, score or None)
+
+
+def guess_document_columns(
+    names: Sequence[str], stated: Mapping[str, str | None], where: str = "the data"
+) -> DocumentColumns:
+    """Of documents alone: `stated["positive"]` names the column of texts, `stated["query"]` that of titles ("": none).
+
+    What is None there is guessed by the usual names.
+    """
+    named = _stated(stated, names, where)
+    if judged := next((role for role in ("negative", "label", "score") if named.get(role)), None):
+        raise InputError(
+            f"{where}: data.columns.{judged} is set, and documents alone have no negatives, labels or scores; "
+            "leave it out, or read pairs with data=file"
+        )
+    free = [name for name in names if name not in named.values()]
+    text = named.get("positive") or _first(free, "text")
+    if not text:
+        raise InputError(
+            f"{where}: which column holds the documents is not clear from their names: {listed(names)}; "
+            "set data.columns.positive=<column>"
+        )
+    title = _first([name for name in free if name != text], "title") if named.get("query") is None else named["query"]
+    return DocumentColumns(text, title or None)
 
 
 def _stated(stated: Mapping[str, str | None], names: Sequence[str], where: str) -> dict[str, str]:

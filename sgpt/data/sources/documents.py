@@ -1,0 +1,102 @@
+"""Training pairs out of documents alone, for those who have texts and no queries.
+
+Whoever wrote a page has put together what belongs together: its title and its first paragraph, a heading and the
+paragraph below it, the first sentence of a paragraph and the rest of it. Such pairs are weaker than real queries, and
+there are many of them (inverse cloze task: Lee et al. 2019, arXiv 1906.00300; Contriever: Izacard et al. 2022, arXiv
+2112.09118).
+
+    rows of a file      a column of texts and, where there is one, a column of titles; a BEIR corpus is such a file
+    a folder of texts   .txt and .md files at any depth; the name of a file is its title
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from sgpt.data.feed.example import Example, checked_example, checked_text
+from sgpt.data.formats.row import PlacedRows, checked_row
+from sgpt.data.sources.columns import DocumentColumns
+from sgpt.data.sources.pairs import ParsedRows
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import files_below
+
+TEXT_ENDINGS = (".txt", ".md")
+MIN_PARAGRAPH_WORDS, MAX_HEADING_WORDS = 20, 14
+
+
+def text_files(path: Path) -> list[Path]:
+    """`path` itself, or the text files below it by name; none where it is neither."""
+    files = files_below(path) if path.is_dir() else [path]
+    return [file for file in files if file.suffix.lower() in TEXT_ENDINGS]
+
+
+def text_rows(files: list[Path]) -> PlacedRows:
+    """("<file>", {"title", "text"}) of each file, or what is wrong with it; a blank file gives nothing to train on."""
+    for file in files:
+        try:
+            row = {"title": file.stem.replace("_", " ").replace("-", " "), "text": file.read_text(encoding="utf-8-sig")}
+            yield str(file), checked_row(row, str(file))
+        except UnicodeDecodeError as error:
+            yield str(file), InputError(f"{file}: byte {error.start} is no UTF-8; save the file as UTF-8")
+        except InputError as error:
+            yield str(file), error
+
+
+def document_pairs(rows: PlacedRows, columns: DocumentColumns) -> ParsedRows:
+    """The pairs of each row, or what is wrong with it; None for a document too short for any."""
+    for where, row in rows:
+        if isinstance(row, InputError):
+            yield where, row
+            continue
+        try:
+            pairs = _examples(row, columns, where)
+        except InputError as error:
+            yield where, error
+            continue
+        yield from ((where, pair) for pair in pairs or [None])
+
+
+def _examples(row: dict, columns: DocumentColumns, where: str) -> list[Example]:
+    text = checked_text(row.get(columns.text), f"{where}, column {columns.text!r}")
+    title = row.get(columns.title) if columns.title else None
+    if not isinstance(title, str | None):
+        raise InputError(f"{where}, column {columns.title!r}: expected text, got {title!r:.80}; give a string")
+    pairs = weak_pairs((title or "").strip(), text)
+    return [checked_example(query, passage, (), where) for query, passage in pairs if query != passage]
+
+
+def weak_pairs(title: str, text: str) -> Iterator[tuple[str, str]]:
+    """Pairs of a page, whose blocks are set apart by blank lines.
+
+    The title and the first paragraph, a heading and the paragraph below it, the first sentence of a paragraph and the
+    rest of it, the first sentence of a paragraph and the paragraph after it.
+    """
+    blocks = [" ".join(block.split()) for block in text.split("\n\n")]
+    blocks = [block for block in blocks if block]
+    heading, previous, first = "", "", True
+    for block in blocks:
+        words = len(block.split())
+        if words <= MAX_HEADING_WORDS and not block.endswith((".", ":", ";", ",")):
+            heading, previous = block, ""
+            continue
+        if words < MIN_PARAGRAPH_WORDS:  # a caption, a list's item, a line of code
+            continue
+        if first and len(title.split()) > 1:
+            yield title, block
+        elif heading:
+            yield (f"{title}: {heading}" if len(heading.split()) < 3 else heading), block
+        elif previous:
+            yield previous, block
+        sentence, rest = _first_sentence(block)
+        if len(rest.split()) >= MIN_PARAGRAPH_WORDS:
+            yield sentence, rest
+        previous = sentence if len(sentence.split()) >= 5 else ""
+        heading, first = "", False
+
+
+def _first_sentence(block: str) -> tuple[str, str]:
+    """The first sentence and the rest; a block whose first sentence is no good query is left whole, with no rest."""
+    parts = re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(])", block, maxsplit=1)
+    if len(parts) == 2 and 4 <= len(parts[0].split()) <= 40:
+        return parts[0], parts[1]
+    return block, ""
