@@ -110,3 +110,14 @@ def test_works_one_after_the_other_have_one_writer(quick):
     with progress.progress_bar("encoding 10 texts", 10):
         time.sleep(0.3)
     assert len(quick.messages) == 1
+
+
+def test_what_has_no_end_gets_no_lines(quick):
+    """A server: what it was part of is told of again afterwards."""
+    with progress.log_progress("serve"):
+        with progress.no_progress():
+            time.sleep(0.8)
+        assert quick.messages == []
+        with progress.progress_bar("encoding 4 texts", 4):
+            time.sleep(0.3)
+    assert {message.split(",")[0] for message in quick.messages} == {"serve"}
