@@ -259,15 +259,18 @@ def _openvino(folder: Path, encoder: Encoder) -> Loader | None:
 
 
 def _of_graph(name: str, folder: Path, run: RunGraph, least_cosine: float | None = None) -> Loader:
-    """Rows in the order given, padded a few at a time as the tokenizer of the role does."""
+    """Rows of like lengths together, padded a few at a time as the tokenizer of the role does."""
     token_ids = _role_tokenizers(folder)
 
     def embed(texts: list[str], role: Role) -> np.ndarray:
+        lengths = [len(ids) for ids in token_ids(texts, role)["input_ids"]]
+        by_length = np.argsort(lengths, kind="stable")
         parts = []
         for start in range(0, len(texts), 8):
-            batch = token_ids(texts[start : start + 8], role, padding=True, return_tensors="np")
+            rows = [texts[number] for number in by_length[start : start + 8]]
+            batch = token_ids(rows, role, padding=True, return_tensors="np")
             parts.append(run(batch["input_ids"].astype(np.int64), batch["attention_mask"].astype(np.int64)))
-        return np.concatenate(parts)
+        return np.concatenate(parts)[np.argsort(by_length)]
 
     return Loader(name, lambda texts, role: token_ids(texts, role)["input_ids"], embed, least_cosine)
 
