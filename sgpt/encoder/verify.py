@@ -164,8 +164,8 @@ def _transformers(folder: Path, encoder: Encoder) -> Loader | None:
     """As somebody would without this framework, who has the folder and reads the JSON files in it."""
     from transformers import AutoModel
 
-    needed = ("sgpt.json", "config.json", "tokenizer.json")
-    if is_graph(folder) or not all((folder / name).is_file() for name in needed):
+    here = all((folder / name).is_file() for name in ("config.json", "tokenizer.json"))
+    if is_graph(folder) or not here or not _says_its_roles(folder):
         return None
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(encoder.device).eval()
     return _by_hand(f"transformers {installed_version('transformers')}", model, folder, folder)
@@ -173,7 +173,7 @@ def _transformers(folder: Path, encoder: Encoder) -> Loader | None:
 
 def _peft(folder: Path, encoder: Encoder) -> Loader | None:
     """An adapter in PEFT's form over its base, which is opened in the dtype that it had in training."""
-    if not (folder / PEFT).is_file() or not (folder / "sgpt.json").is_file():
+    if not (folder / PEFT).is_file() or not _says_its_roles(folder):
         return None
     from peft import PeftModel
     from transformers import AutoModel
@@ -186,9 +186,16 @@ def _peft(folder: Path, encoder: Encoder) -> Loader | None:
     dtype = getattr(torch, delta.get("dtype", "float32"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected that the base layer has no bias term")
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, for what PEFT calls
         trunk = AutoModel.from_pretrained(base, dtype=dtype, trust_remote_code=False).float()
         model = PeftModel.from_pretrained(trunk, folder).float().to(encoder.device).eval()
     return _by_hand(f"peft {installed_version('peft')}", model, folder, tokenizer)
+
+
+def _says_its_roles(folder: Path) -> bool:
+    """Whether there is a contract to go by; those of formats before 3 do not say which ids the markers are."""
+    file = folder / "sgpt.json"
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("roles"))
 
 
 def _by_hand(name: str, model: nn.Module, folder: Path, tokenizer_folder: Path) -> Loader:

@@ -31,7 +31,7 @@ def server_table(found: Sequence[Finding], title: str) -> Table:
     for one in found:
         texts = f"{one.texts}, {one.refused} refused" if one.refused else str(one.texts)
         row = [one.condition, one.role, *([one.delta or "none"] if deltas else []), texts]
-        row += [_number(one.cosine, ".7f"), f"{one.least_cosine:.5f}", one.fault or "ok"]
+        row += [_number(one.cosine, ".7f"), f"{one.least_cosine:.7f}", one.fault or "ok"]
         table.add_row(*row)
     return table
 
@@ -42,7 +42,7 @@ def summary(found: Sequence[Finding]) -> str:
     for one in found:
         if one.fault:
             of = f"{one.condition} ({one.role}{f', delta {one.delta}' if one.delta else ''})"
-            by_fault.setdefault(one.fault, []).append(of)
+            by_fault.setdefault(one.fault.partition(";")[0], []).append(of)  # without how near the nearest came
     if not by_fault:
         return "every served vector is the trained one"
     lines = [f"{fault}: {', '.join(where)}" for fault, where in by_fault.items()]

@@ -17,6 +17,7 @@ from sgpt.encoder.contract import FILE
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
 from sgpt.encoder.probes import EQUAL_LENGTHS, PROBE_TEXTS, measure, probe_difference
+from sgpt.encoder.verify import verify
 from sgpt.retrieval.searcher import load_encoder_and_reranker
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import ROLES
@@ -95,6 +96,7 @@ def test_format_2_is_still_read(folder, tmp_path):
     opened, expected = Encoder.from_pretrained(old), Encoder.from_pretrained(folder)
     assert np.array_equal(opened.encode_queries(TEXTS), expected.encode_queries(TEXTS))
     assert opened.fingerprint() == expected.fingerprint()
+    assert [name.split()[0] for name in verify(old, opened)["readers"]] == ["sgpt", "sentence-transformers"]
 
 
 def test_other_token_ids_are_told_from_other_weights_and_the_library_that_changed_is_named(folder, tmp_path):

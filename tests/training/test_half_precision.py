@@ -376,6 +376,23 @@ def test_card_and_manifest_say_what_is_held_in_which_precision(dtype, project, s
     )
 
 
+@pytest.mark.parametrize("dtype", RUNS)
+def test_adapter_and_export_say_what_they_were_made_of_and_have_probes(dtype, project, starts):
+    run = project / "runs" / dtype
+    inputs = json.loads((run / "manifest.json").read_text())["inputs"]
+    adapter, exported = (json.loads((run / part / "sgpt.json").read_text()) for part in ("adapter", "export"))
+    assert adapter["origin"] == exported["origin"]
+    origin = adapter["origin"]
+    assert (origin["dtype"], origin["tuning"]) == (dtype, RUNS[dtype])
+    assert origin["base_weights"] == next(value for name, value in inputs.items() if name.startswith("base model"))
+    assert origin["tokenizer"] == next(value for name, value in inputs.items() if name.startswith("tokenizer of"))
+    assert origin["training_data"]
+    assert origin["versions"]["torch"] == torch.__version__
+    for role in ("query", "document"):
+        assert adapter["probes"][f"{role}_ids"] == exported["probes"][f"{role}_ids"]
+        np.testing.assert_allclose(adapter["probes"][role], exported["probes"][role], atol=1e-4)
+
+
 def test_mining_and_re_ranking_take_the_run(project, starts):
     for name in ("mine", "re-rank"):
         assert starts[name].code == 0, starts[name].err

@@ -56,7 +56,7 @@ class ByHand:
             rows.append((content or around) if self.fault == "no markers" else [around[0], *content, around[1]])
         asked = Rows(rows, None if self.fault == "delta ignored" else delta)
         self.waiting.put(asked)
-        asked.done.wait(60)
+        asked.done.wait(600)
         return asked.vectors
 
     def _work(self) -> None:
