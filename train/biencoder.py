@@ -21,6 +21,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.encoder.contract import Contract
     from sgpt.encoder.encoder import Encoder
     from sgpt.encoder.export import announce_export
+    from sgpt.encoder.model_folder import exports_in_other_formats
     from sgpt.encoder.probes import measure
     from sgpt.evaluation import evaluate
     from sgpt.report.run import write_report
@@ -94,8 +95,9 @@ def main(composed: DictConfig) -> None:
     state = train(encoder, feed, accelerator, run, config.trainer, config.loss, config.optim, evaluate_dev)
 
     if accelerator.is_main_process:
-        # train/export.py may have made one from an earlier checkpoint, which would pass for this run's
-        remove_folder(run.folder / "export")
+        # train/export.py may have made some from an earlier checkpoint, which would pass for this run's
+        for made_before in (run.folder / "export", *exports_in_other_formats(run.folder)):
+            remove_folder(made_before)
         adapter = run.folder / "adapter"
         save_adapter(encoder.trunk, encoder.tokenizer, contract, untrained, adapter, measured=measure(encoder))
         record_after(run, encoder, test_sets, untrained, state)
