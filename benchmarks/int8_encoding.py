@@ -24,6 +24,7 @@ from measure.engines import Variant, open_ours, open_theirs
 from measure.given import DOCUMENTS, Setting, read_documents, setting
 from measure.processes import fresh, stopwatch
 from measure.report import Report, parser, race
+from transformers.utils import logging
 
 from sgpt.data.formats.beir import RetrievalSet, fewer_queries, read_retrieval
 from sgpt.decoder.trunk import load_tokenizer
@@ -150,6 +151,7 @@ def print_table(rows: dict[str, list[dict]]) -> None:
 
 def print_quality(options: argparse.Namespace) -> None:
     keep_freed_memory()
+    logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
     encoders = {dtype: Encoder.from_pretrained(options.model, dtype=dtype) for dtype in ("float32", "int8")}
     print("| set | documents | queries | nDCG@10 × 100, float32 | int8 | difference |\n|---|---|---|---|---|---|")

@@ -20,6 +20,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,6 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 LARGEST_CODE = 127  # of int8; -128 is left out, so that the codes are symmetric
-# without one of these oneDNN adds pairs of products in 16 bits, which can overflow
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
 SMALLEST = 1e-30  # a token's furthest number counts as at least this, so that 127 / it is finite for one of zeros
 
@@ -99,12 +99,25 @@ def current() -> Int8Products | None:
 
 
 def multiplies_int8(device: torch.device) -> bool:
-    """Whether products in int8 are fast, and are taken."""
-    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in VNNI)
+    """Whether products in int8 are fast and exact here, so that they are taken."""
+    has_vnni = any(torch.cpu.get_capabilities().get(name) for name in VNNI)
+    return device.type == "cpu" and has_vnni and _is_exact()
+
+
+@cache
+def _is_exact() -> bool:
+    """Whether the largest codes multiply to what they should.
+
+    Without VNNI, also where ONEDNN_MAX_CPU_ISA takes it away, oneDNN adds pairs of products in 16 bits, which overflow:
+    of 576 pairs of 127 it gives 73,440 instead of 9,290,304, and says nothing.
+    """
+    largest = torch.full((64, 64), LARGEST_CODE, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest) == 64 * LARGEST_CODE**2).all())
 
 
 def _warn_once(device: torch.device) -> None:
-    what = "this processor has no VNNI" if device.type == "cpu" else f"the device is {device.type}"
+    no_vnni = "this processor has no VNNI, or ONEDNN_MAX_CPU_ISA leaves it unused"
+    what = no_vnni if device.type == "cpu" else f"the device is {device.type}"
     if what not in _WARNED:
         _WARNED.add(what)
         log.warning(

@@ -1,6 +1,9 @@
 """Products of int8 weights with int8 activations, against integers and loops in Python, and against float32 weights."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from sgpt.decoder.int8 import Int8Products, int8_products, quantise_tokens
 from sgpt.decoder.quantised import QuantisedLinear, quantised_layers
 
 CPU = torch.device("cpu")
-FAST = any(torch.cpu.get_capabilities().get(name) for name in int8.VNNI)
+FAST = int8.multiplies_int8(CPU)
 needs_vnni = pytest.mark.skipif(not FAST, reason="this processor has no VNNI, and dequantises instead")
 TEXTS = ["sort a path", "[[1]]", "what?", "naïve 東京 🙂", "word " * 30, "", "read a file line by line"]
 
@@ -143,7 +146,21 @@ def test_without_vnni_weights_are_dequantised_and_the_log_says_so_once(tiny_enco
         embeddings = [encoder.encode_queries(TEXTS, as_tensor=True) for _ in range(2)]
     assert all(torch.equal(one, expected) for one in embeddings)
     [said] = [record.getMessage() for record in caplog.records]
-    assert said.startswith("dtype=int8: this processor has no VNNI, so weights are dequantised")
+    assert said.startswith("dtype=int8: this processor has no VNNI, or ONEDNN_MAX_CPU_ISA leaves it unused, so weights")
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
+def test_where_vnni_is_taken_away_products_are_wrong_and_are_not_taken(instructions):
+    code = """
+import torch
+from sgpt.decoder.int8 import multiplies_int8
+largest = torch.full((64, 576), 127, dtype=torch.int8)
+exact = bool((torch._int_mm(largest, largest.T) == 576 * 127**2).all())
+print(multiplies_int8(torch.device("cpu")) <= exact)
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout == "True\n"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "nf4"])
