@@ -338,5 +338,10 @@ def test_what_would_be_pushed_is_the_folder_with_its_path_replaced(tiny_encoder,
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(InputError, match=r"push_to_hub=me/model: there is no token of the hub; log in with"):
         push(folder, "me/model")
+    monkeypatch.setenv("HF_TOKEN", "hf_nobodys")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    with pytest.raises(InputError, match=r"push_to_hub=me/model: the hub could not be reached") as refusal:
+        push(folder, "me/model")
+    assert "hf_nobodys" not in str(refusal.value)
     with pytest.raises(InputError, match=r"push_to_hub='../x' is no hub id"):
         ExportConfig(push_to_hub="../x")
