@@ -169,10 +169,11 @@ def measure(row: Row, folder: Path) -> Measured:
     rows = encoder.token_ids(TEXTS, "document")
     by_transformers = _relative(embeddings, _embed_alone(plain, rows).detach())
     values, gradients = _parity(encoder, plain, rows)
-    readers = [reader.split()[0] for reader in verified["readers"]]
+    opened_by = [reader.split()[0].replace("peft", "PEFT") for reader in verified["readers"]]
+    readers = dict.fromkeys([*opened_by, "transformers"])
     cells = (row.name, *_trained(encoder.trunk), *_published(row), "packed" if takes_packs(encoder.trunk) else "padded",
              "sgpt, PEFT" if (adapter / PEFT).is_file() else "sgpt", _form(folder / "export", row.family),
-             ", ".join([*readers, "transformers"]))  # fmt: skip
+             ", ".join(readers))  # fmt: skip
     return Measured(
         float(start), values, gradients, float((loaded - embeddings).abs().max()), by_peft, by_transformers, cells
     )

@@ -139,7 +139,7 @@ def test_where_nothing_can_be_written_the_keys_that_choose_another_place_are_nam
         ("evaluate", [f"model={run}", f"retrieval=[{beir}]", f"runs={place}/trec"], ["runs="]),
         ("mine", [f"data={beir}", "split=test", f"output={place}/rows.jsonl"], ["output="]),
         ("rerank", [f"data={beir}", f"output={place}/run.trec"], ["output="]),
-        ("pretrain", [f"pydocs={place}/pydocs", f"folder={place}/nano"], ["folder="]),
+        ("pretrain", [f"text={other}", f"pydocs={place}/pydocs", f"folder={place}/nano"], ["folder="]),
     ):
         sentence = start(script, *overrides).sentence
         assert all(key in sentence for key in keys), (script, overrides, sentence)

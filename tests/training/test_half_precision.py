@@ -370,8 +370,9 @@ def test_every_script_takes_the_run(dtype, project, starts):
 def test_card_and_manifest_say_what_is_held_in_which_precision(dtype, project, starts):
     manifest = json.loads((project / "runs" / dtype / "manifest.json").read_text())
     assert manifest["precision"] == {"frozen": dtype, "trained": "float32", "computed": dtype}
+    numbers = f"{manifest['parameters']['trained']:,}"
     assert (
-        f"({RUNS[dtype]}, in float32 over a trunk in {dtype})"
+        f"| learns | {RUNS[dtype]}, {numbers} numbers in float32; the rest frozen in {dtype} |"
         in (project / "runs" / dtype / "export" / "README.md").read_text()
     )
 
@@ -402,7 +403,9 @@ def test_mining_and_re_ranking_take_the_run(project, starts):
 @pytest.mark.parametrize("dtype", RUNS)
 def test_exported_again_it_is_the_same_to_the_byte(dtype, project, starts):
     assert starts[f"export {dtype}"].code == 0, starts[f"export {dtype}"].err
-    assert content(project / "again" / dtype) == content(project / "runs" / dtype / "export")
+    again, first = content(project / "again" / dtype), content(project / "runs" / dtype / "export")
+    again["README.md"] = again["README.md"].replace(b"again/" + dtype.encode(), f"runs/{dtype}/export".encode())
+    assert again == first  # but for the path in the card's lines of use
 
 
 def test_a_refused_export_leaves_a_finished_run_and_the_command_that_makes_it_again(project, starts):
