@@ -31,7 +31,7 @@ PROBE_TEXTS = (
     "👩\u200d👧🙂", "東京タワーの高さ",
 )  # fmt: skip
 NUMBERS = 32  # of each embedding: any wrong weight, token or pooling shows in every number
-SHORT_PROBE = 64  # tokens of a probe that is embedded on opening
+SHORT_PROBE = 64  # tokens of a probe that is embedded on opening, next to those that all have
 TOLERANCE = 1e-3  # of the largest entry, in float32: other machines sum in another order
 # times the measured rounding is allowed: other machines round elsewhere, and a wrong weight shows by far more
 ROUNDINGS = 3
@@ -73,13 +73,14 @@ def probes(encode: Encode, token_ids: TokenIds | None = None) -> dict[str, list]
 def probe_difference(encode: Encode, stored: dict[str, list], longest: int | None = None) -> float:
     """Largest difference to the stored probes, as a share of their largest entry; 0 without any.
 
-    longest: texts with more tokens are left out.
+    longest: texts with more tokens than that beyond the shortest, which holds what a prompt adds, are left out.
     """
     if not stored:
         return 0.0
     rows = range(len(stored["texts"]))
     if longest is not None and "query_ids" in stored:
-        rows = [row for row in rows if all(len(stored[f"{role}_ids"][row]) <= longest for role in ROLES)]
+        lengths = [max(len(stored[f"{role}_ids"][row]) for role in ROLES) for row in rows]
+        rows = [row for row in rows if lengths[row] - min(lengths) <= longest]
     texts = [stored["texts"][row] for row in rows]
     expected = {role: np.array([stored[role][row] for row in rows]) for role in ROLES}
     given = {role: encode(texts, role)[:, :NUMBERS] for role in ROLES}

@@ -4,6 +4,7 @@ Anything else is refused by key, with the value and what is allowed.
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from types import UnionType
@@ -69,6 +70,14 @@ def check_choice(key: str, value: str, choices: Collection[str]) -> None:
         *others, last = choices
         listed = f"{', '.join(others)} or {last}" if others else last
         raise InputError(f"{key}={value!r} is unknown; choose {listed}")
+
+
+def check_api_key(api_key: str | None) -> None:
+    """InputError for a key that no header can carry as it is; null is no key."""
+    if api_key is None or re.fullmatch("[!-~]+", api_key):
+        return
+    problem = "holds a blank, or what is no ASCII" if api_key else "is empty"  # and is not shown: others may read logs
+    raise InputError(f"api_key {problem}; set one of letters, digits and signs, or api_key=null for none")
 
 
 def check_path_of_choice(config: Any, key: str, paths: Mapping[str, str | None]) -> None:

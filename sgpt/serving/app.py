@@ -157,9 +157,10 @@ class Server:
 
     def _check_truncation(self, truncated: list[int], wanted: bool | None, field: str) -> None:
         """Refusal where texts were cut and may not be."""
-        self.metrics.truncated.inc(len(truncated))
         may_cut = self.config.truncation == "say" if wanted is None else wanted
-        if truncated and not may_cut:
+        if may_cut:
+            self.metrics.truncated.inc(len(truncated))
+        elif truncated:
             others = f" and {len(truncated) - 1} more" if len(truncated) > 1 else ""
             message = f"{field}[{truncated[0]}]{others} is longer than the model reads"
             raise Refusal(422, f"{message}; shorten it, or send \"truncate\": true to have it cut and listed", field)
@@ -223,6 +224,9 @@ class Server:
         asked = parse(SearchRequest, await self.body(request))
         self._check_texts([asked.query], "query")
         answer = await self.page.answer(asked.query, asked.top, self.batcher, self.in_thread)
+        if answer["truncated"] and self.config.truncation == "refuse":
+            raise Refusal(422, "query is longer than the model reads; shorten it", "query")
+        self.metrics.truncated.inc(answer["truncated"])
         return as_json(answer)
 
     async def search_page(self, request: Request) -> Response:
@@ -289,8 +293,8 @@ def create_app(model: ServedModel, config: ServeConfig, page: SearchPage | None 
     post("/search", server.search, SearchRequest)
     get("/", server.search_page, needs_key=False)  # which asks for the key itself
     get("/v1/models", server.models)
-    get("/v1/models/{name}", server.one_model)
-    get("/contract", server.contract)
+    get("/v1/models/{name:path}", server.one_model)  # as a hub id has a slash
+    get("/contract", server.worked_on(server.contract))  # its probes are computed
     get("/health", server.health, needs_key=False)
     get("/metrics", server.metrics_text)
 

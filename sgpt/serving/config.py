@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from sgpt.retrieval.index import IndexConfig
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.values import COUNT, NOT_NEGATIVE, Range, check_choice, check_ranges
+from sgpt.runtime.values import COUNT, NOT_NEGATIVE, Range, check_api_key, check_choice, check_ranges
 
 PORT = Range("from 0 to 65535", 0, 65535)
 TRUNCATIONS = ("say", "refuse")
@@ -37,7 +37,7 @@ class ServeConfig:
     port: int = 8000
     """Port to listen at; 0 takes a free one and says which."""
     api_key: str | None = None
-    """What requests must send as `Authorization: Bearer …`; null asks for none."""
+    """What requests must send as `Authorization: Bearer …`, letters, digits and signs of ASCII; null asks for none."""
     max_batch_tokens: int = 1024
     """Tokens computed at a time, of as many requests as fit; a single text that is longer comes alone."""
     max_wait_ms: float = 2.0
@@ -64,6 +64,7 @@ class ServeConfig:
         check_choice("truncation", self.truncation, TRUNCATIONS)
         if not self.host:
             raise InputError("host is empty; set host=127.0.0.1 for this machine alone, or host=0.0.0.0 for all")
+        check_api_key(self.api_key)
         for name, folder in self.deltas.items():
             if not folder:
                 raise InputError(f"deltas.{name} is empty; set it to the folder of a run or adapter")

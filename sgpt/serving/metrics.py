@@ -22,7 +22,7 @@ class Metrics:
         self.in_flight = Gauge("sgpt_requests_in_flight", "Requests that are worked on or wait.", **kept)
         self.queued_tokens = Gauge("sgpt_queued_tokens", "Tokens that wait to be computed.", **kept)
         self.wait = Histogram(
-            "sgpt_queue_seconds", "What a request waited for its first batch.", ["kind"], buckets=SECONDS, **kept
+            "sgpt_queue_seconds", "What a request waited for each of its batches.", ["kind"], buckets=SECONDS, **kept
         )
         self.compute = Histogram(
             "sgpt_batch_seconds", "What computing a batch took.", ["kind"], buckets=SECONDS, **kept

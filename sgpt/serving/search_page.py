@@ -50,22 +50,31 @@ class SearchPage:
         return results
 
     async def answer(self, query: str, top: int, batcher: Batcher, in_thread: InThread) -> dict[str, Any]:
-        """Of each system its title, what its scores are, and the best `top` documents."""
+        """Of each system its title, what its scores are, and the best `top` documents.
+
+        `truncated` says whether the query was cut, and of a document whether the re-ranker has read its end alone.
+        """
         answered: list[dict[str, Any]] = []
+        is_cut = False
         found: list[tuple[float, int]] = []
         for system in self.systems.values():
-            rows, _ = await in_thread(self.model.prepare, [query], "query", None, system.strength)
+            rows, truncated = await in_thread(self.model.prepare, [query], "query", None, system.strength)
+            is_cut = is_cut or bool(truncated)
             [embedding] = await batcher.submit("embed", rows, [len(row.ids) for row in rows])
             wanted = max(top, self.depth) if self.model.reranker else top
             [found] = await batcher.submit("search", [IndexQuery(system.title, embedding, wanted)], [1])
             answered.append(self._shown(system.title, "cosine", found[:top]))
         if self.model.reranker is not None:
             rows = [row for _, row in found]
-            texts, _ = await in_thread(self.model.prepare_rerank, query, [self.texts[row] for row in rows])
+            texts, cut = await in_thread(self.model.prepare_rerank, query, [self.texts[row] for row in rows])
             scores = await batcher.submit("rerank", texts, [len(text.read) for text in texts])
             again = sorted(zip(scores, rows, strict=True), key=lambda hit: -hit[0])
-            answered.append(self._shown("re-ranked", "log-probability", again[:top]))
-        return {"query": query, "documents": len(self.texts), "systems": answered}
+            shown = self._shown("re-ranked", "log-probability", again[:top])
+            cut_ids = {self.document_ids[rows[index]] for index in cut}
+            for hit in shown["hits"]:
+                hit["truncated"] = hit["id"] in cut_ids
+            answered.append(shown)
+        return {"query": query, "truncated": is_cut, "documents": len(self.texts), "systems": answered}
 
     def _shown(self, title: str, score: str, hits: Sequence[tuple[float, int]]) -> dict[str, Any]:
         listed = []

@@ -15,6 +15,7 @@ import uvicorn
 from safetensors import safe_open
 
 from sgpt.data.formats.beir import read_search_corpus
+from sgpt.decoder.quantised import QUANTISED
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.adapter import DELTA, TRAINED, base_of, check_tokenizer, convert, opened_dtype, read_delta
 from sgpt.encoder.delta import Delta
@@ -146,7 +147,10 @@ def _open_encoder(model: str, dtype: str, device: torch.device | str) -> Encoder
     tokenizer = load_tokenizer(base)
     check_tokenizer(tokenizer, found.folder)
     delta = Delta(trunk.to(device), found.folder)
-    return Encoder(trunk, tokenizer, delta.contract, delta=delta)
+    encoder = Encoder(trunk, tokenizer, delta.contract, delta=delta)
+    if dtype not in QUANTISED:  # of which no rounding was measured
+        encoder.check(str(found.folder))
+    return encoder
 
 
 def _is_bias_delta(folder: Path) -> bool:
@@ -172,6 +176,7 @@ def open_page(model: ServedModel, config: ServeConfig) -> SearchPage:
     systems: list[PageSystem] = []
     if encoder.delta is not None:
         base = Encoder(encoder.trunk, encoder.tokenizer, encoder.contract, delta=encoder.delta.at(0.0))
+        base.deltas.biases = encoder.deltas.biases  # else its index would be another with every other delta
         of_base = folder.with_name(f"{folder.name}-base")
         systems.append(PageSystem("base", open_index(base, corpus, of_base, config.index), 0.0))
     systems.append(PageSystem("tuned", open_index(encoder, corpus, folder, config.index), None))

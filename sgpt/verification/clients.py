@@ -147,7 +147,7 @@ class Client:
                 f"{self.url}: no answer within {self.timeout_seconds:g} s; raise timeout_seconds, or see what the "
                 "server is busy with"
             ) from None
-        except (httpx.TransportError, httpx.InvalidURL) as error:
+        except (httpx.RequestError, httpx.InvalidURL) as error:
             raise InputError(
                 f"{self.url}: no server answers ({str(error) or type(error).__name__}); start it, or check host and "
                 "port"
@@ -166,7 +166,7 @@ class Client:
         if status in (400, 413, 422):
             return RefusedTexts(
                 f"{self.url}: {status}, the server refuses the request ({said}); if it takes no role, set "
-                "markers_by=client; if it takes fewer texts, lower texts_per_request"
+                "markers_by=client; no field for a delta, delta_as=model; fewer texts, texts_per_request=<fewer>"
             )
         return InputError(f"{self.url}: {status} instead of an answer ({said}); see the server's log")
 
@@ -188,7 +188,7 @@ class Client:
 
         try:
             return self.http.get(url, timeout=min(5, self.timeout_seconds)).json()["data"][0]["id"]
-        except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError):
             return None
 
 

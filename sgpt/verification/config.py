@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from sgpt.encoder.probes import HALVES
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.values import COUNT, POSITIVE, SHARE, check_choice, check_ranges
+from sgpt.runtime.values import COUNT, POSITIVE, SHARE, check_api_key, check_choice, check_ranges
 from sgpt.verification.clients import APIS
 
 CHOICES = {"dtype": ("float32", *HALVES), "markers_by": ("server", "client"), "delta_as": ("delta", "model")}
@@ -49,6 +49,7 @@ class VerifyConfig:
             self, least_cosine=SHARE.or_null("for what rounding explains"), texts_per_request=COUNT,
             requests_at_once=COUNT, timeout_seconds=POSITIVE,
         )  # fmt: skip
+        check_api_key(self.api_key)
         if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
             raise InputError(f"endpoint={self.endpoint} is no URL; give one such as http://127.0.0.1:8000")
         if self.deltas and self.api == "tei":

@@ -93,7 +93,7 @@ def faults(trained: Trained, role: Role) -> Iterator[tuple[str, FaultyEmbed]]:
     other_role = ROLES[1 - ROLES.index(role)]
     yield f"wrong role: the text as a {other_role}", lambda texts: encoder.encode(texts, other_role)
     for name, changed in _other_contracts(encoder):
-        otherwise = Encoder(encoder.trunk, encoder.tokenizer, changed)
+        otherwise = Encoder(encoder.trunk, encoder.tokenizer, changed, head=encoder.head)
         yield name, lambda texts, otherwise=otherwise: otherwise.encode(texts, role)
     for name, token_ids in _other_ids(encoder):
         yield name, lambda texts, ids=token_ids: _of_ids(encoder, ids(texts, role))
@@ -132,8 +132,8 @@ def _other_ids(encoder: Encoder) -> Iterator[tuple[str, Callable[[Sequence[str],
 
     def merged(texts: Sequence[str], role: Role) -> TokenLists:
         """Tokenised as one text with its markers, which are text as any other."""
-        rule = rules[role]
-        rows = content_ids([rule.text_before + text + rule.text_after for text in texts], tokenizer)
+        rule, prompt = rules[role], contract.prompts.get(role, "")
+        rows = content_ids([rule.text_before + prompt + text + rule.text_after for text in texts], tokenizer)
         return [ids[: rule.max_tokens] for ids in rows]
 
     for limit in sorted({*_limits(encoder), *(contract.markers.max_tokens(role) for role in ROLES)}):
@@ -173,5 +173,6 @@ def _of_ids(encoder: Encoder, rows: TokenLists, *, causal: bool = True) -> np.nd
         if takes_position_ids(encoder.trunk):
             inputs["position_ids"] = torch.arange(length, device=encoder.device)[None]
         hidden = encoder.trunk(**inputs).last_hidden_state  # [1, T, D]
-        embeddings.append(pool(hidden, hidden.new_ones(1, length, dtype=torch.long))[0])
+        pooled = pool(hidden, hidden.new_ones(1, length, dtype=torch.long))  # [1, D of the trunk]
+        embeddings.append((pooled if encoder.head is None else encoder.head(pooled.float()))[0])
     return torch.stack(embeddings).float().cpu().numpy()

@@ -17,7 +17,7 @@ from sgpt.decoder.trunk import ModelConfig, load_trunk
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.probes import PROBE_TEXTS
 from sgpt.encoder.verify import hostile_texts, row_cosines
-from sgpt.text.markers import ROLES, Role
+from sgpt.text.markers import MARKERS, ROLES, Role
 from sgpt.verification.clients import Client, RefusedTexts
 from sgpt.verification.conditions import Condition, conditions
 from sgpt.verification.config import VerifyConfig
@@ -60,8 +60,10 @@ def verify_server(config: VerifyConfig) -> Iterator[Finding]:
         served_name=config.served_name, delta_as=config.delta_as, timeout_seconds=config.timeout_seconds,
         connections=config.requests_at_once,
     ) as client:  # fmt: skip
-        # asked first, by itself: a server that is not there, or another one, is said in a sentence
-        _asked(client, ["parse a date from a string"], "query", None, config, models[None])
+        # asked first, by itself: a server that is not there, or knows no such role or delta, is said in a sentence
+        for delta, encoder in models.items():
+            for role in ROLES:
+                _asked(client, PROBE_TEXTS[:1], role, delta, config, encoder)
         for delta, encoder in models.items():
             trained = Trained(encoder, _mistaken(delta, models))
             for role in ROLES:
@@ -80,7 +82,7 @@ def _mistaken(delta: str | None, models: Models) -> dict[str, Callable[[], Encod
     @cache
     def base() -> Encoder:
         trunk = load_trunk(ModelConfig(encoder.contract.base)).to(encoder.device)
-        return Encoder(trunk, encoder.tokenizer, encoder.contract)
+        return Encoder(trunk, encoder.tokenizer, encoder.contract, head=encoder.head)
 
     if encoder.contract.base:
         others[IGNORED.format("the base")] = base
@@ -89,7 +91,7 @@ def _mistaken(delta: str | None, models: Models) -> dict[str, Callable[[], Encod
 
 def _in_place_of(asked: Encoder, other: Encoder) -> Encoder:
     """The other's weights under the contract of the model that was asked for."""
-    return Encoder(other.trunk, other.tokenizer, asked.contract)
+    return Encoder(other.trunk, other.tokenizer, asked.contract, head=other.head)
 
 
 def _findings(
@@ -111,21 +113,29 @@ def _findings(
         condition = replace(condition, requests=[rows for rows in requests if rows])
         rows, vectors, not_taken = _vectors(client, condition, texts, role, delta, config, encoder)
         refused |= not_taken
-        yield _finding(condition, role, delta, rows, vectors, len(not_taken), texts, expected, trained, least)
+        found = _finding(condition, role, delta, rows, vectors, len(not_taken), texts, expected, trained, least)
+        if condition.at_once and not_taken and found.fault is None:  # all others were refused before
+            fault = f"{len(not_taken)} texts are refused under load that were taken before"
+            found = replace(found, fault=fault, text=texts[min(not_taken)])
+        yield found
 
 
 def _vectors(
     client: Client, condition: Condition, texts: Sequence[str], role: Role, delta: str | None, config: VerifyConfig,
     encoder: Encoder,
 ) -> tuple[list[int], np.ndarray, set[int]]:  # fmt: skip
-    """Rows that were answered, their vectors [rows, D], and the rows of requests that were refused."""
+    """Rows that were answered, their vectors [rows, D], and the rows that were refused by themselves.
+
+    Raises RefusedTexts for a batch of which each text is taken alone.
+    """
+
+    def vectors_of(rows: list[int]) -> np.ndarray:
+        return _asked(client, [texts[row] for row in rows], role, delta, config, encoder)
 
     def ask(rows: list[int]) -> np.ndarray | None:
         try:
-            return _asked(client, [texts[row] for row in rows], role, delta, config, encoder)
+            return vectors_of(rows)
         except RefusedTexts:
-            if len(rows) > 1:  # each of them was taken by itself
-                raise
             return None
 
     if condition.at_once:
@@ -137,11 +147,13 @@ def _vectors(
     refused: set[int] = set()
     answered = [np.empty((0, encoder.embedding_size), dtype=np.float32)]
     for asked, vectors in zip(condition.requests, answers, strict=True):
+        taken = asked
         if vectors is None:
-            refused.update(asked)
-        else:
-            rows += asked
-            answered.append(vectors)
+            taken = [row for row in asked if len(asked) > 1 and ask([row]) is not None]
+            refused.update({*asked} - {*taken})
+            vectors = vectors_of(taken) if taken else answered[0]
+        rows += taken
+        answered.append(vectors)
     return rows, np.concatenate(answered), refused
 
 
@@ -150,8 +162,10 @@ def _asked(
 ) -> np.ndarray:  # fmt: skip
     if config.markers_by == "server":
         return client.embed(texts, role, delta)
-    rule = encoder.contract.of_model(encoder.tokenizer).roles[role]
-    return client.embed([f"{rule.text_before}{text}{rule.text_after}" for text in texts], None, delta)
+    # without the tokenizer's own special tokens, which the server adds
+    opening, closing = MARKERS[encoder.contract.markers.name][role]
+    prompt = encoder.contract.prompts.get(role, "")
+    return client.embed([f"{opening}{prompt}{text}{closing}" for text in texts], None, delta)
 
 
 def _finding(

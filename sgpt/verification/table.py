@@ -31,20 +31,23 @@ def server_table(found: Sequence[Finding], title: str) -> Table:
     for one in found:
         texts = f"{one.texts}, {one.refused} refused" if one.refused else str(one.texts)
         row = [one.condition, one.role, *([one.delta or "none"] if deltas else []), texts]
-        row += [_number(one.cosine, ".7f"), f"{one.least_cosine:.7f}", one.fault or "ok"]
+        verdict = "ok" if one.texts else "nothing compared"
+        row += [_number(one.cosine, ".7f"), f"{one.least_cosine:.7f}", one.fault or verdict]
         table.add_row(*row)
     return table
 
 
 def summary(found: Sequence[Finding]) -> str:
-    """Which conditions broke, by their faults; or that none did."""
+    """Which conditions broke, by their faults; or that none did, and how many of them are empty."""
     by_fault: dict[str, list[str]] = {}
     for one in found:
         if one.fault:
             of = f"{one.condition} ({one.role}{f', delta {one.delta}' if one.delta else ''})"
             by_fault.setdefault(one.fault.partition(";")[0], []).append(of)  # without how near the nearest came
     if not by_fault:
-        return "every served vector is the trained one"
+        empty = sum(not one.texts for one in found)
+        without = f"; under {empty} conditions there was none, as the server refuses their texts" if empty else ""
+        return f"every served vector is the trained one{without}"
     lines = [f"{fault}: {', '.join(where)}" for fault, where in by_fault.items()]
     worst = min((one for one in found if one.fault), key=lambda one: one.cosine)
     return "\n".join([*lines, f"worst: {worst.text[:TEXT_SHOWN]!r} at a cosine of {worst.cosine:.4f}"])

@@ -16,7 +16,7 @@ from sgpt.encoder.adapter import save_adapter
 from sgpt.encoder.contract import FILE
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
-from sgpt.encoder.probes import EQUAL_LENGTHS, PROBE_TEXTS, measure, probe_difference
+from sgpt.encoder.probes import EQUAL_LENGTHS, PROBE_TEXTS, SHORT_PROBE, measure, probe_difference
 from sgpt.encoder.verify import verify
 from sgpt.retrieval.searcher import load_encoder_and_reranker
 from sgpt.runtime.errors import InputError
@@ -139,6 +139,19 @@ def test_an_adapter_over_a_base_that_its_hash_does_not_tell_apart_is_refused_by_
     number = next(n for n in range(opening * width, (opening + 1) * width) if n % (embeddings.numel() // SAMPLE))
     embeddings.view(-1)[number] += 1.0
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="its embeddings differ by"):
+        Encoder.from_pretrained(adapter)
+
+
+def test_a_prompt_that_is_longer_than_a_short_probe_leaves_probes_to_compare(tiny_encoder, tmp_path):
+    encoder = tiny_encoder("gpt_neo", query_max_tokens=120, document_max_tokens=120)
+    encoder.contract.prompts = dict.fromkeys(ROLES, "find what answers this question: " * 5)
+    assert min(map(len, encoder.token_ids(PROBE_TEXTS, "query"))) > SHORT_PROBE
+    adapter = adapter_of(encoder, tmp_path / "adapter")
+    assert Encoder.from_pretrained(adapter).contract.prompts == encoder.contract.prompts
+    stated = json.loads((adapter / FILE).read_text())
+    stated["probes"]["query"][0][0] += 1.0
+    (adapter / FILE).write_text(signed(stated))
     with pytest.raises(InputError, match="its embeddings differ by"):
         Encoder.from_pretrained(adapter)
 

@@ -28,9 +28,11 @@ CORPUS = {
 }
 
 
-def tuned_run(base, folder, seed: int = 0, *, layers: int | None = None, tuning: str = "bitfit") -> Encoder:
+def tuned_run(
+    base, folder, seed: int = 0, *, layers: int | None = None, tuning: str = "bitfit", **options
+) -> Encoder:  # fmt: skip
     """A run folder whose biases were moved at random, saved as a training run saves them."""
-    trunk = tune(load_trunk(ModelConfig(str(base), layers=layers)), TuningConfig(tuning))
+    trunk = tune(load_trunk(ModelConfig(str(base), layers=layers)), TuningConfig(tuning, **options))
     encoder = Encoder(
         trunk, load_tokenizer(str(base)),
         Contract("weighted_mean", MarkersConfig("brackets", **LIMITS), base=str(base))

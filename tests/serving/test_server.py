@@ -1,10 +1,12 @@
 """The server as its clients see it: a real one on a port of its own, asked by OpenAI's client and by httpx."""
 
+import asyncio
 import base64
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +22,9 @@ import numpy as np
 import pytest
 
 from sgpt.cross_encoder.cross_encoder import CrossEncoder
+from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.probes import measure
 from sgpt.retrieval.searcher import Searcher, load_encoder_and_reranker
 from sgpt.runtime.errors import InputError
 from sgpt.serving.config import EXTRA, ServeConfig
@@ -305,10 +309,36 @@ def test_the_page_shows_what_search_finds(url, runs, encoders):
     assert (folder / "embeddings.npy").stat().st_mtime_ns == built
     tuned = [one["id"] for one in systems[1]["hits"]]
     assert [one["id"] for one in systems[0]["hits"]] != tuned or systems[0]["hits"] != systems[1]["hits"]
+    short = httpx.post(f"{url}/search", json={"query": "open the date", "top": 3}).json()
+    assert short["truncated"] is False
+    assert not any(hit["truncated"] for hit in short["systems"][-1]["hits"])
     page = httpx.get(url)
     assert page.headers["content-type"].startswith("text/html")
     elsewhere = re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", page.text)
     assert not elsewhere, "the page loads something that is not here"
+
+
+def test_a_query_of_the_page_that_is_cut_is_said_or_refused(runs):
+    query = {"query": "open the date " * 20}
+    corpus = str(runs / "corpus.jsonl")
+    with serving(runs / "first", corpus=corpus) as url:
+        assert httpx.post(f"{url}/search", json=query).json()["truncated"] is True
+    with serving(runs / "first", corpus=corpus, truncation="refuse") as url:
+        refused = httpx.post(f"{url}/search", json=query)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "query")
+
+
+def test_the_index_of_the_base_is_the_same_next_to_a_delta_with_more_biases(language_model, tmp_path, runs):
+    base = language_model("qwen2")
+    tuned_run(base, tmp_path / "own", add_biases="attention")
+    tuned_run(base, tmp_path / "other", 1)
+    embeddings = tmp_path / "own" / "index" / "corpus.jsonl-base" / "embeddings.npy"
+    built: set[int] = set()
+    for deltas in ({}, {"other": str(tmp_path / "other")}):
+        config = ServeConfig(model=str(tmp_path / "own"), deltas=deltas, corpus=str(runs / "corpus.jsonl"))
+        open_page(open_served(config), config)
+        built.add(embeddings.stat().st_mtime_ns)
+    assert len(built) == 1
 
 
 # around
@@ -330,9 +360,13 @@ def test_metrics_count_requests_texts_and_tokens(url, encoders):
     before = [value(name, **labels) for name, labels in counted]
     embed(url, TEXTS[:3])
     embed(url, [])
+    cut = value("sgpt_truncated_texts_total")
     after = [value(name, **labels) for name, labels in counted]
     tokens = sum(map(len, encoders["first"].token_ids(TEXTS[:3], "document")))
     assert [new - old for new, old in zip(after, before, strict=True)] == [1, 1, 3, tokens, 2, 1]
+    for truncate in (False, True):
+        embed(url, "sort a list of names " * 20, truncate=truncate)
+    assert value("sgpt_truncated_texts_total") == cut + 1  # a text that was refused was not cut
 
 
 def test_the_contract_has_probes_that_the_model_gives(url, runs, encoders):
@@ -364,6 +398,42 @@ def test_a_key_is_asked_for_and_nothing_is_said_without_it(runs):
         with openai.OpenAI(base_url=f"{url}/v1", api_key="secret") as client:
             assert len(client.embeddings.create(input="a", model="first").data[0].embedding) == 32
         assert httpx.get(f"{url}/health").json()["ready"] is True
+
+
+@pytest.mark.parametrize(("key", "sentence"), [
+    ("", "is empty; set one of letters"), ("a key", "holds a blank, or what is no ASCII"), ("schlüssel", "is no ASCII"),
+])  # fmt: skip
+def test_a_key_that_no_request_could_send_is_refused(key, sentence):
+    """By an empty one, as of a variable that is not set, whoever sent `Bearer` was let in."""
+    with pytest.raises(InputError, match=f"^api_key .*{sentence}"):
+        ServeConfig(api_key=key)
+
+
+def test_a_model_whose_name_has_a_slash_is_listed_and_found(runs):
+    with serving(runs / "first", name="org/first") as url, openai.OpenAI(base_url=f"{url}/v1", api_key="no") as client:
+        assert client.models.retrieve("org/first").id == "org/first"
+
+
+def test_a_contract_that_is_asked_for_while_the_server_stops_is_503(runs):
+    app = create_app(open_served(ServeConfig(model=str(runs / "first"))), ServeConfig())
+    app.state.server.batcher.stop(5)
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://a") as client:
+            return await client.get("/contract")
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "60")
+
+
+def test_a_model_that_no_longer_gives_its_probes_is_not_served(runs, tmp_path):
+    run = shutil.copytree(runs / "first", tmp_path / "first")
+    encoder, saved = Encoder.from_pretrained(run / "adapter"), Contract.load(run / "adapter")
+    measured = measure(encoder)
+    measured["probes"]["query"][0][0] += 5
+    saved.of_model(encoder.tokenizer, **measured).save(run / "adapter", saved.files)
+    with pytest.raises(InputError, match="adapter: its embeddings differ by"):
+        open_served(ServeConfig(model=str(run)))
 
 
 def test_more_requests_than_are_taken_get_503_and_when_to_come_again(runs):

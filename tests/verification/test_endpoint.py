@@ -1,7 +1,10 @@
 """Servers made by hand with one fault each: every fault is told by its name, and the right server passes."""
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +13,15 @@ from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
+from sgpt.encoder.head import Dense
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from sgpt.verification.clients import Client
 from sgpt.verification.config import VerifyConfig
-from sgpt.verification.server import Finding, verify_server
+from sgpt.verification.diagnosis import Trained, explain
+from sgpt.verification.server import Finding, _asked, verify_server
+from sgpt.verification.table import server_table, summary
 from tests.conftest import byte_level, random_trunk
 from tests.starts import free_port
 from tests.verification.servers import ByHand, serving
@@ -164,6 +170,89 @@ def test_markers_that_are_sent_as_text_merge_with_it_and_are_said_to(base, model
     assert faults(found) & {"markers that are tokenised with the text, and merge with it"}
 
 
+def test_markers_as_text_have_a_prompt_between_them_and_no_token_that_the_server_adds():
+    tokenizer = byte_level(start="</s>")
+    contract = Contract("mean", MarkersConfig("brackets", 20, 20), prompts={"query": "find: "})
+    trunk = random_trunk("opt", len(tokenizer), max_position_embeddings=64)
+    sent: list[str] = []
+    client = SimpleNamespace(embed=lambda texts, role, delta: sent.extend(texts))
+    for role in ("query", "document"):
+        _asked(client, ["a"], role, None, VerifyConfig(markers_by="client"), Encoder(trunk, tokenizer, contract))
+    assert sent == ["[find: a]", "{a}"]
+
+
+@pytest.mark.parametrize("refuses", [
+    lambda body: "delta" in body, lambda body: body["input_type"] == "document",
+])  # fmt: skip
+def test_a_delta_or_role_that_is_refused_is_no_right_server(refuses, base, models):
+    """By texts_per_request=1 every text of it was counted as refused, and nothing as wrong."""
+    served = ByHand({None: models["own"], "legal": models["legal"]}, base, LIMIT, refuses=refuses)
+    keys = {"model": str(models["own"]), "deltas": {"legal": str(models["legal"])}, "texts_per_request": 1}
+    with serving(served) as server, pytest.raises(InputError, match=r"422, the server refuses the request \(not this"):
+        list(verify_server(VerifyConfig(endpoint=server.url, requests_at_once=2, **keys)))
+
+
+def test_texts_that_a_server_refuses_are_left_out_of_its_batches(base, models):
+    def is_blank(body: dict) -> bool:
+        return not all(text.strip() for text in body["input"])
+
+    with serving(ByHand({None: models["own"]}, base, LIMIT, refuses=is_blank)) as server:
+        found = list(verify_server(VerifyConfig(str(models["own"]), server.url, requests_at_once=12)))
+    assert not faults(found)
+    refused = {finding.condition: finding.refused for finding in found if finding.role == "query"}
+    assert (refused["empty and of one token"], refused["one batch"]) == (1, 2)  # " " and a line end
+    assert min(finding.texts for finding in found) > 0
+
+
+def test_a_batch_that_is_too_large_is_one_sentence(base, models):
+    served = ByHand({None: models["own"]}, base, LIMIT, refuses=lambda body: len(body["input"]) > 16)
+    sentence = r"422, .*fewer texts, texts_per_request=<fewer>"
+    with serving(served) as server, pytest.raises(InputError, match=sentence):
+        list(verify_server(VerifyConfig(str(models["own"]), server.url, requests_at_once=2)))
+
+
+def test_texts_that_are_refused_under_load_alone_are_a_fault(base, models):
+    together = 0
+
+    def is_much(body: dict) -> bool:
+        nonlocal together
+        together += 1
+        time.sleep(0.05)
+        much, together = together > 4, together - 1
+        return much
+
+    with serving(ByHand({None: models["own"]}, base, LIMIT, refuses=is_much)) as server:
+        found = list(verify_server(VerifyConfig(str(models["own"]), server.url, requests_at_once=12)))
+    assert all(fault.endswith("texts are refused under load that were taken before") for fault in faults(found))
+    assert "12 requests at once" in broken(found) <= {"12 requests at once", "12 at once, equal lengths"}
+
+
+def test_a_condition_without_any_text_is_not_called_ok():
+    empty = Finding("empty and of one token", "query", None, 0, 2, float("nan"), 0.9, "")
+    assert [*server_table([empty], "").columns[-1].cells] == ["nothing compared"]
+    assert summary([empty]) == (
+        "every served vector is the trained one; under 1 conditions there was none, as the server refuses their texts"
+    )
+
+
+def test_a_fault_of_a_model_with_layers_behind_its_pooling_is_named(base):
+    tokenizer = load_tokenizer(str(base))
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(Dense((32, 16), True, torch.nn.Identity(), False))
+    contract = Contract("mean", MarkersConfig("brackets", 20, 20))
+    encoder = Encoder(load_trunk(ModelConfig(str(base))), tokenizer, contract, head=head)
+    texts = ["parse a date", "sort a list of names"]
+    for fault, changed in (
+        ("max pooling instead of mean", replace(contract, pooling="max")),
+        ("no markers", replace(contract, markers=MarkersConfig("none", 20, 20))),
+    ):
+        served = Encoder(encoder.trunk, tokenizer, changed, head=encoder.head).encode(texts, "query")
+        assert explain(texts, "query", served, Trained(encoder), 1 - 1e-6) == fault
+    ids = [[*row, tokenizer.eos_token_id] for row in encoder.token_ids(texts, "query")]
+    served = encoder(ids).detach().numpy()
+    assert explain(texts, "query", served, Trained(encoder), 1 - 1e-6) == "an end token added"
+
+
 def test_what_half_precision_makes_of_the_weights_is_allowed_where_it_is_said_and_only_there(base, models):
     served = ByHand({None: models["own"]}, base, LIMIT)
     served.models[None] = served.models[None].bfloat16()
@@ -213,6 +302,11 @@ def test_a_server_that_gives_no_vectors_is_one_sentence(replies, sentence, model
     assert "\n" not in str(refusal.value)
 
 
+def test_an_endpoint_that_is_no_url_is_one_sentence(models):
+    with pytest.raises(InputError, match=r"^http://\[::1/v1/embeddings: no server answers \(Invalid port"):
+        list(verify_server(VerifyConfig(model=str(models["own"]), endpoint="http://[::1")))
+
+
 def test_an_endpoint_where_nobody_listens_is_one_sentence(models):
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(InputError, match=rf"^{url}/v1/embeddings: no server answers .*; start it, or check host"):
@@ -226,6 +320,7 @@ def test_an_endpoint_where_nobody_listens_is_one_sentence(models):
         ({"api": "grpc"}, r"api"),
         ({"api": "tei", "deltas": {"a": "b"}}, r"deltas: text-embeddings-inference has no request for one"),
         ({"deltas": {"a": ""}}, r"deltas\.a is empty"),
+        ({"api_key": "ключ"}, r"api_key holds a blank, or what is no ASCII"),
         ({"markers_by": "both"}, r"markers_by"),
     ],
 )

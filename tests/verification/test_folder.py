@@ -65,6 +65,15 @@ def test_a_loader_that_is_off_is_shown_and_the_others_go_on(run, tmp_path):
     assert errors["transformers"].startswith("transformers cannot open")
 
 
+def test_an_adapter_that_cannot_be_opened_leaves_the_export_its_rows(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "adapter" / "sgpt.json").write_text("{}")
+    found = list(verify_folder(str(folder)))
+    assert {deviation.error for part, deviation in found if part.name == "export"} == {None}
+    errors = [deviation.error for part, deviation in found if part.name == "adapter"]
+    assert "sgpt.json: not a contract" in errors[0]
+
+
 def test_weights_that_changed_under_a_contract_are_off_from_its_probes(run, tmp_path, start):
     folder = shutil.copytree(run / "export", tmp_path / "export")
     tensors = load_file(folder / "model.safetensors")
