@@ -36,14 +36,18 @@ def add_biases(trunk: nn.Module, where: str = "all", first_block: int = 0) -> li
 
 
 def add_named_biases(trunk: nn.Module, names: Collection[str]) -> None:
-    """The same by parameter name; those that were added before are left as they are."""
+    """The same by parameter name; those that the trunk has, by its class or as they were added before, are left as they
+    are.
+    """
     missing = dict(_without_bias(trunk))
+    added = set(added_biases(trunk))
     for name in names:
         path = name.removesuffix(".bias")
         if path in missing:
             layer = missing[path]
             layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
-    trunk.added_biases = sorted({*added_biases(trunk), *names})
+            added.add(name)
+    trunk.added_biases = sorted(added)
 
 
 def remove_biases(trunk: nn.Module, names: Collection[str]) -> None:

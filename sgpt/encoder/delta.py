@@ -31,7 +31,7 @@ class Delta:
     """
 
     def __init__(
-        self, trunk: nn.Module, folder: Path, *, strength: float = 1.0, untuned: Mapping[str, Tensor] | None = None
+        self, trunk: nn.Module, folder: Path, *, strength: float = 1.0, untuned: dict[str, Tensor] | None = None
     ) -> None:
         refuse_low_rank(folder)
         if untuned is None:
@@ -40,7 +40,7 @@ class Delta:
         self.contract = Contract.load(folder)
         self.frames: dict[Role, Frame] = {}
         trained = read_trained(folder, trunk)
-        self.untuned: Mapping[str, Tensor] = untuned or {}
+        self.untuned: dict[str, Tensor] = {} if untuned is None else untuned
         parameters = dict(trunk.named_parameters())
         self.parameters = {name: parameters[name] for name in {**self.untuned, **trained}}
         self.trained = {name: value.to(parameters[name].device) for name, value in trained.items()}
@@ -64,11 +64,20 @@ class Delta:
         other.strength, other._exchange = strength, None
         return other
 
+    def forget(self) -> None:
+        """From now on it is refused, in every strength: the trunk may no longer have the biases that it moves."""
+        self.parameters.clear()
+
     def values(self) -> dict[str, Tensor]:
         """What the trunk gets, by parameter name; made anew where the strength is neither 0 nor 1.
 
-        The trunk must be outside of every delta.
+        The trunk must be outside of every delta. Raises InputError where it was unloaded.
         """
+        if self.trained and not self.parameters:
+            raise InputError(f"the delta of {self.folder} was unloaded; load it again with load_delta")
+        for name, base in self.untuned.items():
+            if base.device != self.parameters[name].device:  # the trunk was moved since
+                self.untuned[name] = base.to(self.parameters[name].device)
         values = dict(self.untuned)
         for name, trained in self.trained.items():
             base = self.untuned[name] if name in self.untuned else self.parameters[name].data

@@ -50,15 +50,19 @@ class Deltas(dict[str, Delta]):
             check_tokenizer(tokenizer, folder)
             self._untuned[base] = untuned_values(trunk, folder)
         before = {*added_biases(trunk)}
-        delta = Delta(trunk, folder, strength=strength, untuned=self._untuned[base])
+        try:
+            delta = Delta(trunk, folder, strength=strength, untuned=self._untuned[base])
+            refuse_matrices(folder, delta.trained)
+            delta.frames = frames(markers, tokenizer)
+        except InputError:
+            remove_biases(trunk, {*added_biases(trunk)} - before)
+            raise
         self.biases |= {*added_biases(trunk)} - before
-        refuse_matrices(folder, delta.trained)
-        delta.frames = frames(markers, tokenizer)
         self[name] = delta
 
     def unload(self, trunk: nn.Module, name: str) -> None:
         """InputError where there is none of that name."""
-        self.named(name)
+        self.named(name).forget()
         del self[name]
         needed = {parameter for delta in self.values() for parameter in delta.trained}
         remove_biases(trunk, self.biases - needed)

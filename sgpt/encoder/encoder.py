@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sgpt.decoder.added_biases import remove_biases
 from sgpt.decoder.families import embedding_size, position_limit
 from sgpt.decoder.int8 import int8_products
 from sgpt.decoder.mixed import mixed
@@ -271,7 +272,10 @@ class Encoder(nn.Module):
                 raise
 
     def unload_delta(self, name: str) -> None:
-        """Forgets a delta, and leaves the trunk as if it had not been loaded. InputError where there is none."""
+        """Forgets a delta, and leaves the trunk as if it had not been loaded. InputError where there is none.
+
+        Encoders that `with_delta` made of it are refused from then on.
+        """
         self.deltas.unload(self.trunk, name)
 
     def with_delta(self, name: str, strength: float | None = None) -> "Encoder":
@@ -317,7 +321,7 @@ class Encoder(nn.Module):
 
     def hashes(self) -> dict[str, str]:
         """Of the weights and the tokenizer, by which whoever stores them can say which has changed."""
-        others = self.deltas.biases - (self.delta.trained.keys() if self.delta else set())
+        others = self._biases_of_others()
         with self._tuned():
             held = held_weights(self.trunk)
             weights = weights_hash({name: value for name, value in held.items() if name not in others})
@@ -341,6 +345,19 @@ class Encoder(nn.Module):
         for parameter in trunk.parameters():
             parameter.data = parameter.data.to(dtype)
         return self._over(trunk)
+
+    def alone(self) -> "Encoder":
+        """Itself, or a copy with a trunk of its own where this one is tuned by a delta or has biases for others."""
+        if self.delta is None and not self.deltas.biases:
+            return self
+        with self._tuned():
+            trunk = copy.deepcopy(self.trunk)
+        remove_biases(trunk, self._biases_of_others())
+        return self._over(trunk)
+
+    def _biases_of_others(self) -> set[str]:
+        """Names of those, zeros here, that the trunk has for loaded deltas alone."""
+        return self.deltas.biases - (self.delta.trained.keys() if self.delta else set())
 
     def _over(self, trunk: nn.Module) -> "Encoder":
         return type(self)(trunk, self.tokenizer, self.contract, tokens_per_pack=self.tokens_per_pack, head=self.head)

@@ -87,6 +87,7 @@ def export(
     if encoder.head is not None:
         raise InputError("this model of others has modules behind its pooling, which no export holds; copy its folder")
     _refuse_foreign(folder)
+    encoder = encoder.alone()  # what is written is the trunk as it stands
     if quantised_dtype(encoder.trunk):
         encoder = encoder.in_dtype(torch.float32)  # once, and not by each of those who compare in float32
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -139,7 +140,12 @@ def check_formats(formats: list[str]) -> None:
 
 
 def folder_of(form: str, folder: Path) -> Path:
-    """Where an export of this format lies: in the folder itself, or in one next to it with the format in its name."""
+    """Where an export of this format lies: in the folder itself, or in one next to it with the format in its name.
+
+    InputError for a folder without a name.
+    """
+    if folder.name in ("", ".."):
+        raise InputError(f"output={folder} has no name, to which a format could be added; name the folder itself")
     return folder if form == DEFAULT else folder.with_name(f"{folder.name}-{form}")
 
 
@@ -393,3 +399,5 @@ class ExportConfig:
             raise InputError(f"formats={self.formats} must name one or more different ones of {', '.join(FORMATS)}")
         if self.push_to_hub is not None and not may_be_hub_id(self.push_to_hub):
             raise InputError(f"push_to_hub={self.push_to_hub!r:.80} is no hub id; give one like owner/name")
+        if self.push_to_hub is None and not self.dry_run:
+            raise InputError("dry_run=false has no effect without push_to_hub=<owner/name>; set it, or leave it out")

@@ -54,9 +54,11 @@ class MergeConfig:
                 raise InputError(f"weights={weight} must be {FINITE.describe(weight)}")
         if self.weights is not None and len(self.weights) != len(self.models):
             raise InputError(f"weights has {len(self.weights)} numbers for {len(self.models)} models; give each one")
-        for key in ("retrieval", "sts", "general"):
+        for key in ("retrieval", "sts", "general", "split"):
             if getattr(self, key) and not self.curve:
                 raise InputError(f"{key}={getattr(self, key)} has no effect without curve=true; leave it out")
+        if self.steps != MergeConfig.steps and not self.curve:
+            raise InputError(f"steps={self.steps} has no effect without curve=true; leave it out")
 
 
 def check_merge(config: MergeConfig) -> None:

@@ -23,7 +23,7 @@ import math
 import shutil
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from pyarrow import parquet
 
 from sgpt.data.formats.beir import stream_texts
 from sgpt.decoder.int8 import multiplies_int8
+from sgpt.decoder.model_files import first_line, read_json
 from sgpt.decoder.trunk import DTYPES
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.smaller import SizeConfig, Sizing
@@ -49,6 +50,7 @@ from sgpt.text.markers import ROLES, Role
 
 log = logging.getLogger(__name__)
 DESCRIPTION = "_encoding.json"
+FORMAT = 1
 VECTOR_FORMATS = ("parquet", "npy")
 
 
@@ -112,17 +114,38 @@ class Encoded:
 def open_encoded(folder: str | Path, encoder: Encoder) -> Encoded:
     """InputError where there is no whole output, and where another model made it."""
     folder = Path(folder)
-    file = folder / DESCRIPTION
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; encode with output={folder} first, or resume with resume=true")
-    description = json.loads(file.read_text(encoding="utf-8"))
+    description = _read_description(folder)
     if description["model"] != encoder.fingerprint():
         raise InputError(
             f"{folder} was encoded by another model than this one ({description['name']}, dtype "
             f"{description['dtype']}): its weights, tokenizer or contract differ; open that one"
         )
-    sizing = Sizing.load(folder, SizeConfig(**description["size"]), description["normalize"])
+    size = SizeConfig(**description["size"])
+    sizing = Sizing.load(folder, size, description["normalize"], encoder.embedding_size)
     return Encoded(folder, description, sizing, encoder)
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    """InputError where it is missing, damaged, or of another version."""
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; encode with output={folder} first, or resume with resume=true")
+    description = read_json(file)
+    if description.get("format") != FORMAT:
+        raise InputError(
+            f"{file}: format {description.get('format')!r:.40} is of another version of this framework, and format "
+            f"{FORMAT} is read here; use that version, or encode the texts again"
+        )
+    kinds = {"name": str, "dtype": str, "model": str, "size": dict, "normalize": bool, "files": list}
+    for key, kind in kinds.items():
+        if not isinstance(description.get(key), kind):
+            raise InputError(f"{file}: key {key!r} is {description.get(key)!r:.60}; encode the texts again")
+    if description["size"].keys() != {one.name for one in fields(SizeConfig)}:
+        raise InputError(f"{file}: key 'size' is {description['size']!r:.60}; encode the texts again")
+    for name in description["files"]:
+        if not (folder / str(name)).is_file():
+            raise InputError(f"{folder / str(name)}: the file is missing; copy the whole folder, or encode it again")
+    return description
 
 
 def encode_texts(config: EncodeConfig, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -156,7 +179,7 @@ def _encode_texts(config: EncodeConfig, job: Job, device: torch.device | str) ->
     def write() -> dict[str, Any]:
         if not job.output.exists():  # else it was killed between the output and the word that it is finished
             description = {
-                "format": 1, "name": config.model, "dtype": config.dtype, "model": model,
+                "format": FORMAT, "name": config.model, "dtype": config.dtype, "model": model,
                 "contract": encoder.contract.fingerprint(), "role": role, "texts": number, "texts_hash": texts_hash,
                 "size": asdict(config.size), "normalize": config.normalize,
                 "dimensions": config.dimensions or encoder.embedding_size,
@@ -300,9 +323,12 @@ def write_shard(file: Path, ids: list[str], vectors: np.ndarray) -> None:
 
 
 def read_shard(file: Path) -> tuple[list[str], np.ndarray]:
-    """Ids and vectors [texts, width] as they are stored."""
-    if file.suffix == ".npy":
-        return json.loads(ids_file(file).read_text(encoding="utf-8")), np.load(file, mmap_mode="r")
-    table = parquet.read_table(file)
+    """Ids and vectors [texts, width] as they are stored. InputError for a damaged file."""
+    try:
+        if file.suffix == ".npy":
+            return json.loads(ids_file(file).read_text(encoding="utf-8")), np.load(file, mmap_mode="r")
+        table = parquet.read_table(file)
+    except (OSError, ValueError, EOFError) as error:  # pyarrow's are among them
+        raise InputError(f"{file}: cannot be read ({first_line(error)}); encode the texts again") from error
     vectors = table["vector"].combine_chunks()
     return table["id"].to_pylist(), vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)

@@ -137,7 +137,7 @@ class Sizing:
             save_file(tensors, folder / FITTED)
 
     @classmethod
-    def load(cls, folder: Path, config: SizeConfig, normalize: bool) -> "Sizing":
+    def load(cls, folder: Path, config: SizeConfig, normalize: bool, embedding_size: int) -> "Sizing":
         """What `save` wrote for such a configuration. InputError where it is missing or of another shape."""
         if not config.is_fitted:
             return cls(config, normalize)
@@ -148,6 +148,12 @@ class Sizing:
             ranges = tensors["ranges"] if config.precision == "int8" else None
         except (OSError, KeyError, SafetensorError) as error:
             raise InputError(f"{file}: cannot be read ({error}); encode the texts again") from error
+        dimensions = config.dimensions or embedding_size
+        for name, fitted, shape in (
+            ("directions", directions, (embedding_size, dimensions)), ("ranges", ranges, (2, dimensions))
+        ):  # fmt: skip
+            if fitted is not None and fitted.shape != shape:
+                raise InputError(f"{file}: {name} is {fitted.shape}, and {shape} is right; encode the texts again")
         return cls(config, normalize, directions, ranges)
 
 

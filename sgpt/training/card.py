@@ -5,20 +5,24 @@ All of it is read from the run's files or computed by the export itself. No text
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sgpt.data.feed.example import Example
 from sgpt.decoder.base_folder import is_of_hub, resolve
+from sgpt.decoder.model_files import first_line
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.export import CARD, DEFAULT, agreement, rounded_down
 from sgpt.encoder.probes import Encode
 from sgpt.encoder.snippets import outputs, snippet
 from sgpt.report.run import METRIC_LABELS
 from sgpt.retrieval.metrics import main_metric
+from sgpt.training.checkpoint import latest
 from sgpt.training.config import TrainConfig
 from sgpt.training.run_folder import RunFolder
 
+log = logging.getLogger(__name__)
 LIBRARIES = {  # of the hub, by the format
     "transformers": "transformers", "peft": "peft", "onnx": "onnx", "onnx-int8": "onnx", "openvino": "openvino",
 }  # fmt: skip
@@ -62,7 +66,7 @@ def card(
     verified: what `verify` found. embed: as the export does. folder: where it will lie. examples: of the training data,
     which are shown.
     """
-    manifest = run.read("manifest.json", {})
+    manifest = {**_so_far(run), **run.read("manifest.json", {})}
     contract = Contract(config.pooling.name, config.markers, base=manifest["contract"]["base"])
     parts = [
         f"---\n{_front_matter(run, config, form)}\n---\n\n# {run.name}\n",
@@ -78,6 +82,13 @@ def card(
         lines = "\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in rows)
         parts.append(f"## Training examples\n\n{lines}\n")
     return "\n".join(parts)
+
+
+def _so_far(run: RunFolder) -> dict:
+    """Steps, seconds and processes of the newest checkpoint, which is exported of a run that is not finished."""
+    newest = latest(run.checkpoints)
+    state = json.loads((newest / "state.json").read_text()) if newest else {"step": 0, "seconds": 0, "processes": 1}
+    return {"steps": state["step"], "seconds": state["seconds"], "processes": state["processes"]}
 
 
 def _negatives(example: Example) -> dict[str, list[str]]:
@@ -111,10 +122,15 @@ def _front_matter(run: RunFolder, config: TrainConfig, form: str) -> str:
 
 def _license(base: str) -> str | None:
     """The base's, where its folder has a card that states one."""
+    import yaml
     from huggingface_hub.repocard import metadata_load
 
     file = resolve(base) / CARD
-    stated = (metadata_load(file) or {}) if file.is_file() else {}
+    try:
+        stated = (metadata_load(file) or {}) if file.is_file() else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        log.warning("%s cannot be read (%s), so the export's card states no license", file, first_line(error))
+        return None
     return stated.get("license") if isinstance(stated.get("license"), str) else None
 
 
@@ -147,17 +163,17 @@ def _recipe(manifest: Mapping, config: TrainConfig) -> str:
     frozen = precision.get("frozen", "float32")
     inputs = manifest.get("inputs", {})
     base = manifest["contract"]["base"]
+    steps = f"{manifest['steps']:,} steps{'' if 'finished' in manifest else ' of a run that is not finished'}"
     rows = {
         "base": f"`{base}`, weights {_short(inputs.get(f'base model {base}'))}, "
         f"tokenizer {_short(inputs.get(f'tokenizer of {base}'))}",
         "learns": f"{config.tuning.name}, {manifest['parameters']['trained']:,} numbers in float32; the rest frozen in "
         f"{frozen}",
         "loss": f"{config.loss.name}, scale {config.loss.scale:g}",
-        "batch": f"{config.trainer.queries_per_process} queries in each of {manifest.get('processes', 1)} processes, "
+        "batch": f"{config.trainer.queries_per_process} queries in each of {manifest['processes']} processes, "
         f"gradients of {config.trainer.gradient_accumulation} added",
-        "optimizer": f"peak learning rate {config.optim.learning_rate:g}, {manifest.get('steps', 0):,} steps, seed "
-        f"{manifest['seed']}",
-        "time": f"{manifest.get('seconds', 0) / 60:.1f} minutes on {_processor(manifest)}",
+        "optimizer": f"peak learning rate {config.optim.learning_rate:g}, {steps}, seed {manifest['seed']}",
+        "time": f"{manifest['seconds'] / 60:.1f} minutes on {_processor(manifest)}",
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["environment"]["versions"].items()),
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
@@ -180,6 +196,8 @@ def _results(run: RunFolder) -> str:
     results = run.read("results.json", {})
     gains = run.read("analysis.json", {}).get("differences", {})
     if not results.get("after"):
+        if results.get("before"):
+            return "## Results\n\nThe run was not finished when this was exported, so nothing was measured yet.\n"
         return "## Results\n\nNo test set was named, so nothing was measured.\n"
     lines = []
     for name, after in results["after"].items():

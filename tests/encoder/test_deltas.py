@@ -215,6 +215,63 @@ def test_unloading_leaves_the_trunk_as_it_was(tiny_delta, tiny_base):
     assert list(dict(encoder.trunk.named_parameters())) == names
 
 
+def test_an_export_whose_class_has_biases_keeps_its_own_when_others_come_and_go(tiny_delta, tmp_path):
+    """Training added them to the base, and of the export they are ordinary parameters."""
+    export(Encoder.from_pretrained(tiny_delta("qwen2", 1)), tmp_path / "export", card="")
+    encoder = Encoder.from_pretrained(tmp_path / "export")
+    before, fingerprint = encoder.encode_queries(TEXTS), encoder.fingerprint()
+    encoder.load_delta("other", tiny_delta("qwen2", 2))
+    assert encoder.fingerprint() == fingerprint
+    encoder.unload_delta("other")
+    assert np.array_equal(encoder.encode_queries(TEXTS), before)
+    assert encoder.fingerprint() == fingerprint
+
+
+def test_an_encoder_of_an_unloaded_delta_is_refused(tiny_delta, tiny_base):
+    """Without the biases that the trunk had for it, its embeddings would be the base's."""
+    encoder = base_encoder("qwen3", tiny_base)
+    encoder.load_delta("a", tiny_delta("qwen3", 1))
+    tuned, half = encoder.with_delta("a"), encoder.with_delta("a", 0.5)
+    encoder.unload_delta("a")
+    for one in (tuned, half):
+        with pytest.raises(InputError, match=r"adapter was unloaded; load it again with load_delta"):
+            one.encode_queries(TEXTS)
+    encoder.load_delta("a", tiny_delta("qwen3", 1))
+    assert not np.array_equal(encoder.encode_queries(TEXTS, delta="a"), encoder.encode_queries(TEXTS))
+
+
+def test_a_delta_that_is_refused_leaves_no_biases_in_the_trunk(tiny_delta, tiny_base, monkeypatch):
+    encoder = base_encoder("qwen3", tiny_base)
+    names, fingerprint = list(dict(encoder.trunk.named_parameters())), encoder.fingerprint()
+    damaged = {"layers.0.mlp.down_proj.bias": torch.zeros(3)}  # with hashes that are right
+    monkeypatch.setattr("sgpt.encoder.adapter.load_file", lambda file: damaged)
+    with pytest.raises(InputError, match=r"its layers\.0\.mlp\.down_proj\.bias is \(32,\) and not \(3,\)"):
+        encoder.load_delta("a", tiny_delta("qwen3", 1))
+    assert list(dict(encoder.trunk.named_parameters())) == names
+    assert encoder.fingerprint() == fingerprint
+
+
+def test_the_bases_values_follow_a_trunk_that_is_moved(tiny_delta):
+    encoder = Encoder.from_pretrained(tiny_delta("gpt_neo", 1))
+    encoder.load_delta("other", tiny_delta("gpt_neo", 2))
+    other = encoder.deltas["other"]
+    other.parameters = {name: value.to("meta") for name, value in other.parameters.items()}  # as a GPU would hold them
+    assert {value.device.type for value in other.values().values()} == {"meta"}
+
+
+def test_what_is_exported_is_the_encoder_alone(tiny_delta, tiny_base, tmp_path):
+    """A delta in its strength is merged, and the base is not kept from export by the biases of others."""
+    for family in ("llama", "qwen3"):
+        encoder = base_encoder(family, tiny_base)
+        encoder.load_delta("a", tiny_delta(family, 1))
+        for name, one in (("base", encoder), ("part", encoder.with_delta("a", 0.7))):
+            if (family, name) == ("qwen3", "part"):
+                continue  # no class has all of its biases
+            export(one, tmp_path / family / name, card="")
+            opened = Encoder.from_pretrained(tmp_path / family / name)
+            assert np.allclose(opened.encode_queries(TEXTS), one.encode_queries(TEXTS), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_in_a_narrower_dtype_a_delta_is_what_it_is_over_a_trunk_of_its_own(dtype, tiny_delta, tiny_base):
     """Trained over float32; the base is opened in float32 once more to be sure that it is this one."""

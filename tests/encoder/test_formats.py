@@ -345,3 +345,11 @@ def test_what_would_be_pushed_is_the_folder_with_its_path_replaced(tiny_encoder,
     assert "hf_nobodys" not in str(refusal.value)
     with pytest.raises(InputError, match=r"push_to_hub='../x' is no hub id"):
         ExportConfig(push_to_hub="../x")
+    with pytest.raises(InputError, match=r"dry_run=false has no effect without push_to_hub="):
+        ExportConfig(dry_run=False)
+
+
+def test_a_folder_without_a_name_is_refused():
+    for output in (".", ".."):
+        with pytest.raises(InputError, match=r"output=\.+ has no name, to which a format could be added"):
+            folder_of("onnx", Path(output))

@@ -169,6 +169,8 @@ def test_the_script_merges_and_draws_the_curve_between_base_and_model(tiny_delta
         ({"models": ["a"], "weights": [float("nan")], "output": "x"}, r"weights=nan must be a number"),
         ({"models": ["a"], "output": "x", "curve": True}, r"curve=true scores nothing; set retrieval="),
         ({"models": ["a"], "output": "x", "sts": ["y"]}, r"sts=\['y'\] has no effect without curve=true"),
+        ({"models": ["a"], "output": "x", "split": "dev"}, r"split=dev has no effect without curve=true"),
+        ({"models": ["a"], "output": "x", "steps": 5}, r"steps=5 has no effect without curve=true"),
         ({"models": ["a"], "output": "x", "curve": True, "steps": 1}, r"steps=1 must be from 2 to 101"),
     ],
 )

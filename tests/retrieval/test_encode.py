@@ -5,6 +5,7 @@ import gzip
 import json
 import random
 import re
+import shutil
 from contextlib import chdir, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -158,6 +159,26 @@ def test_queries_are_projected_as_the_vectors_were_and_another_model_is_refused(
         open_encoded(folder / "sized", Encoder.from_pretrained(folder / "other"))
     with pytest.raises(InputError, match=r"nowhere/_encoding\.json: no such file; encode with output="):
         open_encoded(folder / "nowhere", encoder)
+
+
+def test_a_damaged_output_is_refused_in_a_sentence(started, encoder, tmp_path):
+    shutil.copytree(started[0] / "vectors", tmp_path / "vectors")
+    folder, file = tmp_path / "vectors", tmp_path / "vectors" / "_encoding.json"
+    stated = json.loads(file.read_text())
+    for text, sentence in [
+        ("{", r"_encoding\.json: cannot be read as JSON"),
+        (json.dumps({**stated, "format": 2}), r"format 2 is of another version of this framework, and format 1 is"),
+        (json.dumps({**stated, "model": None}), r"key 'model' is None; encode the texts again"),
+        (json.dumps({**stated, "size": {"reduce": "pca"}}), r"key 'size' is .*; encode the texts again"),
+        (json.dumps({**stated, "files": ["00000.parquet", "x"]}), r"vectors/x: the file is missing; copy the whole"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(InputError, match=sentence):
+            open_encoded(folder, encoder)
+    file.write_text(json.dumps(stated))
+    (folder / "00001.parquet").write_bytes((folder / "00001.parquet").read_bytes()[:100])
+    with pytest.raises(InputError, match=r"00001\.parquet: cannot be read \(.*\); encode the texts again"):
+        list(open_encoded(folder, encoder).shards())
 
 
 def test_the_queries_of_a_beir_folder_are_encoded_as_queries(started, encoder):

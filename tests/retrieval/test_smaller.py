@@ -80,11 +80,13 @@ def test_what_was_fitted_is_the_same_when_it_is_loaded(embeddings, tmp_path):
     config = SizeConfig("pca", 8, "int8")
     sizing = fitted(embeddings, reduce="pca", dimensions=8, precision="int8")
     sizing.save(tmp_path)
-    loaded = Sizing.load(tmp_path, config, True)
+    loaded = Sizing.load(tmp_path, config, True, 16)
     assert np.array_equal(loaded.encode(embeddings), sizing.encode(embeddings))
+    with pytest.raises(InputError, match=r"directions is \(16, 8\), and \(32, 8\) is right; encode the texts again"):
+        Sizing.load(tmp_path, config, True, 32)
     (tmp_path / "_reduction.safetensors").write_bytes(b"\1\0\0\0\0\0\0\0{")
     with pytest.raises(InputError, match=r"_reduction\.safetensors: cannot be read \(.*\); encode the texts again"):
-        Sizing.load(tmp_path, config, True)
+        Sizing.load(tmp_path, config, True, 16)
 
 
 @pytest.mark.parametrize(

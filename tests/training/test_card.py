@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,28 @@ def test_no_training_text_is_in_it_unless_asked(run, card, start):
     shown = (run / "shown" / "README.md").read_text()
     assert shown.count(SECRET) == 2
     assert json.dumps({"query": "query 0", "positive": f"{SECRET} 0"}) in shown
+
+
+def test_the_card_of_a_run_that_is_not_finished_says_so(run, start, tiny_base):
+    """As a run whose scoring was killed, over a base whose own card is no card."""
+    unfinished, base_card = run.with_name("unfinished"), tiny_base("gpt2") / "README.md"
+    shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("export*"))
+    for name, keys in (("manifest", ("steps", "seconds", "processes", "finished", "export")), ("results", ("after",))):
+        file = unfinished / f"{name}.json"
+        stated = {key: value for key, value in json.loads(file.read_text()).items() if key not in keys}
+        file.write_text(json.dumps(stated))
+    base_card.write_text("---\nlicense: [mit\n---\n")
+    try:
+        ended = start("export", f"run={unfinished}")
+    finally:
+        base_card.unlink()
+    assert ended.code == 0, ended.said
+    assert "README.md cannot be read" in ended.said
+    text = (unfinished / "export" / "README.md").read_text()
+    steps = json.loads((run / "manifest.json").read_text())["steps"]
+    assert f", {steps} steps of a run that is not finished, seed" in text
+    assert "The run was not finished when this was exported, so nothing was measured yet." in text
+    assert "No test set was named" not in text
 
 
 def test_a_format_that_is_refused_leaves_nothing(run, start):
