@@ -51,6 +51,13 @@ def test_columns_of_a_corpus_are_guessed_and_a_short_document_gives_nothing(tmp_
     ]
 
 
+@pytest.mark.parametrize("blank_line", ["\n\n", "\r\n\r\n", "\n  \n", "\n\n\n"])
+def test_paragraphs_are_set_apart_by_blank_lines_of_any_system(tmp_path, blank_line):
+    first, second = f"It is an organ, {REST}", f"It is a muscle, {REST}"
+    path = corpus(tmp_path, {"title": "On kidneys", "text": blank_line.join((first, "On hearts too", second))})
+    assert read(tmp_path, path=path) == [Example("On kidneys", first), Example("On hearts too", second)]
+
+
 def test_columns_are_stated_by_their_roles(tmp_path):
     path = corpus(tmp_path, {"page": f"{OTHER} It is a muscle, {REST}", "head": "On hearts", "text": "no document"})
     named = {"positive": "page", "query": "head"}

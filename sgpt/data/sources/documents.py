@@ -21,6 +21,7 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import files_below
 
 TEXT_ENDINGS = (".txt", ".md")
+BLANK_LINES = re.compile(r"\r?\n[ \t\r]*\n")  # of any system, and with blanks in them
 MIN_PARAGRAPH_WORDS, MAX_HEADING_WORDS = 20, 14
 
 
@@ -61,7 +62,7 @@ def _examples(row: dict, columns: DocumentColumns, where: str) -> list[Example]:
     title = row.get(columns.title) if columns.title else None
     if not isinstance(title, str | None):
         raise InputError(f"{where}, column {columns.title!r}: expected text, got {title!r:.80}; give a string")
-    pairs = weak_pairs((title or "").strip(), text)
+    pairs = weak_pairs((title or "").strip(), BLANK_LINES.sub("\n\n", text))
     return [checked_example(query, passage, (), where) for query, passage in pairs if query != passage]
 
 
