@@ -38,6 +38,7 @@ NF4_LEVELS = torch.tensor([
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
+RANDOM_TOKENS = (4, 32)  # texts and tokens of each, over which int8 finds its outliers
 TINY = torch.finfo(torch.float32).tiny  # instead of the scale 0, where all weights are 0
 
 
@@ -150,7 +151,7 @@ class QuantisedLinear(nn.Linear):
         """
         products = int8.current() if self.dtype == "int8" else None
         if products is not None and not torch.is_grad_enabled():
-            return products.linear(inputs, self.codes, self.scale, self.bias)
+            return products.linear(inputs, self.codes, self.scale, self.bias, self.name)
         return _Product.apply(inputs, self.bias, self)
 
     def extra_repr(self) -> str:
@@ -207,6 +208,30 @@ def _refuse_other_matrices(trunk: nn.Module, linears: dict[str, nn.Linear], dtyp
                     f"{source}: {path}.{name} of {type(trunk).__name__} belongs to {type(module).__name__}, and "
                     f"dtype={dtype} is for layers that are nn.Linear; use dtype=bfloat16, or another base"
                 )
+
+
+@torch.no_grad()
+def find_outliers(trunk: nn.Module) -> int8.Outliers:
+    """Of every layer the channels that are far from 0 in all that it reads, seen over a few random tokens.
+
+    With all parameters as they are now; the trunk is in evaluation mode.
+    """
+    read: list[tuple[Tensor, Tensor]] = []  # what layers read, and its outliers
+    outliers: int8.Outliers = {}
+
+    def look(layer: QuantisedLinear, arguments: tuple[Tensor]) -> None:
+        [inputs] = arguments
+        if not read or read[-1][0] is not inputs:
+            read[:] = [(inputs, int8.outlier_channels(inputs))]
+        outliers[layer.name] = read[-1][1]  # one tensor for layers that read the same
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in quantised_layers(trunk).values()]
+    vocabulary = trunk.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, RANDOM_TOKENS, generator=torch.Generator().manual_seed(0))
+    trunk(input_ids=ids, attention_mask=torch.ones_like(ids))
+    for hook in hooks:
+        hook.remove()
+    return outliers
 
 
 def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:

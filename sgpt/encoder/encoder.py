@@ -23,10 +23,10 @@ from torch.nn import functional as F
 
 from sgpt.decoder.added_biases import remove_biases
 from sgpt.decoder.families import embedding_size, position_limit
-from sgpt.decoder.int8 import int8_products
+from sgpt.decoder.int8 import Outliers, int8_products, multiplies_int8
 from sgpt.decoder.mixed import mixed
 from sgpt.decoder.packing import Pack, packs
-from sgpt.decoder.quantised import QUANTISED, held_weights, quantise, quantised_dtype
+from sgpt.decoder.quantised import QUANTISED, find_outliers, held_weights, quantise, quantised_dtype
 from sgpt.decoder.trunk import (
     ModelConfig,
     check_vocabulary,
@@ -81,6 +81,7 @@ class Encoder(nn.Module):
         self.delta = delta
         self.deltas = Deltas()
         self.head = head
+        self._outliers: Outliers | None = None  # of a trunk in int8, found when it first encodes
         self.trunk, self.tokenizer, self.contract = trunk, tokenizer, contract
         check_vocabulary(tokenizer, trunk)
         self.tokens_per_pack = tokens_per_pack
@@ -385,8 +386,18 @@ class Encoder(nn.Module):
         return torch.autocast(self.device.type, half.pop()) if half and len(dtypes) > 1 else nullcontext()
 
     def _products(self) -> AbstractContextManager:
-        """In int8, where the trunk is."""
-        return int8_products(self.device) if quantised_dtype(self.trunk) == "int8" else nullcontext()
+        """Products in int8, where the trunk is and the processor is fast at them."""
+        if quantised_dtype(self.trunk) != "int8" or not multiplies_int8(self.device):
+            return nullcontext()
+        if self._outliers is None:
+            self._outliers = find_outliers(self.trunk)
+        return int8_products(self._outliers)
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """As every module's; what learns moves, so that the outliers of a trunk in int8 are to be found again."""
+        if mode:
+            self._outliers = None
+        return super().train(mode)
 
     @property
     def device(self) -> torch.device:

@@ -2,19 +2,25 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
 
 from sgpt.decoder import int8
-from sgpt.decoder.int8 import Int8Products, int8_products, quantise_tokens
-from sgpt.decoder.quantised import QuantisedLinear, quantised_layers
+from sgpt.decoder.int8 import Int8Products, int8_products, outlier_channels, quantise_tokens
+from sgpt.decoder.quantised import QuantisedLinear, find_outliers, quantised_layers
+from sgpt.decoder.trunk import ModelConfig, load_trunk
 
+NONE = torch.empty(0, dtype=torch.long)
+NO_OUTLIERS = {"": NONE}  # of a layer without a name
 CPU = torch.device("cpu")
 FAST = int8.multiplies_int8(CPU)
 needs_vnni = pytest.mark.skipif(not FAST, reason="this processor has no VNNI, and dequantises instead")
@@ -32,7 +38,7 @@ def activations(tokens: int, width: int) -> torch.Tensor:
 
 def test_codes_are_the_nearest_of_255_steps_of_each_token():
     inputs = activations(6, 40)
-    codes, scale = quantise_tokens(inputs)
+    codes, scale, _ = quantise_tokens(inputs, NONE)
     assert codes.dtype == torch.int8
     for token, of_token, step in zip(inputs.tolist(), codes.tolist(), scale[:, 0].tolist(), strict=True):
         furthest = max(map(abs, token))
@@ -51,36 +57,69 @@ def test_a_product_is_that_of_the_integers(tokens, width, outputs, with_bias):
     layer.codes[0] = 127
     inputs = activations(max(tokens, 3), width)[:tokens]
     inputs[-1] = 1
-    codes, scale = quantise_tokens(inputs)
+    codes, scale, _ = quantise_tokens(inputs, NONE)
     integers = codes.numpy().astype(np.int64) @ layer.codes.numpy().astype(np.int64).T
     expected = integers * scale.numpy().astype(np.float64) * layer.scale[:, 0].numpy().astype(np.float64)
     if with_bias:
         expected += layer.bias.detach().numpy().astype(np.float64)
-    with torch.inference_mode(), int8_products(CPU):
+    with torch.inference_mode(), int8_products(NO_OUTLIERS):
         output = layer(inputs)
     product = np.abs(expected - layer.bias.detach().numpy()) if with_bias else np.abs(expected)
     assert (np.abs(output.numpy() - expected) <= 4 * 2.0**-24 * (product + np.abs(expected))).all()  # a rounding a pass
 
 
 @needs_vnni
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_outliers_are_multiplied_in_float32_and_leave_the_others_their_steps(with_bias):
+    layer = QuantisedLinear(nn.Linear(64, 48, bias=with_bias), "int8", name="", source="")
+    inputs = activations(20, 64)[3:]
+    inputs[:, [5, 40]] *= 100
+    channels = outlier_channels(inputs)
+    assert sorted(channels.tolist()) == [5, 40]
+    with torch.inference_mode(), int8_products({"": channels}):
+        output = layer(inputs).double()
+    weight, wide = layer.weight.double(), inputs.double()
+    outliers = torch.zeros_like(wide)
+    outliers[:, [5, 40]] = wide[:, [5, 40]]
+    expected = (rounded(wide - outliers) + outliers) @ weight.T + (layer.bias.double() if with_bias else 0)
+    assert (output - expected).norm() < 1e-6 * expected.norm()
+    without = rounded(wide) @ weight.T + (layer.bias.double() if with_bias else 0)
+    exact = wide @ weight.T + (layer.bias.double() if with_bias else 0)
+    assert (output - exact).norm() < 0.1 * (without - exact).norm()
+
+
+@needs_vnni
+def test_outliers_are_found_where_a_norm_makes_a_channel_large(tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base("llama"), tmp_path / "base")
+    stored = load_file(folder / "model.safetensors")
+    stored["layers.1.input_layernorm.weight"][7] = 50
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    outliers = find_outliers(load_trunk(ModelConfig(str(folder), "int8")))
+    attention = [outliers[f"layers.1.self_attn.{name}_proj"] for name in "qkv"]
+    assert 7 in attention[0].tolist()
+    assert attention[0] is attention[1] is attention[2]
+    assert 7 not in outliers["layers.0.self_attn.q_proj"].tolist()
+
+
+@needs_vnni
 def test_a_token_is_multiplied_alike_whatever_stands_next_to_it():
     layer = QuantisedLinear(nn.Linear(64, 48), "int8", name="", source="")
     inputs = activations(50, 64)
-    with torch.inference_mode(), int8_products(CPU):
+    with torch.inference_mode(), int8_products(NO_OUTLIERS):
         together = layer(inputs)
         for token in range(50):
             assert torch.equal(layer(inputs[token : token + 1]), together[token : token + 1])
 
 
 def test_layers_that_read_one_tensor_share_its_codes_and_another_tensor_gets_its_own():
-    products = Int8Products()
+    products = Int8Products(NO_OUTLIERS)
     weight, scale = torch.ones(2, 4, dtype=torch.int8), torch.ones(2, 1)
     one, other = torch.full((3, 4), 1.0), torch.full((3, 4), 2.0)
-    assert products.linear(one, weight, scale, None)[0, 0] == pytest.approx(4)
+    assert products.linear(one, weight, scale, None, "")[0, 0] == pytest.approx(4)
     shared = products.of_inputs
-    products.linear(one, weight, scale, None)
+    products.linear(one, weight, scale, None, "")
     assert products.of_inputs is shared
-    assert products.linear(other, weight, scale, None)[0, 0] == pytest.approx(8)
+    assert products.linear(other, weight, scale, None, "")[0, 0] == pytest.approx(8)
 
 
 @needs_vnni
@@ -94,10 +133,11 @@ def test_embeddings_are_those_of_a_model_whose_activations_are_rounded_so(family
     """
     encoder = tiny_encoder(family, dtype="int8")
     model = AutoModel.from_pretrained(encoder.contract.base).eval().double()
+    outliers = find_outliers(encoder.trunk)
     for path, layer in quantised_layers(encoder.trunk).items():
         linear = model.get_submodule(path)
         linear.weight.data.copy_(layer.weight)
-        linear.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+        linear.register_forward_pre_hook(partial(round_inputs, outliers[path]))
     embeddings = encoder.encode_queries(TEXTS)
     errors = []
     for row, embedding in zip(encoder.token_ids(TEXTS, "query"), embeddings, strict=True):
@@ -108,6 +148,13 @@ def test_embeddings_are_those_of_a_model_whose_activations_are_rounded_so(family
         errors.append(np.linalg.norm(embedding - expected) / np.linalg.norm(expected))
     assert np.median(errors) < 1e-6
     assert max(errors) < 1e-3
+
+
+def round_inputs(outliers: torch.Tensor, _: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """To steps, but for the outliers."""
+    exact = torch.zeros_like(arguments[0])
+    exact[..., outliers] = arguments[0][..., outliers]
+    return (rounded(arguments[0] - exact) + exact,)
 
 
 def rounded(inputs: torch.Tensor) -> torch.Tensor:
