@@ -390,7 +390,8 @@ class Encoder(nn.Module):
         if quantised_dtype(self.trunk) != "int8" or not multiplies_int8(self.device):
             return nullcontext()
         if self._outliers is None:
-            self._outliers = find_outliers(self.trunk)
+            with self._tuned():  # as if these values were the trunk's own, so that both ways of opening agree
+                self._outliers = find_outliers(self.trunk)
         return int8_products(self._outliers)
 
     def train(self, mode: bool = True) -> "Encoder":
