@@ -86,7 +86,8 @@ def test_parquet_holds_the_encoders_embeddings_in_order(started, expected):
     assert ended["whole"].codes == [0], ended["whole"].err
     ids, vectors = vectors_of(folder / "vectors")
     assert ids == [*(f"d{n}" for n in range(149)), "empty"]
-    assert np.array_equal(vectors.astype(np.float32), expected)
+    # to rounding: what a text is computed with, and by how many threads, moves its last bits
+    np.testing.assert_allclose(vectors.astype(np.float32), expected, atol=1e-6)
     schema = parquet.read_schema(folder / "vectors" / "00000.parquet")
     assert schema.field("vector").type.equals(pa.list_(schema.field("vector").type.value_field, 32))
     assert schema.field("vector").type.value_type == pa.float32()
