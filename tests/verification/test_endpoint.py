@@ -144,6 +144,7 @@ def test_answers_that_are_mixed_up_under_load_are_called_so(findings):
     assert broken(found) <= {"12 requests at once", "12 at once, equal lengths"}
 
 
+@pytest.mark.slow
 def test_lengths_that_are_neither_1_nor_the_models_are_said_where_cosines_are_blind(findings):
     found = findings("lengths")
     assert all(fault.startswith("a vector of length") for fault in faults(found))
@@ -151,6 +152,7 @@ def test_lengths_that_are_neither_1_nor_the_models_are_said_where_cosines_are_bl
     assert all(finding.cosine > 1 - 1e-6 for finding in found)
 
 
+@pytest.mark.slow
 def test_a_contract_that_promises_length_1_is_held_to_it(base, tmp_path):
     folder = tuned(base, tmp_path / "unit", 0, normalize=True)
     with serving(ByHand({None: folder}, base, LIMIT)) as server:
@@ -158,6 +160,7 @@ def test_a_contract_that_promises_length_1_is_held_to_it(base, tmp_path):
     assert all(finding.fault.startswith("no normalisation: a vector of length") for finding in found)
 
 
+@pytest.mark.slow
 def test_markers_that_are_sent_as_text_merge_with_it_and_are_said_to(base, models):
     """`?]` is one token of this tokenizer."""
     served = ByHand({None: models["own"]}, base, LIMIT, "no markers")
@@ -192,6 +195,7 @@ def test_a_delta_or_role_that_is_refused_is_no_right_server(refuses, base, model
         list(verify_server(VerifyConfig(endpoint=server.url, requests_at_once=2, **keys)))
 
 
+@pytest.mark.slow
 def test_texts_that_a_server_refuses_are_left_out_of_its_batches(base, models):
     def is_blank(body: dict) -> bool:
         return not all(text.strip() for text in body["input"])
@@ -204,6 +208,7 @@ def test_texts_that_a_server_refuses_are_left_out_of_its_batches(base, models):
     assert min(finding.texts for finding in found) > 0
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_too_large_is_one_sentence(base, models):
     served = ByHand({None: models["own"]}, base, LIMIT, refuses=lambda body: len(body["input"]) > 16)
     sentence = r"422, .*fewer texts, texts_per_request=<fewer>"
@@ -211,6 +216,7 @@ def test_a_batch_that_is_too_large_is_one_sentence(base, models):
         list(verify_server(VerifyConfig(str(models["own"]), server.url, requests_at_once=2)))
 
 
+@pytest.mark.slow
 def test_texts_that_are_refused_under_load_alone_are_a_fault(base, models):
     together = 0
 
@@ -253,6 +259,7 @@ def test_a_fault_of_a_model_with_layers_behind_its_pooling_is_named(base):
     assert explain(texts, "query", served, Trained(encoder), 1 - 1e-6) == "an end token added"
 
 
+@pytest.mark.slow
 def test_what_half_precision_makes_of_the_weights_is_allowed_where_it_is_said_and_only_there(base, models):
     served = ByHand({None: models["own"]}, base, LIMIT)
     served.models[None] = served.models[None].bfloat16()
