@@ -34,7 +34,8 @@ LARGEST_CODE = 127  # of int8; -128 is left out, so that the codes are symmetric
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
 OUTLIERS = 8  # channels of a layer's input at most that are multiplied in float32
 # A channel that is OUTLYING times as far from 0 as the median one is worth a pass over the layer's outputs; those that
-# are ALSO_OUTLYING times as far then go with it. In SmolLM2 all q, k and v have such a channel, 26 of 30 down, few others.
+# are ALSO_OUTLYING times as far then go with it. In SmolLM2 all q, k and v have such a channel, 26 of 30 down, few
+# others.
 OUTLYING, ALSO_OUTLYING = 8, 3
 SMALLEST = 1e-30  # a token's furthest number counts as at least this, so that 127 / it is finite for one of zeros
 Outliers = Mapping[str, Tensor]  # name of a layer -> channels [k] of its inputs
