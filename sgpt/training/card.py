@@ -44,8 +44,8 @@ out.
 SERVER = """text-embeddings-inference serves documents from the folder as it stands (`--pooling mean`, which the graph
 makes void); for queries give it a copy of the folder with the files of `query/` at the root.
 """
-INT8 = """The weights of linear layers are in int8, and their inputs are rounded as they come, by one scale for a whole
-batch: the embedding of a text depends a little on what it is batched with.
+INT8 = """Linear layers multiply in int8, by plain ONNX operations, with a scale for each token: an embedding does not
+depend on what it is batched with.
 """
 NOTES = {
     DEFAULT: [BY_THIS_FRAMEWORK],
