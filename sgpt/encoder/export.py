@@ -326,10 +326,16 @@ def _refuse_rounded_base(encoder: Encoder, dtype: str, trained: set[str]) -> Non
     held = dict(encoder.trunk.named_parameters())  # but for quantised weights, which are made of the stored ones
     for name, stored in open_model(ModelConfig(encoder.contract.base)).named_parameters():
         if name in held.keys() - trained and not torch.equal(held[name].cpu().float(), stored):
+            rounded = f"{encoder.contract.base}: its weights were rounded to {dtype} for training, and "
+            if has_a_class(encoder.trunk):
+                raise InputError(
+                    f"{rounded}PEFT would open the base unrounded; use formats=[sentence-transformers] or "
+                    "formats=[transformers], which are whole models, or train with model.dtype=float32, int8 or nf4"
+                )
             raise InputError(
-                f"{encoder.contract.base}: its weights were rounded to {dtype} for training, and as no class of "
-                f"transformers holds the biases added to this {type(encoder.trunk).__name__}, other readers would open "
-                "the base unrounded; use the adapter, or train with model.dtype=float32, int8 or nf4"
+                f"{rounded}as no class of transformers holds the biases added to this {type(encoder.trunk).__name__}, "
+                "other readers would open the base unrounded; use the adapter, or train with model.dtype=float32, int8 "
+                "or nf4"
             )
 
 

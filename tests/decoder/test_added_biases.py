@@ -181,6 +181,15 @@ def test_an_adapter_over_a_rounded_base_is_exported_where_the_base_is_stored_so(
             assert f"an adapter of PEFT over `{base}`" in (tmp_path / "export" / "README.md").read_text()
 
 
+def test_a_whole_model_is_the_way_where_peft_would_open_the_base_unrounded(tiny_base, tmp_path):
+    """GPT-Neo has a class, so that only the adapter is refused."""
+    encoder, before = trained(tiny_base("gpt_neo"), dtype="bfloat16")
+    adapter = save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, before, tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"rounded to bfloat16 for training, and PEFT would open the base unrounded"):
+        export(encoder, tmp_path / "peft", card="", adapter=adapter, form="peft")
+    export(encoder, tmp_path / "export", card="", adapter=adapter)
+
+
 def test_an_adapter_without_its_base_says_which_is_missing(tiny_base, tmp_path):
     base = shutil.copytree(tiny_base("qwen3"), tmp_path / "base")
     encoder, before = trained(base)
