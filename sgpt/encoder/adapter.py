@@ -41,14 +41,14 @@ FORMS = ("plain", "beft", "peft")
 
 def save_adapter(
     trunk: nn.Module, tokenizer, contract: Contract, base: Mapping[str, Tensor], folder: Path, *,
-    measured: Mapping[str, dict] | None = None,
+    measured: Mapping[str, dict] | None = None, more: Mapping[str, str] | None = None,
 ) -> Path:  # fmt: skip
     """Writes `folder` and returns it. base: values before training of all trained tensors, by parameter name of
     `trunk`.
 
     measured: what `measure` of sgpt/encoder/probes.py gives for these weights; without, the embeddings are not checked
-    when it is opened. Replaces an adapter of ours; raises InputError for any other folder that is not empty, or when
-    the contract names no base.
+    when it is opened. more: texts of further files, by name. Replaces an adapter of ours; raises InputError for any
+    other folder that is not empty, or when the contract names no base.
     """
     folder = Path(folder)
     if not contract.base:
@@ -82,6 +82,8 @@ def save_adapter(
         "note": note,
     }
     (temporary / DELTA).write_text(json.dumps(delta, indent=2) + "\n")
+    for name, text in (more or {}).items():
+        (temporary / name).write_text(text)
     files = [file.name for file in temporary.iterdir() if file.name != "README.md"]  # PEFT writes one
     measured = measured or {"probes": {}, "rounding": {}}  # the contract's own may be of other weights
     contract.of_model(tokenizer, **measured).save(temporary, files)

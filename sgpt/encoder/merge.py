@@ -31,7 +31,6 @@ from sgpt.encoder.delta import bias_delta_folder, moved, refuse_matrices
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.probes import measure
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import write_whole
 
 MERGE = "merge.json"  # in the new adapter's folder: models and weights
 
@@ -63,9 +62,9 @@ def merge(models: Sequence[str], weights: Sequence[float], output: Path) -> dict
         changes = [(tensors[name], weight) for tensors, weight in zip(trained, weights, strict=True) if name in tensors]
         parameters[name].data = moved(before[name], changes).to(changes[0][0].dtype)
     measured = measure(Encoder(trunk, tokenizer, contract))
-    save_adapter(trunk, tokenizer, contract, before, output, measured=measured)
     record = {"models": [str(folder) for folder in folders], "weights": list(weights)}
-    write_whole(output / MERGE, json.dumps(record, indent=2) + "\n")
+    more = {MERGE: json.dumps(record, indent=2) + "\n"}
+    save_adapter(trunk, tokenizer, contract, before, output, measured=measured, more=more)
     return {name: (value.float(), parameters[name].detach()) for name, value in before.items()}
 
 

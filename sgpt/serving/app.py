@@ -213,7 +213,10 @@ class Server:
         asked = parse(RerankRequest, body)
         self._check_texts(asked.documents, "documents")
         self._check_texts([asked.query], "query")
-        self.model.delta_named(asked.model, None)
+        if self.model.delta_named(asked.model, None) is not None:
+            raise Refusal(
+                422, f"model={asked.model} is a delta, and the re-ranker is the base itself; leave model out", "model"
+            )
         texts, truncated = self.model.prepare_rerank(asked.query, asked.documents)
         self._check_truncation(truncated, asked.truncate, "documents")
         return asked, texts, truncated

@@ -144,7 +144,7 @@ class Client:
             return self.http.post(self.url, json=body)
         except httpx.TimeoutException:
             raise InputError(
-                f"{self.url}: no answer within {self.timeout_seconds:g} s; raise timeout_seconds, or see what the "
+                f"{self.url}: silent for {self.timeout_seconds:g} s; raise timeout_seconds, or see what the "
                 "server is busy with"
             ) from None
         except (httpx.RequestError, httpx.InvalidURL) as error:

@@ -39,7 +39,7 @@ class VerifyConfig:
     requests_at_once: int = 64
     """Under load."""
     timeout_seconds: float = 60.0
-    """That one request may take."""
+    """That a server may be silent for, within one request."""
 
     def __post_init__(self) -> None:
         check_choice("api", self.api, APIS)

@@ -17,6 +17,7 @@ from sgpt.decoder.trunk import ModelConfig, load_trunk
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.probes import PROBE_TEXTS
 from sgpt.encoder.verify import hostile_texts, row_cosines
+from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MARKERS, ROLES, Role
 from sgpt.verification.clients import Client, RefusedTexts
 from sgpt.verification.conditions import Condition, conditions
@@ -27,6 +28,7 @@ FLOAT32 = 1e-6  # of a cosine to 1, which another order of summation, or a GPU's
 ROUNDINGS = 3  # times what half precision makes of these weights here is allowed, as other machines round elsewhere
 LENGTH_TOLERANCE = 1e-2  # of a vector's length, relative
 IGNORED, PUT_ON = "delta ignored: the vector of {}", "wrong delta: the vector of {}"
+_NO_ANSWER = np.empty(0)  # of a request that failed
 Models = dict[str | None, Encoder]  # by delta, None is the model itself
 
 
@@ -81,7 +83,8 @@ def _mistaken(delta: str | None, models: Models) -> dict[str, Callable[[], Encod
 
     @cache
     def base() -> Encoder:
-        trunk = load_trunk(ModelConfig(encoder.contract.base)).to(encoder.device)
+        blocks = encoder.trunk.config.num_hidden_layers  # fewer than the base's where model.layers was set
+        trunk = load_trunk(ModelConfig(encoder.contract.base, layers=blocks)).to(encoder.device)
         return Encoder(trunk, encoder.tokenizer, encoder.contract, head=encoder.head)
 
     if encoder.contract.base:
@@ -111,9 +114,12 @@ def _findings(
     for condition in conditions(ids, len(PROBE_TEXTS), around, frame.length, **sizes):
         requests = [[row for row in rows if row not in refused] for rows in condition.requests]
         condition = replace(condition, requests=[rows for rows in requests if rows])
-        rows, vectors, not_taken = _vectors(client, condition, texts, role, delta, config, encoder)
+        rows, vectors, not_taken, failures = _vectors(client, condition, texts, role, delta, config, encoder)
         refused |= not_taken
         found = _finding(condition, role, delta, rows, vectors, len(not_taken), texts, expected, trained, least)
+        if failures and found.fault is None:
+            fault = f"{len(failures)} of {len(condition.requests)} requests have no answer, the first: {failures[0]}"
+            found = replace(found, fault=fault)
         if condition.at_once and not_taken and found.fault is None:  # all others were refused before
             fault = f"{len(not_taken)} texts are refused under load that were taken before"
             found = replace(found, fault=fault, text=texts[min(not_taken)])
@@ -123,11 +129,12 @@ def _findings(
 def _vectors(
     client: Client, condition: Condition, texts: Sequence[str], role: Role, delta: str | None, config: VerifyConfig,
     encoder: Encoder,
-) -> tuple[list[int], np.ndarray, set[int]]:  # fmt: skip
-    """Rows that were answered, their vectors [rows, D], and the rows that were refused by themselves.
+) -> tuple[list[int], np.ndarray, set[int], list[InputError]]:  # fmt: skip
+    """Rows that were answered, their vectors [rows, D], the rows that were refused by themselves, and failed requests.
 
-    Raises RefusedTexts for a batch of which each text is taken alone.
+    Raises RefusedTexts for a batch of which each text is taken alone, InputError where every request failed.
     """
+    failures: list[InputError] = []
 
     def vectors_of(rows: list[int]) -> np.ndarray:
         return _asked(client, [texts[row] for row in rows], role, delta, config, encoder)
@@ -137,16 +144,23 @@ def _vectors(
             return vectors_of(rows)
         except RefusedTexts:
             return None
+        except InputError as error:
+            failures.append(error)
+            return _NO_ANSWER
 
     if condition.at_once:
         with ThreadPoolExecutor(len(condition.requests) or 1) as threads:
             answers = list(threads.map(ask, condition.requests))
     else:
         answers = [ask(rows) for rows in condition.requests]
+    if failures and len(failures) == len(condition.requests):
+        raise failures[0]
     rows: list[int] = []
     refused: set[int] = set()
     answered = [np.empty((0, encoder.embedding_size), dtype=np.float32)]
     for asked, vectors in zip(condition.requests, answers, strict=True):
+        if vectors is _NO_ANSWER:
+            continue
         taken = asked
         if vectors is None:
             taken = [row for row in asked if len(asked) > 1 and ask([row]) is not None]
@@ -154,7 +168,7 @@ def _vectors(
             vectors = vectors_of(taken) if taken else answered[0]
         rows += taken
         answered.append(vectors)
-    return rows, np.concatenate(answered), refused
+    return rows, np.concatenate(answered), refused, failures
 
 
 def _asked(

@@ -272,6 +272,9 @@ def test_documents_are_ranked_as_the_re_ranker_scores_them(url, language_model):
         assert [one["document"]["text"] for one in results] == [documents[one["index"]] for one in results]
     cut = httpx.post(f"{url}/rerank", json={"query": "a date", "documents": ["a", "b c d " * 200]})
     assert (cut.json()["truncated"], len(cut.json()["results"])) == ([1], 2)
+    by_delta = httpx.post(f"{url}/rerank", json={"query": "a date", "documents": ["a"], "model": "legal"})
+    assert by_delta.status_code == 422
+    assert "model=legal is a delta, and the re-ranker is the base itself" in by_delta.json()["error"]["message"]
     refused = httpx.post(f"{url}/rerank", json={"query": " ", "documents": ["a"]})
     assert (refused.status_code, refused.json()["error"]["param"]) == (422, "query")
 

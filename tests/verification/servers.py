@@ -35,14 +35,14 @@ class Rows:
 class ByHand:
     """folders: of exports by the name of their delta, None is the model itself. tokenizer: folder of the base's.
 
-    fault: None, or what is wrong. refuses: of a body, whether it is answered by 422.
+    fault: None, or what is wrong. refuses: of a body, whether it is answered by `refusal` instead of vectors.
     """
 
     def __init__(
         self, folders: dict[str | None, Path], tokenizer: Path, limit: int, fault: str | None = None,
-        refuses: Callable[[dict], bool] = lambda body: False,
+        refuses: Callable[[dict], bool] = lambda body: False, refusal: int = 422,
     ) -> None:  # fmt: skip
-        self.refuses = refuses
+        self.refuses, self.refusal = refuses, refusal
         self.models = {name: AutoModel.from_pretrained(folder).eval() for name, folder in folders.items()}
         self.tokenizer = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
         self.limit = 128 if fault == "truncation to 128" else limit
@@ -130,7 +130,7 @@ def serving(served: ByHand | None, **replies: object) -> Iterator[SimpleNamespac
             if status != 200 or "text" in replies or served is None:
                 self._send(status, str(replies.get("text", "")))
             elif served.refuses(body):
-                self._send(422, '{"error": {"message": "not this"}}')
+                self._send(served.refusal, '{"error": {"message": "not this"}}')
             else:
                 self._send(200, json.dumps(answer_of(served, self.path, body)))
 
