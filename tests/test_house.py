@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[1]
 FLOORS = {  # a folder imports from lower floors only
     "runtime": 1, "sweeps": 1, "text": 2, "report": 2, "decoder": 3, "data": 3, "encoder": 4, "cross_encoder": 4,
     "retrieval": 5, "verification": 5, "evaluation": 6, "mining": 6, "serving": 6, "training": 7, "inspection": 8,
-    "pretraining": 8, "cli": 9,
+    "preflight": 8, "pretraining": 8, "cli": 9,
 }  # fmt: skip
 ONE_MEANING = {  # of constants and types that each module has for itself: sizes, tolerances, versions
     "log", "Made", "Result", "CHOICES", "FORMAT", "MAY_CHANGE", "SAMPLE", "MAIN_METRICS", "main_metric",
@@ -97,7 +97,7 @@ def test_hydra_and_omegaconf_are_imported_by_the_command_line_alone():
 
 
 def test_accelerate_is_imported_where_something_is_trained_alone():
-    assert {folder_of(module) for module in users_of("accelerate")} <= {"training", "pretraining", "cli"}
+    assert {folder_of(module) for module in users_of("accelerate")} <= {"training", "preflight", "pretraining", "cli"}
 
 
 def test_the_lowest_floors_know_no_model():

@@ -10,7 +10,6 @@ from sgpt.cli.command import script
 
 @script("train")
 def main(composed: DictConfig) -> None:
-    import logging
     from pathlib import Path
 
     from sgpt.cli import launch
@@ -24,8 +23,10 @@ def main(composed: DictConfig) -> None:
     from sgpt.encoder.model_folder import exports_in_other_formats
     from sgpt.encoder.probes import measure
     from sgpt.evaluation import evaluate
+    from sgpt.preflight.preflight import preflight
     from sgpt.report.run import write_report
     from sgpt.runtime.files import remove_folder
+    from sgpt.runtime.progress import announce
     from sgpt.training.config import TrainConfig
     from sgpt.training.guide import with_guide, with_hard_batches
     from sgpt.training.record import (
@@ -39,15 +40,16 @@ def main(composed: DictConfig) -> None:
     )
     from sgpt.training.run_folder import open_run, start_run
     from sgpt.training.trackers import start_trackers
-    from sgpt.training.trainer import announce, check_feed, train
+    from sgpt.training.trainer import check_feed, train
     from sgpt.training.tuning import trainable_parameters, tune
 
-    log = logging.getLogger("sgpt.train")
     config = typed(TrainConfig, composed)
     run = open_run(Path(config.runs) / config.name, plain(config), resume=config.resume)
     if run.finished:  # nothing is trained again
         export_and_show(run, config)
         return
+    texts = ", ".join(source.path or source.name for source in config.data.source_configs())
+    announce(f"{run.folder}: {config.model.path} is trained on {texts}; first both are read and tried")
     accelerator = launch.start(config, run.threads)
 
     # everything that can be wrong is read and checked before anything is written
@@ -78,8 +80,13 @@ def main(composed: DictConfig) -> None:
     encoder.trunk = tune(encoder.trunk, config.tuning, model.path)
     announce_export(encoder)
     encoder.to(accelerator.device)
-    log.info("%s: %s is trained on %s", run.folder, model.path, config.data.path or config.data.name)
-    announce(encoder, feed, config.trainer, config.optim, accelerator)
+    expected = preflight(encoder, feed, config, accelerator, test_sets, dev_sets)
+    if config.trainer.dry_run:
+        if accelerator.is_main_process:
+            expected.print(f"{run.folder} before training: nothing is written")
+        accelerator.end_training()
+        return
+    expected.log()
     # the adapter is the difference to these
     untrained = {name: parameter.detach().clone() for name, parameter in trainable_parameters(encoder.trunk).items()}
     if accelerator.is_main_process:

@@ -10,7 +10,6 @@ from sgpt.cli.command import script
 
 @script("evaluate", groups=False, verbatim=("prompt",))
 def main(composed: DictConfig) -> None:
-    import logging
     import sys
 
     import torch
@@ -27,18 +26,19 @@ def main(composed: DictConfig) -> None:
         score_all,
     )
     from sgpt.evaluation.table import beir_averages, systems_table
+    from sgpt.runtime.progress import announce
 
     config = typed(EvaluateConfig, composed)
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False)
     # cheap refusals first, then the models, then every corpus; only then is anything scored
     check_request(config)
-    sets = find_sets(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    named = [*config.retrieval, *config.sts, *([config.useb] if config.useb else [])]
+    announce(f"{config.model} is evaluated on {', '.join(named)}, on {device}; first all are opened")
+    sets = find_sets(config)
     encoder = Encoder.from_pretrained(
         config.model, markers=config.markers, pooling=config.pooling, dtype=config.dtype
     ).to(device)
-    log = logging.getLogger("sgpt.evaluation.evaluate")  # of "sgpt", so that it is shown; a script's own name is not
-    log.info("%s is evaluated on %s, on %s", config.model, ", ".join(sets.names), device)
     rerank = load_reranker(config, device)
     retrieval = read_retrieval_sets(sets.retrieval, config, console.print)
 

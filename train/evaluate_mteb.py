@@ -20,6 +20,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.evaluation.evaluate import metrics_table
     from sgpt.evaluation.mteb import MtebConfig, MtebEncoder, MtebReranker, name_of, read_tasks, run
     from sgpt.runtime.errors import InputError
+    from sgpt.runtime.progress import announce
 
     config = typed(MtebConfig, composed)
     if not config.model or not config.tasks:
@@ -27,8 +28,9 @@ def main(composed: DictConfig) -> None:
             "set model=<folder or hub id> and tasks=[<task or benchmark of mteb>,…], for example "
             "tasks=[STSBenchmark,SciFact]"
         )
-    tasks, name = read_tasks(config.tasks), config.name or name_of(config.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    announce(f"{config.model} is evaluated on {', '.join(config.tasks)} of MTEB, on {device}")
+    tasks, name = read_tasks(config.tasks), config.name or name_of(config.model)
     if config.prompt:
         reranker = CrossEncoder.from_pretrained(config.model, config.prompt)
         reranker.model.to(device)

@@ -15,6 +15,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.encoder.export import DEFAULT, ExportConfig, folder_of, repository_of
     from sgpt.encoder.hub import files_to_push, listing, push
     from sgpt.runtime.errors import InputError
+    from sgpt.runtime.progress import announce
     from sgpt.training import record as outcome
     from sgpt.training.config import TrainConfig
     from sgpt.training.run_folder import RunFolder, read_config
@@ -25,9 +26,10 @@ def main(composed: DictConfig) -> None:
         raise InputError(
             f"run={config.run}: no run folder; give one that holds config.yaml, for example run=runs/pydocs"
         )
+    folders = {form: folder_of(form, Path(config.output or run.folder / "export")) for form in config.formats}
+    announce(f"{run.folder}: its newest checkpoint is exported to {', '.join(map(str, folders.values()))}")
     trained = typed(TrainConfig, OmegaConf.create(literal(read_config(run.folder))))
     encoder, newest = outcome.reopen(run, trained)
-    folders = {form: folder_of(form, Path(config.output or run.folder / "export")) for form in config.formats}
     for form, folder in folders.items():
         if run.finished and not config.output and form == DEFAULT and not config.examples:
             outcome.write_export(run, trained, encoder)  # which the manifest knows

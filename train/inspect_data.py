@@ -11,7 +11,6 @@ from sgpt.cli.command import script
 
 @script("inspect_data")
 def main(composed: DictConfig) -> None:
-    import logging
     from pathlib import Path
 
     from rich.console import Console
@@ -22,12 +21,13 @@ def main(composed: DictConfig) -> None:
     from sgpt.inspection import inspect as inspection
     from sgpt.inspection.inspect import InspectConfig
     from sgpt.inspection.page import check_output, write_inspection
+    from sgpt.runtime.progress import announce
     from sgpt.training.guide import with_hard_batches
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("sgpt").setLevel(logging.INFO)
     config = typed(InspectConfig, composed)
     page = check_output(Path(config.output or f"{config.runs}/{config.name}.inspection.html"))
+    texts = ", ".join(source.path or source.name for source in config.data.source_configs())
+    announce(f"{page}: {texts} is read and looked at, as {config.model.path} will see it")
     tokenizer = load_tokenizer(config.model.resolved().path)
     feed = build_feed(
         config.data,

@@ -27,9 +27,11 @@ def main(composed: DictConfig) -> None:
         write_curve,
     )
     from sgpt.report.merging import draw_bias_change
+    from sgpt.runtime.progress import announce
 
     config = typed(MergeConfig, composed)
     check_merge(config)
+    announce(f"{config.output}: {', '.join(config.models)} are merged")
     sets = read_curve_sets(config)  # what cannot be read stops it before anything is written
     folder = Path(config.output)
     weights = config.weights or [1 / len(config.models)] * len(config.models)

@@ -21,11 +21,13 @@ def main(composed: DictConfig) -> None:
     from sgpt.retrieval.searcher import SearchConfig, Searcher, index_folder, load_encoder_and_reranker
     from sgpt.runtime.errors import InputError
     from sgpt.runtime.interrupt import exit_code, interrupt_message
+    from sgpt.runtime.progress import announce
 
     config = typed(SearchConfig, composed)
     if not config.run:
         raise InputError("set run=<folder of a run, export, adapter or other model>, for example run=runs/pydocs")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    announce(f"{config.corpus or 'documentation of Python'} is searched by {config.run}, on {device}")
     if config.rerank:
         encoder, reranker = load_encoder_and_reranker(config.run, config.prompt, device=device)
     else:

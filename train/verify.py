@@ -17,6 +17,7 @@ def main(composed: DictConfig) -> None:
 
     from sgpt.cli.compose import typed
     from sgpt.runtime.errors import InputError
+    from sgpt.runtime.progress import announce
     from sgpt.verification.config import VerifyConfig
     from sgpt.verification.folder import verify_folder
     from sgpt.verification.server import verify_server
@@ -25,6 +26,7 @@ def main(composed: DictConfig) -> None:
     config = typed(VerifyConfig, composed)
     if not config.model:
         raise InputError("set model=<folder of a run, export or adapter>, for example model=runs/pydocs")
+    announce(f"{config.model} is compared with {config.endpoint or 'what every installed loader opens'}")
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
     if config.endpoint is None:
         deviations = list(verify_folder(config.model))

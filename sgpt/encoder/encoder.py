@@ -51,7 +51,7 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import progress_bar
 from sgpt.runtime.provenance import content_hash, tokenizer_hash, weights_hash
 from sgpt.text.markers import Frame, MarkersConfig, Role, frames
-from sgpt.text.tokens import TokenLists, content_ids, marked
+from sgpt.text.tokens import TokenLists, marked
 
 log = logging.getLogger(__name__)
 TOKENS_PER_PACK = 4096
@@ -299,19 +299,6 @@ class Encoder(nn.Module):
             f"{type(self.trunk).__name__} overflows in {self.trunk.dtype} or its weights are damaged: try float32, "
             "or another model"
         )
-
-    def truncation_share(self, texts: Sequence[str], role: Role) -> float:
-        """Share of texts longer than the limit, 0 to 1."""
-        room = self.frames[role].content_tokens
-        contents = content_ids(self._prompted(texts, role), self.tokenizer)
-        return sum(len(ids) > room for ids in contents) / max(1, len(texts))
-
-    def padding_share(self, rows: TokenLists) -> float:
-        """Share of computed positions that are padding, 0 to 1: none in packs."""
-        if takes_packs(self.trunk):
-            return 0.0
-        all_packs = list(self.packs(rows))
-        return 1 - sum(map(len, all_packs)) / max(1, sum(pack.padded_tokens for pack in all_packs))
 
     def fingerprint(self, corpus: Mapping[str, str] | None = None) -> str:
         """Changes with any weight, any rule of the tokenizer and any part of the contract; with a corpus, with any

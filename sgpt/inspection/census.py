@@ -4,16 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from sgpt.data.feed.sampling import Source
-from sgpt.data.feed.store import EXAMPLE_SCHEMA, TEXT_SCHEMA, TOKEN_SCHEMA, Column
+from sgpt.data.feed.store import column_parts, whole_column
 from sgpt.runtime.progress import progress_bar
 from sgpt.text.markers import Frame
 
 MOST_POSITIVES_COUNTED = 4  # 1, 2, 3, and so many or more
-LIST_TYPES = {field.name: field.type for schema in (TEXT_SCHEMA, EXAMPLE_SCHEMA, TOKEN_SCHEMA) for field in schema}
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,8 @@ class _Census:
 
     def __init__(self, source: Source) -> None:
         self.examples, self.num_hard_negatives = source.examples, source.num_hard_negatives
-        different, self.numbers = np.unique(_whole("hash", source.examples.hashes), return_inverse=True)
-        self.queries = self.numbers[_whole("query", source.examples.queries)]
+        different, self.numbers = np.unique(whole_column("hash", source.examples.hashes), return_inverse=True)
+        self.queries = self.numbers[whole_column("query", source.examples.queries)]
         content = np.zeros(len(different), dtype=np.int64)
         content[self.numbers] = _list_lengths("ids", source.tokens.ids)
         self.lengths = {
@@ -122,7 +120,7 @@ class _Census:
     def texts(self, advance: Callable[[float], None]) -> dict:
         """After the others: only texts that an example uses count."""
         short, first, start = np.zeros_like(self.used), None, 0
-        for part in _parts("text", self.examples.texts):
+        for part in column_parts("text", self.examples.texts):
             numbers = self.numbers[start : start + len(part)]
             places = np.flatnonzero(
                 pc.less_equal(pc.utf8_length(pc.utf8_trim_whitespace(part)), 1).to_numpy(zero_copy_only=False)
@@ -139,7 +137,7 @@ class _Census:
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(query, linked text, 1 / texts linked to its example) of every link, some examples at a time."""
         start = 0
-        for part in _parts(name, column):
+        for part in column_parts(name, column):
             each = pc.list_value_length(part).to_numpy()
             yield (
                 self.queries[start : start + len(part)].repeat(each),
@@ -154,17 +152,8 @@ class _Census:
         return queries * len(self.used) + texts
 
 
-def _parts(name: str, column: Sequence) -> list[pa.Array]:
-    """Of a column on disk, or the whole of one in memory, as `Examples.of` makes it."""
-    return column.chunks if isinstance(column, Column) else [pa.array(column, LIST_TYPES[name])]
-
-
-def _whole(name: str, column: Sequence) -> np.ndarray:
-    return np.concatenate([part.to_numpy() for part in _parts(name, column)])
-
-
 def _list_lengths(name: str, column: Sequence) -> np.ndarray:
-    return np.concatenate([pc.list_value_length(part).to_numpy() for part in _parts(name, column)])
+    return np.concatenate([pc.list_value_length(part).to_numpy() for part in column_parts(name, column)])
 
 
 def _among(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:

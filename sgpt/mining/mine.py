@@ -23,6 +23,7 @@ from sgpt.mining.rules import load_rescorer, mine_block
 from sgpt.mining.task import Task, read_task
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.jobs import Blocks, Job
+from sgpt.runtime.progress import announce
 from sgpt.runtime.provenance import Inputs, content_hash, file_hash
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def mine(config: MineConfig, device: torch.device | str = "cpu") -> dict[str, An
         raise InputError("set data=<BEIR folder or file of pairs> and output=<file.jsonl or file.jsonl.gz>")
     if not config.output.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"output={config.output}: rows are written as JSON lines; end the name in .jsonl or .jsonl.gz")
+    ranker = config.model or config.trec or config.source
+    announce(f"{config.output}: hard negatives are mined for the queries of {config.data}, ranked by {ranker}")
     with Job(config, "statistics", scratch=SCRATCH) as job:
         return _mine(config, job, device)
 

@@ -15,7 +15,7 @@ from sgpt.data.sources import pydocs
 from sgpt.pretraining.model import END, PretrainConfig
 from sgpt.pretraining.open_text import read_texts, read_weak_pairs
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.progress import progress_bar
+from sgpt.runtime.progress import announce, progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def prepare_corpus(config: PretrainConfig) -> Corpus:
         raise InputError(
             "set text=<folder> of the open text sources; sgpt/pretraining/open_text.py says which files lie in it"
         )
+    announce(f"{config.output}: a base is pretrained on the text below {config.text}, in {config.folder}")
     folder = Path(config.folder)
     if not (folder / "stream.npy").is_file():  # written last
         _write_corpus(folder, config)

@@ -44,6 +44,7 @@ from sgpt.runtime.embed import embed_blocks
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import replace_folder, write_whole
 from sgpt.runtime.jobs import Job
+from sgpt.runtime.progress import announce
 from sgpt.runtime.provenance import content_hash
 from sgpt.runtime.values import COUNT, THREADS, check_choice, check_ranges
 from sgpt.text.markers import ROLES, Role
@@ -152,6 +153,7 @@ def encode_texts(config: EncodeConfig, device: torch.device | str = "cpu") -> di
     """Writes the folder, or resumes a killed job; returns what _encoding.json says, {} on all but the main process."""
     if not config.model or not config.texts or not config.output:
         raise InputError("set model=<folder>, texts=<BEIR folder or file> and output=<folder>")
+    announce(f"{config.output}: the texts of {config.texts} are embedded by {config.model}, on {device}")
     with Job(config, "encoded") as job:
         return _encode_texts(config, job, device)
 

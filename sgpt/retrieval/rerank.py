@@ -32,6 +32,7 @@ from sgpt.runtime.distributed import from_main
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import write_whole
 from sgpt.runtime.jobs import Blocks, Job, own_share, sibling
+from sgpt.runtime.progress import announce
 from sgpt.runtime.provenance import Inputs, content_hash, tokenizer_hash, weights_hash
 from sgpt.runtime.values import COUNT, THREADS, check_choice, check_path_of_choice, check_ranges
 
@@ -132,6 +133,8 @@ def run_rerank(config: RerankConfig, device: torch.device | str = "cpu") -> dict
     if not output.name or output.is_dir():
         example = output / "run.trec"
         raise InputError(f"output={config.output} is a folder; name a new file in it, for example {example}")
+    first = config.encoder or config.trec or config.first
+    announce(f"{output}: what {first} ranks for the queries of {config.data} is scored by {config.model}, on {device}")
     with Job(config, "results", scratch=(FIRST_STAGE_FILE,)) as job:
         return _run_rerank(config, job, device)
 

@@ -23,3 +23,10 @@ def keep_freed_memory() -> bool:
         return False
     # Large blocks come from the heap as well, and its end is never handed back; 1 means that it was accepted.
     return mallopt(MMAP_MAX, 0) == 1 and mallopt(TRIM_THRESHOLD, -1) == 1
+
+
+def return_freed_memory() -> None:
+    """Hands what this process has freed back to the system now; where the C library is not glibc, it does as it does.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -53,6 +53,14 @@ def start_log() -> None:
     logging.getLogger("sgpt").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
+def announce(line: str) -> None:
+    """The first line of a script, before anything slow: what will be done, and on what. How long it takes, the lines of
+    `log_progress` say once it is known.
+    """
+    log.info("%s", line)
+    note_line_written()
+
+
 _under_way: list[Work] = []  # the outermost first
 _writer: threading.Thread | None = None
 _lock = threading.Lock()

@@ -24,7 +24,7 @@ from sgpt.encoder.model_folder import find_model
 from sgpt.retrieval.index import open_index
 from sgpt.retrieval.searcher import index_folder, load_encoder_and_reranker
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.progress import no_progress
+from sgpt.runtime.progress import announce, no_progress
 from sgpt.serving.app import create_app
 from sgpt.serving.config import ServeConfig
 from sgpt.serving.models import ServedModel
@@ -40,6 +40,7 @@ def serve(config: ServeConfig, device: torch.device | str = "cpu") -> None:
     InputError for a port that is taken, before anything is opened, and for what cannot be served.
     """
     listening = bind(config.host, config.port)
+    announce(f"{config.model} is opened on {device}, to be served at {config.host}:{config.port}")
     with listening:
         model = open_served(config, device)
         page = open_page(model, config) if config.corpus else None

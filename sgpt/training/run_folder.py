@@ -22,7 +22,7 @@ from sgpt.runtime.provenance import Inputs, check_same, differences, recorded_th
 
 MAY_CHANGE = {  # on resuming: what decides neither weights nor results
     "name", "runs", "resume", "logging",
-    "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints",
+    "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints", "trainer.dry_run",
 }  # fmt: skip
 
 

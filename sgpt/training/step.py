@@ -12,7 +12,7 @@ The scores are computed for some queries at a time as well, so a batch is limite
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from sgpt.data.feed.collate import Batch
@@ -73,13 +73,11 @@ def _embed(encoder: Encoder, packs: list[Pack], keep_bytes: float) -> list[_Embe
     """
     embedded: list[_EmbeddedPack] = []
     kept_bytes, kept_tokens = 0, 0
-    tensors = (*encoder.trunk.parameters(), *encoder.trunk.buffers())
-    weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     for pack in packs:
         state = _random_state(encoder.device)
         expected = kept_bytes / kept_tokens * len(pack) if kept_tokens else 0
         if keep_bytes > 0 and kept_bytes + expected <= keep_bytes:
-            with _SavedBytes(weights) as saved:
+            with SavedBytes(encoder.trunk) as saved:
                 embeddings = encoder.embed_pack(pack)
             if kept_bytes + saved.bytes <= keep_bytes:
                 kept_bytes += saved.bytes
@@ -94,17 +92,18 @@ def _embed(encoder: Encoder, packs: list[Pack], keep_bytes: float) -> list[_Embe
     return embedded
 
 
-class _SavedBytes:
+class SavedBytes:
     """Counts what autograd keeps for the backward pass: each storage once.
 
     The weights, of which it keeps views, are not counted: they are there anyway.
     """
 
-    def __init__(self, weights: set[int]) -> None:
-        self.weights = weights  # addresses of their storages
+    def __init__(self, trunk: nn.Module) -> None:
+        tensors = (*trunk.parameters(), *trunk.buffers())
+        self.weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}  # addresses
         self.storages: dict[int, int] = {}  # address -> bytes
 
-    def __enter__(self) -> "_SavedBytes":
+    def __enter__(self) -> "SavedBytes":
         self.hooks = saved_tensors_hooks(self._count, lambda tensor: tensor)
         self.hooks.__enter__()
         return self

@@ -31,7 +31,7 @@ from sgpt.training.loss import LossConfig, StepResult
 from sgpt.training.optim import OptimConfig, build_optimizer, build_schedule
 from sgpt.training.run_folder import RunFolder
 from sgpt.training.step import contrastive_step
-from sgpt.training.tuning import count_parameters, precisions, trainable_parameters
+from sgpt.training.tuning import trainable_parameters
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,8 @@ class TrainerConfig:
     """How many checkpoints are kept, the newest ones."""
     evaluate_every_steps: int = 0
     """Optimizer steps from one evaluation on the dev sets to the next; 0 never evaluates on them."""
+    dry_run: bool = False
+    """Whether to stop before training, with a table of what the run will do, take and may suffer from."""
 
     def __post_init__(self) -> None:
         check_choice("trainer.precision", self.precision, ("fp32", "bf16"))
@@ -106,6 +108,10 @@ class TrainerConfig:
             )
         steps = math.ceil(batches / self.gradient_accumulation)
         return min(steps, self.max_steps or steps)
+
+    def keep_bytes(self, device: torch.device) -> float:
+        """Of activations, on each process; what keep_gigabytes says, or half of what is free now."""
+        return free_memory_bytes(device) / 2 if self.keep_gigabytes is None else self.keep_gigabytes * 1e9
 
 
 def check_feed(feed: Feed) -> None:
@@ -145,7 +151,7 @@ def train(
     if newest := checkpoint.latest(run.checkpoints):
         state = checkpoint.load(newest, parameters, optimizer, schedule)
         log.info("resumed from %s", newest)
-    keep_bytes = free_memory_bytes(encoder.device) / 2 if config.keep_gigabytes is None else config.keep_gigabytes * 1e9
+    keep_bytes = config.keep_bytes(encoder.device)
     metrics = MetricsLog(run, state, steps, accelerator)
     if state.step and every(config.evaluate_every_steps, state.step) and not metrics.has_dev(state.step):
         metrics.write_dev(state, evaluate())  # interrupted after the step was saved, before it was measured
@@ -203,55 +209,3 @@ def train(
 
 def every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def announce(encoder: Encoder, feed: Feed, config: TrainerConfig, optim: OptimConfig, accelerator: Accelerator) -> None:
-    """Logs in one block what is about to be trained, and how many texts are longer than the limits."""
-    steps = config.steps(feed.batches_per_epoch)
-    epochs = steps * config.gradient_accumulation / feed.batches_per_epoch
-    learned, total = count_parameters(encoder.trunk)
-    num_examples = sum(len(source.examples) for source in feed.sources)
-    num_queries = config.queries_per_process * accelerator.num_processes
-    num_candidates = num_queries * (1 + feed.sources[0].num_hard_negatives)
-    sample = [feed.sources[source].examples[example] for source, example, _ in feed.drawn_examples(0, 0)[:256]]
-    queries = [example.query for example in sample]
-    positives = [example.positive for example in sample]
-
-    log.info("learning %s of %s parameters (%.4f %%)", f"{learned:,}", f"{total:,}", 100 * learned / total)
-    log.info(
-        "%s examples, %d queries a batch in total, %d candidates a query, %d steps (%.2f epochs)",
-        f"{num_examples:,}", num_queries, num_candidates, steps, epochs,
-    )  # fmt: skip
-    log.info(
-        "peak learning rate %.2e, %s, %s, %d process(es), %d thread(s) each",
-        optim.learning_rate, _described_precisions(encoder, config.precision), encoder.device,
-        accelerator.num_processes, torch.get_num_threads(),
-    )  # fmt: skip
-    log.info(
-        "truncated at the limits: %.1f %% of queries, %.1f %% of documents (of %d sampled)",
-        100 * encoder.truncation_share(queries, "query"),
-        100 * encoder.truncation_share(positives, "document"),
-        len(sample),
-    )
-    rows = [*encoder.token_ids(queries, "query"), *encoder.token_ids(positives, "document")]
-    if padding := encoder.padding_share(rows):
-        log.warning(
-            "%s cannot compute texts end to end without padding: %.0f %% of what is computed is padding",
-            type(encoder.trunk).__name__, 100 * padding,
-        )  # fmt: skip
-    if config.gradient_accumulation > 1:
-        log.warning(
-            "gradient_accumulation=%d adds no in-batch negatives: each query still sees %d candidates. For more, raise "
-            "trainer.queries_per_process (memory does not bound it: what does not fit is computed twice) or use more "
-            "processes",
-            config.gradient_accumulation, num_candidates,
-        )  # fmt: skip
-
-
-def _described_precisions(encoder: Encoder, precision: str) -> str:
-    """As in "bfloat16 trunk, float32 biases"."""
-    types = precisions(encoder.trunk, precision)
-    only_biases = all(name.endswith("bias") for name in trainable_parameters(encoder.trunk))
-    kind = "biases" if only_biases else "learning parameters"
-    weights = f"{types['frozen']} trunk, {types['trained']} {kind}"
-    return weights + (", computed in bfloat16" if types["computed"] == "bf16" else "")

@@ -23,7 +23,7 @@ from sgpt.training.checkpoint import TrainState
 from sgpt.training.loss import LossConfig
 from sgpt.training.optim import OptimConfig
 from sgpt.training.run_folder import RunFolder
-from sgpt.training.trainer import TrainerConfig, announce, train
+from sgpt.training.trainer import TrainerConfig, train
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 
 WORDS = ["parse", "date", "string", "open", "file", "read", "write", "sort", "list", "number",
@@ -189,14 +189,10 @@ def test_a_batch_without_any_negative_is_refused(tiny_encoder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_more_accumulation_than_batches_is_refused_and_accumulation_is_warned_about(tiny_encoder, tmp_path, caplog):
+def test_more_accumulation_than_batches_is_refused(tiny_encoder, tmp_path):
     refusal = r"trainer\.gradient_accumulation=99 is more than the 13\.5 batches of the run; lower it"
     with pytest.raises(InputError, match=refusal):
         trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), gradient_accumulation=99)
-    encoder = fresh_encoder(tiny_encoder, "bitfit")
-    config = TrainerConfig(queries_per_process=8, gradient_accumulation=2, max_steps=1)
-    announce(encoder, feed_of(EXAMPLES, encoder, 8), config, OptimConfig(), Accelerator(cpu=True))
-    assert "gradient_accumulation=2 adds no in-batch negatives: each query still sees 16 candidates" in caplog.text
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -257,24 +253,6 @@ def test_a_loss_that_is_no_number_in_any_micro_batch_is_refused(tiny_encoder, tm
     config = TrainerConfig(queries_per_process=4, gradient_accumulation=2, max_steps=1)
     with pytest.raises(InputError, match=r"step 1: the loss is nan"):
         train(encoder, feed, Accelerator(cpu=True), RunFolder(tmp_path), config, LossConfig(), OptimConfig(), dict)
-
-
-PRECISIONS = {
-    ("float32", "bitfit", "fp32"): "float32 trunk, float32 biases,",
-    ("bfloat16", "bitfit", "fp32"): "bfloat16 trunk, float32 biases,",
-    ("float16", "lora", "fp32"): "float16 trunk, float32 learning parameters,",
-    ("float32", "full", "bf16"): "float32 trunk, float32 learning parameters, computed in bfloat16,",
-}
-
-
-@pytest.mark.parametrize(("dtype", "method", "precision"), PRECISIONS)
-def test_the_announcement_says_what_the_weights_are_kept_in(dtype, method, precision, tiny_encoder, caplog):
-    encoder = tiny_encoder("gpt2", dtype=dtype)
-    encoder.trunk = tune(encoder.trunk, TuningConfig(method))
-    with caplog.at_level("INFO", logger="sgpt"):
-        config = TrainerConfig(queries_per_process=8, precision=precision)
-        announce(encoder, feed_of(EXAMPLES, encoder, 8), config, OptimConfig(), Accelerator(cpu=True))
-    assert f"peak learning rate 3.20e-04, {PRECISIONS[dtype, method, precision]} cpu, 1 process(es)" in caplog.text
 
 
 def test_a_broken_line_of_the_log_is_refused_by_its_number(tiny_encoder, tmp_path):

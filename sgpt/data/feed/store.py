@@ -3,6 +3,7 @@
     <cache>/<key>/texts.arrow          every text once: text, and 64 bits of its hash
                   examples.arrow       query, positives, hard_negatives: row numbers in texts.arrow
                   tokens-<key>.arrow   token ids of every text, without markers, cut at the longest limit
+                  normalised.npy       hashes of the texts without case and blanks (overlap.py)
                   embeddings-<key>/    of the texts, by a guide (embeddings.py)
                   walk-<key>.npy       the order of the examples by data.grouping_model (grouping.py)
 
@@ -34,6 +35,7 @@ EXAMPLE_SCHEMA = pa.schema([
     ("hard_negatives", pa.large_list(pa.int64())),
 ])  # fmt: skip
 TOKEN_SCHEMA = pa.schema([("ids", pa.large_list(pa.int32()))])
+COLUMN_TYPES = {field.name: field.type for schema in (TEXT_SCHEMA, EXAMPLE_SCHEMA, TOKEN_SCHEMA) for field in schema}
 
 
 def text_hash(text: str) -> int:
@@ -69,6 +71,15 @@ class Column:
         chunk = int(np.searchsorted(self.starts, row, "right")) - 1
         value = self.chunks[chunk][row - int(self.starts[chunk])]
         return value.values.to_numpy().tolist() if isinstance(value, pa.LargeListScalar) else value.as_py()
+
+
+def column_parts(name: str, column: Sequence) -> list[pa.Array]:
+    """Arrow arrays, one after the other: of a column on disk, or the whole of one in memory. name: in the schemas."""
+    return column.chunks if isinstance(column, Column) else [pa.array(column, COLUMN_TYPES[name])]
+
+
+def whole_column(name: str, column: Sequence) -> np.ndarray:
+    return np.concatenate([part.to_numpy() for part in column_parts(name, column)])
 
 
 class Examples:
@@ -214,7 +225,7 @@ class Tokens:
     def __init__(self, examples: Examples, tokenizer, limit: int) -> None:
         if examples.folder is None:
             self.ids: Sequence = []
-            for texts in _batches(examples.texts):
+            for texts in text_batches(examples.texts):
                 self.ids += content_ids(texts, tokenizer, limit)
             return
         key = key_of(tokenizer.backend_tokenizer.to_str(), limit)
@@ -229,14 +240,15 @@ class Tokens:
 def _tokenise(texts: Sequence[str], tokenizer, limit: int, file: Path) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     with _Table(temporary, TOKEN_SCHEMA) as table, progress_bar("tokenising", len(texts)) as advance:
-        for part in _batches(texts):
+        for part in text_batches(texts):
             for ids in content_ids(part, tokenizer, limit):
                 table.add(ids)
             advance(len(part))
     temporary.replace(file)
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+def text_batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """ROWS_AT_A_TIME of them each; those on disk take no memory once they were read."""
     for start in range(0, len(texts), ROWS_AT_A_TIME):
         end = min(start + ROWS_AT_A_TIME, len(texts))
         yield [texts[row] for row in range(start, end)]

@@ -1,0 +1,1 @@
+"""What a run will do, take and may suffer from, before its first step."""
