@@ -36,6 +36,7 @@ from sgpt.sweeps.jobs import SweepJob, best_job, compared_metric, read_after, re
 from sgpt.sweeps.process import (
     LoggedProcess,
     accelerate_launch,
+    cores_of_slots,
     failure,
     gpus_of_machine,
     gpus_of_slots,
@@ -61,7 +62,7 @@ class AccelerateLauncherConfig:
     num_processes: int = 1
     """Processes of each job: one per GPU, or gloo processes on a machine without."""
     jobs_at_a_time: int = 1
-    """Jobs that run at the same time; on a machine with GPUs each has its own."""
+    """Jobs that run at the same time, each with cores of its own and, on a machine with GPUs, its own of those."""
     num_cpu_threads_per_process: int | None = None
     """None: the cores of this machine divided by all processes that run at a time. Accelerate alone would take 1."""
     prefix: list[str] = field(default_factory=list)
@@ -79,7 +80,7 @@ ConfigStore.instance().store(
 
 
 class Running(NamedTuple):
-    """A job whose process runs. slot: from 0, of the jobs at a time; it decides the job's GPUs."""
+    """A job whose process runs. slot: from 0, of the jobs at a time; it decides the job's cores and GPUs."""
 
     job: SweepJob
     process: LoggedProcess
@@ -110,6 +111,7 @@ class AccelerateLauncher(Launcher):
         self.prefix = list(prefix)
         self.arguments = list(arguments)
         self.cpu = wants_cpu(num_processes) if not prefix else "ACCELERATE_USE_CPU" in os.environ and wants_cpu(1)
+        self.cores_of_slots = None if prefix else cores_of_slots(jobs_at_a_time)
         gpus = [] if prefix or self.cpu else gpus_of_machine()
         self.gpus_of_slots = gpus_of_slots(gpus, jobs_at_a_time, num_processes)
 
@@ -186,8 +188,9 @@ class AccelerateLauncher(Launcher):
         self.started[job.job] = time.monotonic()
         self.save()
         gpus = self.gpus_of_slots[slot] if self.gpus_of_slots else None
+        cores = self.cores_of_slots[slot] if self.cores_of_slots else None
         environment = launch_environment(cpu=self.cpu, gpus=gpus)
-        return Running(job, LoggedProcess(self.command(job), environment, Path(job.log)), slot)
+        return Running(job, LoggedProcess(self.command(job), environment, Path(job.log), cores), slot)
 
     def conclude(
         self, job: SweepJob, returned: JobReturn, error: Exception | None, last_lines: list[str], console: "Console"
@@ -265,7 +268,8 @@ def result_of(item: Running) -> Exception | None:
     """Reads into the job what its process left, or returns why there is nothing."""
     exit_code = item.process.exit_code()
     if exit_code:
-        return RuntimeError(failure(item.job, exit_code, item.process.last_lines()))
+        what = f"job {item.job.job} ({' '.join(item.job.overrides)})"
+        return RuntimeError(failure(what, item.job.log, exit_code, item.process.last_lines()))
     try:
         item.job.after = read_after(Path(item.job.folder) / "results.json")
         item.job.main_metric = compared_metric(item.job.after)[1]

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sgpt.runtime.errors import InputError
-from sgpt.sweeps.jobs import SweepJob
 
 SHOWN_LOG_LINES = 25
 # Arguments that choose how processes are started; accelerate refuses, or ignores, --multi_gpu next to them.
@@ -78,6 +77,18 @@ def gpus_of_machine() -> list[str]:
     return [str(number) for number, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
 
 
+def cores_of_slots(slots: int) -> list[list[int]] | None:
+    """Which cores each of the jobs that run at a time is bound to, equally many; None where all may use all.
+
+    Training counts the cores that it may use to choose its threads, so jobs that share them would have too many.
+    """
+    if slots == 1 or not hasattr(os, "sched_getaffinity"):
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    size = max(1, len(cores) // slots)
+    return [[cores[(slot * size + i) % len(cores)] for i in range(size)] for slot in range(slots)]
+
+
 def gpus_of_slots(gpus: Sequence[str], slots: int, num_processes: int) -> list[list[str]] | None:
     """Which GPUs each of the jobs that run at a time may use; None where all may use all.
 
@@ -97,11 +108,14 @@ def gpus_of_slots(gpus: Sequence[str], slots: int, num_processes: int) -> list[l
 class LoggedProcess:
     """A command as a process group of its own, with its output at the end of a log.
 
+    cores: those it may use, None for all of this process.
     Raises RuntimeError when a process of an earlier start still runs: a launcher ended by kill -9 leaves its job behind
     and two of them training in one folder spoil each other. The job inherits the lock with its stdout.
     """
 
-    def __init__(self, command: list[str], environment: dict[str, str], log_path: Path) -> None:
+    def __init__(
+        self, command: list[str], environment: dict[str, str], log_path: Path, cores: Sequence[int] | None = None
+    ) -> None:
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
@@ -113,10 +127,11 @@ class LoggedProcess:
             log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
             log.flush()
             self.log_start = log.tell()
-            # A session of its own: Ctrl-C reaches only the sweep, which then stops exactly its jobs.
-            self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+            with running_on(cores):
+                # A session of its own: Ctrl-C reaches only the sweep, which then stops exactly its jobs.
+                self.process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
 
     def exit_code(self) -> int | None:
         """None while it runs."""
@@ -132,6 +147,19 @@ class LoggedProcess:
                 lines = lines[: i + 1]
                 break
         return [line for line in lines if line.strip()][-SHOWN_LOG_LINES:]
+
+
+@contextmanager
+def running_on(cores: Sequence[int] | None) -> Iterator[None]:
+    """This thread, and so what it starts, is bound to the cores; not through preexec_fn, which other threads forbid."""
+    before = os.sched_getaffinity(0) if cores is not None else set()
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        if cores is not None:
+            os.sched_setaffinity(0, before)
 
 
 def stop_all(processes: Sequence[LoggedProcess]) -> None:
@@ -175,8 +203,9 @@ def stop_signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def failure(job: SweepJob, exit_code: int, last_lines: list[str]) -> str:
-    message = f"job {job.job} ({' '.join(job.overrides)}) ended with exit code {exit_code}; log: {job.log}"
+def failure(what: str, log: str, exit_code: int, last_lines: list[str]) -> str:
+    """A sentence. what: the job or trial."""
+    message = f"{what} ended with exit code {exit_code}; log: {log}"
     if not any("error" in line.lower() for line in last_lines):
         # accelerate says 1 for every failure and, being quiet, not that a signal ended the script
         message += " (which shows no error: was the job killed, for instance for lack of memory?)"

@@ -33,6 +33,7 @@ from sgpt.retrieval.searcher import SearchConfig
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.overrides import TextKey, as_typed, texts
 from sgpt.serving.config import ServeConfig
+from sgpt.sweeps.study import StudyConfig
 from sgpt.training.config import TrainConfig
 from sgpt.training.tuning import TuningConfig
 from sgpt.verification.config import VerifyConfig
@@ -43,7 +44,7 @@ SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig,
     "pretrain": PretrainConfig, "mine": MineConfig,
     "encode": EncodeConfig, "inspect_data": InspectConfig, "rerank": RerankConfig, "evaluate_mteb": MtebConfig,
-    "merge": MergeConfig, "serve": ServeConfig, "verify": VerifyConfig,
+    "merge": MergeConfig, "serve": ServeConfig, "verify": VerifyConfig, "sweep": StudyConfig,
 }  # fmt: skip
 SCRIPTS = {"biencoder": "train"} | {name: name for name in SCHEMAS if name != "train"}
 OPTIONS = sorted((file.parent.name, file.stem) for file in CONFIGS.glob("*/*.yaml"))

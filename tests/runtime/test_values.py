@@ -24,12 +24,14 @@ from sgpt.retrieval.rerank import RerankConfig
 from sgpt.retrieval.searcher import SearchConfig
 from sgpt.runtime.errors import InputError
 from sgpt.serving.config import ServeConfig
+from sgpt.sweeps.study import StudyConfig
 from sgpt.training.config import TrainConfig
 from sgpt.verification.config import VerifyConfig
 
 SCRIPTS = (
     TrainConfig, InspectConfig, EvaluateConfig, ExportConfig, SearchConfig, PretrainConfig, MineConfig, RerankConfig,
     MtebConfig, MergeConfig, ServeConfig, VerifyConfig, EncodeConfig,
+    StudyConfig,
 )
 HOSTILE = (
     math.nan, math.inf, -math.inf, -1, -1.5, 0, 0.5, 1.5, 1e30, 1e300, 2**31, 2**63, 2**70, 10**400, True, None, "",

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from sgpt.runtime.errors import InputError
-from sgpt.sweeps.process import gpus_of_slots
+from sgpt.sweeps.process import cores_of_slots, gpus_of_slots
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -44,7 +44,8 @@ def main(config):
     folder = Path(config.runs) / config.name
     print(f"started by {os.environ.get('PARTITION')}")
     print(f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')} rate {config.learning_rate}",
-          f"threads {os.environ['OMP_NUM_THREADS']} cpu {os.environ.get('ACCELERATE_USE_CPU')}")
+          f"threads {os.environ['OMP_NUM_THREADS']} of {len(os.sched_getaffinity(0))}",
+          f"cpu {os.environ.get('ACCELERATE_USE_CPU')}")
     if config.resume and (folder / "results.json").exists():
         print("found finished")
         return
@@ -189,9 +190,10 @@ def test_two_processes_start_as_two_ranks_with_the_same_values(tmp_path: Path) -
     processes = ["hydra.launcher.num_processes=2", "hydra.launcher.num_cpu_threads_per_process=3"]
     done = sweep(project, "learning_rate=0.5,13", "name='two, quoted'", *processes)
     log = (project / "runs/two, quoted-sweep/0.log").read_text()
+    cores = len(os.sched_getaffinity(0))
     assert sorted(re.findall("rank .*", log)) == [
-        "rank 0 of 2 rate 0.5 threads 3 cpu true",
-        "rank 1 of 2 rate 0.5 threads 3 cpu true",
+        f"rank 0 of 2 rate 0.5 threads 3 of {cores} cpu true",
+        f"rank 1 of 2 rate 0.5 threads 3 of {cores} cpu true",
     ]
     assert [job["status"] for job in read_sweep(project, "two, quoted")["jobs"]] == ["finished", "failed"]
     assert "    | ValueError: 13 is unlucky" in done.stdout  # not buried under what torchrun says of itself
@@ -226,8 +228,8 @@ def test_jobs_at_a_time_run_at_a_time_and_share_the_cores(tmp_path: Path) -> Non
     assert statuses == ["failed", "finished", "finished"], done.stdout
     # Hydra is told of the jobs in their order, whichever ended first
     assert "RuntimeError: job 0 (learning_rate=13) ended with exit code 1" in done.stderr
-    cores = len(os.sched_getaffinity(0))
-    assert f"threads {max(1, cores // 2)} " in (project / "runs/toy-sweep/1.log").read_text()
+    half = max(1, len(os.sched_getaffinity(0)) // 2)  # training counts the cores that it may use
+    assert f"threads {half} of {half} cpu" in (project / "runs/toy-sweep/1.log").read_text()
 
 
 def test_prefix_starts_the_jobs_by_another_command(tmp_path: Path) -> None:
@@ -240,10 +242,14 @@ def test_prefix_starts_the_jobs_by_another_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     log = (project / "runs/toy-sweep/0.log").read_text()
     assert "started by long\n" in log
-    assert "threads 3 cpu False" in log
+    assert "threads 3 of " in log
 
 
-def test_each_job_at_a_time_has_its_own_gpus() -> None:
+def test_each_job_at_a_time_has_its_own_gpus_and_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    of_slots = cores_of_slots(cores)
+    assert of_slots is None if cores == 1 else sorted(of_slots) == [[core] for core in sorted(os.sched_getaffinity(0))]
+    assert cores_of_slots(1) is None
     assert gpus_of_slots(["0", "1", "5", "7"], slots=2, num_processes=2) == [["0", "1"], ["5", "7"]]
     assert gpus_of_slots(["0", "1"], slots=1, num_processes=2) is None  # all are its own
     assert gpus_of_slots([], slots=2, num_processes=1) is None  # a machine without
