@@ -171,7 +171,7 @@ def test_the_saved_configuration_is_read_back_equal():
         ("loss.scale=0", r"loss\.scale=0\.0 must be positive"),
         ("model.dtype=int4", r"model\.dtype='int4' is unknown; choose float32, bfloat16, float16, int8 or nf4"),
         ("pooling.name=median", r"pooling\.name='median' is unknown"),
-        ("logging.tracker=paper", r"logging\.tracker='paper' is unknown; choose wandb or null"),
+        ("logging.tracker=paper", r"logging\.tracker='paper' is unknown; choose wandb, tensorboard, trackio or null"),
         ("name=../elsewhere", r"name='\.\./elsewhere' cannot be a folder below runs/; use one that"),
         ("+optim.lr=1", r"optim\.lr: Key 'lr' not in 'OptimConfig'"),
         (
