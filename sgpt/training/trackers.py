@@ -7,13 +7,13 @@ import importlib.util
 import os
 import re
 import secrets
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
 
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.provenance import flat
 from sgpt.training.config import TrainConfig
 from sgpt.training.run_folder import RunFolder
 
@@ -77,14 +77,3 @@ def finish_trackers(accelerator: Accelerator, config: TrainConfig, run: RunFolde
         else:
             artifact.add_file(str(file), name=file.name)
     opened.log_artifact(artifact)
-
-
-def flat(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, str | int | float | bool]:
-    """The tree's numbers and texts under joined names, as trackers take them."""
-    leaves: dict[str, str | int | float | bool] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves |= flat(value, separator, f"{prefix}{key}{separator}")
-        else:
-            leaves[prefix + key] = value if isinstance(value, str | int | float | bool) else str(value)
-    return leaves

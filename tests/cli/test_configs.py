@@ -22,6 +22,7 @@ from sgpt.cli.launch import _check_processes
 from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.encoder.export import ExportConfig
 from sgpt.evaluation.mteb import MtebConfig
+from sgpt.evaluation.runs import CompareConfig
 from sgpt.evaluation.strength import MergeConfig
 from sgpt.evaluation.systems import EvaluateConfig
 from sgpt.inspection.inspect import InspectConfig
@@ -45,6 +46,7 @@ SCHEMAS = {
     "pretrain": PretrainConfig, "mine": MineConfig,
     "encode": EncodeConfig, "inspect_data": InspectConfig, "rerank": RerankConfig, "evaluate_mteb": MtebConfig,
     "merge": MergeConfig, "serve": ServeConfig, "verify": VerifyConfig, "sweep": StudyConfig,
+    "compare": CompareConfig,
 }  # fmt: skip
 SCRIPTS = {"biencoder": "train"} | {name: name for name in SCHEMAS if name != "train"}
 OPTIONS = sorted((file.parent.name, file.stem) for file in CONFIGS.glob("*/*.yaml"))

@@ -14,6 +14,7 @@ from sgpt.cli.compose import typed
 from sgpt.data.readers import SourceConfig, read_examples
 from sgpt.encoder.export import ExportConfig
 from sgpt.evaluation.mteb import MtebConfig
+from sgpt.evaluation.runs import CompareConfig
 from sgpt.evaluation.strength import MergeConfig
 from sgpt.evaluation.systems import EvaluateConfig
 from sgpt.inspection.inspect import InspectConfig
@@ -31,7 +32,7 @@ from sgpt.verification.config import VerifyConfig
 SCRIPTS = (
     TrainConfig, InspectConfig, EvaluateConfig, ExportConfig, SearchConfig, PretrainConfig, MineConfig, RerankConfig,
     MtebConfig, MergeConfig, ServeConfig, VerifyConfig, EncodeConfig,
-    StudyConfig,
+    StudyConfig, CompareConfig,
 )
 HOSTILE = (
     math.nan, math.inf, -math.inf, -1, -1.5, 0, 0.5, 1.5, 1e30, 1e300, 2**31, 2**63, 2**70, 10**400, True, None, "",

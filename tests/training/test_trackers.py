@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sgpt.runtime.errors import InputError
-from sgpt.training.trackers import check_tracker, flat
+from sgpt.training.trackers import check_tracker
 
 Steps = dict[int, dict[str, float]]  # step -> name -> value
 
@@ -147,8 +147,3 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_is_read(monkeyp
     monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
     with pytest.raises(InputError, match=r"logging.tracker=tensorboard is not installed; pip install"):
         check_tracker("tensorboard")
-
-
-def test_names_are_joined_and_lists_are_texts():
-    assert flat({"a": {"b": 1, "c": {"d": None}}, "e": [1, 2]}) == {"a.b": 1, "a.c.d": "None", "e": "[1, 2]"}
-    assert flat({"after": {"set": {"ndcg@10": 0.5}}}, "/") == {"after/set/ndcg@10": 0.5}
