@@ -12,7 +12,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 FLOORS = {  # a folder imports from lower floors only
-    "runtime": 1, "sweeps": 1, "text": 2, "report": 2, "decoder": 3, "data": 3, "encoder": 4, "cross_encoder": 4,
+    "runtime": 1, "sweeps": 2, "text": 2, "report": 2, "decoder": 3, "data": 3, "encoder": 4, "cross_encoder": 4,
     "retrieval": 5, "verification": 5, "evaluation": 6, "mining": 6, "serving": 6, "training": 7, "inspection": 8,
     "preflight": 8, "pretraining": 8, "cli": 9,
 }  # fmt: skip

@@ -39,7 +39,7 @@ def main(composed: DictConfig) -> None:
         run_inputs,
     )
     from sgpt.training.run_folder import open_run, start_run
-    from sgpt.training.trackers import start_trackers
+    from sgpt.training.trackers import finish_trackers, start_trackers
     from sgpt.training.trainer import check_feed, train
     from sgpt.training.tuning import trainable_parameters, tune
 
@@ -94,7 +94,7 @@ def main(composed: DictConfig) -> None:
         record_start(run, config, encoder, feed, inputs)
         record_before(run, encoder, test_sets, bm25=config.evaluation.bm25)
     accelerator.wait_for_everyone()
-    start_trackers(accelerator, config)
+    start_trackers(accelerator, config, run)
 
     def evaluate_dev() -> evaluate.Results:
         return evaluate.evaluate(encoder, dev_sets)
@@ -109,6 +109,7 @@ def main(composed: DictConfig) -> None:
         save_adapter(encoder.trunk, encoder.tokenizer, contract, untrained, adapter, measured=measure(encoder))
         record_after(run, encoder, test_sets, untrained, state)
         write_report(run.folder)
+        finish_trackers(accelerator, config, run, state.step)
         finish_run(run)
         export_and_show(run, config, encoder)
     accelerator.end_training()

@@ -1,4 +1,4 @@
-"""hydra/launcher=accelerate: every job of a sweep is one `accelerate launch` subprocess, one after another.
+"""hydra/launcher=accelerate: every job of a sweep is one `accelerate launch` subprocess, one or several at a time.
 
     python train/biencoder.py -m hydra/launcher=accelerate experiment=pydocs optim.learning_rate=1e-3,3.2e-3
 
@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, setup_globals
@@ -33,17 +33,27 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sgpt.runtime.errors import InputError
 from sgpt.sweeps.jobs import SweepJob, best_job, compared_metric, read_after, read_jobs, split_overrides
-from sgpt.sweeps.process import failure, num_cores, run_logged, stop_signals_raise, wants_cpu
+from sgpt.sweeps.process import (
+    LoggedProcess,
+    accelerate_launch,
+    cores_of_slots,
+    failure,
+    gpus_of_machine,
+    gpus_of_slots,
+    launch_environment,
+    num_cores,
+    stop_all,
+    stop_signals_raise,
+    wants_cpu,
+)
 from sgpt.sweeps.table import make_console, spinner, sweep_table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-
+POLL_SECONDS = 0.2
 # What concerns the sweep and not the job; the rest of the hydra overrides (verbose, job_logging, …) a job gets too.
 SWEEP_ONLY = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", "hydra.mode")
-# Arguments that choose how processes are started; accelerate refuses, or ignores, --multi_gpu next to them.
-STRATEGIES = {"--config_file", "--use_deepspeed", "--use_fsdp", "--use_megatron_lm", "--tpu", "--cpu", "--multi_gpu"}
 
 
 @dataclass
@@ -51,8 +61,15 @@ class AccelerateLauncherConfig:
     _target_: str = "hydra_plugins.sgpt_launcher.accelerate_launcher.AccelerateLauncher"
     num_processes: int = 1
     """Processes of each job: one per GPU, or gloo processes on a machine without."""
+    jobs_at_a_time: int = 1
+    """Jobs that run at the same time, each with cores of its own and, on a machine with GPUs, its own of those."""
     num_cpu_threads_per_process: int | None = None
-    """None: the cores of this machine divided by num_processes. Accelerate alone would take 1."""
+    """None: the cores of this machine divided by all processes that run at a time. Accelerate alone would take 1."""
+    prefix: list[str] = field(default_factory=list)
+    """A command that starts each job elsewhere and ends as the job does, e.g. [srun,--gpus,1,--cpus-per-task,8].
+
+    Neither the cores nor the GPUs of this machine decide anything then, so num_cpu_threads_per_process is needed.
+    """
     arguments: list[str] = field(default_factory=list)
     """Further arguments of `accelerate launch`; they come last and so win, e.g. [--config_file,fsdp.yaml]."""
 
@@ -62,13 +79,41 @@ ConfigStore.instance().store(
 )
 
 
+class Running(NamedTuple):
+    """A job whose process runs. slot: from 0, of the jobs at a time; it decides the job's cores and GPUs."""
+
+    job: SweepJob
+    process: LoggedProcess
+    slot: int
+
+
 class AccelerateLauncher(Launcher):
-    def __init__(self, num_processes: int, num_cpu_threads_per_process: int | None, arguments: Sequence[str]) -> None:
-        if num_processes < 1:
-            raise InputError(f"hydra.launcher.num_processes is {num_processes}; it must be at least 1.")
+    def __init__(
+        self,
+        num_processes: int,
+        jobs_at_a_time: int,
+        num_cpu_threads_per_process: int | None,
+        prefix: Sequence[str],
+        arguments: Sequence[str],
+    ) -> None:
+        for name, value in {"num_processes": num_processes, "jobs_at_a_time": jobs_at_a_time}.items():
+            if value < 1:
+                raise InputError(f"hydra.launcher.{name} is {value}; it must be at least 1.")
+        if prefix and not num_cpu_threads_per_process:
+            raise InputError(
+                f"hydra.launcher.prefix={' '.join(prefix)} starts jobs elsewhere, so the cores of this machine do not "
+                "say how many threads they have; set hydra.launcher.num_cpu_threads_per_process"
+            )
         self.num_processes = num_processes
-        self.num_threads = num_cpu_threads_per_process or max(1, num_cores() // num_processes)
+        self.jobs_at_a_time = jobs_at_a_time
+        at_a_time = num_processes * jobs_at_a_time
+        self.num_threads = num_cpu_threads_per_process or max(1, num_cores() // at_a_time)
+        self.prefix = list(prefix)
         self.arguments = list(arguments)
+        self.cpu = wants_cpu(num_processes) if not prefix else "ACCELERATE_USE_CPU" in os.environ and wants_cpu(1)
+        self.cores_of_slots = None if prefix else cores_of_slots(jobs_at_a_time)
+        gpus = [] if prefix or self.cpu else gpus_of_machine()
+        self.gpus_of_slots = gpus_of_slots(gpus, jobs_at_a_time, num_processes)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """`config` is what all jobs share: swept overrides are not in it, and neither is a name that is swept."""
@@ -87,21 +132,42 @@ class AccelerateLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Sweepers that choose by results call this once per batch; table and sweep.json then grow with every batch."""
+        self.batch_size, self.ended = len(job_overrides), 0
+        self.started: dict[int, float] = {}  # job -> seconds by the monotonic clock
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         console = make_console()
         batch = [self.enter(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
         processes = f"{self.num_processes} process" + ("es" if self.num_processes > 1 else "")
-        console.print(f"{self.folder}/, jobs: {len(batch)}, each {processes} of {self.num_threads} threads")
-        returns = []
+        at_a_time = f", {self.jobs_at_a_time} at a time" if self.jobs_at_a_time > 1 else ""
+        console.print(f"{self.folder}/, jobs: {len(batch)}{at_a_time}, each {processes} of {self.num_threads} threads")
+        returns = {job.job: self.job_return(job) for job in batch}
+        waiting, running = list(batch), list[Running]()
         try:
-            with stop_signals_raise():
-                for place, job in enumerate(batch, start=1):
-                    returns.append(self.run(job, f"[{place}/{len(batch)}]", console))
+            with stop_signals_raise(), spinner(console, f"output of the jobs: {self.folder}/<job>.log"):
+                while waiting or running:
+                    if waiting and len(running) < self.jobs_at_a_time:
+                        job = waiting.pop(0)
+                        try:
+                            running.append(self.start(job, running))
+                        except RuntimeError as error:
+                            self.conclude(job, returns[job.job], error, [], console)
+                        continue
+                    time.sleep(POLL_SECONDS)
+                    for item in [item for item in running if item.process.exit_code() is not None]:
+                        running.remove(item)
+                        error = result_of(item)
+                        last_lines = item.process.last_lines() if error else []
+                        self.conclude(item.job, returns[item.job.job], error, last_lines, console)
         finally:  # also after Ctrl-C: what is finished is worth seeing
-            self.save()
-            console.print(sweep_table(self.name, list(self.jobs.values())))
-        return returns
+            try:
+                stop_all([item.process for item in running])
+            finally:
+                for item in running:
+                    item.job.status, item.job.minutes = "stopped", self.minutes(item.job)
+                self.save()
+                console.print(sweep_table(self.name, list(self.jobs.values())))
+        return [returns[job.job] for job in batch]
 
     def enter(self, number: int, overrides: list[str]) -> SweepJob:
         """Resuming into the folder of other overrides would show their results under these, so that is refused."""
@@ -115,46 +181,49 @@ class AccelerateLauncher(Launcher):
         # An earlier row stays as it is until its job's turn comes: a start that is stopped before then forgets nothing.
         return self.jobs.setdefault(number, SweepJob(number, overrides, folder=str(folder), log=f"{folder}.log"))
 
-    def run(self, job: SweepJob, place: str, console: "Console") -> JobReturn:
-        """Does not raise for a job that fails: the others run all the same; at the end Hydra raises what the JobReturn
+    def start(self, job: SweepJob, running: Sequence[Running]) -> Running:
+        """RuntimeError when a process of an earlier start still has the job."""
+        slot = min(set(range(self.jobs_at_a_time)) - {item.slot for item in running})
+        job.status, job.after, job.main_metric, job.error = "running", {}, None, None
+        self.started[job.job] = time.monotonic()
+        self.save()
+        gpus = self.gpus_of_slots[slot] if self.gpus_of_slots else None
+        cores = self.cores_of_slots[slot] if self.cores_of_slots else None
+        environment = launch_environment(cpu=self.cpu, gpus=gpus)
+        return Running(job, LoggedProcess(self.command(job), environment, Path(job.log), cores), slot)
+
+    def conclude(
+        self, job: SweepJob, returned: JobReturn, error: Exception | None, last_lines: list[str], console: "Console"
+    ) -> None:
+        """Does not raise for a job that failed: the others run all the same; at the end Hydra raises what the JobReturn
         carries.
         """
-        arguments = [*job.overrides, f"name={quoted(f'{self.name}-sweep/{job.job}')}", "resume=true"]
-        result = self.job_return(job, arguments)  # composes: a config without `resume` is refused here
-        command, environment = self.accelerate_command(arguments)
-        differing = " ".join(split_overrides(list(self.jobs.values()))[1][job.job])
-        job.status, job.after, job.main_metric, job.error = "running", {}, None, None
-        self.save()
-        start = time.monotonic()
-        last_lines: list[str] = []
-        try:
-            with spinner(console, f"{place} job {job.job}  {differing}  {job.log}"):
-                exit_code, last_lines = run_logged(command, environment, Path(job.log))
-            if exit_code != 0:
-                raise RuntimeError(failure(job, exit_code, last_lines))
-            job.after = read_after(Path(job.folder) / "results.json")
-            metric, job.main_metric = compared_metric(job.after)
-        except (RuntimeError, ValueError, FileNotFoundError) as error:
-            job.status, job.error = "failed", str(error)
-            result.status, result.return_value = JobStatus.FAILED, error
-            outcome = f"FAILED: {error}"
-        except BaseException:
-            job.status = "stopped"
-            raise
-        else:
+        job.minutes = self.minutes(job)
+        if error is None:
             job.status = "finished"
-            result.status, result.return_value = JobStatus.COMPLETED, job.main_metric
-            last_lines, outcome = [], f"{metric} {job.main_metric:.4f}"
-        finally:
-            job.minutes = round((time.monotonic() - start) / 60, 2)
-            self.save()
+            returned.status, returned.return_value = JobStatus.COMPLETED, job.main_metric
+            outcome = f"{compared_metric(job.after)[0]} {job.main_metric:.4f}"
+        else:
+            job.status, job.error = "failed", str(error)
+            returned.status, returned.return_value = JobStatus.FAILED, error
+            outcome = f"FAILED: {error}"
+        self.save()
+        self.ended += 1
+        differing = " ".join(split_overrides(list(self.jobs.values()))[1][job.job])
+        place = f"[{self.ended}/{self.batch_size}]"
         console.print(f"{place} job {job.job}  {differing}  {job.minutes:.1f} min  {outcome}", soft_wrap=True)
         for line in last_lines:
             console.print(f"    | {line}", soft_wrap=True)
-        return result
 
-    def job_return(self, job: SweepJob, arguments: list[str]) -> JobReturn:
-        config = self.config_loader.load_sweep_config(self.config, arguments)
+    def minutes(self, job: SweepJob) -> float:
+        return round((time.monotonic() - self.started[job.job]) / 60, 2)
+
+    def job_arguments(self, job: SweepJob) -> list[str]:
+        return [*job.overrides, f"name={quoted(f'{self.name}-sweep/{job.job}')}", "resume=true"]
+
+    def job_return(self, job: SweepJob) -> JobReturn:
+        """Composes the job's configuration: one without `resume` is refused here."""
+        config = self.config_loader.load_sweep_config(self.config, self.job_arguments(job))
         with open_dict(config):
             config.hydra.job.id, config.hydra.job.num = str(job.job), job.job
             hydra_config = OmegaConf.masked_copy(config, ["hydra"])
@@ -167,22 +236,8 @@ class AccelerateLauncher(Launcher):
             task_name=JobRuntime.instance().get("name"),
         )
 
-    def accelerate_command(self, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-        """The command of one job and its environment; `arguments` are the job's overrides."""
-        several = self.num_processes > 1
-        cpu = wants_cpu(self.num_processes)
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_machines", "1"]
-        launch += ["--num_processes", str(self.num_processes)]
-        launch += ["--num_cpu_threads_per_process", str(self.num_threads)]
-        # Stated, so that no `accelerate config` of this user's decides them: the trainer's own config does.
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        if several:
-            launch += ["--main_process_port", "0"]  # a free one: two sweeps on one machine would meet on 29500
-        if not STRATEGIES.intersection(self.arguments):
-            # `--cpu --num_processes 2` starts one process and says nothing; --multi_gpu with the variable below starts
-            # two gloo processes. For one process accelerate overwrites the variable, so there it takes the flag.
-            launch += ["--multi_gpu"] if several else ["--cpu"] if cpu else []
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"} | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
+    def command(self, job: SweepJob) -> list[str]:
+        launch = accelerate_launch(self.num_processes, self.num_threads, self.arguments, cpu=self.cpu)
         hydra = self.config.hydra
         flags = ["--config-name", hydra.job.config_name] if hydra.job.config_name else []
         for source in hydra.runtime.config_sources:  # what -cp and -cd said, if anything
@@ -190,8 +245,8 @@ class AccelerateLauncher(Launcher):
                 flags += ["--config-path" if source.provider == "main" else "--config-dir", source.path]
         kept = [item for item in hydra.overrides.hydra if not item.lstrip("+~").startswith(SWEEP_ONLY)]
         # Last, and always: an experiment that sets hydra.mode: MULTIRUN would otherwise start sweeps without end.
-        script = [str(Path(sys.argv[0]).resolve()), *flags, *kept, *arguments, "hydra.mode=RUN"]
-        return [*launch, *self.arguments, *script], environment
+        script = [str(Path(sys.argv[0]).resolve()), *flags, *kept, *self.job_arguments(job), "hydra.mode=RUN"]
+        return [*self.prefix, *launch, *script]
 
     def save(self) -> None:
         jobs = list(self.jobs.values())
@@ -207,6 +262,20 @@ class AccelerateLauncher(Launcher):
         unfinished = self.folder / "sweep.json.tmp"
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         unfinished.replace(self.folder / "sweep.json")
+
+
+def result_of(item: Running) -> Exception | None:
+    """Reads into the job what its process left, or returns why there is nothing."""
+    exit_code = item.process.exit_code()
+    if exit_code:
+        what = f"job {item.job.job} ({' '.join(item.job.overrides)})"
+        return RuntimeError(failure(what, item.job.log, exit_code, item.process.last_lines()))
+    try:
+        item.job.after = read_after(Path(item.job.folder) / "results.json")
+        item.job.main_metric = compared_metric(item.job.after)[1]
+    except (ValueError, FileNotFoundError) as error:
+        return error
+    return None
 
 
 def quoted(value: str) -> str:

@@ -1,16 +1,33 @@
 """What the scripts are given, as typed attributes. Hydra composes YAML; past `typed` there are only dataclasses."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
+from sgpt.cli.command import suggest
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.overrides import CONFIGS, as_typed
 from sgpt.runtime.values import LARGEST, check_shapes, check_texts
 
 Config = TypeVar("Config")
+
+
+def compose_training(overrides: Sequence[str]) -> DictConfig:
+    """What train/biencoder.py would compose of these arguments; InputError for those that it would refuse."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            return compose("train", overrides=as_typed(overrides, "train"))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise InputError(suggest(error, "train", list(overrides))) from None
 
 
 def typed(schema: type[Config], composed: DictConfig) -> Config:

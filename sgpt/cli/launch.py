@@ -12,6 +12,7 @@ from sgpt.runtime import interrupt
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.provenance import set_threads
 from sgpt.training.config import TrainConfig
+from sgpt.training.trackers import check_tracker
 
 PROCESS_TIMEOUT = timedelta(hours=6)  # the others wait while one process evaluates, harvests or exports
 
@@ -31,6 +32,7 @@ def accelerate(
     *, precision: str, seed: int, threads: int | None = None, tracker: str | None = None, folder: str | None = None
 ) -> Accelerator:
     """Everything that is global to a process, set once."""
+    check_tracker(tracker)
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no", log_with=tracker, project_dir=folder,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],

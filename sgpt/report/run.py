@@ -58,7 +58,7 @@ def write_report(run: Path) -> Path:
     paths = {name: run / name for name in REMEDY}
     config = _text(paths["config.yaml"])
     _parse(config, paths["config.yaml"], yaml.safe_load)  # shown as it was written, but not when it is broken
-    log = _read_log(paths["metrics.jsonl"])
+    log = read_log(paths["metrics.jsonl"])
     results = _by_set(_read(paths["results.json"]), paths["results.json"])
     manifest = _read(paths["manifest.json"])
     analysis = _read(paths["analysis.json"]) if paths["analysis.json"].exists() else {}
@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
     return _parse(_text(path), path)
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """Log lines in step order.
 
     Of a step logged twice (a run that was killed and went on from a checkpoint) the last counts.

@@ -166,7 +166,8 @@ def texts(config_name: str) -> dict[str, TextKey]:
     for key, value in _leaves(_composed(config_name)):
         if value == {}:
             kinds[f"{key}{ANY}"] = TextKey(0, False)
-        if key not in NO_TEXT and (value is None or isinstance(value, str | list)):
+        holds_keys = isinstance(value, list) and any(isinstance(member, dict) for member in value)
+        if key not in NO_TEXT and not holds_keys and (value is None or isinstance(value, str | list)):
             depth = DEPTHS.get(key, int(isinstance(value, list)))
             kinds[key] = TextKey(depth, value is None or key in OR_NULL)
     kinds.pop(SOURCES, None)

@@ -123,6 +123,17 @@ def differences(before: Mapping, now: Mapping, may_change: Iterable[str] = (), p
     return changed
 
 
+def flat(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, str | int | float | bool]:
+    """The tree's numbers and texts under joined names, as tables and trackers take them."""
+    leaves: dict[str, str | int | float | bool] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= flat(value, separator, f"{prefix}{key}{separator}")
+        else:
+            leaves[prefix + key] = value if isinstance(value, str | int | float | bool) else str(value)
+    return leaves
+
+
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Inside, torch computes with so many threads; None leaves them as they are."""

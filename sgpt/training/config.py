@@ -15,21 +15,23 @@ from sgpt.training.optim import OptimConfig
 from sgpt.training.trainer import TrainerConfig
 from sgpt.training.tuning import TuningConfig, of_quantised
 
+TRACKERS = ("wandb", "tensorboard", "trackio")  # names of their modules, of Accelerate's trackers, and of our extras
+
 
 @dataclass
 class LoggingConfig:
     """Where the numbers of metrics.jsonl go as well; never a condition of running."""
 
     tracker: str | None = None
-    """Tracker of experiments: wandb, or null for none."""
+    """Tracker of experiments: wandb, tensorboard or trackio, or null for none."""
     project: str = "sgpt"
     """Project of the tracker that the run belongs to."""
     mode: str = "offline"
     """Mode of wandb: online; offline, where `wandb sync` uploads later; or disabled."""
 
     def __post_init__(self) -> None:
-        if self.tracker not in (None, "wandb"):
-            raise InputError(f"logging.tracker={self.tracker!r} is unknown; choose wandb or null")
+        if self.tracker not in (None, *TRACKERS):
+            raise InputError(f"logging.tracker={self.tracker!r} is unknown; choose {', '.join(TRACKERS)} or null")
         check_choice("logging.mode", self.mode, ("online", "offline", "disabled"))
         length = len(self.project)
         forbidden = set(self.project) & {*"/\\#?%:"}

@@ -110,7 +110,8 @@ class MetricsLog:
             return
         with self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(line) + "\n")
-        flat = {key: value for key, value in line.items() if key != "dev"}  # trackers take numbers under names
+        # trackers take numbers under names, and the step apart
+        flat = {key: value for key, value in line.items() if key not in ("dev", "step")}
         for name, metrics in line.get("dev", {}).items():
             flat |= {f"{name}/{metric}": value for metric, value in metrics.items()}
         self.accelerator.log(flat, step=line["step"])

@@ -22,6 +22,7 @@ from sgpt.cli.launch import _check_processes
 from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.encoder.export import ExportConfig
 from sgpt.evaluation.mteb import MtebConfig
+from sgpt.evaluation.runs import CompareConfig
 from sgpt.evaluation.strength import MergeConfig
 from sgpt.evaluation.systems import EvaluateConfig
 from sgpt.inspection.inspect import InspectConfig
@@ -33,6 +34,7 @@ from sgpt.retrieval.searcher import SearchConfig
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.overrides import TextKey, as_typed, texts
 from sgpt.serving.config import ServeConfig
+from sgpt.sweeps.study import StudyConfig
 from sgpt.training.config import TrainConfig
 from sgpt.training.tuning import TuningConfig
 from sgpt.verification.config import VerifyConfig
@@ -43,7 +45,8 @@ SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "search": SearchConfig, "export": ExportConfig,
     "pretrain": PretrainConfig, "mine": MineConfig,
     "encode": EncodeConfig, "inspect_data": InspectConfig, "rerank": RerankConfig, "evaluate_mteb": MtebConfig,
-    "merge": MergeConfig, "serve": ServeConfig, "verify": VerifyConfig,
+    "merge": MergeConfig, "serve": ServeConfig, "verify": VerifyConfig, "sweep": StudyConfig,
+    "compare": CompareConfig,
 }  # fmt: skip
 SCRIPTS = {"biencoder": "train"} | {name: name for name in SCHEMAS if name != "train"}
 OPTIONS = sorted((file.parent.name, file.stem) for file in CONFIGS.glob("*/*.yaml"))
@@ -170,7 +173,7 @@ def test_the_saved_configuration_is_read_back_equal():
         ("loss.scale=0", r"loss\.scale=0\.0 must be positive"),
         ("model.dtype=int4", r"model\.dtype='int4' is unknown; choose float32, bfloat16, float16, int8 or nf4"),
         ("pooling.name=median", r"pooling\.name='median' is unknown"),
-        ("logging.tracker=paper", r"logging\.tracker='paper' is unknown; choose wandb or null"),
+        ("logging.tracker=paper", r"logging\.tracker='paper' is unknown; choose wandb, tensorboard, trackio or null"),
         ("name=../elsewhere", r"name='\.\./elsewhere' cannot be a folder below runs/; use one that"),
         ("+optim.lr=1", r"optim\.lr: Key 'lr' not in 'OptimConfig'"),
         (

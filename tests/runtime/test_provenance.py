@@ -18,6 +18,7 @@ from sgpt.runtime.provenance import (
     computing_versions,
     content_hash,
     environment,
+    flat,
     set_threads,
     tokenizer_hash,
     weights_hash,
@@ -185,3 +186,8 @@ def test_fewer_threads_than_asked_for_are_told(caplog, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # as OMP_THREAD_LIMIT does
     set_threads(before + 1)
     assert f"{before + 1} threads were asked for and {before} are given" in caplog.text
+
+
+def test_names_are_joined_and_lists_are_texts():
+    assert flat({"a": {"b": 1, "c": {"d": None}}, "e": [1, 2]}) == {"a.b": 1, "a.c.d": "None", "e": "[1, 2]"}
+    assert flat({"after": {"set": {"ndcg@10": 0.5}}}, "/") == {"after/set/ndcg@10": 0.5}

@@ -14,6 +14,7 @@ from sgpt.cli.compose import typed
 from sgpt.data.readers import SourceConfig, read_examples
 from sgpt.encoder.export import ExportConfig
 from sgpt.evaluation.mteb import MtebConfig
+from sgpt.evaluation.runs import CompareConfig
 from sgpt.evaluation.strength import MergeConfig
 from sgpt.evaluation.systems import EvaluateConfig
 from sgpt.inspection.inspect import InspectConfig
@@ -24,12 +25,14 @@ from sgpt.retrieval.rerank import RerankConfig
 from sgpt.retrieval.searcher import SearchConfig
 from sgpt.runtime.errors import InputError
 from sgpt.serving.config import ServeConfig
+from sgpt.sweeps.study import StudyConfig
 from sgpt.training.config import TrainConfig
 from sgpt.verification.config import VerifyConfig
 
 SCRIPTS = (
     TrainConfig, InspectConfig, EvaluateConfig, ExportConfig, SearchConfig, PretrainConfig, MineConfig, RerankConfig,
     MtebConfig, MergeConfig, ServeConfig, VerifyConfig, EncodeConfig,
+    StudyConfig, CompareConfig,
 )
 HOSTILE = (
     math.nan, math.inf, -math.inf, -1, -1.5, 0, 0.5, 1.5, 1e30, 1e300, 2**31, 2**63, 2**70, 10**400, True, None, "",

@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 import pytest
 
+from sgpt.runtime.errors import InputError
+from sgpt.sweeps.process import cores_of_slots, gpus_of_slots
+
 REPOSITORY = Path(__file__).parents[2]
 
 CONFIG = """
@@ -39,16 +42,26 @@ import hydra
 @hydra.main(version_base=None, config_path="configs", config_name="toy")
 def main(config):
     folder = Path(config.runs) / config.name
+    print(f"started by {os.environ.get('PARTITION')}")
     print(f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')} rate {config.learning_rate}",
-          f"threads {os.environ['OMP_NUM_THREADS']} cpu {os.environ.get('ACCELERATE_USE_CPU')}")
+          f"threads {os.environ['OMP_NUM_THREADS']} of {len(os.sched_getaffinity(0))}",
+          f"cpu {os.environ.get('ACCELERATE_USE_CPU')}")
     if config.resume and (folder / "results.json").exists():
         print("found finished")
         return
     print(f"training with {config.learning_rate}")
     if config.learning_rate == 13 and "MEND" not in os.environ:
         raise ValueError("13 is unlucky")
+    if config.learning_rate in (7, 8):  # each waits for the other: they run at a time or not at all
+        Path(f"here-{config.learning_rate}").touch()
+        deadline = time.monotonic() + 60
+        while not Path(f"here-{15 - config.learning_rate}").exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError("the other one is not there")
+            time.sleep(0.05)
     if config.learning_rate == 99:
-        Path("started").write_text(str(os.getpid()))
+        with open("started", "a") as started:
+            print(os.getpid(), file=started)
         time.sleep(600)
     if os.environ.get("RANK", "0") == "0":
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,9 +190,10 @@ def test_two_processes_start_as_two_ranks_with_the_same_values(tmp_path: Path) -
     processes = ["hydra.launcher.num_processes=2", "hydra.launcher.num_cpu_threads_per_process=3"]
     done = sweep(project, "learning_rate=0.5,13", "name='two, quoted'", *processes)
     log = (project / "runs/two, quoted-sweep/0.log").read_text()
+    cores = len(os.sched_getaffinity(0))
     assert sorted(re.findall("rank .*", log)) == [
-        "rank 0 of 2 rate 0.5 threads 3 cpu true",
-        "rank 1 of 2 rate 0.5 threads 3 cpu true",
+        f"rank 0 of 2 rate 0.5 threads 3 of {cores} cpu true",
+        f"rank 1 of 2 rate 0.5 threads 3 of {cores} cpu true",
     ]
     assert [job["status"] for job in read_sweep(project, "two, quoted")["jobs"]] == ["finished", "failed"]
     assert "    | ValueError: 13 is unlucky" in done.stdout  # not buried under what torchrun says of itself
@@ -206,13 +220,51 @@ def bystander() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_the_sweep_stops_its_job_and_nothing_else(
-    number: signal.Signals, tmp_path: Path, bystander: subprocess.Popen[bytes]
+def test_jobs_at_a_time_run_at_a_time_and_share_the_cores(tmp_path: Path) -> None:
+    project = toy_project(tmp_path)
+    done = sweep(project, "learning_rate=13,7,8", "hydra.launcher.jobs_at_a_time=2")
+    assert "jobs: 3, 2 at a time, each 1 process of" in done.stdout
+    statuses = [job["status"] for job in read_sweep(project)["jobs"]]
+    assert statuses == ["failed", "finished", "finished"], done.stdout
+    # Hydra is told of the jobs in their order, whichever ended first
+    assert "RuntimeError: job 0 (learning_rate=13) ended with exit code 1" in done.stderr
+    half = max(1, len(os.sched_getaffinity(0)) // 2)  # training counts the cores that it may use
+    assert f"threads {half} of {half} cpu" in (project / "runs/toy-sweep/1.log").read_text()
+
+
+def test_prefix_starts_the_jobs_by_another_command(tmp_path: Path) -> None:
+    """As srun does it, whose place `env` takes here."""
+    project = toy_project(tmp_path)
+    prefix = "hydra.launcher.prefix=[env,'PARTITION=long']"
+    refused = sweep(project, "learning_rate=1", prefix)
+    assert "set hydra.launcher.num_cpu_threads_per_process" in refused.stderr
+    done = sweep(project, "learning_rate=1", prefix, "hydra.launcher.num_cpu_threads_per_process=3")
+    assert done.returncode == 0, done.stdout
+    log = (project / "runs/toy-sweep/0.log").read_text()
+    assert "started by long\n" in log
+    assert "threads 3 of " in log
+
+
+def test_each_job_at_a_time_has_its_own_gpus_and_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    of_slots = cores_of_slots(cores)
+    assert of_slots is None if cores == 1 else sorted(of_slots) == [[core] for core in sorted(os.sched_getaffinity(0))]
+    assert cores_of_slots(1) is None
+    assert gpus_of_slots(["0", "1", "5", "7"], slots=2, num_processes=2) == [["0", "1"], ["5", "7"]]
+    assert gpus_of_slots(["0", "1"], slots=1, num_processes=2) is None  # all are its own
+    assert gpus_of_slots([], slots=2, num_processes=1) is None  # a machine without
+    with pytest.raises(InputError, match="need 4 GPUs, and 3 can be used"):
+        gpus_of_slots(["0", "1", "2"], slots=2, num_processes=2)
+
+
+@pytest.mark.parametrize(("number", "jobs"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_stopping_the_sweep_stops_its_jobs_and_nothing_else(
+    number: signal.Signals, jobs: int, tmp_path: Path, bystander: subprocess.Popen[bytes]
 ) -> None:
     project = toy_project(tmp_path)
+    arguments = [f"learning_rate={','.join(['99'] * jobs)},1", f"hydra.launcher.jobs_at_a_time={jobs}"]
     launcher = subprocess.Popen(
-        [sys.executable, "train/toy.py", "-m", "hydra/launcher=accelerate", "learning_rate=99,1"],
+        [sys.executable, "train/toy.py", "-m", "hydra/launcher=accelerate", *arguments],
         cwd=project,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -223,14 +275,16 @@ def test_stopping_the_sweep_stops_its_job_and_nothing_else(
     )
     started = project / "started"
     deadline = time.monotonic() + 120
-    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
+    while not (started.exists() and started.read_text().count("\n") == jobs) and time.monotonic() < deadline:
         time.sleep(0.1)
-    script_id = int(started.read_text())
+    scripts = [int(line) for line in started.read_text().splitlines()]
     launcher.send_signal(number)
     output, _ = launcher.communicate(timeout=120)
     assert launcher.returncode != 0
-    with pytest.raises(ProcessLookupError):
-        os.kill(script_id, 0)
+    for script_id in scripts:
+        with pytest.raises(ProcessLookupError):
+            os.kill(script_id, 0)
     assert bystander.poll() is None
-    assert [row[2] for row in table_rows(output)] == ["stopped", "waiting"]
-    assert [job["status"] for job in read_sweep(project)["jobs"]] == ["stopped", "waiting"]
+    statuses = [*["stopped"] * jobs, "waiting"]
+    assert [row[2] for row in table_rows(output)] == statuses
+    assert [job["status"] for job in read_sweep(project)["jobs"]] == statuses

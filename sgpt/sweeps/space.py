@@ -1,0 +1,80 @@
+"""The search space of a study: of each key of the configuration, what it may be."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.values import FINITE, POSITIVE, check_ranges
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+
+@dataclass
+class Dimension:
+    """What one key of a configuration may be: a number from low to high, or one of some choices."""
+
+    key: str = ""
+    """Key, or group of options, of the configuration of train/biencoder.py."""
+    low: float | None = None
+    """Smallest number."""
+    high: float | None = None
+    """Largest number."""
+    log: bool = False
+    """Whether numbers are drawn evenly by their logarithm, as of learning rates; low must be positive then."""
+    step: float | None = None
+    """Distance from one number to the next, counted from low: 1 gives whole numbers; null gives all."""
+    choices: list[str] | None = None
+    """Values to choose from, as the command line takes them, instead of numbers: also options of groups."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, low=FINITE, high=FINITE, step=POSITIVE.or_null("for all numbers"))
+
+
+def check_space(space: Sequence[Dimension]) -> None:
+    """InputError for the first key that is given too little, or two things at once."""
+    if not space:
+        raise InputError("space is empty; for example space=[{key: optim.learning_rate, low: 1e-4, high: 0.1}]")
+    keys = [dimension.key for dimension in space]
+    for dimension in space:
+        where = f"space: {dimension.key}"
+        numbers = (dimension.low, dimension.high, dimension.step, dimension.log or None)
+        if not dimension.key or keys.count(dimension.key) > 1:
+            raise InputError(f"space has the keys {keys}; each member needs a key, and each key one member")
+        if dimension.choices is not None:
+            if any(number is not None for number in numbers):
+                raise InputError(f"{where} has choices and numbers; leave one of them out")
+            if len(set(dimension.choices)) < max(2, len(dimension.choices)):
+                raise InputError(f"{where} has the choices {dimension.choices}; give two or more that differ")
+        elif dimension.low is None or dimension.high is None:
+            raise InputError(f"{where} needs low and high, or choices")
+        elif not dimension.low < dimension.high:
+            raise InputError(f"{where} has low={dimension.low:g}, which must be below high={dimension.high:g}")
+        elif dimension.log and dimension.low <= 0:
+            raise InputError(f"{where} has low={dimension.low:g}, which must be positive with log")
+        elif dimension.log and dimension.step:
+            raise InputError(f"{where} has log and step; leave one of them out")
+
+
+def draw(trial: "Trial", space: Sequence[Dimension]) -> None:
+    """Has the study's sampler draw a value of each key, into `trial.params`."""
+    for item in space:
+        if item.choices is not None:
+            trial.suggest_categorical(item.key, item.choices)
+        else:
+            trial.suggest_float(item.key, item.low, item.high, log=item.log, step=item.step)
+
+
+def drawn_overrides(values: Mapping[str, str | float]) -> list[str]:
+    """`key=value` of each, with whole numbers as such: a key that counts takes no 16.0."""
+    overrides = []
+    for key, value in values.items():
+        is_whole = isinstance(value, float) and value.is_integer()
+        overrides.append(f"{key}={int(value) if is_whole else value}")
+    return overrides
+
+
+def example_overrides(space: Sequence[Dimension]) -> list[str]:
+    """Of a trial that may be drawn."""
+    return drawn_overrides({item.key: item.choices[0] if item.choices else item.low for item in space})
