@@ -38,6 +38,7 @@ def main(composed: DictConfig) -> None:
         run_inputs,
     )
     from sgpt.training.run_folder import open_run, start_run
+    from sgpt.training.sharding import check_shardable, copy_learned, shard_frozen
     from sgpt.training.trackers import start_trackers
     from sgpt.training.trainer import announce, check_feed, train
     from sgpt.training.tuning import trainable_parameters, tune
@@ -77,7 +78,10 @@ def main(composed: DictConfig) -> None:
 
     encoder.trunk = tune(encoder.trunk, config.tuning, model.path)
     announce_export(encoder)
-    encoder.to(accelerator.device)
+    if config.trainer.shard_trunk:
+        check_shardable(encoder.trunk)
+    else:
+        encoder.to(accelerator.device)
     log.info("%s: %s is trained on %s", run.folder, model.path, config.data.path or config.data.name)
     announce(encoder, feed, config.trainer, config.optim, accelerator)
     # the adapter is the difference to these
@@ -88,6 +92,8 @@ def main(composed: DictConfig) -> None:
         record_before(run, encoder, test_sets, bm25=config.evaluation.bm25)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, config)
+    if config.trainer.shard_trunk:
+        shard_frozen(encoder.trunk, accelerator.device)
 
     def evaluate_dev() -> evaluate.Results:
         return evaluate.evaluate(encoder, dev_sets)
@@ -95,6 +101,8 @@ def main(composed: DictConfig) -> None:
     state = train(encoder, feed, accelerator, run, config.trainer, config.loss, config.optim, evaluate_dev)
 
     if accelerator.is_main_process:
+        if config.trainer.shard_trunk:  # what follows needs all of it in one process
+            encoder.trunk = copy_learned(encoder.trunk, tune(load_trunk(model), config.tuning, model.path))
         # train/export.py may have made some from an earlier checkpoint, which would pass for this run's
         for made_before in (run.folder / "export", *exports_in_other_formats(run.folder)):
             remove_folder(made_before)
