@@ -39,6 +39,7 @@ def main(composed: DictConfig) -> None:
         run_inputs,
     )
     from sgpt.training.run_folder import open_run, start_run
+    from sgpt.training.sharding import check_shardable, copy_learned, shard_frozen
     from sgpt.training.trackers import finish_trackers, start_trackers
     from sgpt.training.trainer import check_feed, train
     from sgpt.training.tuning import trainable_parameters, tune
@@ -79,7 +80,10 @@ def main(composed: DictConfig) -> None:
 
     encoder.trunk = tune(encoder.trunk, config.tuning, model.path)
     announce_export(encoder)
-    encoder.to(accelerator.device)
+    if config.trainer.shard_trunk:
+        check_shardable(encoder.trunk)
+    else:
+        encoder.to(accelerator.device)
     expected = preflight(encoder, feed, config, accelerator, test_sets, dev_sets)
     if config.trainer.dry_run:
         if accelerator.is_main_process:
@@ -95,6 +99,8 @@ def main(composed: DictConfig) -> None:
         record_before(run, encoder, test_sets, bm25=config.evaluation.bm25)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, config, run)
+    if config.trainer.shard_trunk:
+        shard_frozen(encoder.trunk, accelerator.device)
 
     def evaluate_dev() -> evaluate.Results:
         return evaluate.evaluate(encoder, dev_sets)
@@ -102,6 +108,8 @@ def main(composed: DictConfig) -> None:
     state = train(encoder, feed, accelerator, run, config.trainer, config.loss, config.optim, evaluate_dev)
 
     if accelerator.is_main_process:
+        if config.trainer.shard_trunk:  # what follows needs all of it in one process
+            encoder.trunk = copy_learned(encoder.trunk, tune(load_trunk(model), config.tuning, model.path))
         # train/export.py may have made some from an earlier checkpoint, which would pass for this run's
         for made_before in (run.folder / "export", *exports_in_other_formats(run.folder)):
             remove_folder(made_before)

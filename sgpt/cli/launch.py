@@ -33,6 +33,7 @@ def accelerate(
 ) -> Accelerator:
     """Everything that is global to a process, set once."""
     check_tracker(tracker)
+    _refuse_wrappers()
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no", log_with=tracker, project_dir=folder,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
@@ -45,6 +46,19 @@ def accelerate(
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("sgpt").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     return accelerator
+
+
+def _refuse_wrappers() -> None:
+    """InputError where accelerate was told to share out a model by wrapping it: nothing is wrapped here, so each
+    process would hold all of it, and accelerate would say nothing.
+    """
+    for wrapper in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{wrapper}") == "true":
+            raise InputError(
+                f"accelerate's distributed_type: {wrapper} has no effect, since only biases learn and nothing is "
+                "wrapped; start by configs/accelerate/fsdp2.yaml, with trainer.shard_trunk=true where the trunk does "
+                "not fit one GPU"
+            )
 
 
 def _check_processes(running: int) -> None:

@@ -91,9 +91,12 @@ def preflight(
             "negatives": f"{first.negatives:.1f} a query of {_queries_and_candidates(feed)}",
             "texts": _texts(encoder, feed, sampled),
             "padding": f"{100 * first.padding_share:.0f} % of what is computed",
-            "memory": _memory(expected),
-            "time": _time(encoder, trainer, expected, steps, tokens, test_sets, dev_sets),
         }
+        if trainer.shard_trunk:
+            table["memory and time"] = "not known: until training the trunk is whole and on the CPU"
+        else:
+            table["memory"] = _memory(expected)
+            table["time"] = _time(encoder, trainer, expected, steps, tokens, test_sets, dev_sets)
         told: list[str] = []
         if accelerator.is_main_process:
             told += trap_warnings(encoder, feed, sampled, {"test": test_sets, "dev": dev_sets})
@@ -105,7 +108,7 @@ def preflight(
             "trainer.queries_per_process (memory does not bound it: what does not fit is computed twice) or use more "
             "processes"
         )
-    if expected.added_bytes > expected.free_bytes:
+    if expected.added_bytes > expected.free_bytes and not trainer.shard_trunk:
         told.append(
             f"training takes {_gigabytes(expected.added_bytes)} more than the process has now, and "
             f"{_gigabytes(expected.free_bytes)} are free; lower trainer.keep_gigabytes or trainer.tokens_per_pack"

@@ -176,14 +176,18 @@ class Negatives:
         false_negative_margin: float | None = None,
     ) -> "Negatives":
         """All processes call it, with as many queries each."""
-        queries, documents = batch.query_hashes.to(device), batch.document_hashes.to(device)
-        r = batch.documents_per_query
+        others = batch.other_positive_hashes
+        q, r = len(batch.query_hashes), batch.documents_per_query
+        own = torch.cat([batch.query_hashes, batch.document_hashes, torch.tensor([others.shape[1]])]).to(device)
+        of_all = gather(own).view(-1, len(own))  # one exchange for all three: on a slow link each waits for its delay
+        queries, documents, _ = own.split([q, q * r, 1])
+        all_queries, all_documents, numbers_of_others = of_all.split([q, q * r, 1], dim=1)
         return cls(
             queries=queries,
-            all_queries=gather(queries),
-            all_documents=gather(documents),
-            positives=positive_rows(len(queries), r, world()[0], device),
-            all_other_positives=_gather_ragged(batch.other_positive_hashes.to(device), documents[::r]),
+            all_queries=all_queries.flatten(),
+            all_documents=all_documents.flatten(),
+            positives=positive_rows(q, r, world()[0], device),
+            all_other_positives=_gather_ragged(others.to(device), documents[::r], int(numbers_of_others.max())),
             documents_per_query=r,
             guide=GuideEmbeddings.of(batch, device),
             guide_margin=guide_margin,
@@ -230,8 +234,9 @@ class Negatives:
         return above_margin(cosines, positives, documents_per_query, self.guide_margin - ROUNDING)
 
 
-def _gather_ragged(columns: Tensor, filler: Tensor) -> Tensor:
+def _gather_ragged(columns: Tensor, filler: Tensor, most: int) -> Tensor:
     """[rows, any] of every process -> [W·rows, most]; filler [rows] fills the shorter ones."""
-    most = int(gather(torch.tensor([columns.shape[1]], device=columns.device)).max())
+    if most == 0:
+        return columns.new_zeros(world()[1] * len(columns), 0)
     filling = filler[:, None].expand(-1, most - columns.shape[1])
     return gather(torch.cat([columns, filling], dim=1))

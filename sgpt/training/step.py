@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 
 from sgpt.data.feed.collate import Batch
 from sgpt.decoder.packing import Pack, distinct
 from sgpt.decoder.trunk import takes_packs
 from sgpt.encoder.encoder import Encoder
 from sgpt.training.loss import LossConfig, StepResult, objective
+from sgpt.training.sharding import agreed, in_step
 
 
 def contrastive_step(
@@ -30,22 +32,25 @@ def contrastive_step(
     keep_bytes: of activations that may stay alive between the forward and the backward pass.
     """
     rows, numbers = distinct([*batch.queries, *batch.documents])  # a text that occurs twice is embedded once
-    packs = list(encoder.packs(rows))
+    own_packs = list(encoder.packs(rows))
+    packs = in_step(encoder.trunk, own_packs)
     embedded = _embed(encoder, packs, keep_bytes)
+    own = embedded[: len(own_packs)]
     # The graph of the loss begins at the embeddings. Its gradient there is all that the backward pass of a pack needs.
-    parts = [pack.embeddings.detach() for pack in embedded]
-    embeddings = encoder.restore_order(packs, parts, len(rows)).requires_grad_()  # [distinct, D]
+    parts = [part.embeddings.detach() for part in own]
+    embeddings = encoder.restore_order(own_packs, parts, len(rows)).requires_grad_()  # [distinct, D]
     queries, documents = embeddings[numbers].split([len(batch.queries), len(batch.documents)])
     loss, result = objective(queries, documents, batch, config)
     (loss * weight).backward()
     after = _random_state(encoder.device)
-    for pack, part in zip(packs, embedded, strict=True):
-        part.backward(encoder, pack, embeddings.grad[pack.rows])
+    for number, (pack, part) in enumerate(zip(packs, embedded, strict=True)):
+        gradient = embeddings.grad[pack.rows]
+        part.backward(encoder, pack, gradient if number < len(own) else torch.zeros_like(gradient))
     _restore_random_state(after, encoder.device)  # as one pass would have left it
 
-    tokens = sum(map(len, packs))
-    positions = tokens if takes_packs(encoder.trunk) else sum(pack.padded_tokens for pack in packs)
-    kept_tokens = sum(len(pack) for pack, part in zip(packs, embedded, strict=True) if part.state is None)
+    tokens = sum(map(len, own_packs))
+    positions = tokens if takes_packs(encoder.trunk) else sum(pack.padded_tokens for pack in own_packs)
+    kept_tokens = sum(len(pack) for pack, part in zip(own_packs, own, strict=True) if part.state is None)
     return replace(result, tokens=tokens, positions=positions, kept_tokens=kept_tokens)
 
 
@@ -76,10 +81,10 @@ def _embed(encoder: Encoder, packs: list[Pack], keep_bytes: float) -> list[_Embe
     for pack in packs:
         state = _random_state(encoder.device)
         expected = kept_bytes / kept_tokens * len(pack) if kept_tokens else 0
-        if keep_bytes > 0 and kept_bytes + expected <= keep_bytes:
+        if agreed(encoder.trunk, keep_bytes > 0 and kept_bytes + expected <= keep_bytes, encoder.device):
             with SavedBytes(encoder.trunk) as saved:
                 embeddings = encoder.embed_pack(pack)
-            if kept_bytes + saved.bytes <= keep_bytes:
+            if agreed(encoder.trunk, kept_bytes + saved.bytes <= keep_bytes, encoder.device):
                 kept_bytes += saved.bytes
                 kept_tokens += len(pack)
                 embedded.append(_EmbeddedPack(embeddings, None))
@@ -95,12 +100,14 @@ def _embed(encoder: Encoder, packs: list[Pack], keep_bytes: float) -> list[_Embe
 class SavedBytes:
     """Counts what autograd keeps for the backward pass: each storage once.
 
-    The weights, of which it keeps views, are not counted: they are there anyway.
+    The weights, of which it keeps views, are not counted: they are there anyway. Those of a sharded trunk are gathered
+    for each block, and are known by their type.
     """
 
     def __init__(self, trunk: nn.Module) -> None:
         tensors = (*trunk.parameters(), *trunk.buffers())
-        self.weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}  # addresses
+        whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+        self.weights = {tensor.untyped_storage().data_ptr() for tensor in whole}  # addresses
         self.storages: dict[int, int] = {}  # address -> bytes
 
     def __enter__(self) -> "SavedBytes":
@@ -113,7 +120,8 @@ class SavedBytes:
 
     def _count(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.weights:
+        whole = tensor if tensor._base is None else tensor._base
+        if storage.data_ptr() not in self.weights and not isinstance(whole, nn.Parameter):
             self.storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -62,6 +62,11 @@ class TrainerConfig:
     So queries_per_process is limited by time alone, and the gradient is the same. Null takes half of the memory that is
     free at the start; 0 keeps none, which is GradCache.
     """
+    shard_trunk: bool = False
+    """Whether the processes share out the frozen weights by FSDP2, for a trunk that does not fit one GPU.
+
+    What learns stays whole in each. Scores before and after training are computed on the CPU then.
+    """
     precision: str = "fp32"
     """Precision of the computation: fp32, or bf16 by autocast."""
     seed: int = 0
@@ -97,6 +102,11 @@ class TrainerConfig:
             keep_gigabytes=NOT_NEGATIVE.or_null("for half of the free memory"),
             threads=THREADS.or_null("to share the cores"),
         )
+        if self.shard_trunk and self.evaluate_every_steps:
+            raise InputError(
+                "trainer.shard_trunk=true: dev sets are scored by a whole trunk; set trainer.evaluate_every_steps=0, and "
+                "score them after training by train/evaluate.py"
+            )
 
     def steps(self, batches_per_epoch: float) -> int:
         """Optimizer steps of the whole run: enough for every example of every epoch."""

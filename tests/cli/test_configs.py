@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sgpt.cli.command import _without_empty_groups
 from sgpt.cli.compose import plain, typed
-from sgpt.cli.launch import _check_processes
+from sgpt.cli.launch import _check_processes, accelerate
 from sgpt.data.sources.columns import COLUMN_ROLES
 from sgpt.encoder.export import ExportConfig
 from sgpt.evaluation.mteb import MtebConfig
@@ -344,3 +344,9 @@ def test_fewer_processes_than_were_asked_for_are_refused(monkeypatch):
         match=r"2 processes were asked for, and 1 runs by itself\. On a CPU start them as ACCELERATE_USE_CPU=true"
     ):
         _check_processes(1)
+
+
+def test_a_wrapper_of_accelerate_that_would_have_no_effect_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match=r"distributed_type: DEEPSPEED has no effect.*trainer\.shard_trunk=true"):
+        accelerate(precision="fp32", seed=0)

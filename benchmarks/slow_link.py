@@ -1,0 +1,245 @@
+"""What a slow link costs data-parallel training: two machines, biases against full tuning.
+
+    python benchmarks/slow_link.py [--delay-ms 20] [--megabits 100] [--picture docs/slow_link.png]
+
+The two machines are network namespaces of this one (Linux, as root), each with one process that `torchrun` starts by
+c10d rendezvous, as configs/accelerate/multi_node.yaml does. "local" joins them by a veth pair, which is as fast as
+memory. "link" gives each a TUN device, and a thread for either direction hands every packet over when a line of that
+rate and delay would have: what `tc netem delay 20ms rate 100mbit` does at both ends, without that kernel module.
+Seconds a step are those of metrics.jsonl without the first steps, bytes those that the device of a machine sent.
+
+Where both machines share a core, they compute one after the other, so a step takes twice as long as on machines of
+their own, and the link costs half the share; the last column says what it would be then.
+"""
+
+import argparse
+import collections
+import fcntl
+import itertools
+import json
+import os
+import select
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+REPOSITORY = Path(__file__).parents[1]
+MACHINES, DEVICE, NETWORK = ("sgpt-link-0", "sgpt-link-1"), "wire", "10.77.0"
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h: packets of IP, nothing before them
+PACKETS_IN_QUEUE = 1000  # as netem; what comes on top is dropped, and TCP slows down
+UNMEASURED = 2  # steps
+LINKS = ("local", "link")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. seconds and megabytes: a step; megabytes that one machine sends."""
+
+    tuning: str
+    link: str
+    seconds: float
+    megabytes: float
+    queries_per_second: float
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--delay-ms", type=float, default=20, help="of each direction (default: %(default)s)")
+    arguments.add_argument("--megabits", type=float, default=100, help="a second, of each direction")
+    arguments.add_argument("--tunings", nargs="+", default=["bitfit", "full"])
+    arguments.add_argument("--model", default="data/nano")
+    arguments.add_argument("--data", default="data/raw/pydocs/train.jsonl", help="pairs; harvested by make train")
+    arguments.add_argument("--queries", type=int, default=64, help="a step of each machine (default: %(default)s)")
+    arguments.add_argument("--steps", type=int, default=10, help="measured ones (default: %(default)s)")
+    arguments.add_argument("--cores", type=int, nargs=2, help="of the two machines; null: the first two there are")
+    arguments.add_argument("--output", type=Path, help="a JSON file")
+    arguments.add_argument("--picture", type=Path, help="a PNG file")
+    options = arguments.parse_args()
+    available = sorted(os.sched_getaffinity(0))
+    cores = options.cores or [available[0], available[1 % len(available)]]
+    rows = []
+    for tuning, link in itertools.product(options.tunings, LINKS):
+        with machines(link, options.delay_ms / 1000, options.megabits * 1e6):
+            rows.append(train(tuning, link, cores, options))
+            print(rows[-1], flush=True)
+    print_table(rows, shared_core=cores[0] == cores[1])
+    if options.output:
+        options.output.write_text(json.dumps({"options": vars(options), "rows": [*map(asdict, rows)]}, default=str))
+    if options.picture:
+        draw(rows, options)
+
+
+# ---- two machines
+
+
+@contextmanager
+def machines(link: str, delay: float, bits_per_second: float) -> Iterator[None]:
+    """Two namespaces, 10.77.0.1 and 10.77.0.2, whose devices are joined; they are removed at the end."""
+    for machine in MACHINES:
+        run("ip", "netns", "add", machine)
+    tunnels: list[int] = []
+    try:
+        if link == "local":
+            ends = [("netns", MACHINES[0]), ("peer", "name", DEVICE, "netns", MACHINES[1])]
+            run("ip", "link", "add", DEVICE, *ends[0], "type", "veth", *ends[1])
+        else:
+            tunnels = [tunnel(machine) for machine in MACHINES]
+            for receive, send in (tunnels, tunnels[::-1]):
+                threading.Thread(target=forward, args=(receive, send, delay, bits_per_second), daemon=True).start()
+        for number, machine in enumerate(MACHINES, start=1):
+            run("ip", "-n", machine, "addr", "add", f"{NETWORK}.{number}/24", "dev", DEVICE)
+            run("ip", "-n", machine, "link", "set", DEVICE, "up")
+            run("ip", "-n", machine, "link", "set", "lo", "up")
+        yield
+    finally:
+        for machine in MACHINES:
+            run("ip", "netns", "delete", machine)
+        for end in tunnels:
+            os.close(end)
+
+
+def tunnel(machine: str) -> int:
+    """A TUN device in that namespace; what is read from this file it sends, what is written it receives."""
+    end = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(end, TUNSETIFF, struct.pack("16sH22x", DEVICE.encode(), IFF_TUN | IFF_NO_PI))
+    run("ip", "link", "set", DEVICE, "netns", machine)
+    return end
+
+
+def forward(receive: int, send: int, delay: float, bits_per_second: float) -> None:
+    """Each packet waits until those before it are on the line, takes its own bits' time, and the delay. Ends with the
+    devices.
+    """
+    waiting: collections.deque[tuple[float, bytes]] = collections.deque()
+    line_is_free = 0.0
+    while True:
+        timeout = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
+        try:
+            ready, _, _ = select.select([receive], [], [], timeout)
+            now = time.monotonic()
+            if ready:
+                packet = os.read(receive, 65_536)
+                if len(waiting) < PACKETS_IN_QUEUE:
+                    line_is_free = max(line_is_free, now) + 8 * len(packet) / bits_per_second
+                    waiting.append((line_is_free + delay, packet))
+            while waiting and waiting[0][0] <= now:
+                os.write(send, waiting.popleft()[1])
+        except (OSError, ValueError):
+            return
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# ---- one run
+
+
+def train(tuning: str, link: str, cores: Sequence[int], options: argparse.Namespace) -> Row:
+    """Trains on both machines and reads the log of the run."""
+    steps = UNMEASURED + options.steps
+    with tempfile.TemporaryDirectory(prefix="sgpt-slow-link-") as folder:
+        overrides = [
+            "experiment=pydocs", "data=file", f"data.path={Path(options.data).resolve()}", "data.num_hard_negatives=1",
+            f"data.cache={folder}/cache", "evaluation.retrieval=[]", "dev.retrieval=[]", "trainer.threads=1",
+            f"model.path={options.model}", f"tuning={tuning}", f"trainer.queries_per_process={options.queries}",
+            f"trainer.max_steps={steps}", f"trainer.log_every_steps={UNMEASURED}", f"runs={folder}", "name=run",
+        ]  # fmt: skip
+        messages = open(Path(folder, "messages"), "w+")  # noqa: SIM115
+        processes = [start(number, core, overrides, messages) for number, core in enumerate(cores)]
+        log = Path(folder, "run", "metrics.jsonl")
+        sent = [0.0]  # bytes until each line of the log
+        while any(process.poll() is None for process in processes):
+            lines = log.read_text().count("\n") if log.is_file() else 0
+            if lines >= len(sent):
+                sent.append(sent_bytes(MACHINES[1]))  # the machine that does nothing else
+            time.sleep(0.1)
+        if any(process.returncode for process in processes):
+            raise SystemExit(f"{tuning}, {link}: training failed\n{Path(messages.name).read_text()}")
+        measured = [json.loads(line) for line in log.read_text().splitlines()]
+    first, last = measured[0], measured[-1]
+    seconds = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+    megabytes = (sent[-1] - sent[1]) / 1e6 / (last["step"] - first["step"])
+    return Row(tuning, link, seconds, megabytes, 2 * options.queries / seconds)
+
+
+def start(number: int, core: int, overrides: list[str], messages: IO) -> subprocess.Popen:
+    """torchrun on one machine."""
+    own = f"{NETWORK}.{number + 1}"
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+        "--rdzv-backend", "c10d", "--rdzv-id", "slow-link", "--rdzv-endpoint", f"{NETWORK}.1:29500",
+        "--rdzv-conf", f"is_host={number == 0}", "--local-addr", own, "train/biencoder.py",
+    ]  # fmt: skip
+    environment = {
+        **os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": DEVICE, "TP_SOCKET_IFNAME": DEVICE,
+        "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = ["ip", "netns", "exec", MACHINES[number], "taskset", "-c", str(core), *torchrun, *overrides]
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=messages, stderr=messages)
+
+
+def sent_bytes(machine: str) -> float:
+    (device,) = json.loads(run("ip", "-n", machine, "-s", "-j", "link", "show", "dev", DEVICE))
+    return device["stats64"]["tx"]["bytes"]
+
+
+# ---- what it says
+
+
+def share_kept(local: Row, linked: Row, *, shared_core: bool = False) -> float:
+    """Of the local speed. shared_core: as it would be with a core for each machine."""
+    computing = local.seconds / 2 if shared_core else local.seconds
+    return computing / (computing + max(0.0, linked.seconds - local.seconds))
+
+
+def pairs(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
+    """For each tuning its local run and that over the link."""
+    yield from zip(rows[::2], rows[1::2], strict=True)
+
+
+def print_table(rows: list[Row], *, shared_core: bool) -> None:
+    print(f"{'':8} {'local s/step':>13} {'link s/step':>12} {'MB sent':>9} {'kept':>6}  {'a core each':>11}")
+    for local, linked in pairs(rows):
+        kept, of_own = share_kept(local, linked), share_kept(local, linked, shared_core=shared_core)
+        print(
+            f"{local.tuning:8} {local.seconds:13.2f} {linked.seconds:12.2f} {linked.megabytes:9.2f} "
+            f"{kept:6.0%}  {of_own:11.0%}"
+        )
+
+
+def draw(rows: list[Row], options: argparse.Namespace) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 2.6))
+    labels, colors = {"bitfit": "biases", "full": "all weights"}, {"local": "#9db8d3", "link": "#3b6ea5"}
+    heights = range(len(rows))
+    axes.barh(heights, [row.queries_per_second for row in rows], color=[colors[row.link] for row in rows], height=0.7)
+    line = f"{options.delay_ms:g} ms, {options.megabits:g} Mbit/s"
+    names = [f"{labels.get(row.tuning, row.tuning)}, {'local' if row.link == 'local' else line}" for row in rows]
+    axes.set_yticks(heights, names)
+    axes.invert_yaxis()
+    for number, (local, linked) in enumerate(pairs(rows)):
+        text = f" {share_kept(local, linked):.0%} of local, {linked.megabytes:.2f} MB a step"
+        axes.text(linked.queries_per_second, 2 * number + 1, text, va="center", fontsize=9)
+    axes.set_xlim(0, 1.35 * max(row.queries_per_second for row in rows))
+    axes.set_xlabel("queries a second, two machines")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(options.picture, dpi=110)
+    print(options.picture)
+
+
+if __name__ == "__main__":
+    main()
