@@ -27,7 +27,7 @@ def main(composed: DictConfig) -> None:
             f"run={config.run}: no run folder; give one that holds config.yaml, for example run=runs/pydocs"
         )
     folders = {form: folder_of(form, Path(config.output or run.folder / "export")) for form in config.formats}
-    announce(f"{run.folder}: its best checkpoint, or else the newest, is exported to {', '.join(map(str, folders.values()))}")
+    announce(f"{run.folder}: its best or newest checkpoint is exported to {', '.join(map(str, folders.values()))}")
     trained = typed(TrainConfig, OmegaConf.create(literal(read_config(run.folder))))
     encoder, checkpoint = outcome.reopen(run, trained)
     for form, folder in folders.items():

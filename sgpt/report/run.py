@@ -39,7 +39,7 @@ CURVES = {  # title: keys of a log line
     "Gradient norm": ("grad_norm",),
     "Queries per second": ("queries_per_second",),
 }
-LINES = ("blue", "amber", "teal", "grey", "rise", "fall")  # colours of the lines of a plot, in their order
+LINE_COLOURS = ("blue", "amber", "teal", "grey", "rise", "fall")  # colours of the lines of a plot, in their order
 REMEDY = {
     "config.yaml": "put back the file that training wrote, or train again with name=<another name>",
     "metrics.jsonl": (
@@ -211,7 +211,7 @@ def _tiles(log: list[dict[str, Any]], manifest: dict[str, Any], path: Path) -> s
     losses, speeds = ([line[key] for line in log if line[key] is not None] for key in ("loss", "queries_per_second"))
     tiles = {
         "optimizer steps": f"{log[-1]['step']:,}",
-        "step that was taken": f"{best:,} <small>of {log[-1]['step']:,}, the best on the dev sets</small>" if best else "",
+        "step taken": f"{best:,} <small>of {log[-1]['step']:,}, the best on the dev sets</small>" if best else "",
         "parameters trained": f"{trained:,} <small>of {total:,} ({trained / total:.2%})</small>"
         if trained and total
         else "",
@@ -309,7 +309,7 @@ def _curve_plots(log: list[dict[str, Any]]) -> list[Plot]:
             )
     plots = []
     for title, lines in curves.items():
-        colours = dict(zip(lines, LINES, strict=False))
+        colours = dict(zip(lines, LINE_COLOURS, strict=False))
         if any(lines.values()):
             plots.append(
                 Plot(

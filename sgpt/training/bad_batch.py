@@ -1,12 +1,12 @@
 """The batch whose loss or gradient is no number any more: training stops, and `bad_batch.json` has its texts.
 
-    {"step": …, "loss": "nan", "grad_norm": "nan", "learning_rate": …, "queries": [
+    {"step": …, "loss": "nan", "grad_norm": "nan", "queries": [
     {"process": 0, "batch": …, "query": {"text": …, "token_ids": […], "finite": true}, "documents": […]},
     …]}
 
 The documents of a query are its positive and its hard negatives. finite: whether the text's embedding is, by the
-weights that the step began with. Only the processes are there whose own loss or embeddings are not; where there are
-none, because the gradient alone overflowed, all are.
+weights that the step began with. Of several processes those are there that have a text whose embedding is not, or all
+where none has one, because loss or gradient alone overflowed. Their losses do not tell: all see the candidates of all.
 """
 
 import json
@@ -34,15 +34,16 @@ def refuse_bad_batch(
     """Writes the file and raises an InputError, on all processes, which all call it before the optimizer's step.
 
     batches: numbers of the step's micro-batches. loss: scalar, this process' mean. norm: of the averaged gradient.
+    learning_rate: at its peak.
     """
     own_rows = [row for number in batches for row in _rows(encoder, feed, number)]
-    is_bad = not loss.isfinite() or not all(text["finite"] for row in own_rows for text in _texts(row))
+    is_bad = not all(text["finite"] for row in own_rows for text in _texts(row))
     of_processes = _gathered(own_rows if is_bad else None)
     if not any(of_processes):
         of_processes = _gathered(own_rows)
     rows = [row for rows in of_processes for row in rows or ()]
     mean_loss = gather(loss.float()[None]).mean().item()
-    head = {"step": step, "loss": str(mean_loss), "grad_norm": str(float(norm)), "learning_rate": learning_rate}
+    head = {"step": step, "loss": str(mean_loss), "grad_norm": str(float(norm))}
     lines = ",\n".join(json.dumps(row) for row in rows)
     from_main(lambda: write_whole(run.folder / BAD_BATCH, f'{json.dumps(head)[:-1]}, "queries": [\n{lines}\n]}}\n'))
 

@@ -110,6 +110,8 @@ def read_config(folder: Path) -> dict:
     trainer = config.get("trainer", {})
     trainer.setdefault("keep_best", None if trainer.get("evaluate_every_steps") else "mean")
     trainer.setdefault("patience", None)
+    for sets in ("evaluation", "dev"):
+        config.get(sets, {}).setdefault("pairs", [])
     tuning = config.get("tuning", {})
     tuning.setdefault("layers", "all")
     # bitfit refused a base with too few biases, and bitfit_norm trained its gains alone

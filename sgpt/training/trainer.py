@@ -228,7 +228,7 @@ def train(
                 with accelerator.autocast():
                     refuse_bad_batch(
                         run, encoder, feed, numbers,
-                        step=state.step + 1, loss=mean_loss, norm=norm, learning_rate=learning_rate,
+                        step=state.step + 1, loss=mean_loss, norm=norm, learning_rate=optim.learning_rate,
                     )  # fmt: skip
             optimizer.step()
             schedule.step()

@@ -1,4 +1,4 @@
-"""The best step by the dev sets is kept and taken in the end, also by a run that was interrupted; patience ends a run."""
+"""The best step by the dev sets is kept and taken in the end, also after an interruption; patience ends a run."""
 
 import json
 import os
@@ -166,7 +166,8 @@ def test_adapter_export_results_and_report_are_of_the_best_step(start, training,
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["best"] == {"step": best, "value": values[best]["pearson_cosine"]}
     assert f"taken from step {best} of 4, the best on the dev sets" in ended.said
-    assert f"{best} <small>of 4, the best on the dev sets</small>" in (run / "report.html").read_text()
+    report = (run / "report.html").read_text()
+    assert f"<dt>step taken</dt><dd>{best} <small>of 4, the best on the dev sets</small>" in report
 
     def scores(model: Path) -> dict[str, float]:
         texts = [json.loads(line) for line in Path(scored.strip("[]")).read_text().splitlines()]
@@ -184,11 +185,14 @@ def test_adapter_export_results_and_report_are_of_the_best_step(start, training,
 # --- two processes ---
 
 PAIRS = PairSet(
-    "pairs", [f"sort {n} lists" for n in range(9)], [f"{n % 5} of {n}" for n in range(9)], [float(n % 4) for n in range(9)]
+    "pairs",
+    [f"sort {n} lists" for n in range(9)],
+    [f"{n % 5} of {n}" for n in range(9)],
+    [float(n % 4) for n in range(9)],
 )
 
 
-def one_of_two(rank: int, folder: Path, base: str, encoder: Encoder) -> None:
+def one_of_two(rank: int, folder: Path, encoder: Encoder) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     texts = [f"text {number} of this" for number in range(7)]
@@ -210,7 +214,7 @@ def one_of_two(rank: int, folder: Path, base: str, encoder: Encoder) -> None:
 
 def test_two_processes_share_an_evaluation_and_leave_it_together(tiny_encoder, tmp_path):
     encoder = tiny_encoder("gpt2")
-    torch.multiprocessing.spawn(one_of_two, (tmp_path, "", encoder), nprocs=2)
+    torch.multiprocessing.spawn(one_of_two, (tmp_path, encoder), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     expected = encoder.encode_documents([f"text {n} of this" for n in range(7)], normalize=True, as_tensor=True)
     torch.testing.assert_close(one["embeddings"], expected, rtol=0, atol=1e-6)
