@@ -23,10 +23,12 @@ def main(composed: DictConfig) -> None:
     from sgpt.encoder.model_folder import exports_in_other_formats
     from sgpt.encoder.probes import measure
     from sgpt.evaluation import evaluate
+    from sgpt.evaluation.shared import evaluate_together
     from sgpt.preflight.preflight import preflight
     from sgpt.report.run import write_report
     from sgpt.runtime.files import remove_folder
     from sgpt.runtime.progress import announce
+    from sgpt.training.best import check_keep_best
     from sgpt.training.config import TrainConfig
     from sgpt.training.guide import with_guide, with_hard_batches
     from sgpt.training.record import (
@@ -67,6 +69,7 @@ def main(composed: DictConfig) -> None:
         )
         test_sets = evaluate.read_sets(config.evaluation)
         dev_sets = evaluate.read_sets(config.dev)
+    check_keep_best(config.trainer.keep_best, dev_sets)
     feed = with_hard_batches(feed, config.data, accelerator.device)
     feed = with_guide(feed, config.loss, accelerator.device)
     check_feed(feed)
@@ -103,7 +106,7 @@ def main(composed: DictConfig) -> None:
         shard_frozen(encoder.trunk, accelerator.device)
 
     def evaluate_dev() -> evaluate.Results:
-        return evaluate.evaluate(encoder, dev_sets)
+        return evaluate_together(encoder, dev_sets)
 
     state = train(encoder, feed, accelerator, run, config.trainer, config.loss, config.optim, evaluate_dev)
 

@@ -27,15 +27,15 @@ def main(composed: DictConfig) -> None:
             f"run={config.run}: no run folder; give one that holds config.yaml, for example run=runs/pydocs"
         )
     folders = {form: folder_of(form, Path(config.output or run.folder / "export")) for form in config.formats}
-    announce(f"{run.folder}: its newest checkpoint is exported to {', '.join(map(str, folders.values()))}")
+    announce(f"{run.folder}: its best or newest checkpoint is exported to {', '.join(map(str, folders.values()))}")
     trained = typed(TrainConfig, OmegaConf.create(literal(read_config(run.folder))))
-    encoder, newest = outcome.reopen(run, trained)
+    encoder, checkpoint = outcome.reopen(run, trained)
     for form, folder in folders.items():
         if run.finished and not config.output and form == DEFAULT and not config.examples:
             outcome.write_export(run, trained, encoder)  # which the manifest knows
         else:
             outcome.export_as(run, trained, encoder, form, folder, config.examples)
-        print(f"{newest} exported to {folder}")
+        print(f"{checkpoint} exported to {folder}")
     if config.push_to_hub is None:
         return
     for form, folder in folders.items():

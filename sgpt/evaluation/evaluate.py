@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from sgpt.data.formats.beir import RetrievalSet, fewer_documents
 from sgpt.data.formats.scored_pairs import PairSet, fewer_pairs, read_pairs
 from sgpt.data.test_sets.beir_sets import find_beir_folders, read_beir_folder
+from sgpt.data.test_sets.own_pairs import read_own_pairs
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.dense import name_in_errors, retrieve
@@ -44,8 +45,10 @@ class EvaluationConfig:
     """BEIR folders, or names of BEIR's sets."""
     sts: list[str] = field(default_factory=list)
     """Files of scored sentence pairs."""
+    pairs: list[str] = field(default_factory=list)
+    """Files of pairs or triplets, as for data.path: each query is to find its positives among all documents there."""
     split: str | None = "test"
-    """Of both; null is each set's own, which is test but for BEIR's msmarco."""
+    """Of all; null is each set's own, which is test but for BEIR's msmarco."""
     bm25: bool = True
     """BM25 is scored on the retrieval sets, too."""
     limit: int | None = None
@@ -64,6 +67,7 @@ def read_sets(config: EvaluationConfig) -> Sets:
     """Reads every file now: what is missing or cannot be scored must stop a run before it trains, not after."""
     folders = find_beir_folders(config.retrieval, config.split, Path(BEIR_ROOT))
     retrieval = [read_beir_folder(folder) for folder in folders]
+    retrieval += [read_own_pairs(Path(file), config.split or "test") for file in config.pairs]
     pairs: list[PairSet] = []
     for file in config.sts:
         pairs += read_pairs(Path(file), config.split or "test")  # SemEval's files give a set a year

@@ -27,14 +27,19 @@ METRIC_LABELS = {
     "ndcg@10": "nDCG@10", "map@100": "MAP@100", "recall@100": "Recall@100", "mrr@10": "MRR@10",
     "spearman_cosine": "Spearman", "pearson_cosine": "Pearson",
     "positive_cosine": "positive", "hardest_negative_cosine": "hardest negative",
+    "negatives_per_query": "in the batch", "effective_negatives": "effective",
 }  # fmt: skip
 CURVES = {  # title: keys of a log line
     "Loss": ("loss",),
     "Cosine with the query": ("positive_cosine", "hardest_negative_cosine"),
+    "Alignment and uniformity": ("alignment", "uniformity"),
+    "Negatives of a query": ("negatives_per_query", "effective_negatives"),
+    "Share of candidates left out": ("masked_share",),
     "Learning rate": ("learning_rate",),
     "Gradient norm": ("grad_norm",),
     "Queries per second": ("queries_per_second",),
 }
+LINE_COLOURS = ("blue", "amber", "teal", "grey", "rise", "fall")  # colours of the lines of a plot, in their order
 REMEDY = {
     "config.yaml": "put back the file that training wrote, or train again with name=<another name>",
     "metrics.jsonl": (
@@ -71,7 +76,7 @@ def write_report(run: Path) -> Path:
         ),
         _tiles(log, manifest, paths["manifest.json"]),
         section("Results", _table(results), figures(_score_plots(results))),
-        section("Training", figures(_curve_plots(log))),
+        section("Training", _alarms(log), figures(_curve_plots(log))),
         section("Cosine of query and document", figures(_similarity_plots(analysis, paths["analysis.json"]))),
         section("Size of the bias change", _change(analysis, paths["analysis.json"])),
         section(
@@ -125,7 +130,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if step is None:
             raise _refusal(path, f"no 'step' in {text[:60]!r}", number)
         curves = {key: _number(line, key, path=path, line=number) for keys in CURVES.values() for key in keys}
-        log[step] = {"step": step, **curves, "dev": _scores(line, "dev", path, number)}
+        norms = line.get("grad_norms") or {}
+        read = {
+            "step": step,
+            **curves,
+            "dev": _scores(line, "dev", path, number),
+            "grad_norms": {group: _number(norms, group, path=path, line=number) for group in norms},
+            "alarm": line.get("alarm"),
+        }
+        stated = {key: value for key, value in read.items() if value not in (None, {})}
+        log[step] = read | log.get(step, {}) | stated  # a step that was evaluated has two lines
     if not log:
         raise _refusal(path, "no log line")
     return [log[step] for step in sorted(log)]
@@ -193,9 +207,11 @@ def _headline(results: SetResults) -> str:
 def _tiles(log: list[dict[str, Any]], manifest: dict[str, Any], path: Path) -> str:
     trained, total = (_number(manifest, "parameters", key, path=path) for key in ("trained", "total"))
     seconds = _number(manifest, "seconds", path=path)
+    best = _number(manifest, "best", "step", path=path)
     losses, speeds = ([line[key] for line in log if line[key] is not None] for key in ("loss", "queries_per_second"))
     tiles = {
         "optimizer steps": f"{log[-1]['step']:,}",
+        "step taken": f"{best:,} <small>of {log[-1]['step']:,}, the best on the dev sets</small>" if best else "",
         "parameters trained": f"{trained:,} <small>of {total:,} ({trained / total:.2%})</small>"
         if trained and total
         else "",
@@ -209,6 +225,10 @@ def _tiles(log: list[dict[str, Any]], manifest: dict[str, Any], path: Path) -> s
     }
     shown = "".join(f"<div><dt>{what}</dt><dd>{value}</dd></div>" for what, value in tiles.items() if value)
     return f"<dl class='tiles'>{shown}</dl>"
+
+
+def _alarms(log: list[dict[str, Any]]) -> str:
+    return "".join(f"<p class='fall'>{escape(str(line['alarm']))}</p>" for line in log if line["alarm"])
 
 
 def _table(results: SetResults) -> str:
@@ -278,7 +298,10 @@ def _curve_plots(log: list[dict[str, Any]]) -> list[Plot]:
         title: {key: [(line["step"], line[key]) for line in log if line[key] is not None] for key in keys}
         for title, keys in CURVES.items()
     }
+    curves["Gradient norm by layers"] = {}
     for line in log:
+        for group, norm in line["grad_norms"].items():
+            curves["Gradient norm by layers"].setdefault(group, []).append((line["step"], norm))
         for name, metrics in line["dev"].items():
             metric = _main_metric(metrics)
             curves.setdefault(f"{_metric_label(metric)} on {name}", {metric: []})[metric].append(
@@ -286,7 +309,7 @@ def _curve_plots(log: list[dict[str, Any]]) -> list[Plot]:
             )
     plots = []
     for title, lines in curves.items():
-        colours = dict(zip(lines, ("blue", "amber"), strict=False))
+        colours = dict(zip(lines, LINE_COLOURS, strict=False))
         if any(lines.values()):
             plots.append(
                 Plot(

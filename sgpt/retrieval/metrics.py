@@ -19,6 +19,7 @@ RANKING_METRICS = {
     "mrr@10": "recip_rank",
 }
 TOP = {"mrr@10": 10}  # metrics whose measure knows no cut-off -> so many documents of a query are given to it
+CORRELATIONS = ("spearman_cosine", "pearson_cosine")
 MAIN_METRICS = ("ndcg@10", "spearman_cosine")
 
 

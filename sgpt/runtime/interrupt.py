@@ -27,17 +27,22 @@ class Interrupted(KeyboardInterrupt):
     """The work ended as asked, in good order. The text says what was saved."""
 
 
+class _BrokenOff(KeyboardInterrupt):
+    """Work of several processes ended on all of them, one of which was asked to."""
+
+
 class _Asked:
     """Whether this process was asked to end, and how.
 
     signum: of the first signal, None before it. at: when it came, by the monotonic clock. waits: a step is to be
-    finished first. command: as it was typed.
+    finished first. command: as it was typed. stop: of the training loop under way.
     """
 
     signum: int | None = None
     at = 0.0
     waits = False
     command: Sequence[str] = ()
+    stop: "Stop | None" = None
 
 
 _asked = _Asked()
@@ -107,10 +112,12 @@ class Stop:
         self._listening = handling_signals()
         self._listening.__enter__()
         _asked.waits = True
+        _asked.stop = self
         return self
 
     def __exit__(self, *error) -> None:
         _asked.waits = False
+        _asked.stop = None
         self._listening.__exit__(*error)
 
     def requested_anywhere(self) -> bool:
@@ -125,16 +132,27 @@ class Stop:
         return bool(asked)
 
     def unless_requested(self, work: Callable[[], Result]) -> Result | None:
-        """The result of `work`; None when the loop is to end, and `work`, which can be done again, was not finished."""
+        """The result of `work`; None when the loop is to end, and `work`, which can be done again, was not finished.
+
+        Of several processes none may leave the others waiting in it, so there it ends where it calls `break_off`.
+        """
         try:
-            _asked.waits = False
-            return None if stop_requested() else work()
+            _asked.waits = self.group is not None
+            return None if self.requested_anywhere() else work()
+        except _BrokenOff:
+            return None
         except KeyboardInterrupt:
             if not stop_requested():
                 raise  # of somebody else's handler
             return None
         finally:
             _asked.waits = True
+
+
+def break_off() -> None:
+    """Ends the work of `Stop.unless_requested` on all processes where one was asked to end; all call it."""
+    if _asked.stop is not None and _asked.stop.requested_anywhere():
+        raise _BrokenOff
 
 
 @contextmanager

@@ -24,8 +24,9 @@ NO_TEXT = {
     "data.positive_score", "data.negative_score", "data.weight", "data.query_max_tokens", "data.document_max_tokens",
     "loss.false_negative_margin", "trainer.max_steps", "trainer.keep_gigabytes", "trainer.threads", "threads",
     "score_margin", "score_ratio", "markers", "model.layers", "weights", "dimensions", "least_cosine",
+    "trainer.patience",
 }  # fmt: skip
-OR_NULL = {"evaluation.split", "dev.split"}  # their default is a text, and null is allowed as well
+OR_NULL = {"evaluation.split", "dev.split", "trainer.keep_best"}  # their default is a text, and null is allowed as well
 SOURCES = "data.sources"  # a list whose members hold keys of data, in braces
 ANY = ".*"  # behind a group whose keys have any names
 DEPTHS = {"shots": 2}  # lists of lists of texts, which an empty list in the YAML does not show

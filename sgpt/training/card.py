@@ -18,7 +18,7 @@ from sgpt.encoder.probes import Encode
 from sgpt.encoder.snippets import outputs, snippet
 from sgpt.report.run import METRIC_LABELS
 from sgpt.retrieval.metrics import main_metric
-from sgpt.training.checkpoint import latest
+from sgpt.training.checkpoint import best
 from sgpt.training.config import TrainConfig
 from sgpt.training.run_folder import RunFolder
 
@@ -85,9 +85,9 @@ def card(
 
 
 def _so_far(run: RunFolder) -> dict:
-    """Steps, seconds and processes of the newest checkpoint, which is exported of a run that is not finished."""
-    newest = latest(run.checkpoints)
-    state = json.loads((newest / "state.json").read_text()) if newest else {"step": 0, "seconds": 0, "processes": 1}
+    """Steps, seconds and processes of the checkpoint that is exported of a run that is not finished."""
+    exported = best(run.checkpoints)
+    state = json.loads((exported / "state.json").read_text()) if exported else {"step": 0, "seconds": 0, "processes": 1}
     return {"steps": state["step"], "seconds": state["seconds"], "processes": state["processes"]}
 
 

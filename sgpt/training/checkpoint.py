@@ -41,12 +41,20 @@ class TrainState:
     """Seconds spent training."""
     processes: int = 1
     """Processes of the run, W."""
+    evaluated_step: int = 0
+    """Step after which the dev sets were last scored."""
+    best_step: int = 0
+    """Step whose weights were the best on the dev sets; 0 where none is kept."""
+    best_value: float | None = None
+    """What decided (trainer.keep_best), after that step."""
+    evaluations_without_better: int = 0
+    """Evaluations since that step."""
 
 
 def save(
     folder: Path, parameters: Mapping[str, nn.Parameter], optimizer, schedule, state: TrainState, keep: int
 ) -> None:
-    """Writes a checkpoint and keeps the newest `keep` of them. All processes call it."""
+    """Writes a checkpoint, and keeps the newest `keep` of them and the best. All processes call it."""
     rank = world()[0]
     target = folder / f"step-{state.step}"
     temporary = folder / f".step-{state.step}.tmp"
@@ -63,7 +71,8 @@ def save(
     if rank == 0:
         replace_folder(temporary, target)
         for old in whole_checkpoints(folder)[:-keep]:
-            remove_folder(old)
+            if _step(old) != state.best_step:
+                remove_folder(old)
     barrier()
 
 
@@ -71,6 +80,17 @@ def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None."""
     whole = whole_checkpoints(folder)
     return whole[-1] if whole else None
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint that an adapter is made from: the best on the dev sets, or the newest where none is kept."""
+    newest = latest(folder)
+    if newest is None:
+        return None
+    with _undamaged(newest / "state.json") as file:
+        step = json.loads(file.read_text()).get("best_step", 0)
+    chosen = folder / f"step-{step}"
+    return chosen if chosen.is_dir() else newest
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -96,6 +116,11 @@ def _load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, s
             batches=int(stored["batches"]),
             seconds=float(stored["seconds"]),
             processes=int(stored["processes"]),
+            # older versions have none of these; whoever evaluated had done so before saving
+            evaluated_step=int(stored.get("evaluated_step", stored["step"])),
+            best_step=int(stored.get("best_step", 0)),
+            best_value=stored.get("best_value"),
+            evaluations_without_better=int(stored.get("evaluations_without_better", 0)),
         )
     if state.processes != processes:
         raise InputError(

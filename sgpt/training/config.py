@@ -98,8 +98,8 @@ class TrainConfig:
                 f"trainer.tokens_per_pack={self.trainer.tokens_per_pack} is less than one text of {longest} tokens "
                 "(markers.*_max_tokens); raise it"
             )
-        if self.trainer.evaluate_every_steps and not (self.dev.retrieval or self.dev.sts):
+        if self.trainer.evaluate_every_steps and not (self.dev.retrieval or self.dev.sts or self.dev.pairs):
             raise InputError(
-                "trainer.evaluate_every_steps is set, but dev.retrieval and dev.sts are empty; "
+                "trainer.evaluate_every_steps is set, but dev.retrieval, dev.sts and dev.pairs are empty; "
                 "name a dev set or set it to 0"
             )

@@ -6,7 +6,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -15,11 +15,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sgpt.evaluation.evaluate import Results
-from sgpt.runtime.distributed import from_main, gather
+from sgpt.runtime.distributed import gather
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import clock, note_line_written
 from sgpt.training.checkpoint import TrainState
-from sgpt.training.loss import StepResult, batch_statistics
+from sgpt.training.health import batch_statistics, collapse_alarm
+from sgpt.training.loss import StepResult
 from sgpt.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -36,18 +37,19 @@ class MetricsLog:
         self.steps = steps
         self.accelerator = accelerator
         self.queries, self.tokens, self.seconds = 0, 0, 0.0
+        self.has_alarm = False
         if accelerator.is_main_process:
             lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.is_file() else []
             whole = [line for line in lines if line.endswith("\n")]  # a killed process may leave half of the last line
-            numbered = enumerate(whole, start=1)
-            kept = [line for number, line in numbered if _step_of(line, self.file, number) <= state.step]
+            kept = []
+            for number, text in enumerate(whole, start=1):
+                line = _parsed(text, self.file, number)
+                # an evaluation that the checkpoint does not know is done again
+                last = state.evaluated_step if "dev" in line else state.step
+                if line["step"] <= last:
+                    kept.append(text)
+                    self.has_alarm |= "alarm" in line
             self.file.write_text("".join(kept), encoding="utf-8")
-
-    def has_dev(self, step: int) -> bool:
-        """Whether the dev sets were scored after this step. All processes call it."""
-        text = from_main(lambda: self.file.read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in text.splitlines()]
-        return any("dev" in line and line["step"] == step for line in lines)
 
     def count(self, queries: int, tokens: int, seconds: float) -> None:
         """Adds what a step of this process took."""
@@ -56,11 +58,12 @@ class MetricsLog:
         self.seconds += seconds
 
     def write(
-        self, state: TrainState, loss: Tensor, results: Sequence[StepResult], learning_rate: float, norm: Tensor
-    ) -> None:
+        self, state: TrainState, loss: Tensor, results: Sequence[StepResult], learning_rate: float, norm: Tensor,
+        group_norms: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
         """The line of a step: its mean loss [] on this process, and the results of its micro-batches.
 
-        All processes call it. InputError when the loss is no number any more.
+        norm, group_norms: of the whole gradient and of groups of layers (`gradient_norms`). All processes call it.
         """
         loss = gather(loss.float()[None]).mean().item()
         own_counts = [
@@ -77,6 +80,7 @@ class MetricsLog:
             "loss": loss,
             "learning_rate": learning_rate,
             "grad_norm": float(norm),
+            "grad_norms": {group: float(value) for group, value in group_norms.items()},
             "queries_per_second": queries / self.seconds,
             "tokens_per_second": tokens / self.seconds,
             "padding_share": 1 - computed / max(1, positions),
@@ -86,7 +90,11 @@ class MetricsLog:
             "seconds": state.seconds,
         }
         self.queries, self.tokens, self.seconds = 0, 0, 0.0
-        refuse_not_finite(state.step, loss, line["grad_norm"], learning_rate)
+        alarm = collapse_alarm(line["uniformity"], state.step, self.steps)
+        if alarm and not self.has_alarm:
+            self.has_alarm = True
+            line["alarm"] = alarm
+            log.warning("%s", alarm)
         self._append(line)
         left = state.seconds / state.step * (self.steps - state.step)
         log.info(
@@ -111,28 +119,20 @@ class MetricsLog:
         with self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(line) + "\n")
         # trackers take numbers under names, and the step apart
-        flat = {key: value for key, value in line.items() if key not in ("dev", "step")}
-        for name, metrics in line.get("dev", {}).items():
+        flat = {key: value for key, value in line.items() if key != "step" and not isinstance(value, dict | str)}
+        for name, metrics in (line.get("dev", {}) | {"grad_norms": line.get("grad_norms", {})}).items():
             flat |= {f"{name}/{metric}": value for metric, value in metrics.items()}
         self.accelerator.log(flat, step=line["step"])
 
 
-def _step_of(line: str, file: Path, number: int) -> int:
+def _parsed(text: str, file: Path, number: int) -> dict:
     try:
-        return int(json.loads(line)["step"])
+        line = json.loads(text)
+        return line | {"step": int(line["step"])}
     except (ValueError, TypeError, KeyError):
         raise InputError(
-            f"{file}, line {number}: not a line of this log ({line.strip()[:40]!r}); delete the line and resume"
+            f"{file}, line {number}: not a line of this log ({text.strip()[:40]!r}); delete the line and resume"
         ) from None
-
-
-def refuse_not_finite(step: int, loss: float, norm: float, learning_rate: float) -> None:
-    """InputError when training has diverged; on all processes alike, because the norm of the gradients is the same."""
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise InputError(
-            f"step {step}: the loss is {loss}, the gradient norm {norm}; lower optim.learning_rate={learning_rate:.2g} "
-            "or use trainer.precision=fp32. Nothing of this step is saved, and earlier checkpoints are untouched"
-        )
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sgpt.data.feed.collate import Batch
-from sgpt.runtime.distributed import gather, gather_with_gradient, world
+from sgpt.runtime.distributed import gather_with_gradient, world
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import FINITE, POSITIVE, check_choice, check_ranges
 from sgpt.training.negatives import Negatives, positive_rows, scaled_cosines, unit
@@ -129,15 +129,16 @@ class LossConfig:
 class StepResult:
     """What a step computed, without its graph.
 
-    loss: scalar, this process' mean. queries [Q, D], candidates [C, D]: of length 1, for the log. tokens: how many were
-    computed, of distinct texts. positions: tokens and their padding. kept_tokens: how many tokens' activations stayed
-    alive.
+    loss: scalar, this process' mean. queries [Q, D], candidates [C, D]: of length 1, for the log. scale: of cosines.
+    tokens: how many were computed, of distinct texts. positions: tokens and their padding. kept_tokens: how many
+    tokens' activations stayed alive.
     """
 
     loss: Tensor
     queries: Tensor
     candidates: Tensor
     negatives: Negatives
+    scale: float
     tokens: int = 0
     positions: int = 0
     kept_tokens: int = 0
@@ -173,32 +174,4 @@ def objective(queries: Tensor, documents: Tensor, batch: Batch, config: LossConf
         own_queries = positive_rows(len(queries), 1, world()[0], queries.device)
         back = loss_of(positives, all_queries, config.scale, own_queries, negatives.ignored_queries)
         loss = (loss + back) / 2
-    return loss, StepResult(loss.detach(), queries.detach(), candidates.detach(), negatives)
-
-
-def batch_statistics(*results: StepResult) -> dict[str, float | None]:
-    """What the loss alone does not show, over all queries of these micro-batches on all processes.
-
-    Mean cosine of the positives and of each query's hardest negative (None where nothing is a negative), mean number of
-    negatives, and the share of candidates that were left out as duplicates or false negatives. All processes call it.
-    """
-    positive_cosines, hardest_cosines, num_negatives, masked_shares = [], [], [], []
-    for result in results:
-        negatives = result.negatives
-        num_others = len(result.candidates) - 1
-        for rows in row_chunks(len(result.queries), len(result.candidates)):
-            own = negatives.positives[rows, None]
-            cosines, is_ignored = score(result.queries, result.candidates, 1.0, rows, negatives.ignored_documents)
-            num_ignored = is_ignored.sum(1).float()
-            positive_cosines.append(cosines.gather(1, own))
-            hardest_cosines.append(cosines.scatter_(1, own, float("-inf")).amax(1))
-            num_negatives.append(num_others - num_ignored)
-            masked_shares.append(num_ignored / max(1, num_others))
-    hardest = gather(torch.cat(hardest_cosines))
-    hardest = hardest[hardest.isfinite()]
-    return {
-        "positive_cosine": gather(torch.cat(positive_cosines)).mean().item(),
-        "hardest_negative_cosine": hardest.mean().item() if len(hardest) else None,
-        "negatives_per_query": gather(torch.cat(num_negatives)).mean().item(),
-        "masked_share": gather(torch.cat(masked_shares)).mean().item(),
-    }
+    return loss, StepResult(loss.detach(), queries.detach(), candidates.detach(), negatives, config.scale)

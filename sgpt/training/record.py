@@ -133,6 +133,8 @@ def record_after(run: RunFolder, encoder: Encoder, sets: Sets, base: Mapping[str
         probes=Contract.load(run.folder / "adapter").probes,
         bytes={"adapter": adapter.stat().st_size},
     )
+    if state.best_step:
+        run.update("manifest.json", best={"step": state.best_step, "value": state.best_value})
     run.update("results.json", after=after)
 
 
@@ -191,9 +193,9 @@ def _training_examples(config: TrainConfig) -> Iterator[Example]:
 
 
 def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
-    """The encoder as it was when the newest checkpoint was written, and that checkpoint."""
-    newest = checkpoint.latest(run.checkpoints)
-    if newest is None:
+    """The encoder as it was when the best checkpoint was written, else the newest, and that checkpoint."""
+    chosen = checkpoint.best(run.checkpoints)
+    if chosen is None:
         raise InputError(f"{run.folder} has no checkpoint yet; let it train until the first one")
     if run.threads:
         set_threads(run.threads)  # the last digits of the probes belong to them
@@ -219,14 +221,14 @@ def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
     encoder.contract.origin = origin(config, model.path, recorded)
     encoder.trunk = tune(encoder.trunk, config.tuning, model.path)
     encoder.eval()
-    checkpoint.load_parameters(newest / "trained.safetensors", trainable_parameters(encoder.trunk))
-    return encoder, newest
+    checkpoint.load_parameters(chosen / "trained.safetensors", trainable_parameters(encoder.trunk))
+    return encoder, chosen
 
 
 def export_and_show(run: RunFolder, config: TrainConfig, encoder: Encoder | None = None) -> None:
     """Ends a finished run: exports it where that is missing, and shows its table, whatever the export says.
 
-    encoder: as it was trained; without, the one of the last checkpoint, after an export that was refused or killed.
+    encoder: as it was trained; without, the one of `reopen`, after an export that was refused or killed.
     """
     if int(os.environ.get("RANK", "0")):  # the main process does it; none of the others has to wait
         return
@@ -260,6 +262,8 @@ def show_run(run: RunFolder) -> None:
     console.print(
         f"{queries / seconds:.1f} pairs per second · {queries:,} pairs · {seconds / 60:.1f} minutes of training"
     )
+    if best := manifest.get("best"):
+        console.print(f"taken from step {best['step']:,} of {manifest['steps']:,}, the best on the dev sets")
     parameters, size = manifest["parameters"], manifest["bytes"]
     model = ", not exported"
     if "export" in manifest:

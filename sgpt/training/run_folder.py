@@ -4,7 +4,7 @@
     metrics.jsonl    the log, a line a step         analysis.json    what the report draws
     checkpoints/     to resume from                 report.html      the page
     adapter/         what was learned               manifest.json    what the run was made of
-    export/          the model for others
+    export/          the model for others           bad_batch.json   texts of a step without a number, if there was one
 
 `manifest.json` gets its "finished" last of all.
 """
@@ -107,6 +107,11 @@ def read_config(folder: Path) -> dict:
     import yaml
 
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    trainer = config.get("trainer", {})
+    trainer.setdefault("keep_best", None if trainer.get("evaluate_every_steps") else "mean")
+    trainer.setdefault("patience", None)
+    for sets in ("evaluation", "dev"):
+        config.get(sets, {}).setdefault("pairs", [])
     tuning = config.get("tuning", {})
     tuning.setdefault("layers", "all")
     # bitfit refused a base with too few biases, and bitfit_norm trained its gains alone

@@ -25,8 +25,11 @@ from sgpt.runtime.interrupt import Interrupted, Stop
 from sgpt.runtime.progress import log_progress
 from sgpt.runtime.values import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, THREADS, check_choice, check_ranges
 from sgpt.training import checkpoint
+from sgpt.training.bad_batch import BAD_BATCH, refuse_bad_batch
+from sgpt.training.best import is_out_of_patience, note_evaluation, take_best
 from sgpt.training.checkpoint import TrainState
-from sgpt.training.log import MetricsLog, free_memory_bytes, refuse_not_finite
+from sgpt.training.health import gradient_norms
+from sgpt.training.log import MetricsLog, free_memory_bytes
 from sgpt.training.loss import LossConfig, StepResult
 from sgpt.training.optim import OptimConfig, build_optimizer, build_schedule
 from sgpt.training.run_folder import RunFolder
@@ -78,11 +81,19 @@ class TrainerConfig:
     save_every_steps: int = 100
     """Optimizer steps from one checkpoint to the next; the last step is always saved."""
     keep_checkpoints: int = 2
-    """How many checkpoints are kept, the newest ones."""
+    """How many checkpoints are kept, the newest ones; the best is kept besides."""
     evaluate_every_steps: int = 0
     """Optimizer steps from one evaluation on the dev sets to the next; 0 never evaluates on them."""
     dry_run: bool = False
     """Whether to stop before training, with a table of what the run will do, take and may suffer from."""
+    keep_best: str | None = "mean"
+    """What decides on the step that adapter and export are made from, where dev sets are scored while training.
+
+    A value of theirs, <set>/<metric>, the highest of which is the best; mean is that of the sets' main metrics, nDCG@10
+    or Spearman. The last step is then scored as well. null takes the last step, whatever the dev sets say.
+    """
+    patience: int | None = None
+    """Evaluations in a row without a better value after which training stops; null never stops early."""
 
     def __post_init__(self) -> None:
         check_choice("trainer.precision", self.precision, ("fp32", "bf16"))
@@ -101,11 +112,17 @@ class TrainerConfig:
             max_steps=COUNT.or_null("for whole epochs"),
             keep_gigabytes=NOT_NEGATIVE.or_null("for half of the free memory"),
             threads=THREADS.or_null("to share the cores"),
+            patience=COUNT.or_null("to train all steps"),
         )
         if self.shard_trunk and self.evaluate_every_steps:
             raise InputError(
                 "trainer.shard_trunk=true: dev sets are scored by a whole trunk; set trainer.evaluate_every_steps=0, "
                 "and score them after training by train/evaluate.py"
+            )
+        if self.patience is not None and (not self.evaluate_every_steps or self.keep_best is None):
+            raise InputError(
+                f"trainer.patience={self.patience} has no effect without evaluations that are compared; set "
+                "trainer.evaluate_every_steps and trainer.keep_best, or patience=null"
             )
 
     def steps(self, batches_per_epoch: float) -> int:
@@ -122,6 +139,11 @@ class TrainerConfig:
     def keep_bytes(self, device: torch.device) -> float:
         """Of activations, on each process; what keep_gigabytes says, or half of what is free now."""
         return free_memory_bytes(device) / 2 if self.keep_gigabytes is None else self.keep_gigabytes * 1e9
+
+    def evaluates_after(self, step: int, steps: int) -> bool:
+        """Whether the dev sets are scored after this step of so many."""
+        is_compared = self.evaluate_every_steps > 0 and self.keep_best is not None
+        return every(self.evaluate_every_steps, step) or (is_compared and step == steps)
 
 
 def check_feed(feed: Feed) -> None:
@@ -146,8 +168,9 @@ def train(
 ) -> TrainState:
     """Trains the parameters that `tune` left learning, from the newest checkpoint of the run when there is one.
 
-    evaluate: results on the dev sets, called every `evaluate_every_steps` on all processes.
-    Raises Interrupted, with the last step saved, after Ctrl-C or SIGTERM.
+    evaluate: results on the dev sets, the same on all processes, called every `evaluate_every_steps` on all of them.
+    In the end the parameters are those of the best step by `keep_best`, which the state names, else of the last.
+    Raises Interrupted, with the last step saved, after Ctrl-C or SIGTERM; InputError where a gradient is no number.
     """
     check_feed(feed)
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -163,14 +186,23 @@ def train(
         log.info("resumed from %s", newest)
     keep_bytes = config.keep_bytes(encoder.device)
     metrics = MetricsLog(run, state, steps, accelerator)
-    if state.step and every(config.evaluate_every_steps, state.step) and not metrics.has_dev(state.step):
-        metrics.write_dev(state, evaluate())  # interrupted after the step was saved, before it was measured
+    if accelerator.is_main_process:
+        (run.folder / BAD_BATCH).unlink(missing_ok=True)  # of a start before
+
+    def save() -> None:
+        checkpoint.save(run.checkpoints, parameters, optimizer, schedule, state, config.keep_checkpoints)
+
+    if state.step > state.evaluated_step and config.evaluates_after(state.step, steps):
+        dev_results = evaluate()  # interrupted after the step was saved, before it was measured
+        note_evaluation(state, dev_results, config.keep_best)
+        metrics.write_dev(state, dev_results)
+        save()
 
     batch_numbers = range(state.batches, steps * config.gradient_accumulation)
     batches = prefetch(lambda number: feed.batch(number, rank), batch_numbers)  # a thread prepares the next one
     encoder.train()
     with Stop() as stop, log_progress("training", steps, state.step) as work:
-        while state.step < steps:
+        while state.step < steps and not is_out_of_patience(state, config.patience):
             started = time.perf_counter()
             is_logged = every(config.log_every_steps, state.step + 1) or state.step + 1 == steps
             num_tokens = 0
@@ -186,8 +218,18 @@ def train(
                 if is_logged:  # else the embeddings of all micro-batches would stay in memory
                     results.append(result)
             average_gradients(parameters.values())
+            group_norms = gradient_norms(parameters) if is_logged else {}
             norm = nn.utils.clip_grad_norm_(parameters.values(), optim.max_grad_norm or math.inf)
             learning_rate = schedule.get_last_lr()[0]
+            # The same on all processes: whatever is no number, loss or gradient, on any of them makes it none. Reading
+            # it waits for a GPU, as sorting out the negatives has done in this step before.
+            if not norm.isfinite():
+                numbers = range(state.batches - config.gradient_accumulation, state.batches)
+                with accelerator.autocast():
+                    refuse_bad_batch(
+                        run, encoder, feed, numbers,
+                        step=state.step + 1, loss=mean_loss, norm=norm, learning_rate=optim.learning_rate,
+                    )  # fmt: skip
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -198,22 +240,26 @@ def train(
             work.done = state.step
             metrics.count(config.queries_per_process * config.gradient_accumulation, num_tokens, seconds)
 
-            evaluates = every(config.evaluate_every_steps, state.step)
-            saves = every(config.save_every_steps, state.step) or state.step == steps
+            is_best = False
             if is_logged:
-                metrics.write(state, mean_loss, results, learning_rate, norm)
-            elif evaluates or saves:
-                refuse_not_finite(state.step, float(mean_loss), float(norm), learning_rate)
+                metrics.write(state, mean_loss, results, learning_rate, norm, group_norms)
+            evaluates = config.evaluates_after(state.step, steps)
             if evaluates and (dev_results := stop.unless_requested(evaluate)) is not None:
+                is_best = note_evaluation(state, dev_results, config.keep_best)
                 metrics.write_dev(state, dev_results)
                 encoder.train()
+            is_last = state.step == steps or is_out_of_patience(state, config.patience)
             stopping = stop.requested_anywhere()
-            if saves or stopping:
-                # again: a step that is saved only because of a signal was not checked above
-                refuse_not_finite(state.step, float(mean_loss), float(norm), learning_rate)
-                checkpoint.save(run.checkpoints, parameters, optimizer, schedule, state, config.keep_checkpoints)
+            if every(config.save_every_steps, state.step) or is_best or is_last or stopping:
+                save()
             if stopping:
                 raise Interrupted(f"step {state.step} of {steps} is saved")
+    if state.step < steps:
+        log.info(
+            "stopped after step %d of %d: the last %d evaluations were not better (trainer.patience)",
+            state.step, steps, state.evaluations_without_better,
+        )  # fmt: skip
+    take_best(run, parameters, state)
     return state
 
 

@@ -166,7 +166,7 @@ def test_the_saved_configuration_is_read_back_equal():
         ("trainer.queries_per_process=0", r"trainer\.queries_per_process=0 must be 1 or more"),
         ("trainer.precision=fp8", r"trainer\.precision='fp8' is unknown; choose fp32 or bf16"),
         ("trainer.max_steps=0", r"trainer\.max_steps=0 must be 1 or more, or null for whole epochs"),
-        ("trainer.evaluate_every_steps=5", r"dev\.retrieval and dev\.sts are empty; name a dev set or set it to 0"),
+        ("trainer.evaluate_every_steps=5", r"dev\.retrieval, dev\.sts and dev\.pairs are empty; name a dev set"),
         ("optim.learning_rate=-1", r"optim\.learning_rate=-1\.0 must be positive"),
         ("optim.schedule=steps", r"optim\.schedule='steps' is unknown; choose linear, cosine, constant, "),
         ("optim.warmup_steps=-1", r"optim\.warmup_steps=-1\.0 must be 0 or more"),

@@ -244,3 +244,24 @@ def test_what_is_advised_for_a_broken_log_line_and_a_broken_analysis_helps(run: 
         write_report(run)
     (run / "analysis.json").unlink()
     assert sections(page_of(run)) == ["Results", "Training", "How it was made"]
+
+
+def test_health_has_curves_and_the_alarm_and_the_step_taken_are_said(run: Path) -> None:
+    health = {
+        "alignment": 0.5, "uniformity": -2.0, "negatives_per_query": 63.0, "effective_negatives": 20.0,
+        "masked_share": 0.01, "grad_norms": {"embeddings": 0.1, "blocks 0-2": 0.2, "last norm": 0.3},
+    }  # fmt: skip
+    rows = [log_line(step) | health for step in (1, 20, 40)]
+    del rows[1]["dev"], rows[2]["dev"]
+    rows[1]["alarm"] = "step 20: different documents have <one> embedding"
+    rows += [{"step": step, "dev": {"pydocs": {"ndcg@10": 0.3}}} for step in (20, 40)]  # lines of their own
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = json.loads((run / "manifest.json").read_text())
+    write_json(run / "manifest.json", manifest | {"best": {"step": 20, "value": 0.3}})
+    page = page_of(run)
+    of_health = {"Alignment and uniformity", "Negatives of a query", "Share of candidates left out"}
+    assert of_health | {"Gradient norm by layers", "nDCG@10 on pydocs"} <= set(plot_titles(page))
+    assert "blocks 0-2" in page
+    assert "<p class='fall'>step 20: different documents have &lt;one&gt; embedding</p>" in page
+    assert "<dt>step taken</dt><dd>20 <small>of 40, the best on the dev sets</small></dd>" in page
+    assert "3.000 → 0.075" in page  # the loss of the last step, whose evaluation has a line after it

@@ -17,7 +17,8 @@ from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.runtime.distributed import average_gradients, gather, gather_with_gradient
 from sgpt.text.markers import MarkersConfig
-from sgpt.training.loss import LossConfig, batch_statistics
+from sgpt.training.health import batch_statistics
+from sgpt.training.loss import LossConfig
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import random_trunk

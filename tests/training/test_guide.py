@@ -28,7 +28,8 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.provenance import threads
 from sgpt.text.markers import MarkersConfig
 from sgpt.training.guide import with_guide, with_hard_batches
-from sgpt.training.loss import LossConfig, batch_statistics, objective
+from sgpt.training.health import batch_statistics
+from sgpt.training.loss import LossConfig, objective
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import random_trunk

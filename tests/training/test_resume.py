@@ -67,6 +67,7 @@ def trained(
         "log_every_steps": 1,
         "save_every_steps": 2,
         "evaluate_every_steps": 1,
+        "keep_best": None,
     } | config
     given = TrainerConfig(**settings)
     feed = feed_of(EXAMPLES, encoder, given.queries_per_process)
@@ -281,8 +282,9 @@ def test_an_evaluation_is_broken_off_and_done_again_on_resuming(ctrl_c, tiny_enc
         return {"toy": {"ndcg@10": 0.5}}
 
     config = TrainerConfig(
-        queries_per_process=8, epochs=2, max_steps=STEPS, log_every_steps=1, save_every_steps=2, evaluate_every_steps=1
-    )
+        queries_per_process=8, epochs=2, max_steps=STEPS, log_every_steps=1, save_every_steps=2, evaluate_every_steps=1,
+        keep_best=None,
+    )  # fmt: skip
     optim = OptimConfig(learning_rate=1e-2)
     feed = feed_of(EXAMPLES, encoder, 8)
     with pytest.raises(Interrupted, match=f"step 3 of {STEPS} is saved"):

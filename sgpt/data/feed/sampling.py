@@ -138,8 +138,12 @@ class Feed:
 
     def batch(self, number: int, rank: int) -> Batch:
         """Batch `number`, counted over the whole run, of one process."""
+        return make_batch(self.draws(number, rank))
+
+    def draws(self, number: int, rank: int) -> list[DrawnExample]:
+        """Which texts that batch has, query by query."""
         drawn = self.drawn_examples(number, rank)
-        return make_batch([self.sources[source].draw(example, epoch, self.seed) for source, example, epoch in drawn])
+        return [self.sources[source].draw(example, epoch, self.seed) for source, example, epoch in drawn]
 
     def _order(self, source: int, epoch: int) -> np.ndarray:
         """The examples of a source as an epoch draws them, [n]."""

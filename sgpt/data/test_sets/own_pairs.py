@@ -1,0 +1,36 @@
+"""A file of pairs or triplets as a retrieval set: each query is to find its positives among all documents there."""
+
+from pathlib import Path
+
+from sgpt.data.formats.beir import RetrievalSet
+from sgpt.data.formats.rows import of_split, rows
+from sgpt.data.sources.columns import guess_columns, peek_column_names
+from sgpt.data.sources.pairs import GroupedExample, examples
+from sgpt.runtime.errors import InputError
+
+
+def read_own_pairs(path: Path, split: str) -> RetrievalSet:
+    """The file may be what `data.path` takes; its columns are recognised by their usual names.
+
+    The corpus is its different positives and hard negatives. A query that stands in several rows has all their
+    positives. split: rows whose column `split` names another one are left out. InputError for a bad row.
+    """
+    names, all_rows = peek_column_names(rows(path, split))
+    columns = guess_columns(names, {}, str(path))
+    found = examples(of_split(all_rows, split, str(path)), columns, num_hard_negatives=bool(columns.negatives))
+    corpus: dict[str, str] = {}  # text -> id
+    queries: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    for _, example in found:
+        if isinstance(example, InputError):
+            raise example
+        if example is None:  # it waits for other rows of its query
+            continue
+        example = example.example if isinstance(example, GroupedExample) else example
+        query = queries.setdefault(example.query, f"q{len(queries)}")
+        for text in (example.positive, *example.other_positives, *example.hard_negatives):
+            corpus.setdefault(text, f"d{len(corpus)}")
+        for text in (example.positive, *example.other_positives):
+            qrels.setdefault(query, {})[corpus[text]] = 1
+    texts, questions = ({name: text for text, name in table.items()} for table in (corpus, queries))
+    return RetrievalSet(path.name.split(".")[0], texts, questions, qrels)
