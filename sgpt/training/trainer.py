@@ -102,8 +102,8 @@ class TrainerConfig:
         )
         if self.shard_trunk and self.evaluate_every_steps:
             raise InputError(
-                "trainer.shard_trunk=true: dev sets are scored by a whole trunk; set trainer.evaluate_every_steps=0, and "
-                "score them after training by train/evaluate.py"
+                "trainer.shard_trunk=true: dev sets are scored by a whole trunk; set trainer.evaluate_every_steps=0, "
+                "and score them after training by train/evaluate.py"
             )
 
     def steps(self, batches_per_epoch: float) -> int:
