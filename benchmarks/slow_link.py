@@ -59,7 +59,7 @@ def main() -> None:
     arguments.add_argument("--data", default="data/raw/pydocs/train.jsonl", help="pairs; harvested by make train")
     arguments.add_argument("--queries", type=int, default=64, help="a step of each machine (default: %(default)s)")
     arguments.add_argument("--steps", type=int, default=10, help="measured ones (default: %(default)s)")
-    arguments.add_argument("--cores", type=int, nargs=2, help="of the two machines; null: the first two there are")
+    arguments.add_argument("--cores", type=int, nargs=2, help="of the two machines (default: the first two)")
     arguments.add_argument("--output", type=Path, help="a JSON file")
     arguments.add_argument("--picture", type=Path, help="a PNG file")
     options = arguments.parse_args()
@@ -86,20 +86,27 @@ def machines(link: str, delay: float, bits_per_second: float) -> Iterator[None]:
     for machine in MACHINES:
         run("ip", "netns", "add", machine)
     tunnels: list[int] = []
+    directions: list[threading.Thread] = []
+    ended = threading.Event()
     try:
         if link == "local":
             ends = [("netns", MACHINES[0]), ("peer", "name", DEVICE, "netns", MACHINES[1])]
             run("ip", "link", "add", DEVICE, *ends[0], "type", "veth", *ends[1])
         else:
             tunnels = [tunnel(machine) for machine in MACHINES]
-            for receive, send in (tunnels, tunnels[::-1]):
-                threading.Thread(target=forward, args=(receive, send, delay, bits_per_second), daemon=True).start()
         for number, machine in enumerate(MACHINES, start=1):
             run("ip", "-n", machine, "addr", "add", f"{NETWORK}.{number}/24", "dev", DEVICE)
             run("ip", "-n", machine, "link", "set", DEVICE, "up")
             run("ip", "-n", machine, "link", "set", "lo", "up")
+        for receive, send in (tunnels, tunnels[::-1]) if tunnels else ():
+            arguments = (receive, send, delay, bits_per_second, ended)
+            directions.append(threading.Thread(target=forward, args=arguments))
+            directions[-1].start()
         yield
     finally:
+        ended.set()
+        for direction in directions:
+            direction.join()
         for machine in MACHINES:
             run("ip", "netns", "delete", machine)
         for end in tunnels:
@@ -114,26 +121,22 @@ def tunnel(machine: str) -> int:
     return end
 
 
-def forward(receive: int, send: int, delay: float, bits_per_second: float) -> None:
-    """Each packet waits until those before it are on the line, takes its own bits' time, and the delay. Ends with the
-    devices.
-    """
+def forward(receive: int, send: int, delay: float, bits_per_second: float, ended: threading.Event) -> None:
+    """Each packet waits until those before it are on the line, takes its own bits' time, and the delay."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -20)  # of this thread: a line does not wait for a core
     waiting: collections.deque[tuple[float, bytes]] = collections.deque()
     line_is_free = 0.0
-    while True:
-        timeout = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
-        try:
-            ready, _, _ = select.select([receive], [], [], timeout)
-            now = time.monotonic()
-            if ready:
-                packet = os.read(receive, 65_536)
-                if len(waiting) < PACKETS_IN_QUEUE:
-                    line_is_free = max(line_is_free, now) + 8 * len(packet) / bits_per_second
-                    waiting.append((line_is_free + delay, packet))
-            while waiting and waiting[0][0] <= now:
-                os.write(send, waiting.popleft()[1])
-        except (OSError, ValueError):
-            return
+    while not ended.is_set():
+        next_is_due = waiting[0][0] - time.monotonic() if waiting else 0.1
+        ready, _, _ = select.select([receive], [], [], min(0.1, max(0.0, next_is_due)))
+        now = time.monotonic()
+        if ready:
+            packet = os.read(receive, 65_536)
+            if len(waiting) < PACKETS_IN_QUEUE:
+                line_is_free = max(line_is_free, now) + 8 * len(packet) / bits_per_second
+                waiting.append((line_is_free + delay, packet))
+        while waiting and waiting[0][0] <= now:
+            os.write(send, waiting.popleft()[1])
 
 
 def run(*command: str) -> str:

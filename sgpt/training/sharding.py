@@ -37,7 +37,7 @@ def shard_frozen(trunk: nn.Module, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (world()[1],))
     learning = {parameter for parameter in trunk.parameters() if parameter.requires_grad}
     for name, module in list(trunk.named_modules()):
-        if name.rpartition(".")[2].isdecimal() and block_of(name) is None:  # a block, and nothing numbered inside of one
+        if name.rpartition(".")[2].isdecimal() and block_of(name) is None:  # a block, not an expert inside of one
             fully_shard(module, mesh=mesh, ignored_params=learning)
     fully_shard(trunk, mesh=mesh, ignored_params=learning)
     trunk.to(device)

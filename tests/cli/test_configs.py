@@ -49,7 +49,7 @@ SCHEMAS = {
     "compare": CompareConfig,
 }  # fmt: skip
 SCRIPTS = {"biencoder": "train"} | {name: name for name in SCHEMAS if name != "train"}
-OPTIONS = sorted((file.parent.name, file.stem) for file in CONFIGS.glob("*/*.yaml"))
+OPTIONS = sorted((file.parent.name, file.stem) for file in CONFIGS.glob("*/*.yaml") if file.parent.name != "accelerate")
 
 
 def composed(name: str, *overrides: str) -> DictConfig:
