@@ -11,7 +11,7 @@ MANY = $(shell command -v nvidia-smi >/dev/null || echo ACCELERATE_USE_CPU=true)
 LAUNCH = $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(MANY))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train train-real test test-all test-machines smoke parity lint architecture nano smollm2 bench bench-full clean
+.PHONY: help install train train-real test test-all test-machines smoke parity lint architecture nano smollm2 bench bench-full ablation clean
 
 help:           ## this list
 	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
@@ -83,6 +83,9 @@ bench-full: $(BIN)/.installed-dev  ## the same at GPT-Neo-125M, every option of 
 	$(call BENCH,rerank,--shape 125m --data squad --documents 12 --queries 10 --one-by-one 12 --rounds 2,rerank-many-squad)
 	$(call BENCH,one_trunk,--shape 125m)
 	$(BIN)/python benchmarks/parity_sentence_transformers.py
+
+ablation: $(BIN)/.installed  ## SGPT's choices against each other on nano, three seeds: a table and a picture in docs/; hours, resumed when typed again
+	$(BIN)/python benchmarks/ablation.py --output docs
 
 clean:          ## remove runs, harvested and cached data, keep .venv
 	rm -rf runs data/raw data/cache

@@ -22,7 +22,11 @@ ONE_MEANING = {  # of constants and types that each module has for itself: sizes
     "TOLERANCE", "ROUNDINGS",
 }  # fmt: skip
 NO_PATHS = {"docs/s", "sgpt/reranker"}  # documents a second; the name of a model
-NO_KEYS = {"sep", "dev.txt", "data.json"}  # a CSV's first line, files of USEB's
+NO_KEYS = {
+    "sep", "dev.txt", "data.json",  # a CSV's first line, files of USEB's
+    "hydra.launcher.partition", "hydra.launcher.gpus_per_node",  # of submitit's launcher
+}  # fmt: skip
+LAUNCHER = "AccelerateLauncherConfig"
 FILES = sorted((REPOSITORY / "sgpt").rglob("*.py"))
 
 
@@ -193,7 +197,7 @@ def config_classes() -> dict[str, ast.ClassDef]:
         for node in ast.walk(tree_of(file))
         if isinstance(node, ast.ClassDef)
     }
-    to_visit = list(SCRIPT_CONFIGS.values())
+    to_visit = [*SCRIPT_CONFIGS.values(), LAUNCHER]
     reached: dict[str, ast.ClassDef] = {}
     while to_visit:
         name = to_visit.pop()
@@ -274,7 +278,7 @@ DOCUMENTS = [
     REPOSITORY / name
     for name in (
         "README.md", "data/README.md", "data/nano/README.md", "benchmarks/RESULTS.md", "docs/architecture.md",
-        "docs/families.md",
+        "docs/families.md", "docs/sweeps.md",
     )
 ]  # fmt: skip
 COMMENTED = [REPOSITORY / "Makefile", REPOSITORY / ".ci" / "run", *sorted((REPOSITORY / "configs").rglob("*.yaml"))]
@@ -342,10 +346,13 @@ def test_every_key_that_a_document_sets_is_read_by_a_script(file):
     spans = [(span, anywhere) for span in re.findall(r"`([^`\n]+)`", text_of(file))]
     for command in COMMAND.findall(text_of(file)):
         if script := re.search(r"train/(\w+\.py)", command):
-            spans.append((command.split("  #")[0], [SCRIPT_CONFIGS[script[1]]]))
+            handed_on = ["TrainConfig"] if script[1] == "sweep.py" else []  # in its overrides
+            spans.append((command.split("  #")[0], [SCRIPT_CONFIGS[script[1]], *handed_on]))
     for span, configs in spans:
         for key, value in KEY.findall(span):
-            known = any(is_key(key, config) for config in configs) or is_choice(key, value) or key in NO_KEYS
+            of_launcher = key.startswith("hydra.launcher.") and is_key(key.removeprefix("hydra.launcher."), LAUNCHER)
+            known = any(is_key(key, config) for config in configs) or of_launcher
+            known = known or is_choice(key, value) or key in NO_KEYS
             assert known, f"{key}={value} in {span!r}"
 
 

@@ -58,7 +58,10 @@ SWEEP_ONLY = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", 
 
 @dataclass
 class AccelerateLauncherConfig:
+    """The keys `hydra.launcher.…` of a sweep with `hydra/launcher=accelerate`."""
+
     _target_: str = "hydra_plugins.sgpt_launcher.accelerate_launcher.AccelerateLauncher"
+    """What Hydra makes of this."""
     num_processes: int = 1
     """Processes of each job: one per GPU, or gloo processes on a machine without."""
     jobs_at_a_time: int = 1

@@ -1,10 +1,9 @@
-"""A study: Optuna draws a configuration, a training run of it is scored on its dev sets, and so on, by any number of
-workers.
+"""A study: Optuna draws configurations, and a training run of each is scored on its dev sets, by any number of workers.
 
     runs/<name>-study/study.db       the trials, in SQLite unless `storage` names another database
     runs/<name>-study/<trial>/       the run of a trial, as every run; <trial>.log is its output
     runs/<name>-study/study.html     table and plots
-    runs/<name>-study/experiment/    the best configuration, for `--config-dir runs/<name>-study experiment=<name>`
+    runs/<name>-study/experiment/    the best configuration, `--config-dir runs/<name>-study experiment=<name>_best`
 
 A worker is one process of `train/sweep.py` that runs a trial at a time; all with the same name and storage share the
 study. One that is killed leaves its trial to the next that looks: it is drawn again with the same values, and its run
@@ -64,7 +63,7 @@ class StudyConfig:
     """A search of the best configuration of `train/biencoder.py`."""
 
     name: str = "pydocs"
-    """Name of the study, and of the experiment that it ends with."""
+    """Name of the study; the experiment that it ends with is <name>_best."""
     runs: str = "runs"
     """Folder of all runs; the study's is <runs>/<name>-study."""
     storage: str | None = None
@@ -271,9 +270,10 @@ def score_of_trial(trial: "Trial", config: StudyConfig, script: Path) -> float:
         draw(trial, config.space)
         processes.append(start_run_of_trial(config, run_number(trial), drawn_overrides(trial.params), script))
         return watched_score(trial, processes[0], config)
-    except KeyboardInterrupt:
+    except BaseException as error:
         stop_all(processes)
-        run_again(trial.study, trial.study.get_trials(deepcopy=False)[trial.number])
+        if isinstance(error, KeyboardInterrupt):
+            run_again(trial.study, trial.study.get_trials(deepcopy=False)[trial.number])
         raise
 
 
@@ -294,7 +294,7 @@ def start_run_of_trial(config: StudyConfig, number: int, overrides: Sequence[str
 
 
 def watched_score(trial: "Trial", process: LoggedProcess, config: StudyConfig) -> float:
-    """Reports each evaluation to the study as it is written, and stops the run when that tells to."""
+    """Reports each evaluation to the study as it is written; TrialPruned when that says to stop."""
     import optuna
 
     folder = config.folder / str(run_number(trial))
@@ -307,7 +307,6 @@ def watched_score(trial: "Trial", process: LoggedProcess, config: StudyConfig) -
             reported[step] = scores[step]
             trial.report(scores[step], step)
             if exit_code is None and trial.should_prune():
-                stop_all([process])
                 raise optuna.TrialPruned
         if exit_code is None:
             time.sleep(POLL_SECONDS)

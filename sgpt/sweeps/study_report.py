@@ -72,7 +72,8 @@ def write_experiment(study: "Study", config: StudyConfig, best: Mapping[str, Any
 
     trial = scored_trials(study)[0]
     recipe = {key: value for key, value in best.items() if key not in NOT_OF_THE_RECIPE}
-    file = config.folder / "experiment" / f"{config.name}.yaml"
+    name = f"{config.name}_best"  # another than of the experiments in configs/, which Hydra would find first
+    file = config.folder / "experiment" / f"{name}.yaml"
     file.parent.mkdir(exist_ok=True)
     seconds = trial.duration.total_seconds()
     head = (
@@ -80,9 +81,9 @@ def write_experiment(study: "Study", config: StudyConfig, best: Mapping[str, Any
         f"# The best of {len(latest_trials(study))} trials: {config.metric} {trial.value:.4f} on the dev sets, "
         f"{seconds / 60:.1f} minutes.\n"
         f"# {described_values(trial)}, next to {' '.join(config.overrides)}\n"
-        f"#   accelerate launch train/biencoder.py --config-dir {config.folder} experiment={config.name} name=…\n"
+        f"#   accelerate launch train/biencoder.py --config-dir {config.folder} experiment={name}\n"
     )
-    write_whole(file, head + yaml.safe_dump({"name": config.name, **recipe}, sort_keys=False, allow_unicode=True))
+    write_whole(file, head + yaml.safe_dump({"name": name, **recipe}, sort_keys=False, allow_unicode=True))
     return file
 
 
