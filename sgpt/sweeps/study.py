@@ -47,7 +47,7 @@ POLL_SECONDS = 1.0
 HEARTBEAT_SECONDS = 10  # a worker says so often that it is alive
 GRACE_SECONDS = 40  # without a sign of it for so long it is taken for dead
 MOST_FAILURES = 3  # of a worker, where no trial of the study has a score: what all share is at fault
-MEAN = "mean"
+_MEAN = "mean"  # of the dev sets, as trainer.keep_best has it
 
 
 def default_space() -> list[Dimension]:
@@ -76,7 +76,7 @@ class StudyConfig:
     """What all trials share, as typed behind train/biencoder.py; dev sets and trainer.evaluate_every_steps among it."""
     space: list[Dimension] = field(default_factory=default_space)
     """What differs: of each key {key, low, high, log, step} or {key, choices}."""
-    metric: str = MEAN
+    metric: str = _MEAN
     """What is maximised, at its best: <dev set>/<metric>, or the mean nDCG@10 or Spearman of all dev sets."""
     pruner: str = "median"
     """Which trials are stopped early: median, those below the median of the others at the same step; or none."""
@@ -101,8 +101,8 @@ class StudyConfig:
             num_processes=COUNT,
             threads=THREADS.or_null("to share the cores"),
         )
-        if self.metric != MEAN and not all(self.metric.partition("/")):
-            raise InputError(f"metric={self.metric!r} must be {MEAN} or <dev set>/<metric>, as in pydocs_dev/ndcg@10")
+        if self.metric != _MEAN and not all(self.metric.partition("/")):
+            raise InputError(f"metric={self.metric!r} must be {_MEAN} or <dev set>/<metric>, as in pydocs_dev/ndcg@10")
         check_space(self.space)
         decided = {"name", "runs", "resume", "trainer.threads", *(dimension.key for dimension in self.space)}
         if taken := {item.partition("=")[0] for item in self.overrides} & decided:
@@ -339,13 +339,13 @@ def dev_scores(file: Path, metric: str) -> dict[int, float]:
 
 def dev_score(results: Mapping[str, Mapping[str, float]], metric: str) -> float:
     """The mean of the sets' headline metrics, or the one metric of one set."""
-    if metric == MEAN:
+    if metric == _MEAN:
         headline = [next(row[name] for name in COMPARED_METRICS if name in row) for row in results.values()]
         return sum(headline) / len(headline)
     of, _, name = metric.rpartition("/")
     if name not in results.get(of, {}):
         known = ", ".join(f"{of}/{name}" for of, row in results.items() for name in row)
-        raise InputError(f"metric={metric} is none of the dev results; choose {MEAN} or one of {known}")
+        raise InputError(f"metric={metric} is none of the dev results; choose {_MEAN} or one of {known}")
     return results[of][name]
 
 
