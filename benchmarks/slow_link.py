@@ -8,8 +8,9 @@ memory. "link" gives each a TUN device, and a thread for either direction hands 
 rate and delay would have: what `tc netem delay 20ms rate 100mbit` does at both ends, without that kernel module.
 Seconds a step are those of metrics.jsonl without the first steps, bytes those that the device of a machine sent.
 
-Where both machines share a core, they compute one after the other, so a step takes twice as long as on machines of
-their own, and the link costs half the share; the last column says what it would be then.
+Where both machines share a core, or the core is not theirs alone, a step takes longer than on machines of their own,
+and the link costs a smaller share of it. The last column takes the processor's time of a step instead. What the link
+adds is seen best with --tokens 8, where there is little to compute, and the same to send.
 """
 
 import argparse
@@ -31,6 +32,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 REPOSITORY = Path(__file__).parents[1]
 MACHINES, DEVICE, NETWORK = ("sgpt-link-0", "sgpt-link-1"), "wire", "10.77.0"
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h: packets of IP, nothing before them
@@ -41,11 +44,12 @@ LINKS = ("local", "link")
 
 @dataclass(frozen=True)
 class Row:
-    """One run. seconds and megabytes: a step; megabytes that one machine sends."""
+    """One run. A step of one machine: seconds, of which the processor computed cpu_seconds, and megabytes sent."""
 
     tuning: str
     link: str
     seconds: float
+    cpu_seconds: float
     megabytes: float
     queries_per_second: float
 
@@ -58,6 +62,7 @@ def main() -> None:
     arguments.add_argument("--model", default="data/nano")
     arguments.add_argument("--data", default="data/raw/pydocs/train.jsonl", help="pairs; harvested by make train")
     arguments.add_argument("--queries", type=int, default=64, help="a step of each machine (default: %(default)s)")
+    arguments.add_argument("--tokens", type=int, help="at which texts are cut (default: 48 and 96, the experiment's)")
     arguments.add_argument("--steps", type=int, default=10, help="measured ones (default: %(default)s)")
     arguments.add_argument("--cores", type=int, nargs=2, help="of the two machines (default: the first two)")
     arguments.add_argument("--output", type=Path, help="a JSON file")
@@ -70,7 +75,7 @@ def main() -> None:
         with machines(link, options.delay_ms / 1000, options.megabits * 1e6):
             rows.append(train(tuning, link, cores, options))
             print(rows[-1], flush=True)
-    print_table(rows, shared_core=cores[0] == cores[1])
+    print_table(rows)
     if options.output:
         options.output.write_text(json.dumps({"options": vars(options), "rows": [*map(asdict, rows)]}, default=str))
     if options.picture:
@@ -156,22 +161,24 @@ def train(tuning: str, link: str, cores: Sequence[int], options: argparse.Namesp
             f"model.path={options.model}", f"tuning={tuning}", f"trainer.queries_per_process={options.queries}",
             f"trainer.max_steps={steps}", f"trainer.log_every_steps={UNMEASURED}", f"runs={folder}", "name=run",
         ]  # fmt: skip
+        if options.tokens:
+            overrides += [f"markers.{role}_max_tokens={options.tokens}" for role in ("query", "document")]
         messages = open(Path(folder, "messages"), "w+")  # noqa: SIM115
         processes = [start(number, core, overrides, messages) for number, core in enumerate(cores)]
         log = Path(folder, "run", "metrics.jsonl")
-        sent = [0.0]  # bytes until each line of the log
+        marks = [(0.0, 0.0)]  # bytes sent and seconds computed until each line of the log
         while any(process.poll() is None for process in processes):
             lines = log.read_text().count("\n") if log.is_file() else 0
-            if lines >= len(sent):
-                sent.append(sent_bytes(MACHINES[1]))  # the machine that does nothing else
+            if lines >= len(marks):  # of the machine that does nothing else
+                marks.append((sent_bytes(MACHINES[1]), cpu_seconds(processes[1])))
             time.sleep(0.1)
         if any(process.returncode for process in processes):
             raise SystemExit(f"{tuning}, {link}: training failed\n{Path(messages.name).read_text()}")
         measured = [json.loads(line) for line in log.read_text().splitlines()]
-    first, last = measured[0], measured[-1]
-    seconds = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
-    megabytes = (sent[-1] - sent[1]) / 1e6 / (last["step"] - first["step"])
-    return Row(tuning, link, seconds, megabytes, 2 * options.queries / seconds)
+    steps = measured[-1]["step"] - measured[0]["step"]
+    seconds = (measured[-1]["seconds"] - measured[0]["seconds"]) / steps
+    sent, computed = ((last - first) / steps for first, last in zip(marks[1], marks[-1], strict=True))
+    return Row(tuning, link, seconds, computed, sent / 1e6, 2 * options.queries / seconds)
 
 
 def start(number: int, core: int, overrides: list[str], messages: IO) -> subprocess.Popen:
@@ -190,6 +197,13 @@ def start(number: int, core: int, overrides: list[str], messages: IO) -> subproc
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=messages, stderr=messages)
 
 
+def cpu_seconds(process: subprocess.Popen) -> float:
+    """Of the process and all that it started."""
+    first = psutil.Process(process.pid)
+    times = [one.cpu_times() for one in (first, *first.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
 def sent_bytes(machine: str) -> float:
     (device,) = json.loads(run("ip", "-n", machine, "-s", "-j", "link", "show", "dev", DEVICE))
     return device["stats64"]["tx"]["bytes"]
@@ -198,10 +212,10 @@ def sent_bytes(machine: str) -> float:
 # ---- what it says
 
 
-def share_kept(local: Row, linked: Row, *, shared_core: bool = False) -> float:
-    """Of the local speed. shared_core: as it would be with a core for each machine."""
-    computing = local.seconds / 2 if shared_core else local.seconds
-    return computing / (computing + max(0.0, linked.seconds - local.seconds))
+def share_kept(local: Row, linked: Row, *, core_each: bool = False) -> float:
+    """Of the local speed. core_each: as it would be where each machine computes undisturbed."""
+    alone = local.cpu_seconds if core_each else local.seconds
+    return alone / (alone + max(0.0, linked.seconds - local.seconds))
 
 
 def pairs(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
@@ -209,14 +223,13 @@ def pairs(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
     yield from zip(rows[::2], rows[1::2], strict=True)
 
 
-def print_table(rows: list[Row], *, shared_core: bool) -> None:
-    print(f"{'':8} {'local s/step':>13} {'link s/step':>12} {'MB sent':>9} {'kept':>6}  {'a core each':>11}")
+def print_table(rows: list[Row]) -> None:
+    headings = ("local s/step", "link s/step", "CPU s/step", "MB sent", "kept", "core each")
+    print(" " * 8 + "".join(f"{heading:>13}" for heading in headings))
     for local, linked in pairs(rows):
-        kept, of_own = share_kept(local, linked), share_kept(local, linked, shared_core=shared_core)
-        print(
-            f"{local.tuning:8} {local.seconds:13.2f} {linked.seconds:12.2f} {linked.megabytes:9.2f} "
-            f"{kept:6.0%}  {of_own:11.0%}"
-        )
+        kept, of_own = share_kept(local, linked), share_kept(local, linked, core_each=True)
+        times = "".join(f"{seconds:13.2f}" for seconds in (local.seconds, linked.seconds, local.cpu_seconds))
+        print(f"{local.tuning:8}{times}{linked.megabytes:13.2f}{kept:13.0%}{of_own:13.0%}")
 
 
 def draw(rows: list[Row], options: argparse.Namespace) -> None:
