@@ -37,13 +37,15 @@ def tracked(start, training, tmp_path_factory):
 
 
 def logged(run: Path) -> Steps:
-    """What metrics.jsonl and results.json say, under the names that trackers show: dev and results as set/metric."""
+    """What metrics.jsonl and results.json say, under the names that trackers show: dev, norms of groups and results as
+    set/metric or key/group, and no texts.
+    """
     steps: Steps = {}
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         values = steps.setdefault(line.pop("step"), {})
-        for of, metrics in line.pop("dev", {}).items():
+        for of, metrics in (line.pop("dev", {}) | {"grad_norms": line.pop("grad_norms", {})}).items():
             values |= {f"{of}/{metric}": value for metric, value in metrics.items()}
-        values |= line
+        values |= {name: value for name, value in line.items() if not isinstance(value, str)}
     for stage, sets in json.loads((run / "results.json").read_text()).items():
         for of, metrics in sets.items():
             steps[4] |= {f"{stage}/{of}/{metric}": value for metric, value in metrics.items()}
