@@ -249,7 +249,7 @@ def test_every_logged_step_has_its_numbers(project):
         numbers = row | row["grad_norms"]
         assert all(np.isfinite(value) for key, value in numbers.items() if key != "grad_norms")
         assert 0 <= row["padding_share"] < 1
-    assert [row["step"] for row in rows if "dev" in row] == [2]
+    assert [row["step"] for row in rows if "dev" in row] == [2, 3]  # every second, and the last
     assert rows[2]["dev"]["toy"].keys() == {"ndcg@10", "map@100", "recall@100", "mrr@10"}
 
 

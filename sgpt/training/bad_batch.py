@@ -23,6 +23,7 @@ from sgpt.runtime.distributed import from_main, gather, world
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import write_whole
 from sgpt.training.run_folder import RunFolder
+from sgpt.training.sharding import in_step
 
 BAD_BATCH = "bad_batch.json"
 
@@ -72,10 +73,13 @@ def _rows(encoder: Encoder, feed: Feed, number: int) -> Iterator[dict]:
     draws, batch = feed.draws(number, rank), feed.batch(number, rank)
     was_training = encoder.training
     encoder.eval()
+    token_ids = [*batch.queries, *batch.documents]
+    packs = list(encoder.packs(token_ids))
     with torch.no_grad():
-        finite = [encoder(rows).isfinite().all(1).tolist() for rows in (batch.queries, batch.documents)]
+        embedded = [encoder.embed_pack(pack) for pack in in_step(encoder.trunk, packs)][: len(packs)]
+        finite = encoder.restore_order(packs, embedded, len(token_ids)).isfinite().all(1).tolist()
     encoder.train(was_training)
-    of_query, of_documents = finite
+    of_query, of_documents = finite[: len(draws)], finite[len(draws) :]
     for i, draw in enumerate(draws):
         documents = range(i * batch.documents_per_query, (i + 1) * batch.documents_per_query)
         yield {
