@@ -31,7 +31,7 @@ def main(composed: DictConfig) -> None:
 
     config = typed(MergeConfig, composed)
     check_merge(config)
-    announce(f"{config.output}: {', '.join(config.models)} are merged")
+    announce(f"{config.output}: one adapter is made of {', '.join(config.models)}")
     sets = read_curve_sets(config)  # what cannot be read stops it before anything is written
     folder = Path(config.output)
     weights = config.weights or [1 / len(config.models)] * len(config.models)

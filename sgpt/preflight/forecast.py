@@ -23,7 +23,7 @@ SCORE_COPIES = 4  # of a part of the scores, while the loss and its gradient are
 
 @dataclass(frozen=True)
 class FirstBatches:
-    """Means over the first batches of a run on this process, and the largest of them.
+    """Means over the first batches of a run and over processes, and the largest of this process's.
 
     tokens: of different texts. positions: tokens, with the padding of trunks that need it. negatives: of a query, over
     all processes, less those that are left out as equal texts or by the guide.
@@ -36,21 +36,25 @@ class FirstBatches:
     largest_positions: int
 
     @classmethod
-    def of(cls, encoder: Encoder, feed: Feed, config: TrainConfig, rank: int, num_batches: int) -> "FirstBatches":
+    def of(
+        cls, encoder: Encoder, feed: Feed, config: TrainConfig, accelerator: Accelerator, num_batches: int
+    ) -> "FirstBatches":
         """num_batches: of the run. All processes call it."""
         texts = max(feed.queries_per_process * (2 + source.num_hard_negatives) for source in feed.sources)
         looked_at = max(1, min(BATCHES, num_batches, TEXTS // texts))
         tokens, negatives = 0, 0.0
         by_size: list[tuple[int, Batch]] = []
         for number in range(looked_at):
-            batch = feed.batch(number, rank)
+            batch = feed.batch(number, accelerator.process_index)
             rows, _ = distinct([*batch.queries, *batch.documents])
             tokens += sum(map(len, rows))
-            negatives += _negatives_per_query(batch, config, encoder.device)
+            negatives += _negatives_per_query(batch, config, accelerator.device)
             by_size.append((sum(positions_of(encoder, pack) for pack in encoder.packs(rows)), batch))
         most, largest = max(by_size, key=lambda sized: sized[0])
         positions = sum(size for size, _ in by_size)
-        return cls(tokens / looked_at, positions / looked_at, negatives / looked_at, largest, most)
+        own = torch.tensor([[tokens, positions, negatives]], dtype=torch.float32, device=accelerator.device)
+        of_all = gather(own / looked_at).mean(0).tolist()
+        return cls(*of_all, largest, most)
 
     @property
     def padding_share(self) -> float:
@@ -92,17 +96,17 @@ def forecast(
     keep_bytes, free_bytes = trainer.keep_bytes(device), free_memory_bytes(device)  # before the trial takes some
     trial = on_all(lambda: try_pack(encoder, first.largest, accelerator, first.positions * num_batches))
 
-    activations = trial.of(first.largest_positions).saved_bytes
-    kept = min(keep_bytes, activations)
+    batch_bytes = trial.of(first.largest_positions).saved_bytes
+    kept_share = min(1.0, keep_bytes / max(1.0, batch_bytes))
+    others = max(0.0, kept_share * first.largest_positions - trial.positions)  # of positions kept in other packs
     trained = sum(value.numel() * value.itemsize for value in trainable_parameters(encoder.trunk).values())
     # AdamW's two moments and the values before training; the reduction over processes, and on a GPU AdamW's update of
     # all tensors at once, take a copy each
     copies = 3 + (accelerator.num_processes > 1) + (device.type == "cuda")
     queries, r = len(first.largest.queries), first.largest.documents_per_query
     scores = min(queries * queries * r * accelerator.num_processes, SCORES_AT_A_TIME)
-    added = trial.peak_bytes + max(0.0, kept - trial.saved_bytes) + copies * trained + SCORE_COPIES * 4 * scores
+    added = trial.peak_bytes + trial.of(others).kept_bytes + copies * trained + SCORE_COPIES * 4 * scores
 
-    kept_share = kept / max(1.0, activations)
     forward_seconds, backward_seconds = (
         seconds / trial.positions for seconds in (trial.forward_seconds, trial.backward_seconds)
     )
@@ -115,7 +119,7 @@ def forecast(
         step_seconds=position_seconds * first.positions * trainer.gradient_accumulation,
         forward_seconds=forward_seconds,
     )
-    return _of_all(own, device)
+    return _of_all(own, accelerator.device)
 
 
 def _of_all(own: Forecast, device: torch.device) -> Forecast:

@@ -75,7 +75,7 @@ def preflight(
     num_batches = steps * trainer.gradient_accumulation
     with log_progress("trying a part of the first batch"):
         _refuse(encoder, feed)
-        first = FirstBatches.of(encoder, feed, config, accelerator.process_index, num_batches)
+        first = FirstBatches.of(encoder, feed, config, accelerator, num_batches)
         if not first.negatives:
             raise InputError(
                 "no query of the first batches has a negative: their documents are all alike, or answer every query; "
@@ -86,7 +86,7 @@ def preflight(
         tokens = first.tokens * num_batches * processes
         table = {
             "learning": _learning(encoder, config),
-            "computed on": f"{encoder.device}, {processes} process(es), {torch.get_num_threads()} thread(s) each",
+            "computed on": f"{accelerator.device}, {processes} process(es), {torch.get_num_threads()} thread(s) each",
             "steps": _steps(feed, trainer, steps, tokens),
             "negatives": f"{first.negatives:.1f} a query of {_queries_and_candidates(feed)}",
             "texts": _texts(encoder, feed, sampled),

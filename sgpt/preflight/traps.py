@@ -1,5 +1,6 @@
 """What looks wrong in a run that can be trained: one sentence each, with what it does and what to do."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +14,12 @@ from sgpt.text.markers import ROLES, Frame, Role
 from sgpt.text.special_tokens import token_warnings
 from sgpt.text.tokens import TokenLists, content_ids
 
-SAMPLED = 256  # examples of the first batch whose texts are looked at
+SAMPLED = 256  # examples of the first batches whose texts are looked at
 
 
 @dataclass(frozen=True)
 class SampledTexts:
-    """Queries and positives of the first batch.
+    """Queries and positives of the first batches.
 
     rows: their token ids with what stands around them, uncut. truncated: share of each role's texts that are longer
     than their limit, 0 to 1.
@@ -31,12 +32,13 @@ class SampledTexts:
 
     @classmethod
     def of(cls, feed: Feed, tokenizer) -> "SampledTexts":
-        drawn = feed.drawn_examples(0, 0)[:SAMPLED]
+        batches = (feed.drawn_examples(number, 0) for number in range(math.ceil(SAMPLED / feed.queries_per_process)))
+        drawn = [*dict.fromkeys((source, example) for batch in batches for source, example, _ in batch)][:SAMPLED]
         texts: list[str] = []
         rows: TokenLists = []
         truncated: dict[Role, float] = {}
         for role in ROLES:
-            of_role, frames = zip(*(_text_of(feed, source, example, role) for source, example, _ in drawn), strict=True)
+            of_role, frames = zip(*(_text_of(feed, *number, role) for number in drawn), strict=True)
             contents = [*content_ids(of_role, tokenizer)]
             pairs = [*zip(contents, frames, strict=True)]
             truncated[role] = sum(len(ids) > frame.content_tokens for ids, frame in pairs) / len(pairs)

@@ -5,7 +5,6 @@ Nothing of it stays: gradients are dropped, random states put back, and freed me
 
 import time
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import psutil
 import torch
@@ -25,25 +24,33 @@ from sgpt.training.step import SavedBytes
 from sgpt.training.tuning import trainable_parameters
 
 SMALLER = 8  # the first trial is so many times smaller than a pack
-MOST_SECONDS = 3.0  # of a whole pack, as the first trial lets expect
+MOST_SECONDS = 2.0  # of a whole pack, as the first trial lets expect
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What one pack took.
+    """What one pack took, in seconds and bytes.
 
     positions: tokens, with the padding of trunks that need it. saved_bytes: what autograd kept for the backward pass.
-    peak_bytes: at the most, saved bytes included, on top of bytes_before.
+    kept_bytes: the same as the process had it: resident memory has holes, of half as much again on a CPU. peak_bytes:
+    the most, all of this included. gradient_bytes: of what learns, which do not grow with a pack. bytes_before: what
+    was there before, and is in none of the others.
     """
 
-    positions: int
+    positions: float
     forward_seconds: float
     backward_seconds: float
     saved_bytes: float
+    kept_bytes: float
     peak_bytes: float
+    gradient_bytes: float
     bytes_before: int
 
-    def of(self, positions: int) -> "Trial":
+    @property
+    def seconds(self) -> float:
+        return self.forward_seconds + self.backward_seconds
+
+    def of(self, positions: float) -> "Trial":
         """As a pack of so many positions would take."""
         times = positions / self.positions
         return replace(
@@ -52,7 +59,8 @@ class Trial:
             forward_seconds=times * self.forward_seconds,
             backward_seconds=times * self.backward_seconds,
             saved_bytes=times * self.saved_bytes,
-            peak_bytes=times * self.peak_bytes,
+            kept_bytes=times * self.kept_bytes,
+            peak_bytes=times * max(0.0, self.peak_bytes - self.gradient_bytes) + self.gradient_bytes,
         )
 
 
@@ -64,9 +72,9 @@ def positions_of(encoder: Encoder, pack: Pack) -> int:
 def try_pack(encoder: Encoder, batch: Batch, accelerator: Accelerator, run_positions: float) -> Trial:
     """The first pack of a batch, which holds its longest texts, forward and backward.
 
-    A part of it is computed first, which warms up and shows how long the whole will take: where that is more than
-    MOST_SECONDS and 2 % of the run, the part stands for it. run_positions: of the whole run on this process.
-    InputError where an embedding or a gradient is not finite.
+    A part of it is computed first, which shows how long the whole will take. Where that is more than MOST_SECONDS and
+    2 % of the run, the part stands for it. run_positions: of the whole run on this process. InputError where an
+    embedding or a gradient is not finite.
     """
     rows, _ = distinct([*batch.queries, *batch.documents])
     pack = next(encoder.packs(rows))
@@ -75,17 +83,12 @@ def try_pack(encoder: Encoder, batch: Batch, accelerator: Accelerator, run_posit
     was_training, states = encoder.training, random_states()
     encoder.train()
     try:
-        position_seconds = sum(_compute(encoder, part, accelerator).seconds) / positions_of(encoder, part)
-        is_short = position_seconds * size <= max(MOST_SECONDS, 0.02 * position_seconds * run_positions)
-        tried = pack if is_short else part
-        memory = _Memory(encoder.device)
-        computed = _compute(encoder, tried, accelerator)
-        peak_bytes = memory.peak_bytes()
-        if sum(computed.seconds) < MOST_SECONDS / 2:  # again, in memory that the process has by now, as later steps do
-            computed = _compute(encoder, tried, accelerator)
-        trial = Trial(
-            positions_of(encoder, tried), *computed.seconds, computed.saved_bytes, peak_bytes, memory.bytes_before
-        )
+        trial = _try(encoder, part, accelerator)
+        if trial.seconds < MOST_SECONDS:  # again: the first one warmed up
+            trial = _try(encoder, part, accelerator)
+        whole_seconds, run_seconds = trial.of(size).seconds, trial.of(run_positions).seconds
+        if whole_seconds <= max(MOST_SECONDS, 0.02 * run_seconds):
+            trial = _try(encoder, pack, accelerator)
         return trial.of(size)
     finally:
         restore_random_states(states)
@@ -93,52 +96,67 @@ def try_pack(encoder: Encoder, batch: Batch, accelerator: Accelerator, run_posit
         _free(encoder.device)  # what the run may keep is measured by what is free
 
 
-class _Computed(NamedTuple):
-    seconds: tuple[float, float]  # forward, backward
-    saved_bytes: int
+def _try(encoder: Encoder, pack: Pack, accelerator: Accelerator) -> Trial:
+    memory = _Memory(encoder.device)
+    trial = _compute(encoder, pack, accelerator, memory)
+    if trial.seconds < MOST_SECONDS / 2:  # again, in memory that the process has by now, as later steps do
+        again = _compute(encoder, pack, accelerator, memory)
+        trial = replace(trial, forward_seconds=again.forward_seconds, backward_seconds=again.backward_seconds)
+    return trial
 
 
-def _compute(encoder: Encoder, pack: Pack, accelerator: Accelerator) -> _Computed:
+def _compute(encoder: Encoder, pack: Pack, accelerator: Accelerator, memory: "_Memory") -> Trial:
+    """Forward and backward, from a gradient as large as that of a loss: each text is to be less like the next one."""
     started = _now(encoder.device)
     with accelerator.autocast(), SavedBytes(encoder.trunk) as saved:
         embeddings = encoder.embed_pack(pack)
     embedded = _now(encoder.device)
-    of_length_1 = unit(embeddings)
-    # a gradient as large as that of a loss over these texts: each is to be less like the next one
-    (20 * (of_length_1 * of_length_1.roll(1, 0)).sum(1).mean()).backward()
+    kept_bytes = memory.now() - memory.bytes_before
+    unit_length = unit(embeddings)
+    (20 * (unit_length * unit_length.roll(1, 0)).sum(1).mean()).backward()
     ended = _now(encoder.device)
+    peak_bytes = memory.peak() - memory.bytes_before
     parameters = trainable_parameters(encoder.trunk).values()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     for parameter in parameters:
         parameter.grad = None
     _refuse_not_finite(encoder, embeddings, gradients)
-    return _Computed((embedded - started, ended - embedded), saved.bytes)
+    return Trial(
+        positions=positions_of(encoder, pack),
+        forward_seconds=embedded - started,
+        backward_seconds=ended - embedded,
+        saved_bytes=saved.bytes,
+        kept_bytes=kept_bytes,
+        peak_bytes=peak_bytes,
+        gradient_bytes=sum(gradient.numel() * gradient.itemsize for gradient in gradients),
+        bytes_before=memory.bytes_before,
+    )
 
 
 class _Memory:
-    """Bytes that this process takes from here on: allocated on its GPU, else resident."""
+    """Bytes of this process: allocated on its GPU, else resident."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         _free(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.bytes_before, self.peak_before = self._now(), peak_memory_bytes(device)
+        self.bytes_before, self.peak_before = self.now(), peak_memory_bytes(device)
 
-    def _now(self) -> int:
+    def now(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         return psutil.Process().memory_info().rss
 
-    def peak_bytes(self) -> int:
-        """On top of what was there before.
+    def peak(self) -> int:
+        """The most since this was made.
 
-        On a CPU the system knows the peak since the process began. Where an earlier one hides it, what is resident now
-        stands for it, as a script keeps what it freed (sgpt/runtime/memory.py).
+        On a CPU the system knows the most since the process began. Where that was earlier, what is resident now stands
+        for it, as a script keeps what it freed (sgpt/runtime/memory.py).
         """
         peak = peak_memory_bytes(self.device)
         is_new = self.device.type == "cuda" or peak > self.peak_before
-        return (peak if is_new else self._now()) - self.bytes_before
+        return peak if is_new else self.now()
 
 
 def _free(device: torch.device) -> None:

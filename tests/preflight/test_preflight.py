@@ -31,6 +31,7 @@ from sgpt.training.trainer import TrainerConfig, train
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.starts import Start, free_port, start_all
 
+REPOSITORY = Path(__file__).parents[2]
 NONE = Sets([], [])
 EXAMPLES = [Example(f"what is {n}?", f"{n} is behind {n - 1}, and " * (1 + n % 3)) for n in range(64)]
 TRAINER = {"queries_per_process": 8, "log_every_steps": 1, "save_every_steps": 100}
@@ -235,53 +236,18 @@ def test_a_beginning_token_that_is_missing_or_double_is_warned_about(tiny_encode
 # memory and time
 
 
-MEASURE = """
-import json, sys
-from pathlib import Path
-from sgpt.runtime.memory import keep_freed_memory
-keep_freed_memory()
-import torch
-from accelerate import Accelerator
-from sgpt.data.feed.sampling import Feed
-from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
-from sgpt.encoder.contract import Contract
-from sgpt.encoder.encoder import Encoder
-from sgpt.evaluation.evaluate import Sets
-from sgpt.preflight.preflight import preflight
-from sgpt.training.config import TrainConfig
-from sgpt.training.log import peak_memory_bytes
-from sgpt.training.run_folder import RunFolder
-from sgpt.training.trainer import TrainerConfig, train
-from sgpt.training.tuning import TuningConfig, tune
-from sgpt.data.feed.example import Example
-from tests.preflight.test_preflight import made_feed
-folder, keep = sys.argv[1:]
-torch.set_num_threads(1)
-trainer = TrainerConfig(queries_per_process=32, max_steps=2, tokens_per_pack=1024, keep_gigabytes=float(keep))
-config = TrainConfig(model=ModelConfig("data/nano"), trainer=trainer)
-tokenizer = load_tokenizer("data/nano")
-contract = Contract("weighted_mean", config.markers, base="data/nano")
-encoder = Encoder(load_trunk(config.model), tokenizer, contract, tokens_per_pack=1024)
-encoder.trunk = tune(encoder.trunk, TuningConfig())
-feed = made_feed(encoder, [Example(f"what is {n}?", f"{n} is behind {n - 1}, " * (n % 20 + 5)) for n in range(64)], 32)
-told = preflight(encoder, feed, config, Accelerator(cpu=True), Sets([], []), Sets([], []))
-before = peak_memory_bytes(encoder.device)
-train(encoder, feed, Accelerator(cpu=True), RunFolder(Path(folder)), trainer, config.loss, config.optim, dict)
-print(json.dumps([told.forecast.peak_bytes, peak_memory_bytes(encoder.device), before, told.forecast.kept_share]))
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux tells it")
 @pytest.mark.parametrize("keep", [9, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_the_peak_of_memory_is_foretold(keep, tmp_path):
-    """In a process of its own. Most of the peak is there before the run, so its growth is compared as well."""
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(keep)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=200)
+    """In a process of its own."""
+    script = REPOSITORY / "benchmarks" / "preflight.py"
+    command = [sys.executable, str(script), "--pack=1024", "--steps=2", f"--keep={keep}"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
     assert ended.returncode == 0, ended.stderr
-    foretold, peak, before, kept = json.loads(ended.stdout.splitlines()[-1])
-    assert peak - before > 0.1e9 or keep < 1
-    assert foretold == pytest.approx(peak, rel=0.15)
-    assert (kept == 1) == (keep == 9)
+    told = json.loads(ended.stdout.splitlines()[-1])
+    assert told["measured_bytes"] - told["bytes_before"] > 0.1e9 or keep < 1
+    assert told["foretold_bytes"] == pytest.approx(told["measured_bytes"], rel=0.15)
+    assert (told["kept_share"] == 1) == (keep == 9)
 
 
 def test_a_part_stands_for_a_pack_that_takes_long(tiny_encoder, monkeypatch):
