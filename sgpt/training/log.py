@@ -17,6 +17,7 @@ from torch import Tensor
 from sgpt.evaluation.evaluate import Results
 from sgpt.runtime.distributed import from_main, gather
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import write_whole
 from sgpt.runtime.progress import clock, note_line_written
 from sgpt.training.checkpoint import TrainState
 from sgpt.training.loss import StepResult, batch_statistics
@@ -41,7 +42,7 @@ class MetricsLog:
             whole = [line for line in lines if line.endswith("\n")]  # a killed process may leave half of the last line
             numbered = enumerate(whole, start=1)
             kept = [line for number, line in numbered if _step_of(line, self.file, number) <= state.step]
-            self.file.write_text("".join(kept), encoding="utf-8")
+            write_whole(self.file, "".join(kept))
 
     def has_dev(self, step: int) -> bool:
         """Whether the dev sets were scored after this step. All processes call it."""

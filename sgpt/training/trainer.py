@@ -131,7 +131,7 @@ def train(
     """Trains the parameters that `tune` left learning, from the newest checkpoint of the run when there is one.
 
     evaluate: results on the dev sets, called every `evaluate_every_steps` on all processes.
-    Raises Interrupted, with the last step saved, after Ctrl-C or SIGTERM.
+    Raises Interrupted, with the last step saved, after Ctrl-C, SIGTERM or SIGUSR1.
     """
     check_feed(feed)
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -142,7 +142,7 @@ def train(
 
     torch.manual_seed(config.seed * 1_000_003 + rank)  # dropout differs by process
     state = TrainState(processes=processes)
-    if newest := checkpoint.latest(run.checkpoints):
+    if newest := checkpoint.newest_undamaged(run.checkpoints):
         state = checkpoint.load(newest, parameters, optimizer, schedule)
         log.info("resumed from %s", newest)
     keep_bytes = free_memory_bytes(encoder.device) / 2 if config.keep_gigabytes is None else config.keep_gigabytes * 1e9
