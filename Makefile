@@ -11,7 +11,7 @@ MANY = $(shell command -v nvidia-smi >/dev/null || echo ACCELERATE_USE_CPU=true)
 LAUNCH = $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(MANY))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train train-real test test-all test-machines smoke parity lint architecture nano smollm2 bench bench-full ablation clean
+.PHONY: help install train train-real test test-all test-machines torture smoke parity lint architecture nano smollm2 bench bench-full ablation clean
 
 help:           ## this list
 	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 20
@@ -33,6 +33,9 @@ test-all: $(BIN)/.installed-dev  ## the slow ones too
 test-machines: $(BIN)/.installed-dev  ## what is promised bit for bit, with other threads and other processors' instructions
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "bitwise and not slow and not gpu"
 	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -q -m "bitwise and not slow and not gpu"
+
+torture: $(BIN)/.installed-dev  ## 100 kills at random instants, each resumed and compared bit for bit; PROCESSES=2; typed again, it does the rest
+	$(BIN)/python benchmarks/torture.py --processes $(PROCESSES)
 
 parity: $(BIN)/.installed-dev  ## how equal the gradient is, whatever way it is computed: a table by family
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.test_gradient_parity

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sgpt.cli.failures import describe_failure
+from sgpt.cli.failures import describe_failure, describe_lost, lost_ranks, speaks_for
 from sgpt.runtime import interrupt, progress
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.memory import keep_freed_memory
@@ -203,8 +203,11 @@ def _interruptible(main: Callable[[DictConfig], None]) -> Callable[[DictConfig],
 
 def _end_interrupted(error: KeyboardInterrupt, *, resume: bool) -> None:
     """One line: what is kept, and the command that resumes."""
-    if os.environ.get("RANK", "0") == "0":
+    lost = interrupt.lost_before()
+    if speaks_for(lost):
         kept = str(error) or "what was finished is kept"
+        if lost:
+            kept = f"{describe_lost(lost)}; {kept}"
         again = "resume with" if resume or isinstance(error, interrupt.Interrupted) else "start again with"
         print(f"interrupted: {kept}; {again}: {interrupt.command_again(resume=resume)}", file=sys.stderr)
     sys.exit(interrupt.exit_code())
@@ -212,6 +215,11 @@ def _end_interrupted(error: KeyboardInterrupt, *, resume: bool) -> None:
 
 def _exit_with_sentence_or_traceback(error: BaseException, config: dict) -> None:
     """A sentence for what happened around us; the traceback of what is our own fault."""
+    if (lost := lost_ranks(error)) is not None:
+        if speaks_for(lost):
+            again = "start it again with resume=true" if "resume" in config else "start it again"
+            print(f"error: {describe_lost(lost)}; {again}", file=sys.stderr)
+        _end(2)
     if sentence := describe_failure(error, config):
         exit_with_error(sentence)
     traceback.print_exception(error)

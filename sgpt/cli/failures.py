@@ -8,7 +8,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_tb
@@ -19,6 +19,8 @@ OF_A_PATH = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENODEV, errno.ESTALE, errno.EIO,
     errno.ENOTEMPTY,
 }  # fmt: skip
+# gloo's and NCCL's, when a process at the other end is gone
+CONNECTION = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset|refused) by|Broken pipe", re.IGNORECASE)
 UNNAMED = -1  # a write that failed, of which the library does not say why
 # Rust's and Arrow's; Python's own have it as a number
 STATED_NUMBER = re.compile(r"\b(?:os error|errno) (\d+)|Os \{ code: (\d+)", re.IGNORECASE)
@@ -27,6 +29,7 @@ WRITING = re.compile(
     r"PytorchStreamWriter|inline_container.*unexpected pos|iostream error|\d+ requested and \d+ written"
 )
 UNFINISHED = re.compile(r"\.(.+)\.(?:lock|tmp|old|building)")  # next to what it is to become
+LOST_SECONDS = 2  # from the end of its connections to the end of a process
 NETWORK = {"requests", "httpx", "httpcore", "urllib3", "urllib", "aiohttp", "socket"}
 OURS = str(Path(__file__).parents[2])
 PRINTING = (
@@ -59,6 +62,35 @@ def describe_failure(error: BaseException, config: Mapping[str, Any]) -> str | N
                 f"{_first_line(cause)}; correct the YAML"
             )
     return None
+
+
+def lost_ranks(error: BaseException) -> list[int] | None:
+    """Ranks of the processes whose end is the reason for the error, [] of one on another machine.
+
+    None for any other error.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    causes = [cause for cause in _causes(error) if isinstance(cause, RuntimeError)]
+    if processes < 2 or not any(CONNECTION.search(str(cause)) for cause in causes):
+        return None
+    from sgpt.runtime.distributed import lost_processes
+
+    return lost_processes(patience=LOST_SECONDS)
+
+
+def describe_lost(ranks: Sequence[int]) -> str:
+    """The first half of a sentence."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if not ranks:
+        return f"one of {processes} processes, on another machine, has ended or cannot be reached"
+    named = " and ".join(map(str, ranks))
+    return f"rank {named} of {processes} processes has ended; if it gave no reason it was killed, as for want of memory"
+
+
+def speaks_for(ranks: Sequence[int]) -> bool:
+    """Whether this process, the first of those that are left, says that these have ended."""
+    own = int(os.environ.get("RANK", "0"))
+    return own == min(rank for rank in range(own + 1) if rank not in ranks)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -3,12 +3,14 @@
 import logging
 import os
 import re
+from contextlib import nullcontext
 from datetime import timedelta
 
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from sgpt.runtime import interrupt
+from sgpt.runtime.distributed import introduce_processes
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.provenance import set_threads
 from sgpt.training.config import TrainConfig
@@ -34,11 +36,13 @@ def accelerate(
     """Everything that is global to a process, set once."""
     check_tracker(tracker)
     _refuse_wrappers()
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no", log_with=tracker, project_dir=folder,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
-    )
+    with interrupt.ending_at_once() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext():
+        accelerator = Accelerator(  # which waits for the other processes
+            mixed_precision="bf16" if precision == "bf16" else "no", log_with=tracker, project_dir=folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+        )
     _check_processes(accelerator.num_processes)
+    introduce_processes()
     if accelerator.device.type == "cpu":
         # `accelerate launch` gives every CPU process one thread unless told otherwise
         set_threads(threads or max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))

@@ -7,9 +7,14 @@ of the one-process batch is then the mean over processes, provided that document
 or, worse, in direction.
 """
 
+import os
+import socket
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -94,6 +99,48 @@ def barrier() -> None:
     """Waits until all processes have come here."""
     if world()[1] > 1:
         dist.barrier()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A process of the run, and by what it is known on its machine."""
+
+    rank: int
+    host: str
+    pid: int
+    started: float
+
+
+_peers: list[Peer] = []
+
+
+def introduce_processes() -> None:
+    """All processes tell each other what they are, so that `lost_processes` can name those that have ended."""
+    if world()[1] > 1:
+        own = Peer(world()[0], socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        everyone: list = [None] * world()[1]
+        dist.all_gather_object(everyone, own)
+        _peers[:] = everyone
+
+
+def lost_processes(patience: float = 0.0) -> list[int]:
+    """Ranks of the processes that have ended on this machine; those of others cannot be asked.
+
+    patience: seconds until one is there, since its connections are closed before it has ended.
+    """
+    end = time.monotonic() + patience
+    here = [peer for peer in _peers if peer.host == socket.gethostname()]
+    while not (lost := [peer.rank for peer in here if _has_ended(peer)]) and time.monotonic() < end:
+        time.sleep(0.05)
+    return lost
+
+
+def _has_ended(peer: Peer) -> bool:
+    try:
+        process = psutil.Process(peer.pid)
+        return process.create_time() != peer.started or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -1,10 +1,11 @@
-"""Ctrl-C and SIGTERM: a training loop ends its step and saves it, anything else ends where it is.
+"""Ctrl-C, SIGTERM and SIGUSR1: a training loop ends its step and saves it, anything else ends where it is.
 
-A second press ends both at once.
+A second press ends both at once. SIGUSR1 is what schedulers send some time before they take the machine away.
 
 Files are written whole or not at all, and the part files of a job are cut back to their last whole line, so that work
 may end anywhere; a loop that keeps its state in memory asks
-`Stop.requested_anywhere` after each step. Exit codes are the shell's: 130 after Ctrl-C, 143 after SIGTERM.
+`Stop.requested_anywhere` after each step. Exit codes are the shell's: 130 after Ctrl-C, 143 after SIGTERM, 138 after
+SIGUSR1.
 """
 
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 SAME_PRESS_SECONDS = 1.5  # torchrun passes Ctrl-C on to processes that have had it from the terminal already
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")  # as a script, or as `python -m`
 Result = TypeVar("Result")
 
@@ -34,12 +36,14 @@ class _BrokenOff(KeyboardInterrupt):
 class _Asked:
     """Whether this process was asked to end, and how.
 
-    signum: of the first signal, None before it. at: when it came, by the monotonic clock. waits: a step is to be
-    finished first. command: as it was typed. stop: of the training loop under way.
+    signum: of the first signal, None before it. at: when it came, by the monotonic clock. lost: ranks that had ended by
+    then, for which launchers end the others. waits: a step is to be finished first. command: as it was typed.
+    stop: of the training loop under way.
     """
 
     signum: int | None = None
     at = 0.0
+    lost: Sequence[int] = ()
     waits = False
     command: Sequence[str] = ()
     stop: "Stop | None" = None
@@ -51,14 +55,14 @@ _asked = _Asked()
 @contextmanager
 def handling_signals() -> Iterator[None]:
     """Signals are heard as above while this lasts. Only a main thread can listen; elsewhere nothing changes."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     if threading.current_thread() is not threading.main_thread() or _hear in handlers.values():
         yield
         return
-    # A shell lets scripts in the background ignore Ctrl-C: that stays.
+    # A shell lets what a script starts in the background ignore Ctrl-C: that stays, and the others end it.
     heard = [signum for signum, handler in handlers.items() if handler != signal.SIG_IGN]
     before = {signum: signal.signal(signum, _hear) for signum in heard}
-    _asked.signum = None
+    _asked.signum, _asked.lost = None, ()
     _asked.command = typed_command()  # while the launcher is alive: it ends at a signal too
     try:
         yield
@@ -67,9 +71,24 @@ def handling_signals() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Inside, signals end this process as if nobody had listened: for waiting in C++, where Python hears none of them
+    until it is over, before there is anything to save.
+    """
+    heard = [signum for signum in SIGNALS if signal.getsignal(signum) is _hear]
+    for signum in heard:
+        signal.signal(signum, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for signum in heard:
+            signal.signal(signum, _hear)
+
+
 def _hear(signum: int, frame: object) -> None:
     if _asked.signum is None:
-        _asked.signum, _asked.at = signum, time.monotonic()
+        _asked.signum, _asked.at, _asked.lost = signum, time.monotonic(), _lost_processes()
         if not _asked.waits:
             raise KeyboardInterrupt
         _write("interrupted: the step under way is being finished and will be saved; Ctrl-C again ends at once")
@@ -86,6 +105,16 @@ def _write(sentence: str) -> None:
 
 def stop_requested() -> bool:
     return _asked.signum is not None
+
+
+def lost_before() -> Sequence[int]:
+    """Ranks of other processes of this machine that had ended before this one was asked to."""
+    return _asked.lost
+
+
+def _lost_processes() -> Sequence[int]:
+    distributed = sys.modules.get("sgpt.runtime.distributed")  # which imports torch
+    return distributed.lost_processes() if distributed else ()
 
 
 def exit_code() -> int:

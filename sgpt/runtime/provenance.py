@@ -30,6 +30,7 @@ Inputs = Mapping[str, str | int]  # name -> hash of the content, or a number
 VERSIONS = ("torch", "transformers", "tokenizers", "peft", "numpy", "accelerate", "datasets", "safetensors")
 COMPUTING = ("torch", "transformers", "tokenizers", "peft", "numpy")  # another version can give another result
 SHOWN = 12  # characters of a hash in messages
+EXACT_PROCESSES = "dropout and last bits belong to their number; several may share a machine or GPU"
 DISPATCH = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")  # choose other kernels
 
 
@@ -91,7 +92,8 @@ def _changed_inputs(before: Inputs, now: Inputs) -> list[str]:
         elif before[name] != now[name]:
             then_now = f"{str(before[name])[:SHOWN]} -> {str(now[name])[:SHOWN]}"
             is_number = isinstance(now[name], int)
-            changed.append(f"{name} {then_now}" if is_number else f"{name} has changed (hash {then_now})")
+            reason = f" ({EXACT_PROCESSES})" if name == "processes" else ""
+            changed.append(f"{name} {then_now}{reason}" if is_number else f"{name} has changed (hash {then_now})")
     return changed
 
 

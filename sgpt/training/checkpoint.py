@@ -4,12 +4,14 @@
                            optimizer.pt          AdamW's moments, the schedule
                            random-<rank>.pt      each process' random states
                            state.json            steps taken, micro-batches drawn, seconds, processes
+                           hashes.json           of the other files, which older versions do not have
 
 A checkpoint is written under a temporary name and renamed, and removed under one too: what is half there never looks
-whole. The frozen weights are not in it: they are the base's.
+whole. What the disk has damaged is seen by its hash. The frozen weights are not in it: they are the base's.
 """
 
 import json
+import logging
 import pickle
 import random
 import shutil
@@ -24,9 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sgpt.runtime.distributed import barrier, on_all, world
+from sgpt.runtime.distributed import barrier, from_main, on_all, world
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import remove_folder, replace_folder
+from sgpt.runtime.files import hash_of, remove_folder, replace_folder
+from sgpt.runtime.provenance import EXACT_PROCESSES
+
+log = logging.getLogger(__name__)
+HASHES = "hashes.json"
 
 
 @dataclass
@@ -60,7 +66,8 @@ def save(
     temporary = folder / f".step-{state.step}.tmp"
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-        temporary.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)  # not the folders around it: where they have gone, the disk has
+        temporary.mkdir()
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
         save_file(tensors, temporary / "trained.safetensors")
         torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, temporary / "optimizer.pt")
@@ -69,6 +76,8 @@ def save(
     torch.save(random_states(), temporary / f"random-{rank}.pt")
     barrier()  # it is whole
     if rank == 0:
+        hashes = {file.name: hash_of(file) for file in temporary.iterdir()}
+        (temporary / HASHES).write_text(json.dumps(hashes) + "\n")
         replace_folder(temporary, target)
         for old in whole_checkpoints(folder)[:-keep]:
             if _step(old) != state.best_step:
@@ -91,6 +100,48 @@ def best(folder: Path) -> Path | None:
         step = json.loads(file.read_text()).get("best_step", 0)
     chosen = folder / f"step-{step}"
     return chosen if chosen.is_dir() else newest
+
+
+def newest_undamaged(folder: Path) -> Path | None:
+    """The newest checkpoint whose files have their hashes, or None before the first. All processes call it.
+
+    A damaged one is told and put aside, as step-<n>.damaged; InputError where there is none before it.
+    """
+    return from_main(lambda: _newest_undamaged(folder))
+
+
+def _newest_undamaged(folder: Path) -> Path | None:
+    whole = whole_checkpoints(folder)
+    while whole:
+        newest = whole.pop()
+        problem = damage(newest)
+        if problem is None:
+            return newest
+        if not whole:
+            raise InputError(f"{problem}; {_remedy(newest)}")
+        aside = newest.with_name(f"{newest.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        newest.rename(aside)
+        log.warning("%s; it is put aside as %s, and %s is used instead", problem, aside.name, whole[-1].name)
+    return None
+
+
+def damage(checkpoint: Path, *names: str) -> str | None:
+    """What is wrong with these files of a checkpoint, or all of them, by their hashes.
+
+    None where nothing is, and where an older version kept no hashes.
+    """
+    file = checkpoint / HASHES
+    try:
+        hashes = {**json.loads(file.read_text())}
+        for name in names or hashes:
+            if hash_of(checkpoint / name) != hashes[name]:
+                return f"{checkpoint / name} is damaged (its hash has changed)"
+    except FileNotFoundError as error:
+        return None if error.filename == str(file) else f"{error.filename} is missing"
+    except (ValueError, TypeError, KeyError):
+        return f"{file} is damaged"
+    return None
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -125,7 +176,7 @@ def _load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, s
     if state.processes != processes:
         raise InputError(
             f"{checkpoint}: saved by {state.processes} processes, resumed with {processes}; "
-            "start as many, since batches and random states belong to them"
+            f"start as many: {EXACT_PROCESSES}"
         )
     load_parameters(checkpoint / "trained.safetensors", parameters)
     with _undamaged(checkpoint / "optimizer.pt") as file:
@@ -146,16 +197,22 @@ DAMAGE = (  # what the readers raise, whatever a file was cut or changed to
 
 @contextmanager
 def _undamaged(file: Path) -> Iterator[Path]:
-    """InputError for what reading a file of a checkpoint raises when it is cut, changed or not there."""
+    """InputError for a file of a checkpoint whose hash has changed, and for what reading it raises."""
+    if problem := damage(file.parent, file.name):
+        raise InputError(f"{problem}; {_remedy(file.parent)}")
     try:
         yield file
     except InputError:
         raise
     except DAMAGE as error:
         problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({type(error).__name__})"
-        others = [folder for folder in whole_checkpoints(file.parent.parent) if folder != file.parent]
-        instead = f"{others[-1].name} is used instead" if others else "training starts from the base again"
-        raise InputError(f"{file} {problem}; remove the folder {file.parent} and resume: {instead}") from None
+        raise InputError(f"{file} {problem}; {_remedy(file.parent)}") from None
+
+
+def _remedy(checkpoint: Path) -> str:
+    others = [folder for folder in whole_checkpoints(checkpoint.parent) if folder != checkpoint]
+    instead = f"{others[-1].name} is used instead" if others else "training starts from the base again"
+    return f"remove the folder {checkpoint} and resume: {instead}"
 
 
 @torch.no_grad()

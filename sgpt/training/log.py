@@ -17,6 +17,7 @@ from torch import Tensor
 from sgpt.evaluation.evaluate import Results
 from sgpt.runtime.distributed import gather
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import write_whole
 from sgpt.runtime.progress import clock, note_line_written
 from sgpt.training.checkpoint import TrainState
 from sgpt.training.health import batch_statistics, collapse_alarm
@@ -49,7 +50,7 @@ class MetricsLog:
                 if line["step"] <= last:
                     kept.append(text)
                     self.has_alarm |= "alarm" in line
-            self.file.write_text("".join(kept), encoding="utf-8")
+            write_whole(self.file, "".join(kept))
 
     def count(self, queries: int, tokens: int, seconds: float) -> None:
         """Adds what a step of this process took."""

@@ -170,7 +170,8 @@ def train(
 
     evaluate: results on the dev sets, the same on all processes, called every `evaluate_every_steps` on all of them.
     In the end the parameters are those of the best step by `keep_best`, which the state names, else of the last.
-    Raises Interrupted, with the last step saved, after Ctrl-C or SIGTERM; InputError where a gradient is no number.
+    Raises Interrupted, with the last step saved, after Ctrl-C, SIGTERM or SIGUSR1; InputError where a gradient is no
+    number.
     """
     check_feed(feed)
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -181,7 +182,7 @@ def train(
 
     torch.manual_seed(config.seed * 1_000_003 + rank)  # dropout differs by process
     state = TrainState(processes=processes)
-    if newest := checkpoint.latest(run.checkpoints):
+    if newest := checkpoint.newest_undamaged(run.checkpoints):
         state = checkpoint.load(newest, parameters, optimizer, schedule)
         log.info("resumed from %s", newest)
     keep_bytes = config.keep_bytes(encoder.device)

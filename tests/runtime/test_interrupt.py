@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM, sent to scripts as users start them: saved, one line that says how to resume, the shell's exit
-code, the same run.
+"""Ctrl-C, SIGTERM and SIGUSR1, sent to scripts as users start them: saved, one line that says how to resume, the
+shell's exit code, the same run.
 """
 
 import json
@@ -61,6 +61,9 @@ def ended(folder) -> dict[str, Ended]:
         "two": interrupted("two", signal.SIGINT, port=free_port()),
         "two, resumed": Start(training("two", "resume=true"), port=free_port()),
         "asked": Start(["run=runs/whole", "corpus=toy"], ("9-0.out", 1), None, signal.SIGINT, "search"),
+        "pre-empted": interrupted("pre-empted", signal.SIGUSR1),
+        "one killed": Start(training("one-killed"), ("runs/one-killed/metrics.jsonl", 6), free_port()),
+        "one killed, resumed": Start(training("one-killed", "resume=true"), port=free_port()),
     })  # fmt: skip
 
 
@@ -117,6 +120,27 @@ def test_a_terminated_run_is_saved_too(ended, folder):
         r"^interrupted: step (\d+) of \d+ is saved; resume with: ", ended["terminated"].err, flags=re.MULTILINE
     )[1]
     assert latest(folder / "runs" / "terminated" / "checkpoints").name == f"step-{step}"
+
+
+def test_a_pre_empted_run_is_saved_with_an_exit_code_of_its_own(ended, folder):
+    assert ended["pre-empted"].codes == [128 + signal.SIGUSR1], ended["pre-empted"].err
+    last = ended["pre-empted"].err.splitlines()[-1]
+    step = re.match(r"interrupted: step (\d+) of \d+ is saved; resume with: ", last)[1]
+    assert [path.name for path in (folder / "runs" / "pre-empted" / "checkpoints").iterdir()] == [f"step-{step}"]
+
+
+def test_where_one_process_is_killed_the_other_ends_and_names_it(ended, folder):
+    """And none of them waits: two have six hours for each other."""
+    assert ended["one killed"].codes == [-signal.SIGKILL, 2]
+    number = [*ended].index("one killed")
+    told = (folder / f"{number}-1.err").read_text().splitlines()[-1]
+    assert told == (
+        "error: rank 0 of 2 processes has ended; if it gave no reason it was killed, as for want of memory; start it "
+        "again with resume=true"
+    )
+    assert ended["one killed, resumed"].codes == [0, 0], ended["one killed, resumed"].err
+    assert checkpoint(folder, "one-killed") == checkpoint(folder, "two-whole")
+    assert log_lines(folder, "one-killed") == log_lines(folder, "two-whole")
 
 
 def test_a_second_press_ends_at_once_and_the_echo_of_the_first_does_not(ctrl_c):

@@ -112,7 +112,7 @@ def test_a_run_is_not_resumed_on_another(name, started):
 def test_a_run_is_not_resumed_by_another_number_of_processes_or_threads(started):
     assert started["two processes"].codes == [2, 2], started["two processes"].err
     expected = (
-        "runs/killed was started with other inputs or in another environment: processes 1 -> 2"
+        "runs/killed was started with other inputs or in another environment: processes 1 -> 2 (dropout and last bits "
     )
     assert expected in started["two processes"].err
     assert started["other threads"].codes == [2]
@@ -131,7 +131,7 @@ def recorded(**changed) -> dict:
     ("changed", "inputs", "said"),
     [
         ({}, {"data": "b", "processes": 2}, r"data has changed \(hash a -> b\)"),
-        ({}, {"data": "a", "processes": 3}, "processes 2 -> 3"),
+        ({}, {"data": "a", "processes": 3}, r"processes 2 -> 3 \(dropout"),
         ({}, {"data": "a", "processes": 2, "test set": "c"}, "test set was no input and is one now"),
         ({}, {"processes": 2}, "data was an input and is none now"),
         ({"threads": 99}, {"data": "a", "processes": 2}, r"threads 99 -> \d+"),

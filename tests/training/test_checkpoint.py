@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sgpt.runtime.errors import InputError
-from sgpt.training.checkpoint import TrainState, latest, load, save
+from sgpt.training.checkpoint import HASHES, TrainState, latest, load, newest_undamaged, save
 from sgpt.training.optim import OptimConfig, build_optimizer, build_schedule
 
 # Forks of a server that has never computed: a fork of the tests' own process may wait for ever for OpenMP threads that
@@ -24,7 +25,7 @@ from sgpt.training.optim import OptimConfig, build_optimizer, build_schedule
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["sgpt.training.checkpoint", "sgpt.training.optim"])
 
-FILES = {"trained.safetensors", "optimizer.pt", "random-0.pt", "state.json"}
+FILES = {"trained.safetensors", "optimizer.pt", "random-0.pt", "state.json", "hashes.json"}
 
 
 def parts(numbers: int = 5, seed: int = 0):
@@ -121,6 +122,7 @@ def test_another_number_of_processes_is_refused(tmp_path):
     save(tmp_path, *parts(), TrainState(step=1, processes=1), keep=1)
     file = tmp_path / "step-1" / "state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"processes": 2}))
+    (tmp_path / "step-1" / HASHES).unlink()
     with pytest.raises(InputError, match=r"step-1: saved by 2 processes, resumed with 1; start as many"):
         load(tmp_path / "step-1", *parts())
 
@@ -136,11 +138,19 @@ def test_other_parameters_are_refused(tmp_path):
         load(tmp_path / "step-1", parameters, optimizer, schedule)
 
 
+def flip(file: Path) -> None:
+    """One bit of the last number, as a disk may: no reader complains of that."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 DAMAGES = {
     "optimizer.pt cut": ("optimizer.pt", lambda file: file.write_bytes(file.read_bytes()[:-300])),
     "optimizer.pt empty": ("optimizer.pt", lambda file: file.write_bytes(b"")),
     "optimizer.pt of something else": ("optimizer.pt", lambda file: torch.save([1, 2], file)),
     "optimizer.pt with one byte changed": ("optimizer.pt", lambda file: file.write_bytes(b"x" + file.read_bytes()[1:])),
+    "trained.safetensors with one bit flipped": ("trained.safetensors", lambda file: flip(file)),
     "random-0.pt missing": ("random-0.pt", lambda file: file.unlink()),
     "random-0.pt cut": ("random-0.pt", lambda file: file.write_bytes(file.read_bytes()[:100])),
     "trained.safetensors cut": ("trained.safetensors", lambda file: file.write_bytes(file.read_bytes()[:-4])),
@@ -167,6 +177,52 @@ def test_a_damaged_checkpoint_is_refused_by_its_file_and_the_one_before_takes_it
         load(latest(tmp_path), *parts())
     shutil.rmtree(tmp_path / "step-8")
     assert load(latest(tmp_path), *parts()).step == 4
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_newest_checkpoint_is_told_put_aside_and_the_one_before_is_used(name, damage, tmp_path, caplog):
+    for number in (4, 8):
+        save(tmp_path, *parts(), TrainState(step=number), keep=2)
+    damage(tmp_path / "step-8" / name)
+    assert newest_undamaged(tmp_path) == tmp_path / "step-4"
+    assert re.search(
+        rf"step-8/{name} is (damaged \(its hash has changed\)|missing); it is put aside as step-8\.damaged, and step-4 "
+        "is used instead", caplog.text
+    )  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"step-4", "step-8.damaged"}
+    save(tmp_path, *parts(), TrainState(step=8), keep=1)
+    assert newest_undamaged(tmp_path) == tmp_path / "step-8"
+
+
+def test_where_no_checkpoint_is_whole_training_does_not_begin_again_by_itself(tmp_path):
+    for number in (4, 8):
+        save(tmp_path, *parts(), TrainState(step=number), keep=2)
+        flip(tmp_path / f"step-{number}" / "optimizer.pt")
+    refusal = r"step-4/optimizer\.pt is damaged .*; remove the folder .*step-4 and resume: training starts from"
+    with pytest.raises(InputError, match=refusal):
+        newest_undamaged(tmp_path)
+    assert (tmp_path / "step-4").is_dir()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"optimizer.pt": 4}'])
+def test_hashes_that_are_damaged_themselves_are_damage(content, tmp_path, caplog):
+    for number in (4, 8):
+        save(tmp_path, *parts(), TrainState(step=number), keep=2)
+    (tmp_path / "step-8" / HASHES).write_text(content)
+    assert newest_undamaged(tmp_path) == tmp_path / "step-4"
+    assert "is damaged" in caplog.text
+
+
+def test_a_checkpoint_of_a_version_without_hashes_is_resumed(tmp_path):
+    save(tmp_path, *parts(), TrainState(step=4), keep=2)
+    (tmp_path / "step-4" / HASHES).unlink()
+    assert load(newest_undamaged(tmp_path), *parts()).step == 4
+
+
+def test_nothing_is_saved_where_the_run_folder_has_gone(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        save(tmp_path / "gone" / "checkpoints", *parts(), TrainState(step=4), keep=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_shape_of_another_model_is_refused(tmp_path):

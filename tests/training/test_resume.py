@@ -145,6 +145,53 @@ def test_the_uninterrupted_run_itself_is_the_same_twice_and_dropout_was_on(tiny_
     assert [line["loss"] for line in lines(tmp_path / "still") if "loss" in line] != one
 
 
+@pytest.mark.bitwise
+def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_one_before(tiny_encoder, tmp_path, caplog):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    trained(whole, fresh_encoder(tiny_encoder, "bitfit"))
+    with pytest.raises(Stopped):
+        trained(stopped, fresh_encoder(tiny_encoder, "bitfit"), stop_after=5)
+    file = stopped / "checkpoints" / "step-4" / "trained.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    trained(stopped, fresh_encoder(tiny_encoder, "bitfit"))
+    assert "step-4/trained.safetensors is damaged" in caplog.text
+    assert "step-2 is used instead" in caplog.text
+    one, other = (run / "checkpoints" / f"step-{STEPS}" / "trained.safetensors" for run in (whole, stopped))
+    assert one.read_bytes() == other.read_bytes()
+    assert [line["loss"] for line in lines(stopped) if "loss" in line] == [
+        line["loss"] for line in lines(whole) if "loss" in line
+    ]
+
+
+def test_where_the_file_system_vanishes_nothing_is_written_in_its_place_and_the_run_resumes(tiny_encoder, tmp_path):
+    """As with a disk that is unmounted: the folder around it is there, and empty."""
+    trained(tmp_path / "whole", fresh_encoder(tiny_encoder, "bitfit"))
+    folder, elsewhere, encoder = tmp_path / "run", tmp_path / "elsewhere", fresh_encoder(tiny_encoder, "bitfit")
+    folder.mkdir()
+    taken = []
+
+    def evaluate() -> dict:
+        taken.append(1)
+        if len(taken) == 5:
+            folder.rename(elsewhere)
+        return {"toy": {"ndcg@10": 0.5}}
+
+    config = TrainerConfig(
+        queries_per_process=8, epochs=2, max_steps=STEPS, log_every_steps=1, save_every_steps=2, evaluate_every_steps=1
+    )
+    feed, optim = feed_of(EXAMPLES, encoder, 8), OptimConfig(learning_rate=1e-2)
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
+        train(encoder, feed, Accelerator(cpu=True), RunFolder(folder), config, LossConfig(), optim, evaluate)
+    assert not folder.exists()
+    elsewhere.rename(folder)
+    assert checkpoint.newest_undamaged(folder / "checkpoints").name == "step-4"
+    trained(folder, fresh_encoder(tiny_encoder, "bitfit"))
+    one, other = (
+        tmp_path / name / "checkpoints" / f"step-{STEPS}" / "trained.safetensors" for name in ("whole", "run")
+    )
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_a_half_written_last_line_is_dropped(tiny_encoder, tmp_path):
     with pytest.raises(Stopped):
         trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), stop_after=3)

@@ -18,14 +18,16 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import multiprocessing
+import os
 import re
 import sys
 import sysconfig
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -125,7 +127,7 @@ def harvest(packages: dict[str, list[Path]]) -> list[Documented]:
     kept: list[Documented] = []
     order = sorted(packages)
     with (
-        ProcessPoolExecutor(mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool,
         progress_bar("reading docstrings", len(order)) as advance,
     ):
         for of_package in pool.map(_documented_in, order, (packages[name] for name in order)):
@@ -136,6 +138,16 @@ def harvest(packages: dict[str, list[Path]]) -> list[Documented]:
                     seen |= keys
                     kept.append(one)
     return sorted(kept, key=lambda one: one.name)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _documented_in(package: str, files: list[Path]) -> list[Documented]:
