@@ -425,7 +425,8 @@ def test_bad_input_ends_with_one_sentence_and_code_2_and_leaves_no_run_folder(na
     assert ended.code == 2, ended.err
     assert ended.out == ""
     # what will be done comes first, and how columns are read
-    assert re.fullmatch(rf"(.* is trained on .*\n)?(.*: query from .*\n)?error: .*({BAD_TRAINING[name][1]}).*\n", ended.err), ended.err
+    said_before = r"(.* is trained on .*\n)?(.*: query from .*\n)?"
+    assert re.fullmatch(rf"{said_before}error: .*({BAD_TRAINING[name][1]}).*\n", ended.err), ended.err
     assert not (project / "runs" / "bad").exists()
     assert not list((project / "data" / "cache").glob(".*"))
 

@@ -126,7 +126,8 @@ def test_a_pre_empted_run_is_saved_with_an_exit_code_of_its_own(ended, folder):
     assert ended["pre-empted"].codes == [128 + signal.SIGUSR1], ended["pre-empted"].err
     last = ended["pre-empted"].err.splitlines()[-1]
     step = re.match(r"interrupted: step (\d+) of \d+ is saved; resume with: ", last)[1]
-    assert [path.name for path in (folder / "runs" / "pre-empted" / "checkpoints").iterdir()] == [f"step-{step}"]
+    saved = {path.name for path in (folder / "runs" / "pre-empted" / "checkpoints").iterdir()}
+    assert f"step-{step}" in saved  # next to the best one so far
 
 
 def test_where_one_process_is_killed_the_other_ends_and_names_it(ended, folder):
