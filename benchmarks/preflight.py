@@ -109,11 +109,13 @@ def compared(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     learning = trainable_parameters(encoder.trunk).values()
     untrained = [value.detach().clone() for value in learning]  # as a run keeps them
     state = train(encoder, feed, accelerator, RunFolder(folder), trainer, config.loss, config.optim, dict)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "foretold_bytes": foretold.forecast.peak_bytes,
         "measured_bytes": peak_memory_bytes(encoder.device),
         "bytes_before": before,
-        "kept_share": foretold.forecast.kept_share,
+        "foretold_kept_share": foretold.forecast.kept_share,
+        "measured_kept_share": lines[-1]["kept_share"],
         "foretold_seconds": foretold.steps * foretold.forecast.step_seconds,
         "measured_seconds": state.seconds,
         "trial_seconds": trial_seconds,

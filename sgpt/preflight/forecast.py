@@ -96,16 +96,20 @@ def forecast(
     keep_bytes, free_bytes = trainer.keep_bytes(device), free_memory_bytes(device)  # before the trial takes some
     trial = on_all(lambda: try_pack(encoder, first.largest, accelerator, first.positions * num_batches))
 
-    batch_bytes = trial.of(first.largest_positions).saved_bytes
-    kept_share = min(1.0, keep_bytes / max(1.0, batch_bytes))
-    others = max(0.0, kept_share * first.largest_positions - trial.positions)  # of positions kept in other packs
+    kept = float(first.largest_positions)
+    if keep_bytes < trial.of(kept).saved_bytes:
+        kept = keep_bytes // trial.saved_bytes * trial.positions  # whole packs
+    kept_share = kept / first.largest_positions
+    others = trial.of(max(0.0, kept - trial.positions)).kept_bytes  # besides the pack under way
+    if kept_share < 1:  # a pack that is computed again does not fit into the holes that it left the first time
+        others += trial.kept_bytes - trial.saved_bytes
     trained = sum(value.numel() * value.itemsize for value in trainable_parameters(encoder.trunk).values())
     # AdamW's two moments and the values before training; the reduction over processes, and on a GPU AdamW's update of
     # all tensors at once, take a copy each
     copies = 3 + (accelerator.num_processes > 1) + (device.type == "cuda")
     queries, r = len(first.largest.queries), first.largest.documents_per_query
     scores = min(queries * queries * r * accelerator.num_processes, SCORES_AT_A_TIME)
-    added = trial.peak_bytes + trial.of(others).kept_bytes + copies * trained + SCORE_COPIES * 4 * scores
+    added = trial.peak_bytes + others + copies * trained + SCORE_COPIES * 4 * scores
 
     forward_seconds, backward_seconds = (
         seconds / trial.positions for seconds in (trial.forward_seconds, trial.backward_seconds)

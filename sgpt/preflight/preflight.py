@@ -16,6 +16,7 @@ from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.evaluate import Sets
 from sgpt.preflight.forecast import FirstBatches, Forecast, forecast
 from sgpt.preflight.traps import SampledTexts, trap_warnings
+from sgpt.runtime.distributed import world
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import clock, log_progress
 from sgpt.text.markers import ROLES, Role
@@ -84,9 +85,10 @@ def preflight(
         expected = forecast(encoder, first, config, accelerator, num_batches)
         sampled = SampledTexts.of(feed, encoder.tokenizer)
         tokens = first.tokens * num_batches * processes
+        device, threads = accelerator.device.type, torch.get_num_threads()
         table = {
             "learning": _learning(encoder, config),
-            "computed on": f"{accelerator.device}, {processes} process(es), {torch.get_num_threads()} thread(s) each",
+            "computed on": f"{device}, {processes} process(es), {threads} thread(s) each",
             "steps": _steps(feed, trainer, steps, tokens),
             "negatives": f"{first.negatives:.1f} a query of {_queries_and_candidates(feed)}",
             "texts": _texts(encoder, feed, sampled),
@@ -181,9 +183,9 @@ def _time(
     """Of all steps, and of the evaluations by the model alone."""
     training_seconds = steps * expected.step_seconds
     line = f"about {clock(training_seconds)} of training, {tokens / training_seconds:,.0f} tokens/s"
-    times_dev = steps // trainer.evaluate_every_steps if trainer.evaluate_every_steps else 0
-    for sets, purpose, times in ((tests, "test", 2), (dev, "dev", times_dev)):
-        seconds = _tokens_of(encoder, sets) * expected.forward_seconds
+    times_dev = sum(trainer.evaluates_after(step, steps) for step in range(1, steps + 1))
+    for sets, purpose, times, processes in ((tests, "test", 2, 1), (dev, "dev", times_dev, world()[1])):
+        seconds = _tokens_of(encoder, sets) * expected.forward_seconds / processes
         if seconds and times:
             line += f"; {times} evaluations on the {purpose} sets, about {clock(seconds)} each"
     return line
