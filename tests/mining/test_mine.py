@@ -455,9 +455,9 @@ def test_the_script_ends_with_a_table_and_refuses_in_one_sentence(started):
     assert re.search(r"negative scores, median .*\d\.\d", ended["model"].out)
     assert re.search(r"report +model\.report\.html", ended["model"].out)
     assert ended["model again"].codes == ended["no model"].codes == [2]
-    assert ended[
-        "model again"
-    ].err == "error: model.jsonl exists; resume with resume=true, or set output=<another file>\n"
+    announced, refused = ended["model again"].err.splitlines()
+    assert announced == "model.jsonl: hard negatives are mined for the queries of toy, ranked by base"
+    assert refused == "error: model.jsonl exists; resume with resume=true, or set output=<another file>"
     assert ended["no model"].err == "error: source=model needs model=<path>\n"
     assert ended["model not resumed"].err == (
         "error: killed.jsonl is unfinished, see killed.jsonl.manifest.json; resume with resume=true, or set "
