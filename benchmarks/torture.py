@@ -22,6 +22,7 @@ done is a line of <folder>/trials.jsonl and not repeated: the same command again
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import json
 import os
@@ -113,6 +114,7 @@ class Ended:
 
 def become(folder: str, arguments: list[str], kill: dict | None, trace: bool) -> None:
     """Runs the script, watched; `folder` gets what the one who waits for it reads."""
+    faulthandler.enable()
     rank = int(os.environ.get("RANK", "0"))
     Path(folder, f"pid-{rank}").write_text(str(os.getpid()))
     if rank == 0:
@@ -253,10 +255,12 @@ class Starts:
                 failed = now
             if failed and alive and not self.launcher and not asked and now > failed + LAUNCHER_NOTICES:
                 asked = True
-                for child in alive:
-                    os.kill(child, signal.SIGTERM)
+                each(alive, signal.SIGTERM)
             patience = 2 * LAUNCHER_KILLS if self.launcher else LAUNCHER_KILLS
             if alive and (now > started + LONGEST_START or (failed and now > failed + patience)):
+                if not hung:  # it says where it stands, if it still can
+                    each(alive, signal.SIGABRT)
+                    time.sleep(1)
                 hung = True
                 kill_tree(alive)
             time.sleep(0.002)
@@ -285,6 +289,11 @@ def import_everything() -> None:
     import sgpt.encoder.export
     import sgpt.report.run
     import sgpt.training.trainer  # noqa: F401
+
+
+def each(processes: list[int], signum: int) -> None:
+    for process in processes:
+        os.kill(process, signum)
 
 
 def kill_tree(processes: list[int]) -> None:
@@ -433,10 +442,9 @@ class Torture:
             if not ended.killed:
                 break
             one = {"row": kill.row, "others": ended.others}
-            if ended.others is not None:
-                one["named"] = (
-                    f"rank {kill.rank} of {self.starts.processes} processes has ended" in said(folder).read_text()
-                )
+            if ended.others is not None:  # by ours, or by torchrun before they knew each other
+                names = rf"rank {kill.rank} of \d+ processes has ended|exitcode: -9\) local_rank: {kill.rank} "
+                one["named"] = re.search(names, said(folder).read_text()) is not None
             kills.append(one)
             kill = self.at_any_time(chance, False) if len(kills) < planned else None
         lost = any(ended.codes)
