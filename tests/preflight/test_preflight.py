@@ -251,6 +251,14 @@ def test_the_peak_of_memory_is_foretold(keep, tmp_path):
     assert (told["measured_kept_share"] == 1) == (keep == 9)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is what getrusage says")
+def test_the_peak_of_memory_is_not_that_of_the_process_that_started_this_one():
+    ballast = bytearray(1) * 1_000_000_000  # resident while the other one starts
+    code = "import torch, sgpt.training.log as log; print(log.peak_memory_bytes(torch.device('cpu')))"
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=100)
+    assert int(started.stdout) < len(ballast), started.stderr
+
+
 def test_a_part_stands_for_a_pack_that_takes_long(tiny_encoder, monkeypatch):
     """The same tokens, and memory in proportion; bytes that autograd keeps are counted, not timed."""
     encoder = tuned(tiny_encoder)
