@@ -115,8 +115,10 @@ class StudyConfig:
 
 def check_training(composed: Mapping) -> None:
     """InputError when runs of this configuration would leave nothing to compare. composed: of one trial."""
-    if not composed["dev"]["retrieval"] and not composed["dev"]["sts"]:
-        raise InputError("no dev set decides between the trials; add dev.retrieval=[…] or dev.sts=[…] to overrides")
+    if not any(composed["dev"][kind] for kind in ("retrieval", "sts", "pairs")):
+        raise InputError(
+            "no dev set decides between the trials; add dev.retrieval=[…], dev.sts=[…] or dev.pairs=[…] to overrides"
+        )
     if not composed["trainer"]["evaluate_every_steps"]:
         raise InputError("trainer.evaluate_every_steps is 0, so no trial is scored; set it in overrides")
 

@@ -218,6 +218,7 @@ def test_what_no_trial_could_be_scored_by_is_said_before_the_first():
         check_training(composed)
     with pytest.raises(InputError, match=r"no dev set decides between the trials"):
         check_training(compose_training(["data.path=x", "trainer.evaluate_every_steps=1"]))
+    check_training(compose_training(["data.path=x", "trainer.evaluate_every_steps=1", "dev.pairs=[own.csv]"]))
     with pytest.raises(InputError, match=r"optim.learning_rat=1: there is no key .*did you mean optim.learning_rate"):
         compose_training(["experiment=pydocs", "optim.learning_rat=1"])
 
