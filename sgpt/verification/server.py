@@ -163,8 +163,9 @@ def _vectors(
             continue
         taken = asked
         if vectors is None:
-            taken = [row for row in asked if len(asked) > 1 and ask([row]) is not None]
-            refused.update({*asked} - {*taken})
+            alone = {row: ask([row]) for row in asked} if len(asked) > 1 else {}
+            taken = [row for row, one in alone.items() if one is not None and one is not _NO_ANSWER]
+            refused.update(row for row in asked if alone.get(row) is None)
             vectors = vectors_of(taken) if taken else answered[0]
         rows += taken
         answered.append(vectors)
