@@ -245,7 +245,7 @@ def test_the_peak_of_memory_is_foretold(keep, tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout.splitlines()[-1])
-    assert told["measured_bytes"] - told["bytes_before"] > 0.03e9 or keep < 1
+    assert told["measured_bytes"] - told["bytes_before"] > 0.1e9 or keep < 1
     assert told["foretold_bytes"] == pytest.approx(told["measured_bytes"], rel=0.15)
     assert told["foretold_kept_share"] == pytest.approx(told["measured_kept_share"], abs=0.1)
     assert (told["measured_kept_share"] == 1) == (keep == 9)

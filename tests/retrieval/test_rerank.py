@@ -191,7 +191,10 @@ def test_the_script_refuses_in_one_sentence(started):
     assert ended["no slot"].err.startswith("error: prompt='what is it' is no name of A, B")
     assert ended["no slot"].err.count("\n") == 1
     assert ended["no run"].codes == [2, 2]
-    assert ended["no run"].err.splitlines()[-1] == "error: trec=nowhere: no such file; check the path"
+    assert ended["no run"].err == (
+        "x.trec: what nowhere ranks for the queries of toy is scored by base, on cpu:0\n"
+        "error: trec=nowhere: no such file; check the path\n"
+    )
 
 
 def test_any_first_stage(toy, language_model, tiny_base, tmp_path):
