@@ -18,7 +18,7 @@ import datasets
 import huggingface_hub
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -955,6 +955,7 @@ def test_written_json_lines_come_back(table, gzipped, escaped, tmp_path):
 
 @FEW
 @given(table=tables(TEXTS), quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+@example(table=[{"query": " ", "positive": '\t"'}], quoting=csv.QUOTE_MINIMAL)  # a blank and a quote within quotes
 def test_written_csv_comes_back(table, quoting, tmp_path):
     with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as out:
         writer = csv.DictWriter(out, ["query", "positive"], quoting=quoting)

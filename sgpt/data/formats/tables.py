@@ -104,8 +104,8 @@ def _csv_records(file: Path, separator: str, skip: int = 0) -> Iterator[tuple[in
     # of the process; 128 KB else, and documents are longer
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     blanks = _has_blanks_before_quotes(file, separator, skip)
-    for number, fields in _csv_parsed(file, separator, skip, blanks):
-        if not blanks and (odd := _quoted_behind_blanks(fields)):
+    for number, fields, written in _csv_parsed(file, separator, skip, blanks):
+        if not blanks and (odd := _quoted_behind_blanks(fields, written, separator)):
             yield number, InputError(
                 f"{file}, line {number}: a quote behind a blank, {shown(odd)}; "
                 "take the blanks between separators and quotes away"
@@ -117,19 +117,24 @@ def _csv_records(file: Path, separator: str, skip: int = 0) -> Iterator[tuple[in
 def _has_blanks_before_quotes(file: Path, separator: str, skip: int) -> bool:
     first = islice(_csv_parsed(file, separator, skip, blanks=False), FIRST_RECORDS)
     try:
-        return any(_quoted_behind_blanks(fields) for _, fields in first)
+        return any(_quoted_behind_blanks(fields, written, separator) for _, fields, written in first)
     except InputError:  # raised again, in its place, when the rows are read
         return False
 
 
-def _quoted_behind_blanks(fields: list[str] | InputError) -> str | None:
+def _quoted_behind_blanks(fields: list[str] | InputError, written: str, separator: str) -> str | None:
+    """The field of a record that begins with blanks and a quote, unless it is written within quotes of its own."""
     if isinstance(fields, InputError):
         return None
-    return next((field for field in fields if field[:1] in (" ", "\t") and field.lstrip(" \t")[:1] == '"'), None)
+    odd = next((field for field in fields if field[:1] in (" ", "\t") and field.lstrip(" \t")[:1] == '"'), None)
+    is_bare = odd is not None and re.search(rf'(?:^|[\n{separator}])[ \t]+"', written)
+    return odd if is_bare else None
 
 
-def _csv_parsed(file: Path, separator: str, skip: int, blanks: bool) -> Iterator[tuple[int, list[str] | InputError]]:
-    """blanks: those behind a separator are left out."""
+def _csv_parsed(
+    file: Path, separator: str, skip: int, blanks: bool
+) -> Iterator[tuple[int, list[str] | InputError, str]]:  # fmt: skip
+    """(line where it begins, fields, the record as it is written). blanks: those behind a separator are left out."""
     feed = _Feed(file)
     for _ in range(skip):
         next(feed)
@@ -144,7 +149,7 @@ def _csv_parsed(file: Path, separator: str, skip: int, blanks: bool) -> Iterator
         except csv.Error as error:
             fields = _csv_error(error, f"{file}, line {number}", skip + reader.line_num, feed)
         if feed.flaw or fields:
-            yield number, feed.flaw or fields
+            yield number, feed.flaw or fields, "".join(feed.written)
 
 
 def _csv_error(error: csv.Error, where: str, last_line: int, feed: "_Feed") -> InputError:
@@ -174,6 +179,7 @@ class _Feed:
 
     def new_row(self) -> None:
         self.first, self.flaw = "", None
+        self.written: list[str] = []
 
     def __iter__(self) -> "_Feed":
         return self
@@ -185,4 +191,5 @@ class _Feed:
             self.flaw = self.flaw or text_or_flaw
         text = "\n" if isinstance(line, InputError) else line.decode(errors="replace")
         self.first = self.first or text.rstrip("\r\n")[:80]
+        self.written.append(text)
         return text
