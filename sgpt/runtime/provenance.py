@@ -30,7 +30,7 @@ Inputs = Mapping[str, str | int]  # name -> hash of the content, or a number
 VERSIONS = ("torch", "transformers", "tokenizers", "peft", "numpy", "accelerate", "datasets", "safetensors")
 COMPUTING = ("torch", "transformers", "tokenizers", "peft", "numpy")  # another version can give another result
 SHOWN = 12  # characters of a hash in messages
-EXACT_PROCESSES = "dropout and last bits belong to their number; several may share a machine or GPU"
+EXACT_PROCESSES = "dropout and last bits belong to their number; several may share a machine"
 DISPATCH = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")  # choose other kernels
 
 

@@ -40,6 +40,7 @@ WHOLE = {
     "runs/run/adapter/trained.safetensors": "weights",
     "runs/run/metrics.jsonl": '{"step": 1, "loss": 0.5, "seconds": 1.0}\n{"step": 2, "loss": 0.25, "seconds": 2.0}\n',
     "runs/run/manifest.json": '{"inputs": {"data": "a"}, "seconds": 1.0, "finished": "today"}',
+    "runs/run/export/README.md": "# card\n| time | 1 minute |\n",
     "data/cache/key/texts.arrow": "texts",
 }
 CHANGES = {
@@ -50,6 +51,8 @@ CHANGES = {
     "another loss": ("runs/run/metrics.jsonl", WHOLE["runs/run/metrics.jsonl"].replace("0.25", "0.26"), True),
     "another hash": ("runs/run/manifest.json", '{"inputs": {"data": "b"}, "seconds": 1.0}', True),
     "other seconds": ("runs/run/metrics.jsonl", WHOLE["runs/run/metrics.jsonl"].replace("1.0", "1.5"), False),
+    "another time in the card": ("runs/run/export/README.md", "# card\n| time | 2 minutes |\n", False),
+    "another word in the card": ("runs/run/export/README.md", "# Card\n| time | 1 minute |\n", True),
     "another day": ("runs/run/manifest.json", '{"inputs": {"data": "a"}, "seconds": 3.0, "finished": "then"}', False),
 }
 
