@@ -5,6 +5,9 @@ CONSTRAINT ?= -c constraints/cpu.txt
 BIN := $(VENV)/bin
 PROCESSES ?= 1
 THREADS ?= 2
+# tests run in so many processes of one thread each
+WORKERS ?= 2
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 # one process needs no launcher, and accelerate's answers Ctrl-C with a traceback of its own
 MANY = $(shell command -v nvidia-smi >/dev/null || echo ACCELERATE_USE_CPU=true) $(BIN)/accelerate launch --quiet --multi_gpu \
   --num_processes $(PROCESSES) --num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no
@@ -25,13 +28,13 @@ train-real: install smollm2  ## the same on a real base, SmolLM2-135M: most of a
 	$(LAUNCH) train/biencoder.py experiment=pydocs_smollm2 resume=true
 
 test: $(BIN)/.installed-dev  ## all tests that should pass before a commit
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(TEST) -m "not slow and not gpu"
 
 test-all: $(BIN)/.installed-dev  ## the slow ones too
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(TEST) -m "not gpu"
 
 test-machines: $(BIN)/.installed-dev  ## what is promised bit for bit, with other threads and other processors' instructions
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "bitwise and not slow and not gpu"
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "bitwise and not slow and not gpu"
 	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -q -m "bitwise and not slow and not gpu"
 
 torture: $(BIN)/.installed-dev  ## 100 kills at random instants, each resumed and compared bit for bit; PROCESSES=2; typed again, it does the rest

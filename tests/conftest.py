@@ -157,10 +157,9 @@ def language_model(tmp_path_factory: pytest.TempPathFactory, tiny_base: Callable
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+def start(tmp_path_factory: pytest.TempPathFactory) -> Forks:
     """start(script, *overrides, limit=None): runs train/<script>.py in a folder of the module's own."""
-    with forks(tmp_path_factory.mktemp("starts")) as started:
-        yield started
+    return forks(tmp_path_factory.mktemp("starts"))
 
 
 @pytest.fixture(scope="module")

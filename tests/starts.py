@@ -1,72 +1,86 @@
 """Scripts as users start them, many in a row, some killed on the way and some by two processes."""
 
 import json
+import multiprocessing
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-REPOSITORY = Path(__file__).parents[1]
+import torch.multiprocessing
 
-# One process imports everything; every start is a fork of it. It kills one when a file has so many lines, and leaves
-# half a line there,
-# as a kill inside of a write does; or it sends all of one start a signal then, as a terminal does. Nothing comes in at
-# their stdin.
-_STARTER = """
-import json, os, runpy, signal, sys, time
-import accelerate, bm25s, rich.console, torch
+REPOSITORY = Path(__file__).parents[1]
+ENVIRONMENT = {  # of all starts; much is read when a library is imported
+    **os.environ,
+    "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(REPOSITORY),
+}  # fmt: skip
+
+# of the one server of forks that Python has
+PRELOADED = ["sgpt.training.trainer", "sgpt.training.checkpoint", "transformers.masking_utils", "tests.conftest"]
+
+# Importing costs seconds, so one process does it and every start is a fork of it: one for each rank of a job that it is
+# given. It answers with their process ids, and when all have ended with their exit codes. Nothing comes in at their
+# stdin, and they end by Ctrl-C, which is ignored when the tests run in the background of a script.
+_SERVER = """
+import json, os, resource, runpy, signal, subprocess, sys
+import accelerate, bm25s, matplotlib.pyplot, peft, rich.console, scipy.stats, sentence_transformers, torch
 torch.set_num_threads(1)
-import sgpt.cli.compose, sgpt.cli.launch, sgpt.mining, sgpt.retrieval.rerank
-jobs = json.load(sys.stdin)
-if any(job["command"][0].endswith("biencoder.py") for job in jobs):
-    import matplotlib.pyplot, peft, sentence_transformers, sgpt.encoder.export, sgpt.report.run, sgpt.training.trainer
-def started(number, job, rank):
-    child = os.fork()
-    if child:
-        return child
-    for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{number}-{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    if job["port"]:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
-    if job["cores"]:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:job["cores"]])
+import sgpt.cli.compose, sgpt.cli.launch, sgpt.encoder.export, sgpt.evaluation.systems, sgpt.mining, sgpt.report.run
+import sgpt.retrieval.rerank, sgpt.retrieval.searcher, sgpt.training.trainer
+
+def become(job, rank):
+    os.chdir(job["folder"])
+    os.environ.update(job["environment"])
+    os.environ.update({key: str(rank) for key in ("RANK", "LOCAL_RANK") if len(job["streams"]) > 1})
     os.dup2(os.pipe()[0], 0)
-    # which is ignored when the tests run in the background of a script
+    for stream in (1, 2):
+        file = open(job["streams"][rank][stream - 1], "ab")
+        # what it says is written by another, as it is behind a pipe, where files may not grow
+        written = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file).stdin if job["limit"] else file
+        os.dup2(written.fileno(), stream)
+        written.close()
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    if job["cores"]:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["cores"]])
+    if job["limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], resource.RLIM_INFINITY))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv, sys.orig_argv, code = job["command"], ["python", *job["command"]], 0
+    sys.argv, sys.orig_argv = job["command"], ["python", *job["command"]]
+
+def run():
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:
-        code = error.code or 0
+        return error.code or 0
     except BaseException:
         import traceback
         traceback.print_exc()
-        code = 1
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
-def lines(file):
-    return open(file, "rb").read().count(b"\\n") if os.path.exists(file) else 0
-for number, job in enumerate(jobs):
-    if job["before"] and os.system(job["before"]):
-        raise SystemExit(job["before"])
-    children = [started(number, job, rank) for rank in range(2 if job["port"] else 1)]
-    if job["kill"]:
-        looking = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        while lines(job["kill"][0]) < job["kill"][1] and not os.waitid(os.P_PID, children[0], looking):
-            time.sleep(0.0005)
-        for child in children if job["signal"] else children[:1]:
-            os.kill(child, job["signal"] or signal.SIGKILL)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if job["kill"] and not job["signal"]:
-        with open(job["kill"][0], "ab") as file:
-            file.write(b'{"block": 9, "some')
-    parts = [name for name in os.listdir(".") if ".part-" in name]
-    print(json.dumps([codes, {name: open(name).read() for name in parts}, sorted(os.listdir("."))]), flush=True)
+        return 1
+    return 0
+
+for line in sys.stdin:
+    job, children = json.loads(line), []
+    for rank in range(len(job["streams"])):
+        children.append(os.fork())
+        if not children[-1]:
+            become(job, rank)
+            code = run()
+            sys.stdout.flush(), sys.stderr.flush()
+            if job["limit"]:
+                os.close(1), os.close(2), os.wait(), os.wait()
+            os._exit(code)
+    print(json.dumps(children), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 """
 
 
@@ -95,32 +109,126 @@ class Ended(NamedTuple):
     err: str
 
 
+class Forked(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        return self.out + self.err
+
+    @property
+    def sentence(self) -> str:
+        """What it was refused with; fails when that is anything but one sentence, behind what was logged before."""
+        assert self.code == 2, self.said
+        assert "Traceback" not in self.said
+        told = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(told) == 1
+        assert self.err.endswith(told[0] + "\n")
+        return told[0].removeprefix("error: ")
+
+
+Forks = Callable[..., Forked]
+Watch = Callable[[list[int], Callable[[], bool]], None]
+
+
 def free_port() -> int:
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))
         return chosen.getsockname()[1]
 
 
+@cache
+def _server() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _SERVER], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+        start_new_session=True
+    )
+
+
+def fork(
+    script: str, arguments: Sequence[str], folder: Path, streams: list[tuple[Path, Path]], *,
+    environment: Mapping[str, str], cores: int | None = None, limit: int | None = None, watch: Watch | None = None
+) -> list[int]:  # fmt: skip
+    """Exit codes of train/<script>.py, run in `folder` by as many ranks as have `streams`.
+
+    limit: bytes of a file. watch: is given the process ids, and what says whether all have ended.
+    """
+    server = _server()
+
+    def ended() -> bool:
+        return bool(select.select([server.stdout], [], [], 0)[0])
+
+    job = {
+        "command": [str(REPOSITORY / "train" / f"{script}.py"), *arguments], "folder": str(folder.resolve()),
+        "streams": [[str(file.absolute()) for file in of_rank] for of_rank in streams], "environment": environment,
+        "cores": cores, "limit": limit,
+    }  # fmt: skip
+    try:
+        server.stdin.write(json.dumps(job).encode() + b"\n")
+        processes = json.loads(server.stdout.readline())
+        if watch is not None:
+            watch(processes, ended)
+        return json.loads(server.stdout.readline())
+    except BaseException:  # of a test that took too long: no other may get this one's answer
+        os.killpg(server.pid, signal.SIGKILL)
+        _server.cache_clear()
+        raise
+
+
 def start_all(script: str, folder: Path, named: dict[str, Start]) -> dict[str, Ended]:
     """Runs train/<script>.py in `folder` once for each start, one after the other."""
-    environment = {
-        **os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1", "COLUMNS": "200"
-    }
-    jobs = []
-    for start in named.values():
-        path = str(REPOSITORY / "train" / f"{start.script or script}.py")
-        jobs.append({**start._asdict(), "command": [path, *start.arguments]})
-    ended = subprocess.run(
-        [sys.executable, "-c", _STARTER], input=json.dumps(jobs), cwd=folder, env=environment, capture_output=True,
-        text=True, timeout=280
-    )
-    assert ended.returncode == 0, ended.stderr
-    told = [json.loads(line) for line in ended.stdout.splitlines()]
-    texts = [
-        [(folder / f"{number}-0.{stream}").read_text() for stream in ("out", "err")] for number in range(len(jobs))
-    ]
-    return {name: Ended(*one, *text) for name, one, text in zip(named, told, texts, strict=True)}
+    return {name: _start(script, folder, start, number) for number, (name, start) in enumerate(named.items())}
+
+
+def _start(script: str, folder: Path, start: Start, number: int) -> Ended:
+    subprocess.run(start.before, shell=True, cwd=folder, check=True)
+    ranks = 2 if start.port else 1
+    environment = {"ACCELERATE_USE_CPU": "true", "COLUMNS": "200"}
+    if start.port:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(start.port)}
+        environment |= {**meeting, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+
+    def kill(processes: list[int], ended: Callable[[], bool]) -> None:
+        file, lines = folder / start.kill[0], start.kill[1]
+        while not ended() and (not file.exists() or file.read_bytes().count(b"\n") < lines):
+            time.sleep(0.0005)
+        for process in processes if start.signal else processes[:1]:
+            with suppress(ProcessLookupError):
+                os.kill(process, start.signal or signal.SIGKILL)
+
+    streams = [(folder / f"{number}-{rank}.out", folder / f"{number}-{rank}.err") for rank in range(ranks)]
+    codes = fork(
+        start.script or script, start.arguments, folder, streams,
+        environment=environment, cores=start.cores, watch=kill if start.kill else None,
+    )  # fmt: skip
+    if start.kill and not start.signal:
+        with (folder / start.kill[0]).open("ab") as file:  # as a kill inside of a write does
+            file.write(b'{"block": 9, "some')
+    files = sorted(path.name for path in folder.iterdir())
+    parts = {name: (folder / name).read_text() for name in files if ".part-" in name}
+    return Ended(codes, parts, files, *(file.read_text() for file in streams[0]))
+
+
+def forks(folder: Path, columns: int = 400) -> Forks:
+    """start(script, *arguments, limit=None), in `folder`."""
+
+    def start(script: str, *arguments: str, limit: int | None = None) -> Forked:
+        with TemporaryDirectory() as place:
+            out, err = Path(place, "out"), Path(place, "err")
+            code, = fork(
+                script, arguments, folder, [(out, err)], environment={"COLUMNS": str(columns)}, limit=limit
+            )
+            return Forked(code, out.read_text(), err.read_text())
+
+    return start
+
+
+def in_processes(function: Callable, arguments: tuple, number: int) -> None:
+    """function(rank, *arguments) in so many processes, forks of one that has imported all and has computed nothing."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    torch.multiprocessing.start_processes(function, arguments, nprocs=number, start_method="forkserver")
 
 
 def blocks(ended: Ended, kind: str) -> list[int]:
@@ -140,83 +248,6 @@ def beir(folder: Path, corpus: dict[str, str], queries: dict[str, str], qrels: d
     )
     (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
     return folder
-
-
-# The same one start after another, as a test asks for them: each with what it said, and with files of no more than
-# `limit` bytes.
-_FORKER = """
-import json, os, resource, runpy, sys
-import rich.console, sentence_transformers, torch
-torch.set_num_threads(1)
-import sgpt.cli.compose, sgpt.cli.launch, sgpt.report.run, sgpt.retrieval.searcher
-for line in sys.stdin:
-    limit, command = json.loads(line)
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        os.dup2(write, 1), os.dup2(write, 2)
-        sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        sys.argv, code = command, 1
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    os.close(write)
-    with open(read) as said:
-        text = said.read()
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text]), flush=True)
-"""
-
-
-class Forked(NamedTuple):
-    code: int
-    said: str
-
-    @property
-    def sentence(self) -> str:
-        """What it was refused with; fails when that is anything but one sentence, behind what was logged before."""
-        assert self.code == 2, self.said
-        assert "Traceback" not in self.said
-        told = [line for line in self.said.splitlines() if line.startswith("error: ")]
-        assert len(told) == 1
-        assert self.said.endswith(told[0] + "\n")
-        return told[0].removeprefix("error: ")
-
-
-Forks = Callable[..., Forked]
-
-
-@contextmanager
-def forks(folder: Path) -> Iterator[Forks]:
-    """start(script, *overrides, limit=None), in `folder`."""
-    environment = {
-        **os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "400", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(REPOSITORY)
-    }
-    forker = subprocess.Popen(
-        [sys.executable, "-c", _FORKER], cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True
-    )
-
-    def start(script: str, *overrides: str, limit: int | None = None) -> Forked:
-        forker.stdin.write(json.dumps([limit, [str(REPOSITORY / "train" / f"{script}.py"), *overrides]]) + "\n")
-        forker.stdin.flush()
-        return Forked(*json.loads(forker.stdout.readline()))
-
-    try:
-        yield start
-    finally:
-        forker.stdin.close()
-        forker.wait(timeout=60)
-        forker.stdout.close()
 
 
 def small_training(data: Path, base: Path) -> Callable[[Path], list[str]]:

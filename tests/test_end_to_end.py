@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from sgpt.encoder.encoder import Encoder
+from tests.starts import Forked, forks
 
 REPOSITORY = Path(__file__).parents[1]
 VERBS = ["parse", "open", "read", "write", "sort", "join", "count", "split", "find", "match"]
@@ -74,38 +74,6 @@ BAD_USE = {
 }
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-# Starting Python with torch costs seconds; so one process imports everything and every start is a fork of it.
-STARTER = """
-import json, os, runpy, sys
-import accelerate, bm25s, peft, rich.console, scipy.stats, sentence_transformers, torch
-torch.set_num_threads(1)
-import sgpt.cli.compose, sgpt.encoder.export, sgpt.report.run, sgpt.retrieval.searcher, sgpt.training.trainer
-for number, (script, *arguments) in enumerate(json.load(sys.stdin)):
-    child = os.fork()
-    if child == 0:
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        sys.argv, code = [script, *arguments], 0
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as error:
-            code = error.code or 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 def environment() -> dict[str, str]:
     kept = {
         key: value for key,
@@ -119,23 +87,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def started(folder: Path, *command: str) -> Ended:
-    ended = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
-    return Ended(ended.returncode, ended.stdout, ended.stderr)
-
-
-def all_started(folder: Path, starts: list[list[str]]) -> list[Ended]:
+def all_started(folder: Path, starts: list[list[str]]) -> list[Forked]:
     """Each of `starts`, a script's name and its arguments, one after the other in `folder`."""
-    given = [[str(REPOSITORY / "train" / f"{script}.py"), *arguments] for script, *arguments in starts]
-    ended = subprocess.run(
-        [sys.executable, "-c", STARTER], input=json.dumps(given), cwd=folder, env=environment(), capture_output=True,
-        text=True, timeout=300
-    )
-    assert ended.returncode == 0, ended.stderr
-    return [
-        Ended(int(code), *((folder / f"{number}.{name}").read_text() for name in ("out", "err"))) for number,
-        code in enumerate(ended.stdout.split())
-    ]
+    return [forks(folder, columns=200)(*start) for start in starts]
 
 
 def lines(file: Path, *rows: dict | str) -> None:
@@ -169,7 +123,7 @@ def project(tiny_base, tmp_path_factory) -> Path:
         "max_position_embeddings": 64
     }
     LlamaModel(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "biasless")
-    ended = started(folder, sys.executable, str(REPOSITORY / "train" / "biencoder.py"), *TRAIN, "name=first", *EVALUATE)
+    ended = forks(folder, columns=200)("biencoder", *TRAIN, "name=first", *EVALUATE)
     assert ended.code == 0, ended.err
     (folder / "first.txt").write_text(ended.out)
     return folder
@@ -189,7 +143,7 @@ EVALUATE = [
 
 
 @pytest.fixture(scope="module")
-def starts(project) -> dict[str, Ended]:
+def starts(project) -> dict[str, Forked]:
     """Every start after the first run, by name, in this order."""
     search = ["search", "run=runs/first", "corpus=toy", "query=how to sort every path of the folder", "top=3"]
     markers = "markers={name: brackets, query_max_tokens: 24, document_max_tokens: 40}"

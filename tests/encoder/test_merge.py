@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,7 @@ from sgpt.evaluation.strength import MergeConfig, check_merge, read_curve_sets
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
 from tests.conftest import LIMITS
-from tests.starts import REPOSITORY
+from tests.starts import forks
 
 TEXTS = ["parse a date", "open a file and read its lines", "x"]
 
@@ -134,20 +131,14 @@ def test_sets(tmp_path_factory) -> dict[str, Path]:
     return {"toy": folder, "pairs": pairs}
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-    command = [sys.executable, str(REPOSITORY / "train" / "merge.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
-
-
 def test_the_script_merges_and_draws_the_curve_between_base_and_model(tiny_delta, tiny_base, test_sets, tmp_path):
     folders = [tiny_delta("gpt_neo", 1), tiny_delta("gpt_neo", 2)]
-    done = start(
-        f"models=[{folders[0]},{folders[1]}]", "weights=[0.8,-0.2]", "output=merged", "curve=true", "steps=3",
-        f"retrieval=[{test_sets['toy']}]", f"sts=[{test_sets['pairs']}]", cwd=tmp_path,
+    done = forks(tmp_path)(
+        "merge", f"models=[{folders[0]},{folders[1]}]", "weights=[0.8,-0.2]", "output=merged", "curve=true", "steps=3",
+        f"retrieval=[{test_sets['toy']}]", f"sts=[{test_sets['pairs']}]",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("(general)") == 1
+    assert done.code == 0, done.err
+    assert done.out.count("(general)") == 1
     merged = tmp_path / "merged"
     with open(merged / "curve.csv", newline="") as file:
         rows = list(csv.DictReader(file))

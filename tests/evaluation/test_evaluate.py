@@ -4,8 +4,6 @@ alone.
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +38,7 @@ from sgpt.retrieval.fusion import interpolated, reciprocal_rank_fusion
 from sgpt.retrieval.metrics import ranking, ranking_per_query
 from sgpt.runtime.errors import InputError
 from tests.conftest import SIZES, byte_level
+from tests.starts import forks
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -447,17 +446,12 @@ def project(toy, tiny_base, tmp_path_factory) -> Path:
     return folder
 
 
-def started(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "train" / "evaluate.py"), *arguments]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=240)
-
-
 def test_the_script_gives_one_table_of_all_systems_their_runs_and_both_files(project):
-    ended = started(
-        project, "model=base", "retrieval=[toy]", "sts=[similar.jsonl]", "rerank=decoder", "prompt=G", "depth=12",
+    ended = forks(project, columns=200)(
+        "evaluate", "model=base", "retrieval=[toy]", "sts=[similar.jsonl]", "rerank=decoder", "prompt=G", "depth=12",
         "runs=out/runs",
                     "output=out/model.json", "systems_output=out/systems.json")  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
+    assert ended.code == 0, ended.err
     model, systems = (json.loads((project / "out" / f"{name}.json").read_text()) for name in ("model", "systems"))
     assert {name: set(metrics) for name, metrics in model.items()} == {  # as before there were other systems
         "toy": {"ndcg@10", "map@100", "recall@100", "mrr@10"}, "similar": {"spearman_cosine", "pearson_cosine"}}
@@ -468,17 +462,19 @@ def test_the_script_gives_one_table_of_all_systems_their_runs_and_both_files(pro
         with (project / "out" / "runs" / f"toy.{name}.trec").open() as lines:
             assert ranking(chosen.qrels, pytrec_eval.parse_run(lines)) == pytest.approx(numbers["metrics"])
     assert re.search(
-        r"set .* BM25 .* bi-encoder .* BM25→CE .* bi-encoder→CE .* fused by rank .* fused by score", ended.stdout
+        r"set .* BM25 .* bi-encoder .* BM25→CE .* bi-encoder→CE .* fused by rank .* fused by score", ended.out
     )
-    assert ended.stdout.count("┏") == 1
+    assert ended.out.count("┏") == 1
 
 
 def test_the_script_opens_the_model_in_the_dtype_that_is_asked_for(project):
     pairs = [json.loads(line) for line in (project / "similar.jsonl").read_text().splitlines()]
     pearson = {}
     for dtype in ("float32", "bfloat16"):
-        ended = started(project, "model=base", "sts=[similar.jsonl]", f"dtype={dtype}", f"output={dtype}.json")
-        assert ended.returncode == 0, ended.stderr
+        ended = forks(project)(
+            "evaluate", "model=base", "sts=[similar.jsonl]", f"dtype={dtype}", f"output={dtype}.json"
+        )
+        assert ended.code == 0, ended.err
         pearson[dtype] = json.loads((project / f"{dtype}.json").read_text())["similar"]["pearson_cosine"]
         encoder = Encoder.from_pretrained(project / "base", dtype=dtype)
         left, right = (encoder.encode([row[key] for row in pairs], "query") for key in ("sentence1", "sentence2"))
@@ -506,9 +502,9 @@ def test_the_script_opens_the_model_in_the_dtype_that_is_asked_for(project):
     (["model=base"], r"set model=<folder or hub id> and retrieval="),
 ])  # fmt: skip
 def test_the_script_refuses_in_one_sentence(arguments, message, project):
-    ended = started(project, *arguments)
-    assert (ended.returncode, ended.stdout) == (2, ""), ended.stderr
-    *log, error = ended.stderr.splitlines()
+    ended = forks(project)("evaluate", *arguments)
+    assert (ended.code, ended.out) == (2, ""), ended.err
+    *log, error = ended.err.splitlines()
     assert re.match(f"error: .*{message}", error)
     assert not [line for line in log if "error" in line or "Traceback" in line]
 

@@ -3,10 +3,7 @@ line.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from sgpt.inspection.page import check_output, write_inspection
 from sgpt.inspection.sample import sample, scripts
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig, frames
+from tests.starts import Forked, forks
 
 REPOSITORY = Path(__file__).parents[2]
 NLI = Path(__file__).parents[3] / "shared" / "data" / "nli" / "triplets.dev.jsonl.gz"
@@ -351,33 +349,26 @@ def test_counts_of_real_triplets_are_those_of_plain_python(tokenizer, tmp_path):
     assert found.samples[0].scripts["LATIN"] > 0.99
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable, str(REPOSITORY / "train" / "inspect_data.py"), "name=look", "trainer.queries_per_process=8",
-        *arguments
-    ]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}, capture_output=True,
-        text=True, timeout=120
-    )
+def started(folder: Path, *arguments: str) -> Forked:
+    return forks(folder, columns=120)("inspect_data", "name=look", "trainer.queries_per_process=8", *arguments)
 
 
 def test_the_script_prints_and_writes_what_it_found(tmp_path):
     rows = [{"query": f"what is number {n}", "positive": f"it is {n} [sic]"} for n in range(1000, 1041)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ended = start("data.path=pairs.jsonl", "batches=1", "trainer.epochs=3", cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert re.search(r"examples +│ +41 │", ended.stdout)
-    assert re.search(r"optimizer steps of the run +│ +16 │", ended.stdout)  # 41 * 3 / 8 = 15.4
-    assert re.search(r"d0 \+ +\d+  \{it is 10\d\d \[sic\]\}", ended.stdout)
-    assert "warning: pairs.jsonl has 41 examples, which fill 5.1 batches" in ended.stdout
-    assert ended.stdout.endswith("page  runs/look.inspection.html\n")
+    ended = started(tmp_path, "data.path=pairs.jsonl", "batches=1", "trainer.epochs=3")
+    assert ended.code == 0, ended.err
+    assert re.search(r"examples +│ +41 │", ended.out)
+    assert re.search(r"optimizer steps of the run +│ +16 │", ended.out)  # 41 * 3 / 8 = 15.4
+    assert re.search(r"d0 \+ +\d+  \{it is 10\d\d \[sic\]\}", ended.out)
+    assert "warning: pairs.jsonl has 41 examples, which fill 5.1 batches" in ended.out
+    assert ended.out.endswith("page  runs/look.inspection.html\n")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["look.inspection.html"]  # and no run
 
 
 def test_bad_input_ends_with_the_readers_sentence_and_exit_code_2(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"query": "what", "positive": "that"}\n{"query": "what", "positive": " "}\n')
-    ended = start("data.path=pairs.jsonl", cwd=tmp_path)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert re.search(r"^error: pairs\.jsonl, line 2, positive: the text is blank", ended.stderr, re.MULTILINE)
+    ended = started(tmp_path, "data.path=pairs.jsonl")
+    assert (ended.code, ended.out) == (2, "")
+    assert re.search(r"^error: pairs\.jsonl, line 2, positive: the text is blank", ended.err, re.MULTILINE)
     assert not (tmp_path / "runs").exists()

@@ -22,6 +22,7 @@ from sgpt.training.loss import LossConfig
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import random_trunk
+from tests.starts import in_processes
 
 PROCESSES, QUERIES = 2, 4
 HARD_NEGATIVES, SYMMETRIC, KEEP_BYTES = (0, 2), (False, True), (math.inf, 0)
@@ -94,7 +95,7 @@ def one_of_two(rank: int, folder: Path, base: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tiny_base, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(one_of_two, (folder, str(tiny_base("gpt_neo"))), nprocs=PROCESSES)
+    in_processes(one_of_two, (folder, str(tiny_base("gpt_neo"))), PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 

@@ -23,6 +23,7 @@ from sgpt.training.optim import OptimConfig
 from sgpt.training.run_folder import RunFolder
 from sgpt.training.trainer import TrainerConfig, train
 from sgpt.training.tuning import trainable_parameters
+from tests.starts import in_processes
 from tests.training.test_resume import EXAMPLES, Stopped, feed_of, fresh_encoder, lines
 
 STEPS = 12
@@ -214,7 +215,7 @@ def one_of_two(rank: int, folder: Path, encoder: Encoder) -> None:
 
 def test_two_processes_share_an_evaluation_and_leave_it_together(tiny_encoder, tmp_path):
     encoder = tiny_encoder("gpt2")
-    torch.multiprocessing.spawn(one_of_two, (tmp_path, encoder), nprocs=2)
+    in_processes(one_of_two, (tmp_path, encoder), 2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     expected = encoder.encode_documents([f"text {n} of this" for n in range(7)], normalize=True, as_tensor=True)
     torch.testing.assert_close(one["embeddings"], expected, rtol=0, atol=1e-6)

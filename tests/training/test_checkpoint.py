@@ -19,11 +19,12 @@ from torch import nn
 from sgpt.runtime.errors import InputError
 from sgpt.training.checkpoint import HASHES, TrainState, latest, load, newest_undamaged, save
 from sgpt.training.optim import OptimConfig, build_optimizer, build_schedule
+from tests.starts import PRELOADED
 
 # Forks of a server that has never computed: a fork of the tests' own process may wait for ever for OpenMP threads that
 # it does not have.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["sgpt.training.checkpoint", "sgpt.training.optim"])
+PROCESSES.set_forkserver_preload(PRELOADED)
 
 FILES = {"trained.safetensors", "optimizer.pt", "random-0.pt", "state.json", "hashes.json"}
 

@@ -11,7 +11,6 @@ takes packs.
 import functools
 import inspect
 import itertools
-import multiprocessing
 import random
 import tempfile
 from collections.abc import Iterator
@@ -44,6 +43,7 @@ from sgpt.training.loss import LossConfig
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import BIASES_ADDED, FAMILIES, POSITIONS, WIDTH, random_trunk
+from tests.starts import in_processes
 
 Gradient = dict[str, Tensor]  # of each learning tensor by its name in the trunk; the loss itself is "loss"
 
@@ -342,14 +342,9 @@ def _scores_at_a_time(number: int | None) -> Iterator[None]:
 
 @functools.cache
 def by_processes() -> list[dict[tuple[str, str, str, str], Gradient]]:
-    """Gradients of each of three processes, by method, family, precision and case; with two, the third has none.
-
-    Their server is started with all modules imported and has computed nothing, so it can fork: three imports cost 15
-    seconds.
-    """
-    multiprocessing.set_forkserver_preload(["sgpt.training.step", "transformers.masking_utils"])
+    """Gradients of each of three processes, by method, family, precision and case; with two, the third has none."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(one_process, (folder,), nprocs=3, start_method="forkserver")
+        in_processes(one_process, (folder,), 3)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(3)]
 
 

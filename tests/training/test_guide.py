@@ -33,6 +33,7 @@ from sgpt.training.loss import LossConfig, objective
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import random_trunk
+from tests.starts import in_processes
 
 WORDS = [
     "parse a date", "open a file", "sort words", "sum numbers", "join paths", "read lines", "make a folder", "find text"
@@ -368,7 +369,7 @@ def stored(cache: Path) -> dict[tuple[str, ...], bytes]:
 def test_two_processes_give_the_gradient_of_the_whole_batch(guide, tiny_base, tmp_path, monkeypatch):
     base = str(tiny_base("gpt_neo"))
     (tmp_path / "two").mkdir()
-    torch.multiprocessing.spawn(one_of_two, (tmp_path / "two", base, str(guide)), nprocs=2)
+    in_processes(one_of_two, (tmp_path / "two", base, str(guide)), 2)
     monkeypatch.setattr("sgpt.data.feed.embeddings.TEXTS_AT_A_TIME", 5)
     (tmp_path / "one").mkdir()
     with threads(1):  # as each of the two has

@@ -38,7 +38,8 @@ from sgpt.training.run_folder import open_run
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import LIMITS, random_trunk
 from tests.encoder.test_export import TOLERANCE, weighted_mean_by_hand
-from tests.test_end_to_end import ROWS, Ended, all_started, lines
+from tests.starts import Forked
+from tests.test_end_to_end import ROWS, all_started, lines
 
 TEXTS = ["sort a path", "[[1]]", "what?", "naïve 東京 🙂", "word " * 100]
 
@@ -304,7 +305,7 @@ def private() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def starts(project, private) -> dict[str, Ended]:
+def starts(project, private) -> dict[str, Forked]:
     refused = ["biencoder", *TRAIN, "name=refused", "model.path=spaced", "evaluation.retrieval=[]"]
     named = {
         "refused": refused,

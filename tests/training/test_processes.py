@@ -5,7 +5,6 @@ formula shows; in float32 what is left is the order of sums, over which AdamW di
 """
 
 import json
-import multiprocessing
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +31,7 @@ from sgpt.training.sharding import check_shardable, shard_frozen
 from sgpt.training.trainer import TrainerConfig, train
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import random_trunk
-from tests.starts import Start, free_port, start_all
+from tests.starts import Start, free_port, in_processes, start_all
 
 QUERIES, STEPS = 12, 5  # of all processes together; 60 queries are two epochs of 29 and two examples more
 WORDS = ["parse", "open", "sort", "sum", "join", "read", "make", "find", "count", "split"]
@@ -106,10 +105,7 @@ def _encoder(tokenizer, dtype: torch.dtype) -> Encoder:
 
 def trained(folder: Path, base: Path, processes: int, cases: list[str], dtype: str) -> dict[str, dict]:
     """Of each case its losses and its biases."""
-    # their server has all modules imported and has computed nothing, so it can fork
-    multiprocessing.set_forkserver_preload(["sgpt.training.trainer", "transformers.masking_utils", "tests.conftest"])
-    arguments = (processes, free_port(), str(base), folder, cases, dtype)
-    torch.multiprocessing.start_processes(whole_run, arguments, nprocs=processes, start_method="forkserver")
+    in_processes(whole_run, (processes, free_port(), str(base), folder, cases, dtype), processes)
     return {name: _read(folder / name) for name in cases}
 
 
