@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 
 from sgpt.report.page import LIGHT, SIDES, Plot, common_bins, draw_sides, figures, fold, page, section, tree
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import write_whole
 
 Scores = dict[str, dict[str, float | None]]  # set -> metric -> value; higher is better in all of them
 SetResults = dict[str, dict[str, dict[str, float | None]]]  # set -> metric -> before, after, bm25 -> value
@@ -84,7 +85,7 @@ def write_report(run: Path) -> Path:
         ),
     ]
     file = run / "report.html"
-    file.write_text(page(f"{run.resolve().name} · SGPT run", *body), encoding="utf-8")
+    write_whole(file, page(f"{run.resolve().name} · SGPT run", *body))
     return file
 
 

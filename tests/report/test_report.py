@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -231,6 +232,18 @@ def test_report_is_repeatable_and_leaves_matplotlib_settings_alone(run: Path) ->
     settings = dict(matplotlib.rcParams)
     assert page_of(run) == page_of(run)
     assert dict(matplotlib.rcParams) == settings
+
+
+def test_a_full_disk_leaves_the_page_that_was_there(run: Path) -> None:
+    page = page_of(run)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(page) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_report(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (run / "report.html").read_text(encoding="utf-8") == page
 
 
 def test_what_is_advised_for_a_broken_log_line_and_a_broken_analysis_helps(run: Path) -> None:
