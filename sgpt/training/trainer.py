@@ -119,10 +119,16 @@ class TrainerConfig:
                 "trainer.shard_trunk=true: dev sets are scored by a whole trunk; set trainer.evaluate_every_steps=0, "
                 "and score them after training by train/evaluate.py"
             )
-        if self.patience is not None and (not self.evaluate_every_steps or self.keep_best is None):
+        is_compared = self.evaluate_every_steps > 0 and self.keep_best is not None
+        if self.patience is not None and not is_compared:
             raise InputError(
                 f"trainer.patience={self.patience} has no effect without evaluations that are compared; set "
                 "trainer.evaluate_every_steps and trainer.keep_best, or patience=null"
+            )
+        if self.keep_best not in (None, "mean") and not is_compared:
+            raise InputError(
+                f"trainer.keep_best={self.keep_best!r} has no effect without evaluations; name a dev set and set "
+                "trainer.evaluate_every_steps, or keep_best=mean"
             )
 
     def steps(self, batches_per_epoch: float) -> int:

@@ -140,9 +140,11 @@ def test_a_best_checkpoint_that_is_gone_is_said_and_the_last_step_taken(tiny_enc
     assert_holds(encoder, tmp_path / "checkpoints" / f"step-{STEPS}")
 
 
-def test_patience_without_evaluations_is_refused():
-    with pytest.raises(InputError, match=r"trainer\.patience=3 has no effect without evaluations that are compared"):
-        TrainerConfig(patience=3)
+@pytest.mark.parametrize("key", [{"patience": 3}, {"keep_best": "toy/mrr@10"}])
+def test_what_needs_evaluations_is_refused_without(key):
+    name, value = next(iter(key.items()))
+    with pytest.raises(InputError, match=rf"trainer\.{name}={value!r} has no effect without evaluations"):
+        TrainerConfig(**key)
 
 
 # --- the whole run ---
