@@ -102,6 +102,11 @@ def preflight(
         told: list[str] = []
         if accelerator.is_main_process:
             told += trap_warnings(encoder, feed, sampled, {"test": test_sets, "dev": dev_sets})
+    if (dev_sets.retrieval or dev_sets.sts) and not trainer.evaluate_every_steps:
+        told.append(
+            "dev sets are named and never scored, so adapter and export are made from the last step; set "
+            "trainer.evaluate_every_steps"
+        )
     if first.padding_share:
         told.append(f"{type(encoder.trunk).__name__} cannot compute texts end to end without padding")
     if trainer.gradient_accumulation > 1:

@@ -52,7 +52,8 @@ def tuned(tiny_encoder, family: str = "gpt2", method: str = "bitfit", **options)
 
 
 def checked(encoder: Encoder, feed: Feed, tests: Sets = NONE, dev: Sets = NONE, **trainer) -> Preflight:
-    config = TrainConfig(model=ModelConfig("base"), trainer=TrainerConfig(**TRAINER | trainer))
+    config = TrainConfig(model=ModelConfig("base"), trainer=TrainerConfig(**TRAINER))
+    config.trainer = TrainerConfig(**TRAINER | trainer)  # without files of dev sets, which TrainConfig asks for
     return preflight(encoder, feed, config, Accelerator(cpu=True), tests, dev)
 
 
@@ -132,6 +133,15 @@ def test_accumulation_is_warned_about(tiny_encoder):
     told = checked(encoder, made_feed(encoder, EXAMPLES), gradient_accumulation=2)
     assert any("gradient_accumulation=2 adds no in-batch negatives" in warning for warning in told.warnings)
     assert told.table["negatives"].startswith("7.0 a query of 8 candidates")
+
+
+def test_dev_sets_that_are_never_scored_are_warned_about(tiny_encoder):
+    encoder = tuned(tiny_encoder)
+    dev = Sets([], [PairSet("pairs", ["one"], ["another"], [0.5])])
+    never = "dev sets are named and never scored"
+    assert never in " ".join(checked(encoder, made_feed(encoder, EXAMPLES), dev=dev).warnings)
+    scored = checked(encoder, made_feed(encoder, EXAMPLES), dev=dev, evaluate_every_steps=4)
+    assert never not in " ".join(scored.warnings)
 
 
 # what is refused
