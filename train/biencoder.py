@@ -29,6 +29,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.runtime.files import remove_folder
     from sgpt.runtime.progress import announce
     from sgpt.training.best import check_keep_best
+    from sgpt.training.checkpoint import steps_done
     from sgpt.training.config import TrainConfig
     from sgpt.training.guide import with_guide, with_hard_batches
     from sgpt.training.record import (
@@ -87,7 +88,8 @@ def main(composed: DictConfig) -> None:
         check_shardable(encoder.trunk)
     else:
         encoder.to(accelerator.device)
-    expected = preflight(encoder, feed, config, accelerator, test_sets, dev_sets)
+    done = steps_done(run.checkpoints)
+    expected = preflight(encoder, feed, config, accelerator, test_sets, dev_sets, done)
     if config.trainer.dry_run:
         if accelerator.is_main_process:
             expected.print(f"{run.folder} before training: nothing is written")

@@ -65,10 +65,12 @@ class Preflight:
 
 
 def preflight(
-    encoder: Encoder, feed: Feed, config: TrainConfig, accelerator: Accelerator, test_sets: Sets, dev_sets: Sets
-) -> Preflight:
+    encoder: Encoder, feed: Feed, config: TrainConfig, accelerator: Accelerator, test_sets: Sets, dev_sets: Sets,
+    steps_done: int = 0,
+) -> Preflight:  # fmt: skip
     """All processes call it, with the tuned encoder on its device; the warnings are the main process's.
 
+    steps_done: of a run that is resumed; the time is that of the others.
     InputError, on all, for what cannot be trained.
     """
     trainer, processes = config.trainer, accelerator.num_processes
@@ -89,7 +91,7 @@ def preflight(
         table = {
             "learning": _learning(encoder, config),
             "computed on": f"{device}, {processes} process(es), {threads} thread(s) each",
-            "steps": _steps(feed, trainer, steps, tokens),
+            "steps": _steps(feed, trainer, steps, steps_done, tokens),
             "negatives": f"{first.negatives:.1f} a query of {_queries_and_candidates(feed)}",
             "texts": _texts(encoder, feed, sampled),
             "padding": f"{100 * first.padding_share:.0f} % of what is computed",
@@ -98,7 +100,7 @@ def preflight(
             table["memory and time"] = "not known: until training the trunk is whole and on the CPU"
         else:
             table["memory"] = _memory(expected)
-            table["time"] = _time(encoder, trainer, expected, steps, tokens, test_sets, dev_sets)
+            table["time"] = _time(encoder, trainer, expected, steps, steps_done, tokens, test_sets, dev_sets)
         told: list[str] = []
         if accelerator.is_main_process:
             told += trap_warnings(encoder, feed, sampled, {"test": test_sets, "dev": dev_sets})
@@ -152,10 +154,11 @@ def _learning(encoder: Encoder, config: TrainConfig) -> str:
     )
 
 
-def _steps(feed: Feed, trainer: TrainerConfig, steps: int, tokens: float) -> str:
+def _steps(feed: Feed, trainer: TrainerConfig, steps: int, done: int, tokens: float) -> str:
     examples = sum(len(source.examples) for source in feed.sources)
     epochs = steps * trainer.gradient_accumulation / feed.batches_per_epoch
-    return f"{steps:,}, which is {epochs:.2f} epochs of {examples:,} examples and {_rounded(tokens)} tokens"
+    so_far = f" ({done:,} are done)" if done else ""
+    return f"{steps:,}{so_far}, which is {epochs:.2f} epochs of {examples:,} examples and {_rounded(tokens)} tokens"
 
 
 def _queries_and_candidates(feed: Feed) -> str:
@@ -183,16 +186,19 @@ def _memory(expected: Forecast) -> str:
 
 
 def _time(
-    encoder: Encoder, trainer: TrainerConfig, expected: Forecast, steps: int, tokens: float, tests: Sets, dev: Sets
-) -> str:
-    """Of all steps, and of the evaluations by the model alone."""
-    training_seconds = steps * expected.step_seconds
-    line = f"about {clock(training_seconds)} of training, {tokens / training_seconds:,.0f} tokens/s"
-    times_dev = sum(trainer.evaluates_after(step, steps) for step in range(1, steps + 1))
-    for sets, purpose, times, processes in ((tests, "test", 2, 1), (dev, "dev", times_dev, world()[1])):
+    encoder: Encoder, trainer: TrainerConfig, expected: Forecast, steps: int, done: int, tokens: float, tests: Sets,
+    dev: Sets,
+) -> str:  # fmt: skip
+    """Of the steps to come, and of the evaluations by the model alone."""
+    step_tokens = tokens / steps
+    training = clock((steps - done) * expected.step_seconds)
+    line = f"about {training} of training, {step_tokens / expected.step_seconds:,.0f} tokens/s"
+    times_test = 1 if done else 2  # before and after
+    times_dev = sum(trainer.evaluates_after(step, steps) for step in range(done + 1, steps + 1))
+    for sets, purpose, times, processes in ((tests, "test", times_test, 1), (dev, "dev", times_dev, world()[1])):
         seconds = _tokens_of(encoder, sets) * expected.forward_seconds / processes
         if seconds and times:
-            line += f"; {times} evaluations on the {purpose} sets, about {clock(seconds)} each"
+            line += f"; {times} evaluation{'s' if times > 1 else ''} on the {purpose} sets, about {clock(seconds)} each"
     return line
 
 

@@ -91,6 +91,12 @@ def latest(folder: Path) -> Path | None:
     return whole[-1] if whole else None
 
 
+def steps_done(folder: Path) -> int:
+    """Of the newest whole checkpoint, 0 before the first."""
+    newest = latest(folder)
+    return _step(newest) if newest else 0
+
+
 def best(folder: Path) -> Path | None:
     """The checkpoint that an adapter is made from: the best on the dev sets, or the newest where none is kept."""
     newest = latest(folder)

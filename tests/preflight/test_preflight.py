@@ -51,10 +51,12 @@ def tuned(tiny_encoder, family: str = "gpt2", method: str = "bitfit", **options)
     return encoder
 
 
-def checked(encoder: Encoder, feed: Feed, tests: Sets = NONE, dev: Sets = NONE, **trainer) -> Preflight:
+def checked(
+    encoder: Encoder, feed: Feed, tests: Sets = NONE, dev: Sets = NONE, steps_done: int = 0, **trainer
+) -> Preflight:
     config = TrainConfig(model=ModelConfig("base"), trainer=TrainerConfig(**TRAINER))
     config.trainer = TrainerConfig(**TRAINER | trainer)  # without files of dev sets, which TrainConfig asks for
-    return preflight(encoder, feed, config, Accelerator(cpu=True), tests, dev)
+    return preflight(encoder, feed, config, Accelerator(cpu=True), tests, dev, steps_done)
 
 
 @pytest.mark.bitwise
@@ -142,6 +144,14 @@ def test_dev_sets_that_are_never_scored_are_warned_about(tiny_encoder):
     assert never in " ".join(checked(encoder, made_feed(encoder, EXAMPLES), dev=dev).warnings)
     scored = checked(encoder, made_feed(encoder, EXAMPLES), dev=dev, evaluate_every_steps=4)
     assert never not in " ".join(scored.warnings)
+
+
+def test_of_a_resumed_run_the_steps_to_come_are_counted(tiny_encoder):
+    """Of eight steps, scored after each fourth one."""
+    encoder, sets = tuned(tiny_encoder), Sets([], [PairSet("pairs", ["one"], ["another"], [0.5])])
+    told = checked(encoder, made_feed(encoder, EXAMPLES), sets, sets, steps_done=4, evaluate_every_steps=4)
+    assert told.table["steps"].startswith("8 (4 are done), which is 1.00 epochs of 64 examples")
+    assert "1 evaluation on the test sets, about 0:00 each; 1 evaluation on the dev sets" in told.table["time"]
 
 
 # what is refused
