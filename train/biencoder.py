@@ -26,7 +26,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.evaluation.shared import evaluate_together
     from sgpt.preflight.preflight import preflight
     from sgpt.report.run import write_report
-    from sgpt.runtime.files import remove_folder
+    from sgpt.runtime.files import refuse_unwritable, remove_folder
     from sgpt.runtime.progress import announce
     from sgpt.training.best import check_keep_best
     from sgpt.training.checkpoint import steps_done
@@ -52,6 +52,7 @@ def main(composed: DictConfig) -> None:
     if run.finished:  # nothing is trained again
         export_and_show(run, config)
         return
+    refuse_unwritable(run.folder, "choose places that can be read and written, by runs= and data.cache=")
     texts = ", ".join(source.path or source.name for source in config.data.source_configs())
     announce(f"{run.folder}: {config.model.path} is trained on {texts}; first both are read and tried")
     accelerator = launch.start(config, run.threads)

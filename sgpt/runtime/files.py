@@ -67,6 +67,15 @@ def lock(path: Path, remedy: str = "choose another folder") -> FileLock:
     return taken
 
 
+def refuse_unwritable(path: Path, remedy: str) -> None:
+    """InputError where it is seen without writing that `path` cannot be made or written; remedy: as for `lock`."""
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{path} cannot be written ({nearest} is no folder); {remedy}")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"{path} cannot be written (nothing can be in {nearest}); {remedy}")
+
+
 def check_writable(path: Path, remedy: str = "choose another folder") -> None:
     """Makes the folder of `path`; InputError where nothing can be written in it. remedy: as for `lock`."""
     try:

@@ -8,7 +8,7 @@ import pytest
 
 from sgpt.data.feed.store import Examples
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import lock, make_once
+from sgpt.runtime.files import lock, make_once, refuse_unwritable
 from sgpt.training.run_folder import RunFolder, start_run
 
 STORING = """
@@ -79,6 +79,14 @@ def test_no_lock_is_left_behind(tmp_path: Path):
     start_run(run, {})
     run.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_what_cannot_be_written_is_seen_without_writing(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    refuse_unwritable(tmp_path / "new" / "run", "")
+    with pytest.raises(InputError, match=r"file/new/run cannot be written \(.*/file is no folder\); set runs=$"):
+        refuse_unwritable(tmp_path / "file" / "new" / "run", "set runs=")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("path", ["file/made", "/proc/made"])
