@@ -12,6 +12,7 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from sgpt.runtime import interrupt
 from sgpt.runtime.distributed import introduce_processes
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.memory import keep_few_kernels
 from sgpt.runtime.provenance import set_threads
 from sgpt.training.config import TrainConfig
 from sgpt.training.trackers import check_tracker
@@ -36,6 +37,7 @@ def accelerate(
     """Everything that is global to a process, set once."""
     check_tracker(tracker)
     _refuse_wrappers()
+    keep_few_kernels()
     with interrupt.ending_at_once() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else nullcontext():
         accelerator = Accelerator(  # which waits for the other processes
             mixed_precision="bf16" if precision == "bf16" else "no", log_with=tracker, project_dir=folder,

@@ -1,4 +1,4 @@
-"""Freed memory is kept for the next tensor.
+"""Freed memory is kept for the next tensor, compiled kernels are not kept for lengths that hardly come again.
 
 glibc hands large blocks back to the system when they are freed and asks for them anew a moment later; the system clears
 every page of them again. A training step on a CPU makes and frees gigabytes of such blocks: a tenth of its time went
@@ -6,9 +6,11 @@ there (benchmarks/RESULTS.md).
 """
 
 import ctypes
+import os
 import sys
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt(3)
+KERNELS = 64  # of the layers of one or two packs, forward and backward
 
 
 def keep_freed_memory() -> bool:
@@ -30,3 +32,13 @@ def return_freed_memory() -> None:
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_few_kernels() -> None:
+    """For this process, before its first product in half precision on a CPU; results stay as they are.
+
+    oneDNN compiles a kernel for each length of a pack, 0.7 MB each, and keeps 1,024 of them unless told otherwise: more
+    memory than a small base takes to train, and hardly any length comes again.
+    """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and PyTorch's over it
+        os.environ.setdefault(variable, str(KERNELS))
