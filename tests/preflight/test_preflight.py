@@ -305,7 +305,7 @@ def test_a_dry_run_shows_the_table_and_writes_no_run(start, training, tmp_path):
 def test_a_run_says_first_what_it_does_and_before_its_first_step_what_it_takes(start, training, tmp_path):
     ended = start("biencoder", *training(tmp_path))
     assert ended.code == 0, ended.said
-    lines = [line for line in ended.said.splitlines() if "so far" not in line]
+    lines = [line for line in ended.err.splitlines() if "so far" not in line]
     assert "is trained on" in lines[0]
     kinds = ("learning ", "memory ", "time ", "step 1/4 ")
     places = [next(place for place, line in enumerate(lines) if line.startswith(kind)) for kind in kinds]
