@@ -18,6 +18,7 @@ Every Hydra start imports this file, also for a run without a sweep, so torch, a
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -102,6 +103,8 @@ class AccelerateLauncher(Launcher):
         for name, value in {"num_processes": num_processes, "jobs_at_a_time": jobs_at_a_time}.items():
             if value < 1:
                 raise InputError(f"hydra.launcher.{name} is {value}; it must be at least 1.")
+        if prefix and not shutil.which(prefix[0]):
+            raise InputError(f"hydra.launcher.prefix={' '.join(prefix)}: there is no command {prefix[0]} on the PATH")
         if prefix and not num_cpu_threads_per_process:
             raise InputError(
                 f"hydra.launcher.prefix={' '.join(prefix)} starts jobs elsewhere, so the cores of this machine do not "
@@ -170,6 +173,13 @@ class AccelerateLauncher(Launcher):
                     item.job.status, item.job.minutes = "stopped", self.minutes(item.job)
                 self.save()
                 console.print(sweep_table(self.name, list(self.jobs.values())))
+        failed = [str(job.job) for job in batch if job.status == "failed"]
+        for job in batch:
+            if job.status == "failed":
+                returns[job.job].return_value = InputError(
+                    f"{len(failed)} of {len(batch)} jobs failed: {', '.join(failed)}; their output: "
+                    f"{self.folder}/<job>.log; typed again, the command runs these alone"
+                )
         return [returns[job.job] for job in batch]
 
     def enter(self, number: int, overrides: list[str]) -> SweepJob:
@@ -208,7 +218,7 @@ class AccelerateLauncher(Launcher):
             outcome = f"{compared_metric(job.after)[0]} {job.main_metric:.4f}"
         else:
             job.status, job.error = "failed", str(error)
-            returned.status, returned.return_value = JobStatus.FAILED, error
+            returned.status = JobStatus.FAILED
             outcome = f"FAILED: {error}"
         self.save()
         self.ended += 1
@@ -271,8 +281,7 @@ def result_of(item: Running) -> Exception | None:
     """Reads into the job what its process left, or returns why there is nothing."""
     exit_code = item.process.exit_code()
     if exit_code:
-        what = f"job {item.job.job} ({' '.join(item.job.overrides)})"
-        return RuntimeError(failure(what, item.job.log, exit_code, item.process.last_lines()))
+        return RuntimeError(failure(f"job {item.job.job}", item.job.log, exit_code, item.process.last_lines()))
     try:
         item.job.after = read_after(Path(item.job.folder) / "results.json")
         item.job.main_metric = compared_metric(item.job.after)[1]

@@ -63,6 +63,8 @@ def script(
             except (HydraException, OmegaConfBaseException) as error:
                 overrides = [argument for argument in given if "=" in argument]
                 exit_with_error(suggest(error, config_name, overrides, groups=groups))
+            except InputError as error:  # of a launcher of jobs
+                exit_with_error(str(error))
             except KeyboardInterrupt:  # before there was anything to keep
                 sys.exit(interrupt.exit_code())
             except Exception as error:  # of Hydra's own work, before and after that of `main`
@@ -111,6 +113,9 @@ def suggest(error: Exception, config_name: str, overrides: list[str], *, groups:
     if missing := re.search(r"Could not find '([\w/]+)/([^/']+)'", message):
         group, option = missing.groups()
         options = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+        if not options:  # a group of Hydra's own, whose options its message lists
+            extra = "; pip install 'sgpt-framework[submitit]'" if option.startswith("submitit") else ""
+            return f"{message}{extra}"
         return (
             f"{group}={option}: there is no {option!r} in configs/{group}/; "
             f"{_nearest(option, options, 'it has ' + ', '.join(options))}"
