@@ -130,7 +130,11 @@ def run_study(config: StudyConfig, script: Path = SCRIPT) -> "Study":
     """
     console = make_console()
     study = open_study(config)
-    console.print(f"{config.folder}/, {len(latest_trials(study))} of {config.trials} trials so far")
+    console.print(
+        f"{config.folder}/, {len(latest_trials(study))} of {config.trials} trials so far; output of each: "
+        f"{config.folder}/<trial>.log",
+        soft_wrap=True,
+    )
     failures: list[str] = []
 
     def report(study: "Study", trial: "FrozenTrial") -> None:
@@ -140,10 +144,18 @@ def run_study(config: StudyConfig, script: Path = SCRIPT) -> "Study":
             for line in trial.user_attrs["last_lines"]:
                 console.print(f"    | {line}", soft_wrap=True)
 
+    turn = FileLock(config.folder / ".trial.lock")  # nobody else counts the trials until the next one is among them
+
+    def objective(trial: "Trial") -> float:
+        turn.release()
+        return score_of_trial(trial, config, script)
+
     while has_work(study, config.trials):
-        study.optimize(
-            lambda trial: score_of_trial(trial, config, script), n_trials=1, catch=(TrialFailed,), callbacks=[report]
-        )
+        turn.acquire()
+        if lacks_trials(study, config.trials):
+            study.optimize(objective, n_trials=1, catch=(TrialFailed,), callbacks=[report])
+        else:  # another worker has taken the last
+            turn.release()
         if len(failures) >= MOST_FAILURES and not scored_trials(study):
             raise InputError(
                 f"{len(failures)} trials failed and none has a score: what they share is at fault; put it right, with "
@@ -218,12 +230,19 @@ def has_work(study: "Study", trials: int) -> bool:
     deadline = time.monotonic() + GRACE_SECONDS + HEARTBEAT_SECONDS
     while True:
         optuna.storages.fail_stale_trials(study)  # which calls `run_again` for each
-        states = {trial.state.name for trial in study.get_trials(deepcopy=False)}
-        if "WAITING" in states or len(latest_trials(study)) < trials:
+        if lacks_trials(study, trials):
             return True
-        if "RUNNING" not in states or time.monotonic() > deadline:
+        if "RUNNING" not in states_of(study) or time.monotonic() > deadline:
             return False
         time.sleep(POLL_SECONDS)
+
+
+def lacks_trials(study: "Study", trials: int) -> bool:
+    return "WAITING" in states_of(study) or len(latest_trials(study)) < trials
+
+
+def states_of(study: "Study") -> set[str]:
+    return {trial.state.name for trial in study.get_trials(deepcopy=False)}
 
 
 def run_again(study: "Study", trial: "FrozenTrial") -> None:

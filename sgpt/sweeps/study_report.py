@@ -5,6 +5,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from sgpt.runtime.files import write_whole
 from sgpt.sweeps.study import StudyConfig, described_values, latest_trials, rounded, run_number, scored_trials
 
@@ -59,7 +61,7 @@ def write_study_page(study: "Study", config: StudyConfig) -> Path:
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     file = config.folder / "study.html"
     title = f"{config.name}: {config.metric} of the dev sets"
-    write_whole(file, STUDY_PAGE.format(title=escape(title), rows="".join(rows), figures="".join(figures)))
+    _write(file, STUDY_PAGE.format(title=escape(title), rows="".join(rows), figures="".join(figures)))
     return file
 
 
@@ -83,8 +85,14 @@ def write_experiment(study: "Study", config: StudyConfig, best: Mapping[str, Any
         f"# {described_values(trial)}, next to {' '.join(config.overrides)}\n"
         f"#   accelerate launch train/biencoder.py --config-dir {config.folder} experiment={name}\n"
     )
-    write_whole(file, head + yaml.safe_dump({"name": name, **recipe}, sort_keys=False, allow_unicode=True))
+    _write(file, head + yaml.safe_dump({"name": name, **recipe}, sort_keys=False, allow_unicode=True))
     return file
+
+
+def _write(file: Path, text: str) -> None:
+    """One worker at a time: those that end together write the same files."""
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        write_whole(file, text)
 
 
 STUDY_PAGE = """<!DOCTYPE html>
