@@ -5,8 +5,8 @@
 The task is pydocs: nDCG@10 on packages never trained on. All train on equally many pairs, so a batch of more queries
 takes fewer steps; each tuning has the middle one of the learning rates that `benchmarks/tunings.py` tries. Every
 combination of tuning and batch is a sweep of `train/biencoder.py`, so a finished run is not run again and a stopped
-benchmark resumes. Writes `ablation.md` and `ablation.png` into --output. A hundred and eight runs of minutes each, unless
-fewer values are given.
+benchmark resumes. Writes `ablation.md` and `ablation.png` into --output. A hundred and eight runs of minutes each,
+unless fewer values are given.
 """
 
 import argparse

@@ -4,7 +4,6 @@ Differences are to the first run. Of a retrieval set they have a 95 % interval, 
 whose scores each run keeps in analysis.json; of other sets there is none.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ import yaml
 from matplotlib.axes import Axes
 
 from sgpt.report.page import LIGHT, Plot, figures, page, section
-from sgpt.report.run import CURVES, METRIC_LABELS, Points, read_log
+from sgpt.report.run import CURVES, METRIC_LABELS, Points, read_log, read_part, scores_of
 from sgpt.retrieval.metrics import Difference, difference
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import write_whole
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLOURS_OF_RUNS = ("blue", "amber", "teal", "rise", "fall", "grey")
+LINES_OF_RUNS = [(colour, style) for style in ("solid", "dashed") for colour in COLOURS_OF_RUNS]
 SCORED_QUERIES_METRIC = "ndcg@10"  # what analysis.json has of each query
 NOT_COMPARED = ("name", "runs", "resume")  # keys of a configuration that differ by nature
 NOTE = (
@@ -46,10 +46,10 @@ class CompareConfig:
     """Page that is written."""
 
     def __post_init__(self) -> None:
-        if len(set(self.runs)) < len(self.runs):
+        if len({Path(folder).resolve() for folder in self.runs}) < len(self.runs):
             raise InputError(f"runs={self.runs} names a run twice; leave one out")
-        if len(self.runs) > len(COLOURS_OF_RUNS):
-            raise InputError(f"runs names {len(self.runs)} runs; a page shows at most {len(COLOURS_OF_RUNS)}")
+        if len(self.runs) > len(LINES_OF_RUNS):
+            raise InputError(f"runs names {len(self.runs)} runs; a page shows at most {len(LINES_OF_RUNS)}")
 
 
 class ComparedRun(NamedTuple):
@@ -77,15 +77,15 @@ def _read_run(folder: Path, name: str) -> ComparedRun:
         raise InputError(f"runs: {folder} is no training run, there is no {folder / 'config.yaml'}")
 
     def read(file: str) -> dict[str, Any]:
-        path = folder / file
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_part(folder / file) if (folder / file).is_file() else {}
 
+    analysis = read("analysis.json")
     return ComparedRun(
         name=name,
-        config=yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
-        log=read_log(folder / "metrics.jsonl"),
-        after=read("results.json").get("after", {}),
-        queries=read("analysis.json").get("queries", {}).get("after", {}),
+        config=read_part(folder / "config.yaml", yaml.safe_load),
+        log=read_log(folder / "metrics.jsonl", unfinished=True),
+        after=scores_of(read("results.json"), "after", folder / "results.json"),
+        queries=scores_of(analysis.get("queries") or {}, "after", folder / "analysis.json"),
         manifest=read("manifest.json"),
     )
 
@@ -136,8 +136,8 @@ def write_comparison(runs: list[ComparedRun], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     names = [escape(run.name) for run in runs]
     keys = "".join(
-        f"<span class='key' style='--c:var(--{colour})'>{name}</span> "
-        for name, colour in zip(names, COLOURS_OF_RUNS, strict=False)
+        f"<span class='key' style='--c:var(--{colour})'>{escape(label)}</span> "
+        for label, colour in line_labels(runs).items()
     )
     body = [
         f"<header><p class='quiet'>SGPT training runs</p><h1>{' · '.join(names)}</h1><p>{keys}</p></header>",
@@ -161,7 +161,7 @@ def cost_rows(runs: list[ComparedRun]) -> dict[str, list[str]]:
     seconds = [run.manifest.get("seconds") for run in runs]
     return {
         "parameters trained": [f"{run.manifest.get('parameters', {}).get('trained', 0):,}" for run in runs],
-        "optimizer steps": [f"{run.log[-1]['step']:,}" for run in runs],
+        "optimizer steps": [f"{run.log[-1]['step']:,}" if run.log else "0" for run in runs],
         "minutes of training": ["–" if value is None else f"{value / 60:.1f}" for value in seconds],
     }
 
@@ -214,14 +214,21 @@ def _overlaid_plots(runs: list[ComparedRun]) -> list[Plot]:
             [(line["step"], line["dev"][of][metric]) for line in run.log if metric in line["dev"].get(of, {})]
             for run in runs
         ]
-    colours = dict(zip((run.name for run in runs), COLOURS_OF_RUNS, strict=False))
-    return [
-        Plot(title, partial(_draw_overlaid, lines=lines), colours) for title, lines in curves.items() if any(lines)
-    ]
+    labels = line_labels(runs)
+    return [Plot(title, partial(_draw_overlaid, lines=lines), labels) for title, lines in curves.items() if any(lines)]
+
+
+def line_labels(runs: list[ComparedRun]) -> dict[str, str]:
+    """What the legends say of each run -> its colour."""
+    labels = {}
+    for run, (colour, style) in zip(runs, LINES_OF_RUNS, strict=False):
+        labels[run.name + (" (dashed)" if style == "dashed" else "")] = colour
+    return labels
 
 
 def _draw_overlaid(axes: Axes, lines: list[Points]) -> None:
-    for points, colour in zip(lines, COLOURS_OF_RUNS, strict=False):
+    for points, (colour, style) in zip(lines, LINES_OF_RUNS, strict=False):
         steps, values = np.array(points, dtype=float).reshape(-1, 2).T
-        axes.plot(steps, values, color=LIGHT[colour], marker="o" if len(points) <= 25 else "", markersize=3)
+        marker = "o" if len(points) <= 25 else ""
+        axes.plot(steps, values, color=LIGHT[colour], linestyle=style, marker=marker, markersize=3)
     axes.set_xlabel("optimizer step")

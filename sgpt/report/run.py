@@ -63,11 +63,11 @@ def write_report(run: Path) -> Path:
     """
     paths = {name: run / name for name in REMEDY}
     config = _text(paths["config.yaml"])
-    _parse(config, paths["config.yaml"], yaml.safe_load)  # shown as it was written, but not when it is broken
+    read_part(paths["config.yaml"], yaml.safe_load)  # shown as it was written, but not when it is broken
     log = read_log(paths["metrics.jsonl"])
-    results = _by_set(_read(paths["results.json"]), paths["results.json"])
-    manifest = _read(paths["manifest.json"])
-    analysis = _read(paths["analysis.json"]) if paths["analysis.json"].exists() else {}
+    results = _by_set(read_part(paths["results.json"]), paths["results.json"])
+    manifest = read_part(paths["manifest.json"])
+    analysis = read_part(paths["analysis.json"]) if paths["analysis.json"].exists() else {}
 
     name = escape(run.resolve().name)
     body = [
@@ -115,17 +115,22 @@ def _parse(text: str, path: Path, parse: Callable[[str], Any] = json.loads, line
     return content
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return _parse(_text(path), path)
+def read_part(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """What a file of a run folder holds; InputError, with what to do, where it is missing or damaged."""
+    return _parse(_text(path), path, parse)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path, *, unfinished: bool = False) -> list[dict[str, Any]]:
     """Log lines in step order.
 
     Of a step logged twice (a run that was killed and went on from a checkpoint) the last counts.
+    unfinished: the run may be training: there may be no line yet, and the last one may not be whole.
     """
     log: dict[float, dict[str, Any]] = {}
-    for number, text in enumerate(_text(path).splitlines(), start=1):
+    written = _text(path) if path.exists() or not unfinished else ""
+    if unfinished:
+        written = written[: written.rfind("\n") + 1]
+    for number, text in enumerate(written.splitlines(), start=1):
         line = _parse(text, path, line=number)
         step = _number(line, "step", path=path, line=number)
         if step is None:
@@ -135,13 +140,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         read = {
             "step": step,
             **curves,
-            "dev": _scores(line, "dev", path, number),
+            "dev": scores_of(line, "dev", path, number),
             "grad_norms": {group: _number(norms, group, path=path, line=number) for group in norms},
             "alarm": line.get("alarm"),
         }
         stated = {key: value for key, value in read.items() if value not in (None, {})}
         log[step] = read | log.get(step, {}) | stated  # a step that was evaluated has two lines
-    if not log:
+    if not log and not unfinished:
         raise _refusal(path, "no log line")
     return [log[step] for step in sorted(log)]
 
@@ -155,7 +160,7 @@ def _number(data: Any, *keys: str, path: Path, line: int | None = None) -> float
     return data
 
 
-def _scores(data: dict[str, Any], block: str, path: Path, line: int | None = None) -> Scores:
+def scores_of(data: dict[str, Any], block: str, path: Path, line: int | None = None) -> Scores:
     scores = data.get(block) or {}
     if not isinstance(scores, dict) or not all(isinstance(metrics, dict) for metrics in scores.values()):
         raise _refusal(path, f"'{block}' is not a table of sets and metrics", line)
@@ -167,7 +172,7 @@ def _scores(data: dict[str, Any], block: str, path: Path, line: int | None = Non
 
 
 def _by_set(data: dict[str, Any], path: Path) -> SetResults:
-    models = {model: _scores(data, model, path) for model in MODELS}
+    models = {model: scores_of(data, model, path) for model in MODELS}
     results: SetResults = {}
     for scores in models.values():
         for name, metrics in scores.items():

@@ -88,10 +88,43 @@ def test_the_page_overlays_the_curves_and_loads_nothing(runs, tmp_path):
     assert "<script" not in page
 
 
+def test_runs_that_train_are_compared_and_a_run_past_the_colours_is_dashed(runs, tmp_path):
+    at_work = [make_run(tmp_path / name, 0.1, 0) for name in ("starts", "writes", "c", "d", "e")]
+    for folder in at_work[:2]:
+        (folder / "results.json").unlink()
+    (at_work[0] / "metrics.jsonl").unlink()
+    with (at_work[1] / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')  # as another process sees it
+    table = table_of([runs[0], *map(str, at_work)])
+    assert table["optimizer steps"] == ["4", "0", "4", "4", "4", "4"]
+    assert table["toy · nDCG@10"][1:3] == ["–", "–"]
+    write_comparison(read_runs(CompareConfig([*runs, *map(str, at_work)])), tmp_path / "many.html")
+    page = (tmp_path / "many.html").read_text()
+    assert f"{at_work[4]} (dashed)</span>" in page
+    assert f"{at_work[3]}</span>" in page
+    [loss] = re.findall(r"aria-label=\"Loss\">(.*?)</svg>", page, re.DOTALL)
+    assert loss.count("stroke-dasharray: 5.92,2.56") == 1
+
+
+@pytest.mark.parametrize(("file", "text", "message"), [
+    ("results.json", '{"after": {"to', r"results.json, line 1: not JSON .* delete the file and start it again"),
+    ("results.json", '{"after": {"toy": 3}}', r"results.json: 'after' is not a table of sets and metrics"),
+    ("manifest.json", "[]", r"manifest.json: holds list, expected keys with values"),
+    ("analysis.json", "", r"analysis.json, line 1: not JSON .* delete the file"),
+    ("config.yaml", "a: [", r"b & c/config.yaml, line 1: not YAML .* put back the file"),
+])  # fmt: skip
+def test_a_damaged_file_is_refused_by_name(runs, file, text, message):
+    (Path(runs[1]) / file).write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_runs(CompareConfig(runs))
+
+
 def test_what_is_no_run_is_refused_by_name(runs, tmp_path):
     with pytest.raises(InputError, match=r"runs names fewer than two runs"):
         read_runs(CompareConfig(runs[:1]))
     with pytest.raises(InputError, match=f"{tmp_path} is no training run, there is no {tmp_path}/config.yaml"):
         read_runs(CompareConfig([runs[0], str(tmp_path)]))
     with pytest.raises(InputError, match=r"names a run twice"):
-        CompareConfig([runs[0], runs[0]])
+        CompareConfig([runs[0], f"{runs[0]}/"])
+    with pytest.raises(InputError, match=r"names 13 runs; a page shows at most 12"):
+        CompareConfig([str(number) for number in range(13)])
