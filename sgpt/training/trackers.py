@@ -70,7 +70,7 @@ def finish_trackers(accelerator: Accelerator, config: TrainConfig, run: RunFolde
                 opened.add_text(file.name, f"```\n{file.read_text(encoding='utf-8')}\n```", step)
         return
     library = importlib.import_module(tracker)
-    artifact = library.Artifact(re.sub(r"[^\w.-]", "-", config.name), type="run")
+    artifact = library.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", config.name)[:128], type="run")  # all that both take
     for file in files:
         if file.is_dir():
             artifact.add_dir(str(file), name=file.name)

@@ -28,9 +28,10 @@ def tracked(start, training, tmp_path_factory):
             overrides = training(place)
             dev = [f"dev.{item.removeprefix('evaluation.')}" for item in overrides if item.startswith("evaluation.sts")]
             evaluating = [*dev, "trainer.evaluate_every_steps=2"]
-            ended = start("biencoder", *overrides, *evaluating, f"logging.tracker={tracker}", "logging.project=tests")
+            named = "name=rün/1"  # of which an artifact cannot be called
+            ended = start("biencoder", *overrides, *evaluating, named, f"logging.tracker={tracker}", "logging.project=tests")
             assert ended.code == 0, ended.said
-            ran[tracker] = place / "runs" / "run"
+            ran[tracker] = place / "runs" / "rün" / "1"
         return ran[tracker]
 
     return run
@@ -75,7 +76,7 @@ def test_tensorboard_shows_the_same_numbers_under_the_same_names(tracked):
 def test_trackio_shows_the_same_numbers_under_the_same_names(tracked):
     run = tracked("trackio")
     with sqlite3.connect(run.parent / "trackio" / "tests.db") as database:
-        rows = database.execute("select step, metrics from metrics where run_name = 'run' order by id").fetchall()
+        rows = database.execute("select step, metrics from metrics where run_name = 'rün/1' order by id").fetchall()
         [config] = database.execute("select config from configs").fetchone()
         artifacts = database.execute("select * from artifact_versions").fetchall()
     database.close()
@@ -118,7 +119,7 @@ def test_wandb_offline_keeps_the_same_numbers_and_the_files_for_its_sync(tracked
             shown.setdefault(items["_step"], {}).update(values)
     assert shown == logged(run)
     [started] = [record.run for record in kept if record.WhichOneof("record_type") == "run"]
-    assert (started.project, started.display_name) == ("tests", "run")
+    assert (started.project, started.display_name) == ("tests", "rün/1")
     assert started.run_id == json.loads((run / "manifest.json").read_text())["tracker_id"]
 
     [artifact] = [
