@@ -143,6 +143,18 @@ def test_wandb_offline_keeps_the_same_numbers_and_the_files_for_its_sync(tracked
     assert folder.name in listed.stdout + listed.stderr
 
 
+def test_runs_of_different_trackers_are_compared(tracked, start):
+    runs = [tracked("tensorboard"), tracked("wandb")]
+    compared = start("compare", f"runs=[{runs[0]},{runs[1]}]", f"output={runs[0]}/compare.html")
+    assert compared.code == 0, compared.said
+    lines = compared.said.splitlines()
+    assert lines[0] == f"2 runs are compared: {runs[0]}, {runs[1]}"  # before anything is opened
+    assert lines[-1] == f"page  {runs[0]}/compare.html"
+    assert [line.split() for line in lines if "logging.tracker" in line] == [
+        ["│", "logging.tracker", "│", "tensorboard", "│", "wandb", "│"]
+    ]
+
+
 def test_a_tracker_that_is_not_installed_is_said_before_anything_is_read(monkeypatch):
     check_tracker(None)
     check_tracker("wandb")
