@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import product
-from math import sqrt
+from math import isnan, nan, sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -52,12 +52,17 @@ class Scored(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds with the half width of its 95 % interval (Student's t); None of a single seed."""
+    """A mean over seeds with the half width of its 95 % interval (Student's t); None of a single seed.
+
+    Of no run at all the mean is nan.
+    """
 
     mean: float
     half: float | None
 
     def __str__(self) -> str:
+        if isnan(self.mean):
+            return "failed"
         return f"{self.mean:.2f}" + ("" if self.half is None else f" ± {self.half:.2f}")
 
 
@@ -94,9 +99,12 @@ def swept(options: argparse.Namespace, tuning: str, queries: int) -> Iterator[Sc
         f"pooling={','.join(options.pooling)}", f"markers={','.join(options.markers)}",
         f"trainer.seed={','.join(map(str, options.seeds))}",
     ]  # fmt: skip
-    subprocess.run(command)  # jobs that failed are named by it, and left out of the tables
-    jobs = json.loads((Path("runs") / f"{name}-sweep" / "sweep.json").read_text())["jobs"]
-    for job in jobs:
+    content = Path("runs") / f"{name}-sweep" / "sweep.json"
+    before = content.stat().st_mtime_ns if content.exists() else None
+    ended = subprocess.run(command)  # jobs that failed are named by it, and left out of the tables
+    if ended.returncode and (not content.exists() or content.stat().st_mtime_ns == before):
+        sys.exit(ended.returncode)  # it was refused, and what lies there are the results of other values
+    for job in json.loads(content.read_text())["jobs"]:
         if job["status"] == "finished":
             given = dict(item.split("=", 1) for item in job["overrides"] if "=" in item)
             values = {key: given[key] for key in ("pooling", "tuning", "markers")} | {"queries": str(queries)}
@@ -104,8 +112,10 @@ def swept(options: argparse.Namespace, tuning: str, queries: int) -> Iterator[Sc
 
 
 def estimate(values: list[float]) -> Estimate:
+    """Of seeds that failed the value is nan, and they are left out."""
+    values = [value for value in values if not isnan(value)]
     if len(values) < 2:
-        return Estimate(mean(values), None)
+        return Estimate(values[0] if values else nan, None)
     return Estimate(mean(values), float(t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values)))
 
 
@@ -125,7 +135,7 @@ def effect(runs: list[Scored], factor: str, value: str, reference: str) -> Estim
             other = scores.get(tuple((run.values | {factor: reference}).items()))
             if run.values[factor] == value and other is not None:
                 pairs.append(run.score - other)
-        return mean(pairs)
+        return mean(pairs) if pairs else nan
 
     return by_seed(runs, of_seed)
 
@@ -149,7 +159,7 @@ def report(runs: list[Scored], factors: dict[str, list[str]], command: str) -> s
     lines += ["", f"| {' | '.join(factors)} | nDCG@10 × 100 |", f"|{'---|' * (len(factors) + 1)}"]
     for values in product(*factors.values()):
         of_values = [run for run in runs if run.values == dict(zip(factors, values, strict=True))]
-        score = str(estimate([run.score for run in of_values])) if of_values else "failed"
+        score = estimate([run.score for run in of_values])
         lines.append(f"| {' | '.join(values)} | {score} |")
     return "\n".join(lines) + "\n"
 
