@@ -28,8 +28,8 @@ def tracked(start, training, tmp_path_factory):
             overrides = training(place)
             dev = [f"dev.{item.removeprefix('evaluation.')}" for item in overrides if item.startswith("evaluation.sts")]
             evaluating = [*dev, "trainer.evaluate_every_steps=2"]
-            named = "name=rün/1"  # of which an artifact cannot be called
-            ended = start("biencoder", *overrides, *evaluating, named, f"logging.tracker={tracker}", "logging.project=tests")
+            named = ["name=rün/1", "logging.project=tests"]  # no artifact can have this name
+            ended = start("biencoder", *overrides, *evaluating, *named, f"logging.tracker={tracker}")
             assert ended.code == 0, ended.said
             ran[tracker] = place / "runs" / "rün" / "1"
         return ran[tracker]
@@ -147,8 +147,8 @@ def test_runs_of_different_trackers_are_compared(tracked, start):
     runs = [tracked("tensorboard"), tracked("wandb")]
     compared = start("compare", f"runs=[{runs[0]},{runs[1]}]", f"output={runs[0]}/compare.html")
     assert compared.code == 0, compared.said
-    lines = compared.said.splitlines()
-    assert lines[0] == f"2 runs are compared: {runs[0]}, {runs[1]}"  # before anything is opened
+    assert compared.err.splitlines()[0] == f"2 runs are compared: {runs[0]}, {runs[1]}"
+    lines = compared.out.splitlines()
     assert lines[-1] == f"page  {runs[0]}/compare.html"
     assert [line.split() for line in lines if "logging.tracker" in line] == [
         ["│", "logging.tracker", "│", "tensorboard", "│", "wandb", "│"]
