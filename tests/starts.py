@@ -39,7 +39,7 @@ import sgpt.cli.compose, sgpt.cli.launch, sgpt.encoder.export, sgpt.evaluation.s
 import sgpt.retrieval.rerank, sgpt.retrieval.searcher, sgpt.training.trainer
 
 def become(job, rank):
-    os.chdir(job["folder"])
+    os.chdir(job["folder"]), os.umask(job["umask"])
     os.environ.update(job["environment"])
     os.environ.update({key: str(rank) for key in ("RANK", "LOCAL_RANK") if len(job["streams"]) > 1})
     os.dup2(os.pipe()[0], 0)
@@ -157,13 +157,15 @@ def fork(
     """
     server = _server()
 
+    os.umask(umask := os.umask(0o022))  # it can be read in no other way
+
     def ended() -> bool:
         return bool(select.select([server.stdout], [], [], 0)[0])
 
     job = {
         "command": [str(REPOSITORY / "train" / f"{script}.py"), *arguments], "folder": str(folder.resolve()),
         "streams": [[str(file.absolute()) for file in of_rank] for of_rank in streams], "environment": environment,
-        "cores": cores, "limit": limit,
+        "umask": umask, "cores": cores, "limit": limit,
     }  # fmt: skip
     try:
         server.stdin.write(json.dumps(job).encode() + b"\n")

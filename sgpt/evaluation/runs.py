@@ -46,7 +46,7 @@ class CompareConfig:
     """Page that is written."""
 
     def __post_init__(self) -> None:
-        if len({Path(folder).resolve() for folder in self.runs}) < len(self.runs):
+        if len({Path(folder).absolute() for folder in self.runs}) < len(self.runs):
             raise InputError(f"runs={self.runs} names a run twice; leave one out")
         if len(self.runs) > len(LINES_OF_RUNS):
             raise InputError(f"runs names {len(self.runs)} runs; a page shows at most {len(LINES_OF_RUNS)}")

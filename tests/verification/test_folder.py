@@ -91,7 +91,7 @@ def test_the_script_shows_its_table_and_ends_with_0_1_or_2(run, start):
     ended = start("verify", f"model={run}")
     assert ended.code == 0, ended.said
     assert len(re.findall(r" ok ", ended.said)) == 12
-    assert ended.said.rstrip().endswith("every loader gives the trained model")
+    assert ended.out.rstrip().endswith("every loader gives the trained model")
     assert start("verify").sentence == (
         "set model=<folder of a run, export or adapter>, for example model=runs/pydocs"
     )
