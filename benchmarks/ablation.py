@@ -27,7 +27,7 @@ from scipy.stats import t
 
 from sgpt.report.page import DRAWING, LIGHT
 
-RATES = {"bitfit": 5e-2, "full": 1e-3}  # learning rate of each tuning
+RATES = {"bitfit": 5e-2, "full": 3e-4}  # learning rate of each tuning
 VALUES = {
     "pooling": ["weighted_mean", "mean", "last_token"],
     "tuning": [*RATES],
