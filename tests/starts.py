@@ -156,7 +156,6 @@ def fork(
     limit: bytes of a file. watch: is given the process ids, and what says whether all have ended.
     """
     server = _server()
-
     os.umask(umask := os.umask(0o022))  # it can be read in no other way
 
     def ended() -> bool:
@@ -185,7 +184,8 @@ def start_all(script: str, folder: Path, named: dict[str, Start]) -> dict[str, E
 
 
 def _start(script: str, folder: Path, start: Start, number: int) -> Ended:
-    subprocess.run(start.before, shell=True, cwd=folder, check=True)
+    if start.before:
+        subprocess.run(start.before, shell=True, cwd=folder, check=True)
     ranks = 2 if start.port else 1
     environment = {"ACCELERATE_USE_CPU": "true", "COLUMNS": "200"}
     if start.port:

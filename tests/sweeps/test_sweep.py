@@ -226,6 +226,7 @@ def test_jobs_at_a_time_run_at_a_time_and_share_the_cores(tmp_path: Path) -> Non
     assert "jobs: 3, 2 at a time, each 1 process of" in done.stdout
     statuses = [job["status"] for job in read_sweep(project)["jobs"]]
     assert statuses == ["failed", "finished", "finished"], done.stdout
+    assert "InputError: 1 of 3 jobs failed: 0; their output: runs/toy-sweep/<job>.log; typed again" in done.stderr
     half = max(1, len(os.sched_getaffinity(0)) // 2)  # training counts the cores that it may use
     assert f"threads {half} of {half} cpu" in (project / "runs/toy-sweep/1.log").read_text()
 
