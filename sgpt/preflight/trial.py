@@ -98,11 +98,15 @@ def try_pack(encoder: Encoder, batch: Batch, accelerator: Accelerator, run_posit
 
 def _try(encoder: Encoder, pack: Pack, accelerator: Accelerator) -> Trial:
     memory = _Memory(encoder.device)
-    trial = _compute(encoder, pack, accelerator, memory)
-    if trial.seconds < MOST_SECONDS / 2:  # again, in memory that the process has by now, as later steps do
-        again = _compute(encoder, pack, accelerator, memory)
-        trial = replace(trial, forward_seconds=again.forward_seconds, backward_seconds=again.backward_seconds)
-    return trial
+    try:
+        trial = _compute(encoder, pack, accelerator, memory)
+        if trial.seconds < MOST_SECONDS / 2:  # again, in memory that the process has by now, next to the gradients
+            again = _compute(encoder, pack, accelerator, memory)
+            trial = replace(again, kept_bytes=trial.kept_bytes)
+        return trial
+    finally:
+        for parameter in trainable_parameters(encoder.trunk).values():
+            parameter.grad = None
 
 
 def _compute(encoder: Encoder, pack: Pack, accelerator: Accelerator, memory: "_Memory") -> Trial:
@@ -118,8 +122,6 @@ def _compute(encoder: Encoder, pack: Pack, accelerator: Accelerator, memory: "_M
     peak_bytes = memory.peak() - memory.bytes_before
     parameters = trainable_parameters(encoder.trunk).values()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for parameter in parameters:
-        parameter.grad = None
     _refuse_not_finite(encoder, embeddings, gradients)
     return Trial(
         positions=positions_of(encoder, pack),
