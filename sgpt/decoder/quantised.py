@@ -228,9 +228,11 @@ def find_outliers(trunk: nn.Module) -> int8.Outliers:
     hooks = [layer.register_forward_pre_hook(look) for layer in quantised_layers(trunk).values()]
     vocabulary = trunk.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, RANDOM_TOKENS, generator=torch.Generator().manual_seed(0))
-    trunk(input_ids=ids, attention_mask=torch.ones_like(ids))
-    for hook in hooks:
-        hook.remove()
+    try:
+        trunk(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
     return outliers
 
 

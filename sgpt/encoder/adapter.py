@@ -27,11 +27,12 @@ from sgpt.decoder.added_biases import add_named_biases, added_biases
 from sgpt.decoder.base_folder import local_folder, path_for_others
 from sgpt.decoder.families import is_norm
 from sgpt.decoder.quantised import QUANTISED, WeightSample, quantised_dtype, quantised_layers, unquantised_weights
-from sgpt.decoder.trunk import FLOATS, ModelConfig, load_trunk
+from sgpt.decoder.trunk import DTYPES, FLOATS, ModelConfig, load_trunk
 from sgpt.encoder import contract as contracts
 from sgpt.encoder.contract import Contract
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import replace_folder
+from sgpt.runtime.values import check_choice
 
 DELTA, TRAINED = "sgpt_delta.json", "trained.safetensors"
 CHANGE, PEFT = "adapter_model.safetensors", "adapter_config.json"
@@ -179,7 +180,9 @@ def opened_dtype(folder: Path, dtype: str) -> str:
 
     It is the one that the base had in training: opened in another, its weights would be others. A trunk is quantised
     from the weights as they are stored, and biases trained over a quantised one are at home over the whole one, too.
+    InputError for a dtype that no trunk is opened in.
     """
+    check_choice("dtype", dtype, DTYPES)
     known = (folder / DELTA).is_file()
     return dtype if dtype in QUANTISED or not known else read_delta(folder)["dtype"]
 

@@ -11,7 +11,7 @@ Many tuned models of one base are served from one trunk, each a delta of kilobyt
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from sgpt.decoder.trunk import (
 )
 from sgpt.encoder import contract as contracts
 from sgpt.encoder import sentence_transformers as sentence_transformers_format
-from sgpt.encoder.adapter import base_of, check_tokenizer, open_trunk
+from sgpt.encoder.adapter import base_of, check_tokenizer, convert, open_trunk, opened_dtype, read_delta
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.deltas import DeltaNames, Deltas, Strengths, check_limits
@@ -214,17 +214,19 @@ class Encoder(nn.Module):
         was_training = self.training
         self.eval()
         embeddings = torch.empty(len(texts), self.embedding_size) if out is None else out
-        with progress_bar(f"encoding {len(texts):,} {role} texts", len(texts), progress) as advance:
-            for start in range(0, len(texts), TEXTS_AT_A_TIME):
-                stop = start + TEXTS_AT_A_TIME
-                part = embeddings[start:stop].zero_()
-                rows = self.token_ids(texts[start:stop], role, deltas[start:stop])
-                for numbers, of_pack in self.embed_rows(rows, deltas[start:stop], normalize=normalize):
-                    if not of_pack.isfinite().all():
-                        self._refuse_not_finite(of_pack, [start + number for number in numbers], texts, role)
-                    part[numbers] = of_pack
-                    advance(len(numbers))
-        self.train(was_training)
+        try:
+            with progress_bar(f"encoding {len(texts):,} {role} texts", len(texts), progress) as advance:
+                for start in range(0, len(texts), TEXTS_AT_A_TIME):
+                    stop = start + TEXTS_AT_A_TIME
+                    part = embeddings[start:stop].zero_()
+                    rows = self.token_ids(texts[start:stop], role, deltas[start:stop])
+                    for numbers, of_pack in self.embed_rows(rows, deltas[start:stop], normalize=normalize):
+                        if not of_pack.isfinite().all():
+                            self._refuse_not_finite(of_pack, [start + number for number in numbers], texts, role)
+                        part[numbers] = of_pack
+                        advance(len(numbers))
+        finally:
+            self.train(was_training)
         return embeddings if as_tensor or out is not None else embeddings.numpy()
 
     @torch.inference_mode()
@@ -395,6 +397,33 @@ class Encoder(nn.Module):
     def embedding_size(self) -> int:
         of_trunk = embedding_size(self.trunk)
         return of_trunk if self.head is None else output_size(self.head, of_trunk)
+
+    @classmethod
+    def over_base(
+        cls,
+        folder: Path,
+        *,
+        dtype: str = "float32",
+        device: torch.device | str = "cpu",
+        load: Callable[[ModelConfig], nn.Module] = load_trunk,
+    ) -> tuple["Encoder", nn.Module]:
+        """The encoder of a bias adapter as a delta over its base, and that base as `load` opens it.
+
+        `load` gives a trunk, or a language model around one: what else uses it finds the base, as the delta is put on
+        only while texts are encoded. Raises InputError where base, tokenizer or embeddings are not those of the
+        training.
+        """
+        config = ModelConfig(base_of(folder), opened_dtype(folder, dtype), layers=read_delta(folder)["layers"])
+        base = load(config)
+        convert(base, dtype)  # a base in half precision under trained biases keeps its rounded values
+        tokenizer = load_tokenizer(config.path)
+        check_tokenizer(tokenizer, folder)
+        trunk = base.to(device).base_model
+        delta = Delta(trunk, folder)
+        encoder = cls(trunk, tokenizer, delta.contract, delta=delta)
+        if dtype not in QUANTISED:  # of which no rounding was measured
+            encoder.check(str(folder))
+        return encoder, base
 
     @classmethod
     def from_pretrained(

@@ -5,6 +5,7 @@ on while texts are embedded, and off while the language-model head scores. It co
 model.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,10 +13,7 @@ import torch
 
 from sgpt.cross_encoder.cross_encoder import CrossEncoder, load_language_model
 from sgpt.cross_encoder.prompts import PromptConfig
-from sgpt.decoder.trunk import ModelConfig, load_tokenizer
-from sgpt.encoder.adapter import DELTA, base_of, check_tokenizer, convert, opened_dtype, read_delta
-from sgpt.encoder.contract import Contract
-from sgpt.encoder.delta import Delta
+from sgpt.encoder.adapter import DELTA, read_delta
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import find_model
 from sgpt.retrieval.index import IndexConfig, open_index
@@ -62,14 +60,17 @@ class Searcher:
         return sorted(hits, key=lambda hit: -hit.score)[:top]
 
 
-def index_folder(model: str, corpus: Path) -> Path:
+def index_folder(model: str, corpus: Path, dtype: str = "float32") -> Path:
     """Where the index of a corpus lies: in the model's own folder when that is a run, export or adapter of ours.
 
-    Else in runs/search/, as nothing is written into a base, and a hub id has no folder.
+    Else in runs/search/, as nothing is written into a base, and a hub id has no folder. Its name is that of the
+    corpus' folder, of a file both names, with the dtype of the model where it is not float32.
     """
     is_ours = Path(model).is_dir() and find_model(model).is_ours
-    folder = Path(model) if is_ours else Path("runs/search") / Path(model).name
-    return folder / "index" / corpus.name
+    folder = Path(model) if is_ours else Path("runs/search") / Path(os.path.abspath(model)).name
+    whole = Path(os.path.abspath(corpus))  # "." and ".." are no names
+    names = [whole.parent.name, whole.name] if whole.is_file() else [whole.name]
+    return folder / "index" / "-".join([*names, *([dtype] if dtype != "float32" else [])])
 
 
 def load_encoder_and_reranker(
@@ -86,7 +87,6 @@ def load_encoder_and_reranker(
     folder = model_folder.folder
     if not model_folder.is_ours:
         raise InputError(f"{path} holds no adapter/, {remedy}")
-    contract = Contract.load(folder)
     if not (folder / DELTA).is_file():
         raise InputError(f"{folder} holds no {DELTA}, {remedy}")
     stated = read_delta(folder)
@@ -101,14 +101,8 @@ def load_encoder_and_reranker(
             f"{folder}: trained over the first {stated['layers']} blocks of {stated['base']} (model.layers), which "
             f"are no language model that could re-rank; {without}"
         )
-    model = load_language_model(ModelConfig(base_of(folder), opened_dtype(folder, dtype)))
-    convert(model, dtype)  # a base in half precision under trained biases keeps its rounded values
-    model = model.to(device)
-    tokenizer = load_tokenizer(contract.base)
-    check_tokenizer(tokenizer, folder)
-    encoder = Encoder(model.base_model, tokenizer, contract, delta=Delta(model.base_model, folder))
-    encoder.check(str(folder))
-    return encoder, CrossEncoder(model, tokenizer, prompt)
+    encoder, model = Encoder.over_base(folder, dtype=dtype, device=device, load=load_language_model)
+    return encoder, CrossEncoder(model, encoder.tokenizer, prompt)
 
 
 @dataclass

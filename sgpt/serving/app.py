@@ -5,7 +5,7 @@
     POST /search, GET /          the search page, with a corpus
     GET  /v1/models  /contract  /health  /metrics
 
-A request is read, checked and tokenised in threads next to the event loop, and computed by the one thread of
+A request is parsed, checked and tokenised in threads next to the event loop, and computed by the one thread of
 sgpt/serving/batching.py.
 """
 
@@ -224,13 +224,18 @@ class Server:
     async def search(self, request: Request) -> Response:
         if self.page is None:
             raise Refusal(404, "there is no corpus to search; start the server with corpus=<BEIR folder or JSON lines>")
-        asked = parse(SearchRequest, await self.body(request))
+        asked, rows, truncated = await self.in_thread(self._prepare_search, self.page, await self.body(request))
+        answer = await self.page.answer(asked.query, rows, asked.top, self.batcher, self.in_thread)
+        return as_json({**answer, "truncated": truncated})
+
+    def _prepare_search(self, page: SearchPage, body: bytes) -> tuple[SearchRequest, dict[str, TextRow], bool]:
+        asked = parse(SearchRequest, body)
         self._check_texts([asked.query], "query")
-        answer = await self.page.answer(asked.query, asked.top, self.batcher, self.in_thread)
-        if answer["truncated"] and self.config.truncation == "refuse":
+        rows, truncated = page.prepare(asked.query)
+        if truncated and self.config.truncation == "refuse":
             raise Refusal(422, "query is longer than the model reads; shorten it", "query")
-        self.metrics.truncated.inc(answer["truncated"])
-        return as_json(answer)
+        self.metrics.truncated.inc(truncated)
+        return asked, rows, truncated
 
     async def search_page(self, request: Request) -> Response:
         if self.page is None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
+from sgpt.decoder.trunk import DTYPES
 from sgpt.retrieval.index import IndexConfig
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import COUNT, NOT_NEGATIVE, Range, check_api_key, check_choice, check_ranges
@@ -61,6 +62,7 @@ class ServeConfig:
         counts = ("depth", "max_batch_tokens", "max_requests", "max_body_bytes", "max_texts", "max_characters")
         check_ranges(self, port=PORT, max_wait_ms=NOT_NEGATIVE, stop_seconds=NOT_NEGATIVE)
         check_ranges(self, **dict.fromkeys(counts, COUNT))
+        check_choice("dtype", self.dtype, DTYPES)
         check_choice("truncation", self.truncation, TRUNCATIONS)
         if not self.host:
             raise InputError("host is empty; set host=127.0.0.1 for this machine alone, or host=0.0.0.0 for all")

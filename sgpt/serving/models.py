@@ -71,12 +71,12 @@ class ServedModel:
         return meant.pop() if meant else None
 
     def prepare(
-        self, texts: Sequence[str], role: Role, delta: str | None, strength: float | None
+        self, texts: Sequence[str], role: Role, delta: str | None, strength: float | None, field: str = "input"
     ) -> tuple[list[TextRow], list[int]]:
         """The texts with the markers and limits of the model they are for, and the indices of those that were cut.
 
-        Refusal for a text without any token, as an empty one is where there are no markers: its embedding would be
-        zeros, which are similar to nothing.
+        field: of the request, that holds them. Refusal for a text without any token, as an empty one is where there
+        are no markers: its embedding would be zeros, which are similar to nothing.
         """
         if strength is not None and delta is None and self.encoder.delta is None:
             message = f"strength={strength:g} needs a change to a base, and {self.name} is served whole; name a delta"
@@ -92,7 +92,7 @@ class ServedModel:
                 truncated.append(index)
             rows.append(TextRow(frame.put_around(ids), delta, strength))
             if not rows[-1].ids:
-                raise Refusal(422, f"input[{index}] has no token, so there is nothing to embed; leave it out", "input")
+                raise Refusal(422, f"{field}[{index}] has no token, so there is nothing to embed; leave it out", field)
         return rows, truncated
 
     def embed(self, rows: Sequence[TextRow]) -> list[np.ndarray]:
@@ -101,7 +101,7 @@ class ServedModel:
         deltas = [different[row.delta, row.strength] for row in rows]
         embeddings: list[np.ndarray] = [np.empty(0)] * len(rows)
         for numbers, of_pack in self.encoder.embed_rows([row.ids for row in rows], deltas):
-            self._check_finite(of_pack)
+            self._check_finite(of_pack, "send a smaller strength, or serve it in float32")
             for number, embedding in zip(numbers, of_pack.numpy(), strict=True):
                 embeddings[number] = embedding
         return embeddings
@@ -129,7 +129,7 @@ class ServedModel:
         apart = [replace(text, group=number) for number, text in enumerate(texts)]  # they are counted by request
         options = {"tokens_per_pack": reranker.tokens_per_pack, "choices": reranker.answer_ids}
         scores = log_probabilities(reranker.model, apart, **options)
-        self._check_finite(scores)
+        self._check_finite(scores, "serve it in float32")
         return scores.tolist()
 
     def contracts(self, names: Sequence[str]) -> list[Contract]:
@@ -143,8 +143,7 @@ class ServedModel:
             self._contracts[name] = replace(encoder.contract, probes=measured)
         return [self._contracts[name] for name in names]
 
-    def _check_finite(self, numbers: Tensor) -> None:
+    def _check_finite(self, numbers: Tensor, remedy: str) -> None:
         if not numbers.isfinite().all():
             dtype = self.encoder.trunk.dtype
-            remedy = "send a smaller strength, or serve it in float32"
             raise InputError(f"{self.name} gives NaN or infinity for a text, as {dtype} overflows; {remedy}")

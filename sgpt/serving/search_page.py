@@ -1,6 +1,6 @@
 """What the search page asks for: one query, answered by the base, the tuned model and the re-ranker side by side."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from sgpt.retrieval.stored import Search
 from sgpt.serving.batching import Batcher
-from sgpt.serving.models import ServedModel
+from sgpt.serving.models import ServedModel, TextRow
 
 InThread = Callable[..., Awaitable[Any]]
 
@@ -49,32 +49,40 @@ class SearchPage:
             results.append(list(zip(cosines[0].tolist(), rows[0].tolist(), strict=True)))
         return results
 
-    async def answer(self, query: str, top: int, batcher: Batcher, in_thread: InThread) -> dict[str, Any]:
+    def prepare(self, query: str) -> tuple[dict[str, TextRow], bool]:
+        """By the title of each system the query as it reads it, and whether it was cut, which is the same for all."""
+        rows: dict[str, TextRow] = {}
+        truncated: list[int] = []
+        for system in self.systems.values():
+            [rows[system.title]], truncated = self.model.prepare([query], "query", None, system.strength, "query")
+        return rows, bool(truncated)
+
+    async def answer(
+        self, query: str, rows: Mapping[str, TextRow], top: int, batcher: Batcher, in_thread: InThread
+    ) -> dict[str, Any]:
         """Of each system its title, what its scores are, and the best `top` documents.
 
-        `truncated` says whether the query was cut, and of a document whether the re-ranker has read its end alone.
+        rows: of `prepare`. `truncated` of a document says whether the re-ranker has read its end alone.
         """
         answered: list[dict[str, Any]] = []
-        is_cut = False
         found: list[tuple[float, int]] = []
         for system in self.systems.values():
-            rows, truncated = await in_thread(self.model.prepare, [query], "query", None, system.strength)
-            is_cut = is_cut or bool(truncated)
-            [embedding] = await batcher.submit("embed", rows, [len(row.ids) for row in rows])
+            row = rows[system.title]
+            [embedding] = await batcher.submit("embed", [row], [len(row.ids)])
             wanted = max(top, self.depth) if self.model.reranker else top
             [found] = await batcher.submit("search", [IndexQuery(system.title, embedding, wanted)], [1])
             answered.append(self._shown(system.title, "cosine", found[:top]))
         if self.model.reranker is not None:
-            rows = [row for _, row in found]
-            texts, cut = await in_thread(self.model.prepare_rerank, query, [self.texts[row] for row in rows])
+            numbers = [number for _, number in found]
+            texts, cut = await in_thread(self.model.prepare_rerank, query, [self.texts[number] for number in numbers])
             scores = await batcher.submit("rerank", texts, [len(text.read) for text in texts])
-            again = sorted(zip(scores, rows, strict=True), key=lambda hit: -hit[0])
+            again = sorted(zip(scores, numbers, strict=True), key=lambda hit: -hit[0])
             shown = self._shown("re-ranked", "log-probability", again[:top])
-            cut_ids = {self.document_ids[rows[index]] for index in cut}
+            cut_ids = {self.document_ids[numbers[index]] for index in cut}
             for hit in shown["hits"]:
                 hit["truncated"] = hit["id"] in cut_ids
             answered.append(shown)
-        return {"query": query, "truncated": is_cut, "documents": len(self.texts), "systems": answered}
+        return {"query": query, "documents": len(self.texts), "systems": answered}
 
     def _shown(self, title: str, score: str, hits: Sequence[tuple[float, int]]) -> dict[str, Any]:
         listed = []

@@ -1,5 +1,6 @@
 """Opens what is to be served, binds the port, and serves until it is asked to stop."""
 
+import ipaddress
 import logging
 import math
 import signal
@@ -15,10 +16,7 @@ import uvicorn
 from safetensors import safe_open
 
 from sgpt.data.formats.beir import read_search_corpus
-from sgpt.decoder.quantised import QUANTISED
-from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
-from sgpt.encoder.adapter import DELTA, TRAINED, base_of, check_tokenizer, convert, opened_dtype, read_delta
-from sgpt.encoder.delta import Delta
+from sgpt.encoder.adapter import DELTA, TRAINED, base_of, read_delta
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import find_model
 from sgpt.retrieval.index import open_index
@@ -31,7 +29,6 @@ from sgpt.serving.models import ServedModel
 from sgpt.serving.search_page import PageSystem, SearchPage
 
 log = logging.getLogger(__name__)
-LOOPBACK = ("127.", "::1", "localhost")
 
 
 def serve(config: ServeConfig, device: torch.device | str = "cpu") -> None:
@@ -46,7 +43,7 @@ def serve(config: ServeConfig, device: torch.device | str = "cpu") -> None:
         page = open_page(model, config) if config.corpus else None
         app = create_app(model, config, page)
         host, port = listening.getsockname()[:2]
-        if not host.startswith(LOOPBACK) and config.api_key is None:
+        if not ipaddress.ip_address(host.partition("%")[0]).is_loopback and config.api_key is None:
             log.warning("host=%s can be reached by others, and there is no api_key: whoever can, may use it", host)
         log.info("%s", start_line(model, config, f"http://{f'[{host}]' if ':' in host else host}:{port}"))
         options = {"log_config": None, "access_log": False, "server_header": False}
@@ -57,7 +54,10 @@ def serve(config: ServeConfig, device: torch.device | str = "cpu") -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that has the port and does not listen yet; InputError where it cannot be had."""
+    """A socket that listens at the port, so that nobody else can; InputError where it cannot be had.
+
+    Who connects before the model is open waits for it.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -66,6 +66,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen()
     except OSError as error:
         listening.close()
         raise InputError(
@@ -136,22 +137,13 @@ def _open_encoder(model: str, dtype: str, device: torch.device | str) -> Encoder
     if found.kind != "adapter" or not _is_bias_delta(found.folder):
         return Encoder.from_pretrained(model, dtype=dtype).to(device)
     try:
-        base = base_of(found.folder)
+        base_of(found.folder)
     except InputError as error:
         if (export := find_model(model)).kind != "export":
             raise
         log.warning("%s is served without its base, and so without strength: %s", export.folder, error)
         return Encoder.from_pretrained(model, dtype=dtype).to(device)
-    layers = read_delta(found.folder)["layers"]
-    trunk = load_trunk(ModelConfig(base, opened_dtype(found.folder, dtype), layers=layers))
-    convert(trunk, dtype)
-    tokenizer = load_tokenizer(base)
-    check_tokenizer(tokenizer, found.folder)
-    delta = Delta(trunk.to(device), found.folder)
-    encoder = Encoder(trunk, tokenizer, delta.contract, delta=delta)
-    if dtype not in QUANTISED:  # of which no rounding was measured
-        encoder.check(str(found.folder))
-    return encoder
+    return Encoder.over_base(found.folder, dtype=dtype, device=device)[0]
 
 
 def _is_bias_delta(folder: Path) -> bool:
@@ -172,7 +164,7 @@ def open_page(model: ServedModel, config: ServeConfig) -> SearchPage:
     """The search page's systems, with the index that train/search.py keeps, and one of the base next to it."""
     path = Path(config.corpus)
     corpus = read_search_corpus(path)
-    folder = index_folder(config.model, path)
+    folder = index_folder(config.model, path, config.dtype)
     encoder = model.encoder
     systems: list[PageSystem] = []
     title = "model"

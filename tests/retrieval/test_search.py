@@ -2,6 +2,8 @@
 there are only biases.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from sgpt.encoder.adapter import save_adapter
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.encoder import Encoder
-from sgpt.retrieval.searcher import SearchConfig, Searcher, load_encoder_and_reranker
+from sgpt.retrieval.searcher import SearchConfig, Searcher, index_folder, load_encoder_and_reranker
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
@@ -141,6 +143,31 @@ def test_a_run_that_cannot_re_rank_is_told_to_leave_that_out(options, reason, la
     tuned_run(language_model("llama"), tmp_path, **options)
     with pytest.raises(InputError, match=reason + r".*; search without re-ranking: leave out rerank=true"):
         load_encoder_and_reranker(tmp_path)
+
+
+def test_every_corpus_and_dtype_has_an_index_of_its_own(tmp_path, monkeypatch):
+    """A name as "." has none would make the folder of all indexes the index, and replace it."""
+    run = tmp_path / "run"
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        (folder / "corpus.jsonl").write_text("")
+    run.mkdir()
+    (run / "sgpt.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "one")
+    corpora = [Path("."), Path("../two"), Path("corpus.jsonl"), tmp_path / "two" / "corpus.jsonl"]
+    indexes = [index_folder(str(run), corpus) for corpus in corpora]
+    assert [index.parent for index in indexes] == [run / "index"] * 4
+    assert [index.name for index in indexes] == ["one", "two", "one-corpus.jsonl", "two-corpus.jsonl"]
+    assert index_folder(str(run), Path("."), "int8").name == "one-int8"
+
+
+def test_a_quantised_trunk_searches_and_re_ranks(language_model, tmp_path):
+    """Its embeddings are off by its rounding, which is no change of the weights."""
+    whole = tuned_run(language_model("gpt_neo"), tmp_path)
+    encoder, reranker = load_encoder_and_reranker(tmp_path, dtype="int8")
+    one, other = (each.encode_queries(["a date"], normalize=True)[0] for each in (whole, encoder))
+    assert 0.99 < one @ other < 1 - 1e-7
+    assert np.isfinite(reranker.score(["a date"], ["open a file"])).all()
 
 
 def test_an_id_that_comes_twice_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The search page in a browser: what is typed is searched, three columns come, and texts stay texts."""
 
 import json
+import shutil
 
 import pytest
 
@@ -21,7 +22,7 @@ DOCUMENTS = ["parse a date", HTML, "sort a list of names", "a " * 500]
 def browser():
     with sync_api.sync_playwright() as playwright:
         try:
-            opened = playwright.chromium.launch()
+            opened = playwright.chromium.launch(executable_path=shutil.which("chromium"))  # else its own
         except sync_api.Error as error:
             pytest.skip(f"no Chromium for playwright (playwright install chromium): {str(error).splitlines()[0]}")
         yield opened

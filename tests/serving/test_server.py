@@ -25,7 +25,7 @@ from sgpt.cross_encoder.cross_encoder import CrossEncoder
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.probes import measure
-from sgpt.retrieval.searcher import Searcher, load_encoder_and_reranker
+from sgpt.retrieval.searcher import Searcher, index_folder, load_encoder_and_reranker
 from sgpt.runtime.errors import InputError
 from sgpt.serving.config import EXTRA, ServeConfig
 from tests.retrieval.test_search import CORPUS, tuned_run
@@ -228,9 +228,11 @@ def test_a_body_without_a_length_is_counted_as_it_comes(url):
     assert httpx.post(f"{url}/v1/embeddings", content=parts()).status_code == 413
 
 
-def test_a_text_without_a_token_is_refused_where_there_are_no_markers(tiny_base):
-    with serving(tiny_base("gpt2")) as url:
+def test_a_text_without_a_token_is_refused_where_there_are_no_markers(tiny_base, runs):
+    with serving(tiny_base("gpt2"), corpus=str(runs / "corpus.jsonl")) as url:
         assert embed(url, ["a", ""]).json()["error"]["message"].startswith("input[1] has no token")
+        searched = httpx.post(f"{url}/search", json={"query": ""}).json()["error"]
+        assert (searched["param"], searched["message"][:22]) == ("query", "query[0] has no token,")
         refused = embed(url, "a", strength=0.5).json()["error"]
         assert refused["message"].startswith("strength=0.5 needs a change to a base")
 
@@ -302,7 +304,7 @@ def test_the_page_shows_what_search_finds(url, runs, encoders):
     systems = httpx.post(f"{url}/search", json={"query": "open the date", "top": 3}).json()["systems"]
     assert [one["title"] for one in systems] == ["base", "tuned", "re-ranked"]
     encoder, reranker = load_encoder_and_reranker(runs / "first")
-    folder = runs / "first" / "index" / "corpus.jsonl"
+    folder = index_folder(str(runs / "first"), runs / "corpus.jsonl")
     built = (folder / "embeddings.npy").stat().st_mtime_ns
     for shown, ranker in zip(systems[1:], (None, reranker), strict=True):
         hits = Searcher(encoder, CORPUS, folder, reranker=ranker, depth=3)("open the date", 3)
@@ -335,7 +337,8 @@ def test_the_index_of_the_base_is_the_same_next_to_a_delta_with_more_biases(lang
     base = language_model("qwen2")
     tuned_run(base, tmp_path / "own", add_biases="attention")
     tuned_run(base, tmp_path / "other", 1)
-    embeddings = tmp_path / "own" / "index" / "corpus.jsonl-base" / "embeddings.npy"
+    folder = index_folder(str(tmp_path / "own"), runs / "corpus.jsonl")
+    embeddings = folder.with_name(f"{folder.name}-base") / "embeddings.npy"
     built: set[int] = set()
     for deltas in ({}, {"other": str(tmp_path / "other")}):
         config = ServeConfig(model=str(tmp_path / "own"), deltas=deltas, corpus=str(runs / "corpus.jsonl"))
@@ -493,6 +496,8 @@ def test_a_port_that_is_taken_is_one_sentence_before_anything_is_opened():
         port = other.getsockname()[1]
         with pytest.raises(InputError, match=rf"^port={port} of 127\.0\.0\.1 cannot be had \(Address already"):
             bind("127.0.0.1", port)
+    with bind("127.0.0.1", 0) as first, pytest.raises(InputError, match="cannot be had"):  # its model is opened now
+        bind(*first.getsockname())
     with pytest.raises(InputError, match=r"^host=no such host is no address"):
         bind("no such host", 0)
 
@@ -502,6 +507,7 @@ def test_a_port_that_is_taken_is_one_sentence_before_anything_is_opened():
     ({"model": "no/such/folder"}, r"no/such/folder"),
     ({"model": "{base}", "rerank": True}, r"holds no adapter/, so there is no base to re-rank with"),
     ({"model": "{base}", "deltas": {"a": "{other}"}}, r"made from .*gpt2.* .*of this GPTNeoModel is another"),
+    ({"model": "{first}", "dtype": "fp16"}, r"^dtype"),
     ({"model": "{first}", "deltas": {"first": "{first}"}}, r"^deltas\.first is what the model itself is called"),
 ])  # fmt: skip
 def test_what_cannot_be_served_is_one_sentence(runs, tiny_base, keys, sentence):
