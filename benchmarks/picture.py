@@ -49,8 +49,10 @@ def main() -> None:
 
 
 def read(found: dict) -> list[dict]:
-    """The verdicts of one file that compare a competitor with us."""
+    """The verdicts of one file that compare a competitor with us; none of benchmarks that time no such thing."""
     options, script = found["options"], found["command"].split(".py")[0]
+    if script not in DOING:
+        return []
     where = f"{DOING[script]}, {options.get('data', 'nli')}, {SHAPES[options['shape']]}"
     if options.get("queries", 1) > 1:
         where += f", {options['queries']} queries"

@@ -42,7 +42,8 @@ def gpt_neo_125m(vocabulary: int) -> nn.Module:
     return GPTNeoModel(GPTNeoConfig(vocab_size=vocabulary, hidden_size=768, **layers))
 
 
-def smollm2_135m(vocabulary: int) -> nn.Module:
+def smollm2_135m(_: int) -> nn.Module:
+    """With its own 49,152 tokens, of which nano's tokenizer gives the first."""
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
     shape = {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "vocab_size": 49_152}
     return LlamaModel(LlamaConfig(**shape, **heads))

@@ -212,6 +212,8 @@ async def exchange(
 @contextmanager
 def started(command: list[str], health: str, threads: int) -> Iterator[psutil.Process]:
     """A server that is up while this lasts."""
+    if is_up(health):
+        raise SystemExit(f"something answers at {health} already, and would be measured in place of {command[0]}")
     environment = os.environ | PEER_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
@@ -225,7 +227,10 @@ def started(command: list[str], health: str, threads: int) -> Iterator[psutil.Pr
             yield psutil.Process(process.pid)
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def is_up(health: str) -> bool:

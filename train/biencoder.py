@@ -70,7 +70,7 @@ def main(composed: DictConfig) -> None:
             seed=config.trainer.seed,
         )
         test_sets = evaluate.read_sets(config.evaluation)
-        dev_sets = evaluate.read_sets(config.dev)
+        dev_sets = evaluate.read_sets(config.dev, "dev")
     check_keep_best(config.trainer.keep_best, dev_sets)
     feed = with_hard_batches(feed, config.data, accelerator.device)
     feed = with_guide(feed, config.loss, accelerator.device)

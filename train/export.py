@@ -16,8 +16,8 @@ def main(composed: DictConfig) -> None:
     from sgpt.encoder.hub import files_to_push, listing, push
     from sgpt.runtime.errors import InputError
     from sgpt.runtime.progress import announce
-    from sgpt.training import record as outcome
     from sgpt.training.config import TrainConfig
+    from sgpt.training.record import export_as, reopen, write_export
     from sgpt.training.run_folder import RunFolder, read_config
 
     config = typed(ExportConfig, composed)
@@ -29,12 +29,12 @@ def main(composed: DictConfig) -> None:
     folders = {form: folder_of(form, Path(config.output or run.folder / "export")) for form in config.formats}
     announce(f"{run.folder}: its best or newest checkpoint is exported to {', '.join(map(str, folders.values()))}")
     trained = typed(TrainConfig, OmegaConf.create(literal(read_config(run.folder))))
-    encoder, checkpoint = outcome.reopen(run, trained)
+    encoder, checkpoint = reopen(run, trained)
     for form, folder in folders.items():
         if run.finished and not config.output and form == DEFAULT and not config.examples:
-            outcome.write_export(run, trained, encoder)  # which the manifest knows
+            write_export(run, trained, encoder)  # which the manifest knows
         else:
-            outcome.export_as(run, trained, encoder, form, folder, config.examples)
+            export_as(run, trained, encoder, form, folder, config.examples)
         print(f"{checkpoint} exported to {folder}")
     if config.push_to_hub is None:
         return

@@ -143,7 +143,7 @@ def _of_the_system(error: BaseException, number: int, config: Mapping[str, Any])
         return f"{where}: {os.strerror(number)}; put it right, or {other}"
     if number in (errno.EMFILE, errno.ENFILE):
         return f"{where}: {os.strerror(number)}; raise the limit of open files (ulimit -n)"
-    return f"{where}: {os.strerror(number)}"
+    return f"{path}: {os.strerror(number)}" if path else os.strerror(number)
 
 
 def _place(error: BaseException) -> Path | None:

@@ -135,11 +135,13 @@ def write_int8_graph(encoder: Encoder, graph: Path, file: Path) -> None:
     largest = largest_inputs(encoder)
     model = onnx.load(graph)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    multiplied = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
+    products = {node.name: node for node in multiplied if node.input[1] in constants}
     layers: dict[str, tuple[str, np.ndarray]] = {}  # name of the node -> path of the module, weights [inputs, outputs]
-    for node in model.graph.node:
-        path = next((path for path in largest if node.name.startswith(_scope(path))), None)
-        if path is not None and node.op_type in ("MatMul", "Gemm") and node.input[1] in constants:
-            layers[node.name] = path, _weights_of(node, constants[node.input[1]])
+    for name, node in products.items():
+        path = next((path for path in largest if name.startswith(_scope(path))), None)
+        if path is not None:
+            layers[name] = path, _weights_of(node, constants[node.input[1]])
     int8 = _Int8Operations()
     nodes = []
     for node in model.graph.node:
@@ -160,6 +162,8 @@ def write_int8_graph(encoder: Encoder, graph: Path, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, file)
     log.info("int8: %d linear layers", len(layers))
+    if left := len(products.keys() - layers.keys()):
+        log.warning("%s: %d products by weights stay in float32, as their names are of no linear layer", file, left)
 
 
 def _weights_of(node, constant) -> np.ndarray:

@@ -63,8 +63,11 @@ class Sets:
     sts: list[PairSet]
 
 
-def read_sets(config: EvaluationConfig) -> Sets:
-    """Reads every file now: what is missing or cannot be scored must stop a run before it trains, not after."""
+def read_sets(config: EvaluationConfig, key: str = "evaluation") -> Sets:
+    """Reads every file now: what is missing or cannot be scored must stop a run before it trains, not after.
+
+    key: of the config in a run, for messages.
+    """
     folders = find_beir_folders(config.retrieval, config.split, Path(BEIR_ROOT))
     retrieval = [read_beir_folder(folder) for folder in folders]
     retrieval += [read_own_pairs(Path(file), config.split or "test") for file in config.pairs]
@@ -78,10 +81,10 @@ def read_sets(config: EvaluationConfig) -> Sets:
             "rename a folder, or evaluate one after the other"
         )
     sets = Sets(retrieval, pairs)
-    return sets if config.limit is None else _limited(sets, config.limit)
+    return sets if config.limit is None else _limited(sets, config.limit, key)
 
 
-def _limited(sets: Sets, limit: int) -> Sets:
+def _limited(sets: Sets, limit: int, key: str) -> Sets:
     """The first queries and pairs of each set; InputError where nothing that can be scored is among them."""
     sets = Sets(
         [fewer_documents(dataset, limit) for dataset in sets.retrieval],
@@ -94,13 +97,13 @@ def _limited(sets: Sets, limit: int) -> Sets:
             for document, score in judged.items()
         ):
             raise InputError(
-                f"evaluation.limit={limit}: the first queries of {dataset.name} have no relevant document; "
+                f"{key}.limit={limit}: the first queries of {dataset.name} have no relevant document; "
                 "raise it"
             )
     for dataset in sets.sts:
         if len(set(dataset.scores)) < 2:
             raise InputError(
-                f"evaluation.limit={limit}: the first pairs of {dataset.name} have one score, "
+                f"{key}.limit={limit}: the first pairs of {dataset.name} have one score, "
                 "nothing to correlate; raise it"
             )
     return sets

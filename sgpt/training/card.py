@@ -75,7 +75,7 @@ def card(
         f"This folder {agreement(verified)}.\n",
         _recipe(manifest, config),
         _results(run),
-        _limits(run, config, form, verified),
+        _limits(config, verified),
     ]
     if examples:
         rows = [{"query": one.query, "positive": one.positive, **_negatives(one)} for one in examples]
@@ -177,8 +177,10 @@ def _recipe(manifest: Mapping, config: TrainConfig) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["environment"]["versions"].items()),
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    for source in manifest["data"]["sources"]:
-        lines.insert(1, f"| data | {source['examples']:,} examples, hash {_short(source['key'])} |")
+    lines[1:1] = [
+        f"| data | {source['examples']:,} examples, hash {_short(source['key'])} |"
+        for source in manifest["data"]["sources"]
+    ]
     return "## Recipe\n\n| | |\n|---|---|\n" + "\n".join(lines) + "\n"
 
 
@@ -222,7 +224,7 @@ def _interval(gain: Mapping | None) -> str:
     return f"{100 * gain['mean']:+.2f} ({100 * gain['low']:+.2f} to {100 * gain['high']:+.2f})"
 
 
-def _limits(run: RunFolder, config: TrainConfig, form: str, verified: Mapping) -> str:
+def _limits(config: TrainConfig, verified: Mapping) -> str:
     markers = config.markers
     lines = [
         f"A query loses what is beyond {markers.query_max_tokens} tokens, a document what is beyond "

@@ -19,7 +19,7 @@ from sgpt.decoder.base_folder import revision_of
 from sgpt.decoder.quantised import held_weights
 from sgpt.decoder.trunk import load_tokenizer, load_trunk
 from sgpt.encoder import contract as contracts
-from sgpt.encoder.adapter import check_tokenizer, is_adapter, refuse_other_base
+from sgpt.encoder.adapter import TRAINED, check_tokenizer, is_adapter, refuse_other_base
 from sgpt.encoder.contract import Contract, Origin
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import DEFAULT, export
@@ -193,10 +193,16 @@ def _training_examples(config: TrainConfig) -> Iterator[Example]:
 
 
 def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
-    """The encoder as it was when the best checkpoint was written, else the newest, and that checkpoint."""
-    chosen = checkpoint.best(run.checkpoints)
-    if chosen is None:
-        raise InputError(f"{run.folder} has no checkpoint yet; let it train until the first one")
+    """The encoder as it was when the best checkpoint was written, else the newest, and that checkpoint.
+
+    Of a finished run whose checkpoints were deleted it is that of the adapter, which has the same tensors.
+    """
+    chosen = checkpoint.best(run.checkpoints) or run.folder / "adapter"
+    if not (chosen / TRAINED).is_file():
+        remedy = "let it train until the first one"
+        if run.finished:
+            remedy = "open its adapter with PEFT, which alone holds low-rank matrices of a run without checkpoints"
+        raise InputError(f"{run.folder} has no checkpoint; {remedy}")
     if run.threads:
         set_threads(run.threads)  # the last digits of the probes belong to them
     model = config.model.resolved()
@@ -221,7 +227,7 @@ def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
     encoder.contract.origin = origin(config, model.path, recorded)
     encoder.trunk = tune(encoder.trunk, config.tuning, model.path)
     encoder.eval()
-    checkpoint.load_parameters(chosen / "trained.safetensors", trainable_parameters(encoder.trunk))
+    checkpoint.load_parameters(chosen / TRAINED, trainable_parameters(encoder.trunk))
     return encoder, chosen
 
 
@@ -254,8 +260,8 @@ def show_run(run: RunFolder) -> None:
         console.print(evaluate.metrics_table(scored, f"{run.name}: results × 100"))
     else:
         console.print(
-            "no test set was named: evaluation.retrieval=[<BEIR folder>] or evaluation.sts=[<pairs file>] "
-            "scores the next run",
+            "no test set was named: evaluation.retrieval=[<BEIR folder>], evaluation.pairs=[<pairs or triplets>] or "
+            "evaluation.sts=[<scored pairs>] scores the next run",
             soft_wrap=True,
         )
     queries, seconds = _queries_seen(run), manifest["seconds"]

@@ -52,6 +52,10 @@ class VerifyConfig:
         check_api_key(self.api_key)
         if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
             raise InputError(f"endpoint={self.endpoint} is no URL; give one such as http://127.0.0.1:8000")
+        if self.endpoint is None:
+            for key in ("deltas", "served_name", "api_key", "least_cosine"):
+                if getattr(self, key):
+                    raise InputError(f"{key} has no effect without endpoint; set endpoint=<URL of a server>")
         if self.deltas and self.api == "tei":
             raise InputError("deltas: text-embeddings-inference has no request for one; leave deltas out")
         for name, folder in self.deltas.items():

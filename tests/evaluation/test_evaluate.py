@@ -311,6 +311,13 @@ def test_the_query_itself_is_no_result_where_beir_says_so(beir_root, tiny_encode
             assert {len(documents) for documents in run.values()} == {2}
 
 
+def test_a_limit_that_leaves_nothing_names_the_key_it_was_set_by(tmp_path):
+    judged = {"q": {"d": 0}, "r": {"d": 1}}
+    folder = beir(tmp_path / "toy", {"d": "a text"}, {"q": "text", "r": "a"}, {"test": judged})
+    with pytest.raises(InputError, match=r"^dev\.limit=1: the first queries of toy have no relevant document"):
+        read_sets(EvaluationConfig([str(folder)], limit=1), "dev")
+
+
 def test_msmarco_counts_on_dev_unless_a_split_is_named(beir_root):
     assert [place.split for place in find_beir_folders(["msmarco", "arguana"], None, beir_root)] == ["dev", "test"]
     assert [place.split for place in find_beir_folders(["msmarco"], "test", beir_root)] == ["test"]

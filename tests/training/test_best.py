@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -185,6 +186,12 @@ def test_adapter_export_results_and_report_are_of_the_best_step(start, training,
     assert again.code == 0, again.said
     assert f"step-{best} exported to" in again.said
     assert scores(tmp_path / "again") == pytest.approx(values[best], abs=1e-5)
+    shutil.rmtree(run / "checkpoints")  # as docs/run_folder.md allows: the adapter has the same tensors
+    from_adapter = start("export", f"run={run}", f"output={tmp_path / 'from_adapter'}")
+    assert from_adapter.code == 0, from_adapter.said
+    assert f"{run / 'adapter'} exported to" in from_adapter.said
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("again", "from_adapter"))
+    assert one == other
 
 
 # --- two processes ---
