@@ -235,13 +235,15 @@ class AccelerateLauncher(Launcher):
         return [*job.overrides, f"name={quoted(f'{self.name}-sweep/{job.job}')}", "resume=true"]
 
     def job_return(self, job: SweepJob) -> JobReturn:
-        """Composes the job's configuration: one without `resume` is refused here."""
+        """Composes the job's configuration: one without `resume` is refused here, and what training would refuse."""
         config = self.config_loader.load_sweep_config(self.config, self.job_arguments(job))
+        if self.config.hydra.job.config_name == "train":
+            refuse_untrainable(config, job)
         with open_dict(config):
             config.hydra.job.id, config.hydra.job.num = str(job.job), job.job
             hydra_config = OmegaConf.masked_copy(config, ["hydra"])
             del config["hydra"]
-        return JobReturn(
+        return Returned(
             overrides=job.overrides,
             cfg=config,
             hydra_cfg=hydra_config,
@@ -275,6 +277,31 @@ class AccelerateLauncher(Launcher):
         unfinished = self.folder / "sweep.json.tmp"
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         unfinished.replace(self.folder / "sweep.json")
+
+
+class Returned(JobReturn):
+    """Hydra's, which of a failed job raises the error that it carries, but prints a line of its own before."""
+
+    @property
+    def return_value(self) -> object:
+        if self.status == JobStatus.FAILED:
+            raise self._return_value
+        return super().return_value
+
+    @return_value.setter
+    def return_value(self, value: object) -> None:
+        self._return_value = value
+
+
+def refuse_untrainable(config: DictConfig, job: SweepJob) -> None:
+    """InputError for a value that train/biencoder.py refuses: now, and not when the jobs before have ended."""
+    from sgpt.cli.compose import typed
+    from sgpt.training.config import TrainConfig
+
+    try:
+        typed(TrainConfig, config)
+    except InputError as error:
+        raise InputError(f"job {job.job} ({' '.join(job.overrides)}): {error}") from None
 
 
 def result_of(item: Running) -> Exception | None:

@@ -248,11 +248,15 @@ def test_a_sweep_ends_with_a_sentence(start) -> None:
     """Of the script itself, whose jobs `false` ends here before they begin."""
     swept = ["-m", "hydra/launcher=accelerate", "hydra.launcher.prefix=['false']", "name=x"]
     swept.append("hydra.launcher.num_cpu_threads_per_process=1")
-    assert start("biencoder", *swept, "trainer.seed=0,1").sentence == (
+    failed = start("biencoder", *swept, "trainer.seed=0,1")
+    assert "Error executing job" not in failed.said  # Hydra's own words
+    assert failed.sentence == (
         "2 of 2 jobs failed: 0, 1; their output: runs/x-sweep/<job>.log; typed again, the command runs these alone"
     )
     other = start("biencoder", *swept, "trainer.seed=0,2").sentence
     assert "job 1 was 'name='x' trainer.seed=1' and is now 'name='x' trainer.seed=2'" in other
+    refused = start("biencoder", *swept, "name=y", "optim.learning_rate=1e-3,-1").sentence
+    assert refused.startswith("job 1 (name='y' optim.learning_rate=-1): optim.learning_rate=-1.0 must be positive")
     missing = start("biencoder", *swept[:2], "hydra.launcher.prefix=[srin]", "trainer.seed=0,1").sentence
     assert missing == "hydra.launcher.prefix=srin: there is no command srin on the PATH"
     unknown = start("biencoder", "-m", "hydra/launcher=submitit_slurm", "trainer.seed=0,1").sentence
