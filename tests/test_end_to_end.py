@@ -242,8 +242,8 @@ def test_the_run_ends_with_the_table_the_folder_and_what_to_type_next(project):
 def test_a_run_without_a_test_set_says_how_to_name_one(starts):
     assert starts["unscored"].code == 0, starts["unscored"].err
     expected = (
-        "no test set was named: evaluation.retrieval=[<BEIR folder>] or "
-        "evaluation.sts=[<pairs file>] scores the next run"
+        "no test set was named: evaluation.retrieval=[<BEIR folder>], evaluation.pairs=[<pairs or triplets>] or "
+        "evaluation.sts=[<scored pairs>] scores the next run"
     )
     assert expected in starts["unscored"].out
     assert "ndcg@10" not in starts["unscored"].out

@@ -86,7 +86,7 @@ class Job:
         other inputs, versions or threads. keep: ending -> text of files next to the output that a resumed job reads.
         """
         if self.resumed:
-            check_same(self.output, self.manifest, inputs, otherwise="set output=<another file>")
+            check_same(self.output, self.manifest, inputs, otherwise="set output=<another path>")
         else:
             self.manifest = {"config": asdict(self.config), "inputs": dict(inputs), "environment": environment()}
         barrier()  # everybody has read the manifest, now the main process may write it
@@ -204,7 +204,7 @@ def own_share(missing: Sequence[int], size: int, title: str, *, alone: bool = Fa
 def sole_writer(output: Path) -> Iterator[None]:
     """InputError, on all processes of this start, while another start writes `output`."""
     locks: list[FileLock] = []
-    from_main(lambda: locks.append(lock(output, "set output=<another file>")))
+    from_main(lambda: locks.append(lock(output, "set output=<another path>")))
     try:
         yield
     finally:
@@ -240,17 +240,17 @@ def _read_manifest(config: Resumable) -> dict:
     file = sibling(output, ".manifest.json")
     manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if output.exists() and not config.resume:
-        raise InputError(f"{output} exists; resume with resume=true, or set output=<another file>")
+        raise InputError(f"{output} exists; resume with resume=true, or set output=<another path>")
     if output.exists() and not manifest:
-        raise InputError(f"{output} exists without {file}, so it cannot be resumed; set output=<another file>")
+        raise InputError(f"{output} exists without {file}, so it cannot be resumed; set output=<another path>")
     if "finished" in manifest and not output.exists():
         return {}  # somebody removed the output
     if manifest and not config.resume:
-        raise InputError(f"{output} is unfinished, see {file}; resume with resume=true, or set output=<another file>")
+        raise InputError(f"{output} is unfinished, see {file}; resume with resume=true, or set output=<another path>")
     changed = differences(manifest["config"], asdict(config), _MAY_CHANGE) if manifest else []
     if changed:
         raise InputError(
             f"{output} was started with another configuration: {'; '.join(changed[:5])}. "
-            "Resume it with that one, or set output=<another file>"
+            "Resume it with that one, or set output=<another path>"
         )
     return manifest

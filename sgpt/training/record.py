@@ -26,6 +26,7 @@ from sgpt.encoder.export import DEFAULT, export
 from sgpt.encoder.probes import Encode
 from sgpt.evaluation import evaluate
 from sgpt.evaluation.evaluate import Sets
+from sgpt.retrieval.metrics import main_metric
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import lock
 from sgpt.runtime.overrides import argument
@@ -264,6 +265,14 @@ def show_run(run: RunFolder) -> None:
             "evaluation.sts=[<scored pairs>] scores the next run",
             soft_wrap=True,
         )
+    for name, after in results.get("after", {}).items():
+        metric, value = main_metric(after)
+        if value < (before := results["before"][name][metric]):
+            console.print(
+                f"warning: training made {name} worse, {metric} {100 * before:.2f} before and {100 * value:.2f} now; a "
+                "lower optim.learning_rate, fewer steps or other data may not",
+                soft_wrap=True,
+            )
     queries, seconds = _queries_seen(run), manifest["seconds"]
     console.print(
         f"{queries / seconds:.1f} pairs per second · {queries:,} pairs · {seconds / 60:.1f} minutes of training"

@@ -457,12 +457,12 @@ def test_the_script_ends_with_a_table_and_refuses_in_one_sentence(started):
     assert ended["model again"].codes == ended["no model"].codes == [2]
     announced, refused = ended["model again"].err.splitlines()
     assert announced == "model.jsonl: hard negatives are mined for the queries of toy, ranked by base"
-    assert refused == "error: model.jsonl exists; resume with resume=true, or set output=<another file>"
+    assert refused == "error: model.jsonl exists; resume with resume=true, or set output=<another path>"
     assert ended["no model"].err == "error: source=model needs model=<path>\n"
     assert ended["model not resumed"].err == (
         "killed.jsonl: hard negatives are mined for the queries of toy, ranked by base\n"
         "error: killed.jsonl is unfinished, see killed.jsonl.manifest.json; resume with resume=true, or set "
-        "output=<another file>\n"
+        "output=<another path>\n"
     )
 
 

@@ -190,6 +190,13 @@ def test_adapter_export_results_and_report_are_of_the_best_step(start, training,
     from_adapter = start("export", f"run={run}", f"output={tmp_path / 'from_adapter'}")
     assert from_adapter.code == 0, from_adapter.said
     assert f"{run / 'adapter'} exported to" in from_adapter.said
+    assert "worse" not in ended.said
+    results = json.loads((run / "results.json").read_text())
+    results["before"]["scored"]["spearman_cosine"] = 0.5  # had the base been better
+    (run / "results.json").write_text(json.dumps(results))
+    shown = start("biencoder", *training(tmp_path), *more, "trainer.keep_best=scored/pearson_cosine", "resume=true")
+    now = 100 * results["after"]["scored"]["spearman_cosine"]
+    assert f"warning: training made scored worse, spearman_cosine 50.00 before and {now:.2f} now; a lower" in shown.said
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("again", "from_adapter"))
     assert one == other
 
