@@ -12,6 +12,7 @@ resumes. No torch is imported here.
 
 import json
 import math
+import re
 import sys
 import time
 import warnings
@@ -40,6 +41,7 @@ from sgpt.sweeps.table import make_console
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.samplers import BaseSampler
+    from optuna.storages import RDBStorage
     from optuna.trial import FrozenTrial, Trial
 
 SCRIPT = Path(__file__).parents[2] / "train" / "biencoder.py"
@@ -47,6 +49,7 @@ POLL_SECONDS = 1.0
 HEARTBEAT_SECONDS = 10  # a worker says so often that it is alive
 GRACE_SECONDS = 40  # without a sign of it for so long it is taken for dead
 MOST_FAILURES = 3  # of a worker, where no trial of the study has a score: what all share is at fault
+PASSWORD = re.compile(r"(?<=:)[^:/@]*(?=@)")  # in the URL of a database
 _MEAN = "mean"  # of the dev sets, as trainer.keep_best has it
 
 
@@ -67,7 +70,9 @@ class StudyConfig:
     runs: str = "runs"
     """Folder of all runs; the study's is <runs>/<name>-study."""
     storage: str | None = None
-    """Database of the trials, as SQLAlchemy names it: postgresql://user@host/database. Null: SQLite in the folder."""
+    """Database of the trials, as SQLAlchemy names it: postgresql://user:password@host/database, with the extra
+    `postgresql` for its driver. Null: SQLite in the folder.
+    """
     trials: int = 20
     """Trials of the study, those of all its workers and earlier starts together."""
     overrides: list[str] = field(
@@ -164,6 +169,33 @@ def run_study(config: StudyConfig, script: Path = SCRIPT) -> "Study":
     return study
 
 
+def open_storage(config: StudyConfig) -> "RDBStorage":
+    """The database of the trials. InputError, without the password, for a server's that cannot be opened."""
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    shown = PASSWORD.sub("…", config.storage or "")
+    try:
+        return optuna.storages.RDBStorage(
+            config.storage or f"sqlite:///{config.folder / 'study.db'}",
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=GRACE_SECONDS,
+            heartbeat_stale_trial_callback=run_again,
+        )
+    except ImportError:
+        raise InputError(
+            f"storage={shown}: the driver of this database is not installed; PostgreSQL's comes with "
+            "pip install 'sgpt-framework[postgresql]'"
+        ) from None
+    except SQLAlchemyError as error:
+        if config.storage is None:
+            raise
+        raise InputError(
+            f"storage={shown}: {str(error).splitlines()[0]}; give "
+            "postgresql://<user>:<password>@<host>/<database> of a server that can be reached"
+        ) from error
+
+
 def open_study(config: StudyConfig) -> "Study":
     """Makes the study in its database, or joins it."""
     try:
@@ -175,12 +207,7 @@ def open_study(config: StudyConfig) -> "Study":
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     config.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(config.folder / ".study.lock"):  # two that make the tables at a time end with an error
-        storage = optuna.storages.RDBStorage(
-            config.storage or f"sqlite:///{config.folder / 'study.db'}",
-            heartbeat_interval=HEARTBEAT_SECONDS,
-            grace_period=GRACE_SECONDS,
-            heartbeat_stale_trial_callback=run_again,
-        )
+        storage = open_storage(config)
         median = optuna.pruners.MedianPruner(n_startup_trials=config.startup_trials)
         study = optuna.create_study(
             study_name=config.name,

@@ -143,6 +143,17 @@ def test_a_study_with_other_keys_under_the_same_name_is_refused(tmp_path):
         open_study(StudyConfig("toy", str(tmp_path), space=[RATE, Dimension("loss.scale", low=1, high=2)]))
 
 
+@pytest.mark.parametrize(("storage", "sentence"), [
+    ("nonsense", r"^storage=nonsense: Could not parse .*; give postgresql://<user>:<password>@<host>/<database> of a"),
+    ("firebird://me:secret@host/d", r"^storage=firebird://me:…@host/d: .*firebird"),
+    ("oracle://me:secret@host/d", r"^storage=oracle://me:…@host/d: the driver of this database is not installed"),
+])  # fmt: skip
+def test_a_database_that_cannot_be_opened_is_one_sentence_without_its_password(storage, sentence, tmp_path):
+    with pytest.raises(InputError, match=sentence) as refused:
+        open_study(StudyConfig(name="toy", runs=str(tmp_path), storage=storage))
+    assert "secret" not in str(refused.value)
+
+
 def test_workers_draw_different_values_and_the_same_again_in_another_study(tmp_path):
     """The draw belongs to the number of a trial, and not to the worker that asks."""
 
