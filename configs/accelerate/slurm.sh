@@ -1,5 +1,6 @@
 #!/bin/bash
-# Two machines of eight GPUs under Slurm, one torchrun on each; not run where this was written.
+# Two machines of eight GPUs under Slurm, one torchrun on each. Run by Slurm 22.05 over two nodes of one CPU process each
+# (ACCELERATE_USE_CPU=true sbatch --gpus-per-node=1 …), whose biases were those of two processes of one node; no GPU was at hand.
 #   sbatch configs/accelerate/slurm.sh experiment=msmarco_2_7b data.path=<folder of MS MARCO>
 # A job that is ended early, or whose machine fails, is submitted again as it is: resume=true goes on from its last
 # checkpoint, and the threads, processes and data must be the same.
