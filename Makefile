@@ -90,8 +90,8 @@ bench-full: $(BIN)/.installed-dev  ## the same at GPT-Neo-125M, every option of 
 	$(call BENCH,one_trunk,--shape 125m)
 	$(BIN)/python benchmarks/parity_sentence_transformers.py
 
-ablation: $(BIN)/.installed  ## SGPT's choices against each other on nano, three seeds: a table and a picture in docs/; hours, resumed when typed again
-	$(BIN)/python benchmarks/ablation.py --output docs
+ablation: $(BIN)/.installed  ## SGPT's choices against each other on nano, three seeds: a table and a picture in docs/; two hours, resumed when typed again
+	$(BIN)/python benchmarks/ablation.py --output docs --overrides markers.document_max_tokens=48 evaluation.limit=300
 
 clean:          ## remove runs, harvested and cached data, keep .venv
 	rm -rf runs data/raw data/cache

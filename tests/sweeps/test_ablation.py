@@ -26,9 +26,11 @@ def test_effects_have_the_interval_over_seeds_and_what_failed_is_named():
     low, high = ttest_1samp(gains, 0).confidence_interval(0.95)
     [gain] = [row[3] for row in rows if row[1] == "max" and row[0] == "pooling"]
     assert gain == f"{(low + high) / 2:.2f} ± {(high - low) / 2:.2f}"
-    assert ["pooling", "cls", "failed", "failed", ""] in rows
+    assert ["pooling", "cls", "failed", "failed", "failed", ""] in rows
     assert ["cls", "bitfit", "none", "64", "failed"] in rows
     assert [row[3] for row in rows if row[:2] == ["queries", "64"]] == ["10.00 ± 0.00"]  # of seeds 1 and 2
+    [alone] = [row[4] for row in rows if row[:2] == ["pooling", "max"]]
+    assert alone == gain  # the same in batches of 16, which are the first of `queries`
 
 
 def test_a_sweep_that_is_refused_gives_no_results_of_an_earlier_one(tmp_path, monkeypatch, capfd):
