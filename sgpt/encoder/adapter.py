@@ -117,9 +117,8 @@ def load_adapter(trunk: nn.Module, folder: Path) -> None:
 
 def open_trunk(folder: Path, dtype: str) -> nn.Module:
     """The base that the contract names, with the adapter in it: changed in place, or wrapped by PEFT for low rank."""
-    base, known = base_of(folder), (folder / DELTA).is_file()
-    layers = read_delta(folder)["layers"] if known else None
-    trunk = load_trunk(ModelConfig(base, opened_dtype(folder, dtype), layers=layers))
+    known = (folder / DELTA).is_file()
+    trunk = load_trunk(base_config(folder, dtype))
     refuse_other_base(trunk, folder)
     convert(trunk, dtype)
     if known and read_delta(folder)["form"] != "peft":
@@ -175,20 +174,23 @@ def _refuse_trained_weights(trunk: nn.Module, folder: Path, stated: Mapping) -> 
         )
 
 
-def opened_dtype(folder: Path, dtype: str) -> str:
-    """The dtype that the base of an adapter is opened in, before it is converted to `dtype`.
+def base_config(folder: Path, dtype: str) -> ModelConfig:
+    """How the base of an adapter is opened, before it is converted to `dtype`: its path, blocks and own dtype.
 
-    It is the one that the base had in training: opened in another, its weights would be others. A trunk is quantised
+    That is the one that the base had in training: opened in another, its weights would be others. A trunk is quantised
     from the weights as they are stored, and biases trained over a quantised one are at home over the whole one, too.
     InputError for a dtype that no trunk is opened in.
     """
     check_choice("dtype", dtype, DTYPES)
-    known = (folder / DELTA).is_file()
-    return dtype if dtype in QUANTISED or not known else read_delta(folder)["dtype"]
+    base = base_of(folder)
+    if not (folder / DELTA).is_file():
+        return ModelConfig(base, dtype)
+    stated = read_delta(folder)
+    return ModelConfig(base, dtype if dtype in QUANTISED else stated["dtype"], layers=stated["layers"])
 
 
 def convert(model: nn.Module, dtype: str) -> None:
-    """To the dtype, in place; a quantised model, which `opened_dtype` has opened so, is left as it is.
+    """To the dtype, in place; a quantised model, which `base_config` has opened so, is left as it is.
 
     Parameters only: rotary frequencies, which are buffers, stay float32 as after opening in it.
     """

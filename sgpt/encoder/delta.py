@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sgpt.decoder.mixed import exchanged
 from sgpt.decoder.quantised import WeightSample, unquantised_weights
-from sgpt.decoder.trunk import ModelConfig, load_trunk
-from sgpt.encoder.adapter import DELTA, base_of, is_its_base, opened_dtype, read_delta, read_trained, refuse_other_base
+from sgpt.decoder.trunk import load_trunk
+from sgpt.encoder.adapter import DELTA, base_config, is_its_base, read_delta, read_trained, refuse_other_base
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.model_folder import find_model
 from sgpt.runtime.errors import InputError
@@ -155,7 +155,7 @@ def untuned_values(trunk: nn.Module, folder: Path) -> dict[str, Tensor]:
     stated = read_delta(folder)
     if is_its_base(trunk, folder):
         return {}
-    base = load_trunk(ModelConfig(base_of(folder), opened_dtype(folder, "float32"), layers=stated["layers"]))
+    base = load_trunk(base_config(folder, "float32"))
     refuse_other_base(base, folder)
     now, of_base = unquantised_weights(trunk), dict(base.named_parameters())
     untuned: dict[str, Tensor] = {}

@@ -39,7 +39,7 @@ from sgpt.decoder.trunk import (
 )
 from sgpt.encoder import contract as contracts
 from sgpt.encoder import sentence_transformers as sentence_transformers_format
-from sgpt.encoder.adapter import base_of, check_tokenizer, convert, open_trunk, opened_dtype, read_delta
+from sgpt.encoder.adapter import base_config, base_of, check_tokenizer, convert, open_trunk
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.deltas import DeltaNames, Deltas, Strengths, check_limits
@@ -413,7 +413,7 @@ class Encoder(nn.Module):
         only while texts are encoded. Raises InputError where base, tokenizer or embeddings are not those of the
         training.
         """
-        config = ModelConfig(base_of(folder), opened_dtype(folder, dtype), layers=read_delta(folder)["layers"])
+        config = base_config(folder, dtype)
         base = load(config)
         convert(base, dtype)  # a base in half precision under trained biases keeps its rounded values
         tokenizer = load_tokenizer(config.path)

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from sgpt.decoder.families import BLOCK_NUMBER, block_of
-from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
+from sgpt.decoder.trunk import load_tokenizer, load_trunk
 from sgpt.encoder.adapter import (
-    base_of,
+    base_config,
     check_tokenizer,
     is_adapter,
-    opened_dtype,
-    read_delta,
     read_trained,
     refuse_other_base,
     save_adapter,
@@ -44,10 +42,7 @@ def merge(models: Sequence[str], weights: Sequence[float], output: Path) -> dict
     folders = [bias_delta_folder(model) for model in models]
     _refuse_output(output, folders)
     contract = _common_contract(folders)
-    stated = read_delta(folders[0])
-    trunk = load_trunk(
-        ModelConfig(base_of(folders[0]), opened_dtype(folders[0], "float32"), layers=stated["layers"])
-    )
+    trunk = load_trunk(base_config(folders[0], "float32"))
     tokenizer = load_tokenizer(contract.base)
     for folder in folders:  # before any of them adds biases
         refuse_other_base(trunk, folder)
@@ -70,8 +65,7 @@ def merge(models: Sequence[str], weights: Sequence[float], output: Path) -> dict
 
 def merged_encoder(folder: Path, device: torch.device | str = "cpu") -> Encoder:
     """The base of a merged model, with the model's markers, limits and pooling, and the model as its delta "merged"."""
-    stated = read_delta(folder)
-    trunk = load_trunk(ModelConfig(base_of(folder), opened_dtype(folder, "float32"), layers=stated["layers"]))
+    trunk = load_trunk(base_config(folder, "float32"))
     contract = Contract.load(folder)
     encoder = Encoder(trunk.to(device), load_tokenizer(contract.base), contract)
     encoder.load_delta("merged", folder)

@@ -335,7 +335,10 @@ def test_an_endpoint_where_nobody_listens_is_one_sentence(models):
         ({"api": "grpc"}, r"api"),
         ({"deltas": {"a": "b"}}, r"^deltas has no effect without endpoint; set endpoint"),
         ({"least_cosine": 0.99}, r"^least_cosine has no effect without endpoint"),
-        ({"endpoint": "http://a", "api": "tei", "deltas": {"a": "b"}}, r"deltas: text-embeddings-inference has no"),
+        (
+            {"endpoint": "http://a", "api": "tei", "deltas": {"a": "b"}},
+            r"deltas: text-embeddings-inference has no request for one",
+        ),
         ({"endpoint": "http://a", "deltas": {"a": ""}}, r"deltas\.a is empty"),
         ({"endpoint": "http://a", "api_key": "ключ"}, r"api_key holds a blank, or what is no ASCII"),
         ({"markers_by": "both"}, r"markers_by"),
