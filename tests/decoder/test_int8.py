@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
 
-from sgpt.decoder import int8
+from sgpt.decoder import attention, int8
 from sgpt.decoder.int8 import Int8Products, int8_products, outlier_channels, quantise_tokens
 from sgpt.decoder.quantised import QuantisedLinear, find_outliers, quantised_layers
 from sgpt.decoder.trunk import ModelConfig, load_trunk
@@ -124,13 +124,14 @@ def test_layers_that_read_one_tensor_share_its_codes_and_another_tensor_gets_its
 
 @needs_vnni
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gpt_neo", "gptj", "opt", "bloom", "bert"])
-def test_embeddings_are_those_of_a_model_whose_activations_are_rounded_so(family, tiny_encoder):
+def test_embeddings_are_those_of_a_model_whose_activations_are_rounded_so(family, tiny_encoder, monkeypatch):
     """transformers' own model in float64, every linear layer of which rounds its weights and its inputs; each text
-    alone.
+    alone. Attention as on processors without bfloat16.
 
     Equal but for float32's rounding; only a number next to the middle of two steps may become the other one, which
     moves a text by less than what rounding no activation does (0.0014 and more, over these).
     """
+    monkeypatch.setattr(attention, "FAST_BFLOAT16", False)
     encoder = tiny_encoder(family, dtype="int8")
     model = AutoModel.from_pretrained(encoder.contract.base).eval().double()
     outliers = find_outliers(encoder.trunk)
@@ -148,6 +149,22 @@ def test_embeddings_are_those_of_a_model_whose_activations_are_rounded_so(family
         errors.append(np.linalg.norm(embedding - expected) / np.linalg.norm(expected))
     assert np.median(errors) < 1e-6
     assert max(errors) < 1e-3
+
+
+@needs_vnni
+@pytest.mark.parametrize("family", ["llama", "gpt_neo"])
+def test_attention_in_bfloat16_rounds_less_than_the_products_around_it(family, tiny_encoder, monkeypatch):
+    """Next to float32's embeddings of the same model: on processors that multiply bfloat16, and on others."""
+    exact = tiny_encoder(family).encode_queries(TEXTS, normalize=True)
+    encoder = tiny_encoder(family, dtype="int8")
+    of_attention = {}
+    for fast in (True, False):
+        monkeypatch.setattr(attention, "FAST_BFLOAT16", fast)
+        of_attention[fast] = encoder.encode_queries(TEXTS, normalize=True)
+    moved = np.linalg.norm(of_attention[True] - of_attention[False], axis=1)
+    of_products = np.linalg.norm(of_attention[False] - exact, axis=1)
+    assert np.median(moved) < np.median(of_products)
+    assert (moved > 0).any()
 
 
 def round_inputs(outliers: torch.Tensor, _: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
