@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from sgpt.data.formats.beir import RetrievalSet, fewer_documents
 from sgpt.data.formats.scored_pairs import PairSet, fewer_pairs, read_pairs
+from sgpt.data.sources.columns import COLUMN_ROLES, keys_below
 from sgpt.data.test_sets.beir_sets import find_beir_folders, read_beir_folder
 from sgpt.data.test_sets.own_pairs import read_own_pairs
 from sgpt.encoder.encoder import Encoder
@@ -47,6 +48,12 @@ class EvaluationConfig:
     """Files of scored sentence pairs."""
     pairs: list[str] = field(default_factory=list)
     """Files of pairs or triplets, as for data.path: each query is to find its positives among all documents there."""
+    columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(COLUMN_ROLES))
+    """Of these files, as data.columns: query, positive, negative, label, score; null goes by the usual names."""
+    labels: list[str] = field(default_factory=list)
+    """What numbers as labels mean in these files, as data.labels."""
+    positive_score: float | None = None
+    """Of scored pairs in these files the least score of a positive; all others are hard negatives."""
     split: str | None = "test"
     """Of all; null is each set's own, which is test but for BEIR's msmarco."""
     bm25: bool = True
@@ -70,7 +77,9 @@ def read_sets(config: EvaluationConfig, key: str = "evaluation") -> Sets:
     """
     folders = find_beir_folders(config.retrieval, config.split, Path(BEIR_ROOT))
     retrieval = [read_beir_folder(folder) for folder in folders]
-    retrieval += [read_own_pairs(Path(file), config.split or "test") for file in config.pairs]
+    stated = (config.columns, config.labels, config.positive_score)
+    with keys_below(f"{key}."):
+        retrieval += [read_own_pairs(Path(file), config.split or "test", *stated) for file in config.pairs]
     pairs: list[PairSet] = []
     for file in config.sts:
         pairs += read_pairs(Path(file), config.split or "test")  # SemEval's files give a set a year

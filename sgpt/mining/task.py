@@ -1,7 +1,6 @@
 """What is mined: the corpus as different texts, and the judged queries with what must never be their negative."""
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from sgpt.data.formats.beir import Qrels, RetrievalSet, read_retrieval
 from sgpt.data.formats.rows import of_split, rows
 from sgpt.data.sources.bad_rows import accepted
-from sgpt.data.sources.columns import describe, guess_columns, peek_column_names, refuse_late_columns
+from sgpt.data.sources.columns import describe, guess_columns, keys_below, peek_column_names, refuse_late_columns
 from sgpt.data.sources.pairs import examples
 from sgpt.mining.config import MineConfig
 from sgpt.runtime.errors import InputError
@@ -88,11 +87,8 @@ def read_mining_set(config: MineConfig) -> RetrievalSet:
         return read_retrieval(path, config.split)
     rejected = Path(f"{config.output}.rejected.jsonl")
     on_bad_rows = {"on_error": config.on_error, "rejected": rejected, "max_error_share": config.max_error_share}
-    try:
+    with keys_below(""):
         return pairs_as_retrieval_set(path, config.split, config.columns, config.labels, **on_bad_rows)
-    except InputError as error:  # names keys as training has them, below `data`; here they are keys by themselves
-        message = re.sub(r"\bdata\.(?=columns|labels|on_error|max_error_share)", "", str(error))
-        raise InputError(message) from error
 
 
 def pool_of(corpus: dict[str, str]) -> Pool:

@@ -732,7 +732,7 @@ def test_malformed_rows_pass_through_in_their_place():
         ),
         (
             PAIR, {"positive_score": 1},
-            r"data\.positive_score or data\.negative_score is set, but no column of scores is used; set "
+            r"data\.positive_score is set, but no column of scores is used; set "
             r"data\.columns\.score"
         ),
         (

@@ -42,6 +42,46 @@ def test_pairs_without_negatives_and_the_rows_of_another_split(tmp_path):
     assert [dataset.queries[query] for query in dataset.qrels] == ["q 0", "q 1", "q 2"]
 
 
+def test_every_document_is_in_the_corpus_whatever_says_that_it_is_no_answer(tmp_path):
+    """Labels, scores, columns with names of their own, and rows with any number of negatives."""
+    titled = [{"title": "sort a list", "body": "sorted(x)"}]
+    labelled = [
+        {"question1": "sort a list", "question2": "sorted(x)", "is_duplicate": 1},
+        {"question1": "sort a list", "question2": "max(x)", "is_duplicate": 0},
+    ]
+    scored = [
+        {"query": "sort a list", "positive": "sorted(x)", "score": 0.9},
+        {"query": "sort a list", "positive": "max(x)", "score": 0.2},
+    ]
+    mined = [{**ROWS[0], "negative": []}, {**ROWS[2], "negative": ["max(x)", "min(x)"]}]
+    for rows, options, documents, positives in (
+        (labelled, {}, 2, 1),
+        (scored, {"positive_score": 0.5}, 2, 1),
+        (titled, {"columns": {"query": "title", "positive": "body"}}, 1, 1),
+        (mined, {}, 4, 2),
+    ):
+        config = EvaluationConfig(pairs=[str(write(tmp_path / "pairs.jsonl", rows))], split="dev", **options)
+        (dataset,) = read_sets(config, "dev").retrieval
+        assert len(dataset.corpus) == documents
+        assert [len(judged) for judged in dataset.qrels.values()] == [positives]
+
+
+@pytest.mark.parametrize(
+    ("row", "remedy"),
+    [
+        ({"title": "a", "body": "b"}, "set dev.columns.query=<column>"),
+        ({"query": "a", "positive": "b", "score": 0.5}, "set dev.positive_score=<score>"),
+        ({"sentence1": "a", "sentence2": "b", "label": 1}, "dev.labels="),
+    ],
+)
+def test_what_is_to_be_set_is_a_key_that_is_read_here(row, remedy, tmp_path):
+    config = EvaluationConfig(pairs=[str(write(tmp_path / "pairs.jsonl", [row]))], split="dev")
+    with pytest.raises(InputError) as error:
+        read_sets(config, "dev")
+    assert remedy in str(error.value)
+    assert "data." not in str(error.value)
+
+
 def test_a_bad_row_is_named(tmp_path):
     file = write(tmp_path / "pairs.jsonl", [*ROWS, {"query": "no answer", "positive": 3, "negative": "x"}])
     with pytest.raises(InputError, match=r"pairs\.jsonl, line 4"):

@@ -3,7 +3,8 @@
 import difflib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -37,6 +38,21 @@ LABELS = {  # True: positive; False: hard negative; None: neither
     "0": False, "0.0": False, "false": False, "contradiction": False, "not_duplicate": False, "not_equivalent": False,
     "neutral": None, "not_entailment": None, "-": None,
 }  # fmt: skip
+
+
+KEYS = re.compile(r"\bdata\.(?=columns|labels|positive_score|negative_score|on_error|max_error_share)")
+
+
+@contextmanager
+def keys_below(prefix: str) -> Iterator[None]:
+    """Inside, an InputError of pairs names its keys as a configuration has them that is not of training data.
+
+    prefix: "evaluation." where data.labels is evaluation.labels; "" where it is labels.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(KEYS.sub(prefix, str(error))) from error
 
 
 @dataclass(frozen=True)

@@ -45,27 +45,26 @@ class GroupedExample:
 def examples(
     rows: PlacedRows, columns: Columns, *, num_hard_negatives: int,
     labels: Sequence[str] = (), positive_score: float | None = None, negative_score: float | None = None,
+    keep_negatives: bool | None = None,
 ) -> ParsedRows:  # fmt: skip
     """("<file>, line n", example or what is wrong with the row). InputError at once for settings that fit no row.
 
-    All positives and hard negatives of a row are kept, and no hard negatives when `num_hard_negatives` is 0. Judged
+    All positives of a row are kept, and all hard negatives, of which it has `num_hard_negatives` at least;
+    keep_negatives: None keeps them where that is more than 0. Judged
     pairs (`columns.label`, `columns.score`) are grouped by query, in the order in which queries first appear, which
     holds all their texts in memory. For them None stands for a row that is in order and went into a group; the groups
     follow after the last row. labels: what numbers in the column of labels mean, in their order from 0.
     """
-    rows = _warned_of_odd_texts(
-        rows, (columns.query, columns.positive, *(columns.negatives if num_hard_negatives else ()))
-    )
+    keep = bool(num_hard_negatives) if keep_negatives is None else keep_negatives
+    rows = _warned_of_odd_texts(rows, (columns.query, columns.positive, *(columns.negatives if keep else ())))
     if columns.score:
         judge = _score_judge(columns.score, positive_score, negative_score, num_hard_negatives)
-        return _grouped(rows, columns, columns.score, judge, num_hard_negatives)
+        return _grouped(rows, columns, columns.score, judge, num_hard_negatives, keep)
     if positive_score is not None or negative_score is not None:
-        raise InputError(
-            "data.positive_score or data.negative_score is set, but no column of scores is used; "
-            "set data.columns.score=<column>"
-        )
+        key = "data.negative_score" if positive_score is None else "data.positive_score"
+        raise InputError(f"{key} is set, but no column of scores is used; set data.columns.score=<column>")
     if columns.label:
-        return _grouped(rows, columns, columns.label, _label_judge(columns, labels), num_hard_negatives)
+        return _grouped(rows, columns, columns.label, _label_judge(columns, labels), num_hard_negatives, keep)
     if labels:
         raise InputError(
             "data.labels names the numbers of labels, but no column of labels is used; "
@@ -77,7 +76,10 @@ def examples(
             "set data.columns.negative=<column>, or data.num_hard_negatives=0"
         )
     return (
-        (where, row if isinstance(row, InputError) else attempt(_example, row, columns, num_hard_negatives, where))
+        (
+            where,
+            row if isinstance(row, InputError) else attempt(_example, row, columns, num_hard_negatives, keep, where),
+        )
         for where, row in rows
     )
 
@@ -111,13 +113,13 @@ def _spells_list(text: object) -> bool:
     return isinstance(text, str) and LIST.fullmatch(text.strip()) is not None
 
 
-def _example(row: dict, columns: Columns, num_hard_negatives: int, where: str) -> Example:
+def _example(row: dict, columns: Columns, num_hard_negatives: int, keep_negatives: bool, where: str) -> Example:
     query, positives = _cell(row, columns.query, "query", where), _cell(row, columns.positive, "positive", where)
     if positives == []:
         raise InputError(
             f"{where}, column {columns.positive!r}: the list of positives is empty; remove the row or give it a text"
         )
-    negatives = _row_negatives(row, columns.negatives, where) if num_hard_negatives else []
+    negatives = _row_negatives(row, columns.negatives, where) if keep_negatives else []
     _check_enough(len(negatives), num_hard_negatives, " or ".join(map(repr, columns.negatives)), where)
     positive, *others = positives if isinstance(positives, list) else [positives]
     return checked_example(query, positive, negatives, where, others, columns.query, columns.positive)
@@ -233,7 +235,9 @@ class _Group:
     documents: dict[str, bool] = field(default_factory=dict)
 
 
-def _grouped(rows: PlacedRows, columns: Columns, judged_by: str, judge: Judge, num_hard_negatives: int) -> ParsedRows:
+def _grouped(
+    rows: PlacedRows, columns: Columns, judged_by: str, judge: Judge, num_hard_negatives: int, keep_negatives: bool
+) -> ParsedRows:
     """Pairs that are neither, and queries without a positive, are left out and counted.
 
     In judged data they are no mistake, nor are queries without a hard negative.
@@ -254,7 +258,7 @@ def _grouped(rows: PlacedRows, columns: Columns, judged_by: str, judge: Judge, n
             without += 1
             continue
         short += len(negatives) < num_hard_negatives
-        used = negatives if num_hard_negatives else ()
+        used = negatives if keep_negatives else ()
         yield group.where, GroupedExample(checked_example(query, positives[0], used, group.where, positives[1:]))
     few = ""
     if short:

@@ -1,5 +1,6 @@
 """A file of pairs or triplets as a retrieval set: each query is to find its positives among all documents there."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sgpt.data.formats.beir import RetrievalSet
@@ -9,15 +10,22 @@ from sgpt.data.sources.pairs import GroupedExample, examples
 from sgpt.runtime.errors import InputError
 
 
-def read_own_pairs(path: Path, split: str) -> RetrievalSet:
-    """The file may be what `data.path` takes; its columns are recognised by their usual names.
+def read_own_pairs(
+    path: Path, split: str,
+    stated: Mapping[str, str | None] | None = None, labels: Sequence[str] = (), positive_score: float | None = None,
+) -> RetrievalSet:  # fmt: skip
+    """The file may be what `data.path` takes; its columns are those of `stated`, or recognised by their usual names.
 
     The corpus is its different positives and hard negatives. A query that stands in several rows has all their
-    positives. split: rows whose column `split` names another one are left out. InputError for a bad row.
+    positives. split: rows whose column `split` names another one are left out. labels: as for `examples`.
+    positive_score: of scored pairs, all others are hard negatives. InputError for a bad row.
     """
     names, all_rows = peek_column_names(rows(path, split))
-    columns = guess_columns(names, {}, str(path))
-    found = examples(of_split(all_rows, split, str(path)), columns, num_hard_negatives=bool(columns.negatives))
+    columns = guess_columns(names, stated or {}, str(path))
+    found = examples(
+        of_split(all_rows, split, str(path)), columns, num_hard_negatives=0, keep_negatives=True, labels=labels,
+        positive_score=positive_score, negative_score=positive_score,
+    )  # fmt: skip
     corpus: dict[str, str] = {}  # text -> id
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
