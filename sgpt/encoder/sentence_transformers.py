@@ -94,6 +94,12 @@ def is_sentence_transformers(folder: Path) -> bool:
     return (folder / MODULES).is_file()
 
 
+def stated_kind(folder: Path) -> str:
+    """As sentence-transformers reads it: SentenceTransformer, CrossEncoder or SparseEncoder."""
+    file = folder / SETTINGS
+    return read_json(file).get("model_type", "SentenceTransformer") if file.is_file() else "SentenceTransformer"
+
+
 def read(folder: Path) -> Stated:
     """InputError with file and key for whatever is missing, broken, or said in a way that is not applied here."""
     (_, transformer), (_, pooling), *head = _modules(folder)
@@ -306,7 +312,7 @@ def _prompts(folder: Path) -> dict[str, str]:
     """By role. Of other names sentence-transformers uses the default in its plain `encode` alone, which has no role."""
     file = folder / SETTINGS
     stated = read_json(file) if file.is_file() else {}
-    if (kind := stated.get("model_type", "SentenceTransformer")) != "SentenceTransformer":
+    if (kind := stated_kind(folder)) != "SentenceTransformer":
         raise InputError(
             f"{file}: model_type={kind!r} is no model that gives one embedding for a text; a SentenceTransformer is"
         )

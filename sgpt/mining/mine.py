@@ -72,7 +72,8 @@ def mining_inputs(task: Task, ranker: Ranker) -> Inputs:
         f"source {config.source}": ranker.digest,
     }
     if config.rescore:
-        for file in sorted(Path(config.rescore).rglob("*")):
+        model = Path(config.rescore)  # a GGUF file, or a folder
+        for file in [model] if model.is_file() else sorted(model.rglob("*")):
             if file.is_file():
                 inputs[f"rescore {file}"] = file_hash(file)
     return inputs

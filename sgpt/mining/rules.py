@@ -14,7 +14,7 @@ from sgpt.cross_encoder.cross_encoder import CrossEncoder as SgptCrossEncoder
 from sgpt.decoder.base_folder import is_gguf, local_folder
 from sgpt.decoder.model_files import CONFIG, check_config, read_json
 from sgpt.decoder.trunk import ModelConfig, check_vocabulary, describe_errors, load_tokenizer, open_model
-from sgpt.encoder.sentence_transformers import is_sentence_transformers
+from sgpt.encoder.sentence_transformers import is_sentence_transformers, stated_kind
 from sgpt.mining.config import MineConfig
 from sgpt.mining.rankers import Candidate, Ranker, Ranking
 from sgpt.mining.task import Pool, Query, Task
@@ -143,7 +143,12 @@ def load_rescorer(folder: str, device: torch.device, queries: Sequence[str] = ()
     architectures = [name for name in read_json(path / CONFIG).get("architectures") or [] if isinstance(name, str)]
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         return _by_decoder(folder, device, queries)
-    if not is_sentence_transformers(path) and not any("SequenceClassification" in name for name in architectures):
+    saved_by_them = is_sentence_transformers(path)  # who give a saved bi-encoder a random head, without an error
+    if saved_by_them:
+        is_cross_encoder = stated_kind(path) == "CrossEncoder"
+    else:
+        is_cross_encoder = any("SequenceClassification" in name for name in architectures)
+    if not is_cross_encoder:
         kind = ", ".join(architectures) or "a model without a head"
         raise InputError(
             f"rescore={folder}: {kind} is no cross-encoder; its scores would come from random weights; "
@@ -154,7 +159,7 @@ def load_rescorer(folder: str, device: torch.device, queries: Sequence[str] = ()
     except ImportError:
         remedy = "pip install 'sgpt-framework[st]'"
         raise InputError(f"rescore={folder}: sentence-transformers is not installed; {remedy}") from None
-    if not is_sentence_transformers(path):
+    if not saved_by_them:
         # Refuses a folder that lacks a weight, which sentence-transformers would fill at random.
         check_vocabulary(load_tokenizer(folder), open_model(ModelConfig(folder), AutoModelForSequenceClassification))
     with describe_errors(f"rescore={folder}"):

@@ -16,7 +16,7 @@ from sgpt.data.readers import DataConfig, read_examples
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
 from sgpt.mining.config import PATH_OF_SOURCE, MineConfig
-from sgpt.mining.mine import mine
+from sgpt.mining.mine import mine, mining_inputs
 from sgpt.mining.rankers import RANKERS
 from sgpt.mining.rules import load_rescorer, mine_block
 from sgpt.mining.task import read_task
@@ -583,6 +583,27 @@ def test_a_folder_without_columns_or_positives_is_refused(tmp_path):
 def test_a_model_without_a_scoring_head_is_no_cross_encoder(toy, tiny_base, tmp_path):
     with pytest.raises(InputError, match=r"BertModel is no cross-encoder; its scores would come from random weights"):
         mined(toy, tmp_path / "rows.jsonl", rescore=str(tiny_base("bert")))
+
+
+def test_a_bi_encoder_of_sentence_transformers_is_no_cross_encoder(toy, tiny_base, tmp_path):
+    """Theirs opens it with a new random head."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    transformer = Transformer(str(tiny_base("bert")))
+    SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(tmp_path / "biencoder"))
+    with pytest.raises(InputError, match=r"BertModel is no cross-encoder; its scores would come from random weights"):
+        mined(toy, tmp_path / "rows.jsonl", rescore=str(tmp_path / "biencoder"))
+
+
+def test_a_gguf_file_that_rescores_is_one_of_the_inputs(toy, tmp_path):
+    file = tmp_path / "decoder.gguf"
+    task = read_task(MineConfig(data=str(toy), output=str(tmp_path / "rows.jsonl"), source="bm25", rescore=str(file)))
+    hashes = set()
+    for content in (b"one", b"other"):
+        file.write_bytes(content)
+        hashes.add(mining_inputs(task, RANKERS["bm25"](task))[f"rescore {file}"])
+    assert len(hashes) == 2
 
 
 @pytest.mark.parametrize("columns", [{}, {"query": "title", "positive": "body"}])
