@@ -1,5 +1,6 @@
 """AdamW with linear warm-up, as SGPT trained: no weight decay on biases and norms, betas .9/.999, clip 1.0."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from transformers import get_scheduler
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import BELOW_ONE, MOST, NOT_NEGATIVE, POSITIVE, Range, check_choice, check_ranges
 
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts")
+log = logging.getLogger(__name__)
+# our names -> transformers', whose "constant" has no warm-up
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 @dataclass
@@ -25,7 +28,7 @@ class OptimConfig:
     warmup_steps: float = 0.1
     """Optimizer steps in which the learning rate rises from 0 to its peak; a number below 1 is a share of all steps."""
     schedule: str = "linear"
-    """How the learning rate falls after the warm-up: a name of SCHEDULES, as in transformers."""
+    """How the learning rate goes on after the warm-up: linear or cosine, to 0 after the last step, or constant."""
     max_grad_norm: float = 1.0
     """Length to which a longer gradient is cut, over all learning parameters; 0 cuts none."""
     beta1: float = 0.9
@@ -65,4 +68,10 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps:
     """Stepped once an optimizer step; a share of warm-up is rounded up, as the original does."""
     is_share = config.warmup_steps < 1
     warmup = math.ceil(config.warmup_steps * steps) if is_share else int(config.warmup_steps)
-    return get_scheduler(config.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    if warmup >= steps:
+        log.warning(
+            "optim.warmup_steps=%d, and there are %d steps: the learning rate ends at %.3g and not at "
+            "optim.learning_rate=%g; set it below 1 for a share of all steps",
+            warmup, steps, config.learning_rate * (steps - 1) / warmup, config.learning_rate,
+        )  # fmt: skip
+    return get_scheduler(SCHEDULES[config.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=steps)
