@@ -20,6 +20,7 @@ import platform
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,18 @@ def weights_hash(parameters: Mapping[str, Any]) -> str:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """A hash of the vocabulary and all rules of a fast tokenizer, and of its special tokens."""
+    """A hash of a tokenizer's vocabulary, rules and special tokens."""
     special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return content_hash([tokenizer.backend_tokenizer.to_str()], special_tokens)
+    return content_hash([tokenizer_rules(tokenizer)], special_tokens)
+
+
+def tokenizer_rules(tokenizer) -> str:
+    """What decides token ids, as text: tokenizer.json, or the vocabulary and settings of a tokenizer in Python."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        return backend.to_str()
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=itemgetter(1))
+    settings = {key: value for key, value in tokenizer.init_kwargs.items() if not key.endswith(("_file", "_or_path"))}
+    return repr((type(tokenizer).__name__, vocabulary, sorted(settings.items())))
 
 
 def _processor() -> str:

@@ -22,6 +22,7 @@ from sgpt.data.formats.jsonl import read_rows, write_rows
 from sgpt.data.formats.scored_pairs import read_pairs
 from sgpt.data.readers import DataConfig, SourceConfig, build_feed, read_examples
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.provenance import tokenizer_hash
 from sgpt.text.markers import MarkersConfig
 
 GOOD = [
@@ -510,6 +511,17 @@ def test_what_was_read_and_tokenised_is_served_again_and_never_stale(tmp_path, t
     assert feed(
         tmp_path, tokenizer, path=str(file), num_hard_negatives=1
     ).sources[0].examples[0].hard_negatives == ("n1",)
+
+
+def test_a_tokenizer_in_python_has_a_hash_and_stored_tokens(tmp_path):
+    """CANINE's ids are the characters of a text."""
+    from transformers import CanineTokenizer
+
+    file = lines(tmp_path / "train.jsonl", *GOOD)
+    tokenizer, other = CanineTokenizer(), CanineTokenizer(pad_token="0")
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(CanineTokenizer()) != tokenizer_hash(other)
+    [source] = feed(tmp_path, tokenizer, path=str(file)).sources
+    assert source.tokens[list(source.examples.texts).index("q1")] == [ord("q"), ord("1")]
 
 
 def test_stored_token_ids_are_those_of_the_tokenizer_cut_and_framed(tmp_path, tiny_encoder):

@@ -24,6 +24,7 @@ import pyarrow as pa
 from sgpt.data.feed.example import Example
 from sgpt.runtime.files import make_once, replace_folder
 from sgpt.runtime.progress import progress_bar
+from sgpt.runtime.provenance import tokenizer_rules
 from sgpt.text.tokens import content_ids
 
 FORMAT = 2  # of these files; a change makes every key another
@@ -228,7 +229,7 @@ class Tokens:
             for texts in text_batches(examples.texts):
                 self.ids += content_ids(texts, tokenizer, limit)
             return
-        key = key_of(tokenizer.backend_tokenizer.to_str(), limit)
+        key = key_of(tokenizer_rules(tokenizer), limit)
         file = examples.folder / f"tokens-{key}.arrow"
         make_once(file, file.is_file, lambda: _tokenise(examples.texts, tokenizer, limit, file))
         self.ids = Column(file, "ids")
