@@ -383,7 +383,7 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale:
     share keys · T, T].
 
     No head of keys is repeated. Where the processor multiplies bfloat16, texts of 64 tokens take half the time that
-    scaled-dot-product attention takes in float32, those of 180 and 300 two thirds; from 512 on it is faster.
+    scaled-dot-product attention takes in float32, those of 180 and 300 two thirds; from 512 on that is the faster.
     """
     rows, heads, length, size = query.shape
     shared = key.shape[1]
