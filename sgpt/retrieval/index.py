@@ -5,13 +5,15 @@
                        with kind=faiss: the embeddings of these rows once more, with a graph of neighbours; a file for
                        each gigabyte of embeddings
     index.json         fingerprint of model, contract and corpus, the contract and the hashes of the model, by which
-                       what has changed is named; number of documents, how many of them are encoded, dtype, kind, block
-                       size and environment (versions, threads …); written anew after each block
+                       what has changed is named; number of documents, how many of them are encoded, hash of the
+                       embeddings, dtype, kind, block size and environment (versions, threads …); written anew after
+                       each block
 
 Embeddings go into the file block by block (sgpt/runtime/embed.py), in `.<name>.building` next to the index, whose name
 it takes when it is whole. After a kill the next start resumes there, with as many threads and blocks as large, so that
 every bit is that of a build without a kill; with other versions of what computes it starts again, and says so. With
-another fingerprint or dtype an index is stale and built again; a change of kind encodes nothing.
+another fingerprint or dtype, or with embeddings that are not as they were written, an index is stale and built again; a
+change of kind encodes nothing.
 
 Exact search reads all embeddings for a query, 8 MiB at a time: it is the default, and good to about a million documents
 (0.15 s for one query over 1,000,000 x 256 float32, on one core). Beyond, FAISS walks a graph (HNSW; Malkov and Yashunin
@@ -33,16 +35,18 @@ import numpy as np
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.graph import Graphs, build_graphs, import_faiss
 from sgpt.retrieval.stored import (
+    INDEX_EMBEDDINGS,
     Search,
     StoredEmbeddings,
     description_matches,
     exact_search,
+    is_whole,
     read_description,
     write_description,
 )
 from sgpt.runtime.embed import EmbeddingsFile, embed_blocks
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import make_once, replace_folder
+from sgpt.runtime.files import hash_of, make_once, replace_folder
 from sgpt.runtime.provenance import changed_environment, differences, environment
 from sgpt.runtime.values import COUNT, check_choice, check_ranges
 
@@ -81,15 +85,13 @@ def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: I
         import_faiss()  # before hours of encoding
     wanted = {"fingerprint": encoder.fingerprint(corpus), "documents": len(corpus), "dtype": config.dtype}
     complete = {**wanted, "encoded": len(corpus)}
-    if read_description(folder) and not description_matches(folder, complete):
-        _say_what_changed(folder, encoder, wanted)
     texts = list(corpus.values())
     make_once(
         folder,
-        lambda: description_matches(folder, complete),
+        lambda: is_whole(folder, complete),
         lambda: _encode(encoder, texts, folder, wanted, config.documents_per_block),
     )
-    stored = StoredEmbeddings(folder / "embeddings.npy")
+    stored = StoredEmbeddings(folder / INDEX_EMBEDDINGS)
     exact = partial(exact_search, stored)
     if config.kind == "exact":
         return exact
@@ -101,14 +103,18 @@ def _model(encoder: Encoder) -> dict[str, Any]:
     return {"contract": encoder.contract.stated(), **encoder.hashes()}
 
 
-def _say_what_changed(folder: Path, encoder: Encoder, wanted: dict[str, Any]) -> None:
-    """Logs why the index that is there is not of this model and corpus, and so is built again."""
+def _why_stale(folder: Path, encoder: Encoder, wanted: dict[str, Any]) -> str:
+    """Why the index that is there is not the whole one of this model and corpus, and so is built again."""
     stored = read_description(folder)
+    if not stored:
+        return "index.json is missing or no JSON object"
+    if wanted.items() <= stored.items():
+        return f"{INDEX_EMBEDDINGS} is missing, or not as it was written"
     before, now = stored.get("model"), _model(encoder)
     changed = [] if before is None else differences(before, now)  # indexes of older versions do not say
     if stored.get("dtype") != wanted["dtype"]:
         changed.append(f"dtype: {stored.get('dtype')} -> {wanted['dtype']}")
-    log.warning("%s: is built again; changed: %s", folder, "; ".join(changed) or "the documents")
+    return f"changed: {'; '.join(changed) or 'the documents'}"
 
 
 def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, Any], size: int) -> None:
@@ -116,8 +122,10 @@ def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, 
 
     size: documents in a block, of a new build; one that is resumed keeps its own.
     """
+    if folder.exists():
+        log.warning("%s: is built again; %s", folder, _why_stale(folder, encoder, wanted))
     building = folder.with_name(f".{folder.name}.building")
-    file = EmbeddingsFile(building / "embeddings.npy")
+    file = EmbeddingsFile(building / INDEX_EMBEDDINGS)
     if not _can_resume(building, wanted):
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
@@ -139,6 +147,8 @@ def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, 
     title = f"encoding {len(texts):,} documents"
     # Alone, for only this process has the lock of the folder (`make_once`); the others wait for it there.
     embed_blocks(embed, save, missing, size, title, first_threads=description["environment"]["threads"], alone=True)
+    whole = {"encoded": len(texts), "embeddings_hash": hash_of(building / INDEX_EMBEDDINGS)}
+    write_description(building, {**description, **whole})
     replace_folder(building, folder)
 
 

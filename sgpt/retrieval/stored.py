@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from sgpt.retrieval.dense import search
-from sgpt.runtime.files import write_whole
+from sgpt.runtime.files import hash_of, write_whole
 
 # Searches one index: query embeddings [Q, D] of length 1, and a depth -> scores and rows, [Q, depth], best first.
 Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+INDEX_EMBEDDINGS = "embeddings.npy"
 CHUNK_BYTES = 8 * 2**20  # of float32 at a time; with a quarter of it calls take a third of the time
 
 
@@ -60,14 +61,31 @@ class StoredEmbeddings:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The content of index.json; {} where there is none."""
+    """The content of index.json; {} where there is none, or it holds no JSON object."""
     file = folder / "index.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        description = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        return {}
+    return description if isinstance(description, dict) else {}
 
 
 def description_matches(folder: Path, wanted: dict[str, Any]) -> bool:
     """Whether index.json is there and has these values."""
     return wanted.items() <= read_description(folder).items()
+
+
+def is_whole(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether index.json has these values, and the embeddings are byte for byte those that were written.
+
+    All of them are read for that, as fast as the disk gives them (`hash_of`): as long as one exact search takes, and
+    with kind=faiss the only time that they are.
+    """
+    file = folder / INDEX_EMBEDDINGS
+    description = read_description(folder)
+    if not wanted.items() <= description.items() or not file.is_file():
+        return False
+    return description.get("embeddings_hash") == hash_of(file)
 
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:

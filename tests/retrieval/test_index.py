@@ -16,6 +16,7 @@ from sgpt.retrieval.index import IndexConfig, open_index
 from sgpt.retrieval.searcher import Searcher
 from sgpt.retrieval.stored import StoredEmbeddings, read_description
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import hash_of
 from sgpt.runtime.provenance import threads
 
 WORDS = ["cat", "dog", "house", "tree", "river", "stone", "cloud", "train", "music", "bread"]
@@ -74,6 +75,7 @@ def test_exact_search_by_memory_map_finds_what_one_product_in_memory_finds(
     description = read_description(tmp_path / "index")
     assert description.pop("environment")["threads"] == torch.get_num_threads()
     assert description.pop("model") == {"contract": encoder.contract.stated(), **encoder.hashes()}
+    assert description.pop("embeddings_hash") == hash_of(tmp_path / "index" / "embeddings.npy")
     assert description == {**expected, "documents_per_block": 16}
 
 
@@ -191,6 +193,31 @@ def test_an_index_is_used_again_until_a_text_a_weight_or_the_dtype_changes(encod
     # as before there were dtypes
     (folder / "index.json").write_text(json.dumps({"fingerprint": encoder.fingerprint(CORPUS), "documents": 100}))
     assert encodes(CORPUS)
+
+
+def zeroed(file: Path) -> None:
+    with file.open("r+b") as content:
+        content.seek(200)  # behind the header
+        content.write(bytes(4000))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("index.json", lambda file: file.write_text(""), "index.json is missing or no JSON object"),
+        ("index.json", lambda file: file.write_text("[]"), "index.json is missing or no JSON object"),
+        ("embeddings.npy", lambda file: file.write_bytes(file.read_bytes()[:5000]), "embeddings.npy is missing, or"),
+        ("embeddings.npy", Path.unlink, "embeddings.npy is missing, or not as it was written"),
+        ("embeddings.npy", zeroed, "embeddings.npy is missing, or not as it was written"),
+    ],
+)
+def test_a_damaged_index_is_built_again(encoder, encoded, queries, tmp_path, caplog, name, damage, reason):
+    expected = open_index(encoder, CORPUS, tmp_path / "index")(queries, 3)
+    encoded.clear()
+    damage(tmp_path / "index" / name)
+    torch.testing.assert_close(open_index(encoder, CORPUS, tmp_path / "index")(queries, 3), expected)
+    assert encoded == list(CORPUS.values())
+    assert f"{tmp_path / 'index'}: is built again; {reason}" in caplog.text
 
 
 def test_the_half_build_of_another_corpus_is_not_gone_on_with(encoder, encoded, tmp_path):
