@@ -158,12 +158,15 @@ class Contract:
         return cls(**stated | parts)
 
     def fingerprint(self) -> str:
-        """Of everything but what was measured; equal contracts give equal token ids and pooling."""
+        """Of everything but what was measured and where the base lies; equal contracts give equal token ids and
+        pooling.
+        """
         return hashlib.sha256(json.dumps(self.stated(), sort_keys=True).encode()).hexdigest()[:16]
 
     def stated(self) -> dict:
         """What the fingerprint is of."""
-        stated = {key: value for key, value in asdict(self).items() if key not in (*OF_THE_WEIGHTS, *RULES)}
+        left_out = (*OF_THE_WEIGHTS, *RULES, "base")  # a moved base is the same model; its weights have a hash
+        stated = {key: value for key, value in asdict(self).items() if key not in left_out}
         if not stated["prompts"]:  # as contracts were hashed before there were prompts
             del stated["prompts"]
         return stated

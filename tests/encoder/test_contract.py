@@ -85,6 +85,13 @@ def test_the_probes_have_texts_of_one_length_of_one_token_of_none_and_beyond_the
     assert len(encoder.tokenizer(PROBE_TEXTS[9], add_special_tokens=False)["input_ids"]) > 300
 
 
+def test_the_same_base_at_another_path_is_the_same_model(tiny_base, tmp_path):
+    copy = shutil.copytree(tiny_base("gpt2"), tmp_path / "copy")
+    original, copied = Encoder.from_pretrained(tiny_base("gpt2")), Encoder.from_pretrained(copy)
+    assert original.contract.base != copied.contract.base
+    assert original.fingerprint() == copied.fingerprint() != Encoder.from_pretrained(tiny_base("opt")).fingerprint()
+
+
 def test_format_2_is_still_read(folder, tmp_path):
     old = shutil.copytree(folder, tmp_path / "export")
     stated = json.loads((folder / FILE).read_text())
