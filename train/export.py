@@ -42,7 +42,7 @@ def main(composed: DictConfig) -> None:
         repository = repository_of(form, config.push_to_hub)
         print(listing(repository, files_to_push(folder)))
         if config.dry_run:
-            print("nothing was uploaded; dry_run=false uploads it")
+            print("nothing was uploaded; dry_run=false uploads it, and deletes what else an earlier export left there")
         else:
             print(f"uploaded to {push(folder, repository)}")
 

@@ -391,8 +391,8 @@ class ExportConfig:
     formats: list[str] = field(default_factory=lambda: [DEFAULT])
     """Of sentence-transformers, transformers, peft, onnx, onnx-int8 and openvino."""
     push_to_hub: str | None = None
-    """Hub id that the export is uploaded to; null for none. Each format but sentence-transformers goes to a repository
-    of its own, with the format in its name."""
+    """Hub id that the export is uploaded to, new or of an earlier export, whose other files are deleted; null for none.
+    Each format but sentence-transformers goes to a repository of its own, with the format in its name."""
     dry_run: bool = True
     """With push_to_hub: shows what would be uploaded, and uploads nothing."""
     examples: int = 0

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -369,6 +370,44 @@ def test_what_would_be_pushed_is_the_folder_with_its_path_replaced(tiny_encoder,
         ExportConfig(push_to_hub="../x")
     with pytest.raises(InputError, match=r"dry_run=false has no effect without push_to_hub="):
         ExportConfig(dry_run=False)
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_push_deletes_and_names_what_an_earlier_export_left_and_refuses_what_is_none(
+    tmp_path, monkeypatch, caplog, private
+):
+    """The hub itself is stood in for: it is a network."""
+    caplog.set_level("INFO")
+    (tmp_path / "sgpt.json").write_text("{}")
+    (tmp_path / "README.md").write_text("")
+    there, commits = {".gitattributes"}, []
+
+    class Hub:
+        def create_repo(self, repository: str, **options) -> str:
+            return f"https://hub/{repository}"
+
+        def model_info(self, repository: str) -> SimpleNamespace:
+            return SimpleNamespace(private=private)
+
+        def list_repo_files(self, repository: str) -> list[str]:
+            return sorted(there)
+
+        def create_commit(self, repository: str, operations: list, **options) -> None:
+            commits.append([f"{type(one).__name__} {one.path_in_repo}" for one in operations])
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_nobodys")
+    added = ["CommitOperationAdd README.md", "CommitOperationAdd sgpt.json"]
+    assert push(tmp_path, "me/model") == "https://hub/me/model"
+    readers = "its owners alone" if private else "everybody, as it is public"
+    assert caplog.messages == [f"me/model can be read by {readers}"]
+    there |= {"pytorch_model.bin", "README.md"}
+    with pytest.raises(InputError, match=r"^push_to_hub=me/model: the repository holds README\.md and no sgpt\.json"):
+        push(tmp_path, "me/model")
+    there |= {"sgpt.json"}
+    push(tmp_path, "me/model")
+    assert caplog.messages[-1] == "me/model: these of an earlier export are deleted: pytorch_model.bin"
+    assert commits == [added, ["CommitOperationDelete pytorch_model.bin", *added]]
 
 
 def test_a_folder_without_a_name_is_refused():
