@@ -60,8 +60,9 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise InputError(f"host={host} is no address ({error.strerror}); set host=127.0.0.1, or one of yours") from None
+    except (socket.gaierror, UnicodeError) as error:  # the second for a name that no resolver is asked for: 127.0.0..1
+        reason = error.strerror if isinstance(error, socket.gaierror) else error
+        raise InputError(f"host={host} is no address ({reason}); set host=127.0.0.1, or one of yours") from None
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -147,7 +147,7 @@ class Client:
                 f"{self.url}: silent for {self.timeout_seconds:g} s; raise timeout_seconds, or see what the "
                 "server is busy with"
             ) from None
-        except (httpx.RequestError, httpx.InvalidURL) as error:
+        except (httpx.RequestError, httpx.InvalidURL, UnicodeError) as error:  # the last for a host like 127.0.0..1
             raise InputError(
                 f"{self.url}: no server answers ({str(error) or type(error).__name__}); start it, or check host and "
                 "port"

@@ -498,8 +498,9 @@ def test_a_port_that_is_taken_is_one_sentence_before_anything_is_opened():
             bind("127.0.0.1", port)
     with bind("127.0.0.1", 0) as first, pytest.raises(InputError, match="cannot be had"):  # its model is opened now
         bind(*first.getsockname())
-    with pytest.raises(InputError, match=r"^host=no such host is no address"):
-        bind("no such host", 0)
+    for host in ("no such host", "127.0.0..1"):  # Python itself refuses the second, with another error
+        with pytest.raises(InputError, match=f"^host={re.escape(host)} is no address"):
+            bind(host, 0)
 
 
 @pytest.mark.parametrize(("keys", "sentence"), [

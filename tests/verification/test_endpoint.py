@@ -317,9 +317,12 @@ def test_a_server_that_gives_no_vectors_is_one_sentence(replies, sentence, model
     assert "\n" not in str(refusal.value)
 
 
-def test_an_endpoint_that_is_no_url_is_one_sentence(models):
-    with pytest.raises(InputError, match=r"^http://\[::1/v1/embeddings: no server answers \(Invalid port"):
-        list(verify_server(VerifyConfig(model=str(models["own"]), endpoint="http://[::1")))
+@pytest.mark.parametrize(
+    ("endpoint", "reason"), [("http://[::1", "Invalid port"), ("http://127.0.0..1:80", "encoding")]
+)
+def test_an_endpoint_that_is_no_url_is_one_sentence(endpoint, reason, models):
+    with pytest.raises(InputError, match=rf"^{re.escape(endpoint)}/v1/embeddings: no server answers \({reason}"):
+        list(verify_server(VerifyConfig(model=str(models["own"]), endpoint=endpoint)))
 
 
 def test_an_endpoint_where_nobody_listens_is_one_sentence(models):
