@@ -52,6 +52,11 @@ def find_model(path: str | Path, of_a_run: tuple[str, ...] = OF_A_RUN) -> ModelF
     return ModelFolder(root, "sentence-transformers" if is_sentence_transformers(root) else "base")
 
 
+def run_of(folder: Path) -> Path:
+    """The run of an export or adapter by its usual name, else the folder itself."""
+    return folder.parent if folder.name in OF_A_RUN else folder
+
+
 def exports_in_other_formats(run: Path) -> list[Path]:
     """Of a run, the exports next to its first one, by their names: export-onnx and so on."""
     return sorted(folder for folder in run.glob("export-*") if (folder / contracts.FILE).is_file())

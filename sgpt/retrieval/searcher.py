@@ -15,7 +15,7 @@ from sgpt.cross_encoder.cross_encoder import CrossEncoder, load_language_model
 from sgpt.cross_encoder.prompts import PromptConfig
 from sgpt.encoder.adapter import DELTA, read_delta
 from sgpt.encoder.encoder import Encoder
-from sgpt.encoder.model_folder import find_model
+from sgpt.encoder.model_folder import find_model, run_of
 from sgpt.retrieval.index import IndexConfig, open_index
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.overrides import argument
@@ -63,11 +63,12 @@ class Searcher:
 def index_folder(model: str, corpus: Path, dtype: str = "float32") -> Path:
     """Where the index of a corpus lies: in the model's own folder when that is a run, export or adapter of ours.
 
-    Else in runs/search/, as nothing is written into a base, and a hub id has no folder. Its name is that of the
+    Of a run's export or adapter it is the run's, as an export that is made again replaces all of its folder. Else it
+    lies in runs/search/, as nothing is written into a base, and a hub id has no folder. Its name is that of the
     corpus' folder, of a file both names, with the dtype of the model where it is not float32.
     """
     is_ours = Path(model).is_dir() and find_model(model).is_ours
-    folder = Path(model) if is_ours else Path("runs/search") / Path(os.path.abspath(model)).name
+    folder = run_of(Path(model)) if is_ours else Path("runs/search") / Path(os.path.abspath(model)).name
     whole = Path(os.path.abspath(corpus))  # "." and ".." are no names
     names = [whole.parent.name, whole.name] if whole.is_file() else [whole.name]
     return folder / "index" / "-".join([*names, *([dtype] if dtype != "float32" else [])])

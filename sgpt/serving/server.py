@@ -18,7 +18,7 @@ from safetensors import safe_open
 from sgpt.data.formats.beir import read_search_corpus
 from sgpt.encoder.adapter import DELTA, TRAINED, base_of, read_delta
 from sgpt.encoder.encoder import Encoder
-from sgpt.encoder.model_folder import find_model
+from sgpt.encoder.model_folder import find_model, run_of
 from sgpt.retrieval.index import open_index
 from sgpt.retrieval.searcher import index_folder, load_encoder_and_reranker
 from sgpt.runtime.errors import InputError
@@ -158,7 +158,7 @@ def _is_bias_delta(folder: Path) -> bool:
 def served_name(path: str) -> str:
     """Of a run's export or adapter the run's name, else that of the folder."""
     folder = Path(path).absolute() if Path(path).exists() else Path(path)
-    return folder.parent.name if folder.name in ("export", "adapter") else folder.name
+    return run_of(folder).name
 
 
 def open_page(model: ServedModel, config: ServeConfig) -> SearchPage:

@@ -159,6 +159,10 @@ def test_every_corpus_and_dtype_has_an_index_of_its_own(tmp_path, monkeypatch):
     assert [index.parent for index in indexes] == [run / "index"] * 4
     assert [index.name for index in indexes] == ["one", "two", "one-corpus.jsonl", "two-corpus.jsonl"]
     assert index_folder(str(run), Path("."), "int8").name == "one-int8"
+    for part in ("export", "adapter"):  # the first of which is replaced when the run is exported again
+        (run / part).mkdir()
+        (run / part / "sgpt.json").write_text("{}")
+        assert index_folder(str(run / part), corpora[0]) == indexes[0]
 
 
 def test_a_quantised_trunk_searches_and_re_ranks(language_model, tmp_path):
