@@ -55,7 +55,7 @@ from sgpt.encoder.sentence_transformers import (
 )
 from sgpt.encoder.verify import first_loader, verify
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import may_be_hub_id, replace_folder
+from sgpt.runtime.files import lock, may_be_hub_id, replace_folder, unlock
 from sgpt.runtime.values import COUNT_OR_NONE, check_choice, check_ranges
 from sgpt.text.markers import ROLES
 from sgpt.text.role_tokenizer import role_tokenizer
@@ -80,7 +80,8 @@ def export(
     card: the text of its README.md, or what makes it. adapter: of the encoder, saved before. form: one of FORMATS.
 
     Replaces an export of ours, and raises InputError for any other folder that is not empty, for a format that cannot
-    hold the encoder, and when a reader disagrees with it. Written and verified under a temporary name, then renamed.
+    hold the encoder, when a reader disagrees with it, and while another process writes to it. Written and verified
+    under a temporary name, then renamed.
     """
     folder = Path(folder)
     check_formats([form])
@@ -91,6 +92,7 @@ def export(
     if quantised_dtype(encoder.trunk):
         encoder = encoder.in_dtype(torch.float32)  # once, and not by each of those who compare in float32
     temporary = folder.with_name(f".{folder.name}.tmp")
+    taken = lock(folder)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -105,6 +107,7 @@ def export(
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        unlock(taken)
     return verified
 
 

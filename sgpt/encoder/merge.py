@@ -29,6 +29,7 @@ from sgpt.encoder.delta import bias_delta_folder, moved, refuse_matrices
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.probes import measure
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import lock, unlock
 
 MERGE = "merge.json"  # in the new adapter's folder: models and weights
 
@@ -37,7 +38,8 @@ def merge(models: Sequence[str], weights: Sequence[float], output: Path) -> dict
     """Writes the adapter `output`; returns of each tensor its value in the base and in the merged model, by name.
 
     models: runs or adapter folders, with a weight each. Their contracts must agree, in all that decides how a text is
-    embedded, and so must their bases; else, and where `output` is anything but an earlier merge, InputError.
+    embedded, and so must their bases; else, where `output` is anything but an earlier merge, and while another process
+    writes to it, InputError.
     """
     folders = [bias_delta_folder(model) for model in models]
     _refuse_output(output, folders)
@@ -59,7 +61,11 @@ def merge(models: Sequence[str], weights: Sequence[float], output: Path) -> dict
     measured = measure(Encoder(trunk, tokenizer, contract))
     record = {"models": [str(folder) for folder in folders], "weights": list(weights)}
     more = {MERGE: json.dumps(record, indent=2) + "\n"}
-    save_adapter(trunk, tokenizer, contract, before, output, measured=measured, more=more)
+    taken = lock(output, "set output=<another folder>")
+    try:
+        save_adapter(trunk, tokenizer, contract, before, output, measured=measured, more=more)
+    finally:
+        unlock(taken)
     return {name: (value.float(), parameters[name].detach()) for name, value in before.items()}
 
 

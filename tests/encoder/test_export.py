@@ -22,6 +22,7 @@ from sgpt.encoder.pooling import POOLINGS
 from sgpt.encoder.probes import probe_difference
 from sgpt.encoder.verify import hostile_texts, verify
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import lock, unlock
 from sgpt.text.markers import ROLES, MarkersConfig
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import END, FAMILIES, LIMITS, REAL_GPT2, random_trunk
@@ -320,6 +321,10 @@ def test_only_an_export_of_ours_is_replaced(exported, tmp_path):
     with pytest.raises(InputError, match="no export"):
         export(encoder, foreign, card="")
     assert (foreign / "thesis.txt").read_text() == "years of work"
+    taken = lock(tmp_path / "ours")  # as another process that exports the same run
+    with pytest.raises(InputError, match=r"ours: another process is writing to it; wait until that ends, or choose"):
+        export(encoder, tmp_path / "ours", card="")
+    unlock(taken)
     for card in ("first", "second"):
         export(encoder, tmp_path / "ours", card=card)
         assert (tmp_path / "ours" / "README.md").read_text() == card

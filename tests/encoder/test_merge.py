@@ -14,6 +14,7 @@ from sgpt.encoder.merge import bias_change, merge
 from sgpt.evaluation.evaluate import EvaluationConfig, evaluate, read_sets
 from sgpt.evaluation.strength import MergeConfig, check_merge, read_curve_sets
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import lock, unlock
 from sgpt.text.markers import MarkersConfig
 from tests.conftest import LIMITS
 from tests.starts import forks
@@ -95,6 +96,10 @@ def test_what_cannot_be_merged_is_refused_in_a_sentence(tiny_delta, tmp_path):
         merge([one], [0.5], Path(one))
     with pytest.raises(InputError, match=r"is an adapter that was trained, not merged; choose another folder"):
         merge([one], [0.5], tiny_delta("gpt_neo", 2))
+    taken = lock(output)  # as another process that merges into it
+    with pytest.raises(InputError, match=r"another process is writing to it; wait until that ends, or set output="):
+        merge([one], [0.5], output)
+    unlock(taken)
     assert not output.exists()
     for weight in (0.5, 0.4):  # an earlier merge is replaced
         merge([one], [weight], output)
