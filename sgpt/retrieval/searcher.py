@@ -19,7 +19,7 @@ from sgpt.encoder.model_folder import find_model, run_of
 from sgpt.retrieval.index import IndexConfig, open_index
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.overrides import argument
-from sgpt.runtime.values import COUNT, check_ranges
+from sgpt.runtime.values import COUNT, check_ranges, check_unused
 
 
 @dataclass(frozen=True)
@@ -130,5 +130,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, top=COUNT, depth=COUNT)
+        if not self.rerank:
+            check_unused(self, ("prompt", "depth"), "rerank=true; set that, or leave it out")
         if self.query is not None and not self.query.strip():
             raise InputError("query is empty; leave it out to be asked at a prompt")

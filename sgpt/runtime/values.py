@@ -6,7 +6,7 @@ Anything else is refused by key, with the value and what is allowed.
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -70,6 +70,17 @@ def check_choice(key: str, value: str, choices: Collection[str]) -> None:
         *others, last = choices
         listed = f"{', '.join(others)} or {last}" if others else last
         raise InputError(f"{key}={value!r} is unknown; choose {listed}")
+
+
+def check_unused(config: Any, keys: Collection[str], without: str) -> None:
+    """InputError for the first of these fields that is not its default. without: what else it needs to have an effect.
+
+    The value is not named, as it may be a secret.
+    """
+    for field in fields(config):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name in keys and getattr(config, field.name) != default:
+            raise InputError(f"{field.name} has no effect without {without}")
 
 
 def check_api_key(api_key: str | None) -> None:

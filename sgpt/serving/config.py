@@ -6,7 +6,15 @@ from importlib.util import find_spec
 from sgpt.decoder.trunk import DTYPES
 from sgpt.retrieval.index import IndexConfig
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.values import COUNT, NOT_NEGATIVE, Range, check_api_key, check_choice, check_ranges
+from sgpt.runtime.values import (
+    COUNT,
+    NOT_NEGATIVE,
+    Range,
+    check_api_key,
+    check_choice,
+    check_ranges,
+    check_unused,
+)
 
 PORT = Range("from 0 to 65535", 0, 65535)
 TRUNCATIONS = ("say", "refuse")
@@ -66,6 +74,10 @@ class ServeConfig:
         check_choice("truncation", self.truncation, TRUNCATIONS)
         if not self.host:
             raise InputError("host is empty; set host=127.0.0.1 for this machine alone, or host=0.0.0.0 for all")
+        if not self.rerank:
+            check_unused(self, ("prompt", "depth"), "rerank=true; set that, or leave it out")
+        if self.corpus is None:
+            check_unused(self, ("depth", "index"), "corpus; set corpus=<BEIR folder or JSON lines>, or leave it out")
         check_api_key(self.api_key)
         for name, folder in self.deltas.items():
             if not folder:

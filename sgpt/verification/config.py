@@ -1,10 +1,10 @@
 """Keys of train/verify.py."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from sgpt.encoder.probes import HALVES
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.values import COUNT, POSITIVE, SHARE, check_api_key, check_choice, check_ranges
+from sgpt.runtime.values import COUNT, POSITIVE, SHARE, check_api_key, check_choice, check_ranges, check_unused
 from sgpt.verification.clients import APIS
 
 CHOICES = {"dtype": ("float32", *HALVES), "markers_by": ("server", "client"), "delta_as": ("delta", "model")}
@@ -53,9 +53,8 @@ class VerifyConfig:
         if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
             raise InputError(f"endpoint={self.endpoint} is no URL; give one such as http://127.0.0.1:8000")
         if self.endpoint is None:
-            for key in ("deltas", "served_name", "api_key", "least_cosine"):
-                if getattr(self, key):
-                    raise InputError(f"{key} has no effect without endpoint; set endpoint=<URL of a server>")
+            of_a_server = [one.name for one in fields(self) if one.name not in ("model", "endpoint")]
+            check_unused(self, of_a_server, "endpoint; set endpoint=<URL of a server>")
         if self.deltas and self.api == "tei":
             raise InputError("deltas: text-embeddings-inference has no request for one; leave deltas out")
         for name, folder in self.deltas.items():

@@ -181,7 +181,9 @@ def test_an_id_that_comes_twice_is_refused(tmp_path):
         read_search_corpus(file)
 
 
-@pytest.mark.parametrize("options", [{"top": 0}, {"top": -1}, {"depth": 0}, {"query": " "}])
-def test_settings_that_find_nothing_are_refused(options):
+@pytest.mark.parametrize(
+    "options", [{"top": 0}, {"top": -1}, {"depth": 0}, {"query": " "}, {"depth": 9}, {"prompt": "A"}]
+)
+def test_settings_that_find_nothing_or_have_no_effect_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):
         SearchConfig(run="run", **options)

@@ -25,6 +25,7 @@ from sgpt.cross_encoder.cross_encoder import CrossEncoder
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.probes import measure
+from sgpt.retrieval.index import IndexConfig
 from sgpt.retrieval.searcher import Searcher, index_folder, load_encoder_and_reranker
 from sgpt.runtime.errors import InputError
 from sgpt.serving.config import EXTRA, ServeConfig
@@ -509,6 +510,9 @@ def test_a_port_that_is_taken_is_one_sentence_before_anything_is_opened():
     ({"model": "{base}", "rerank": True}, r"holds no adapter/, so there is no base to re-rank with"),
     ({"model": "{base}", "deltas": {"a": "{other}"}}, r"made from .*gpt2.* .*of this GPTNeoModel is another"),
     ({"model": "{first}", "dtype": "fp16"}, r"^dtype"),
+    ({"prompt": "A"}, r"^prompt has no effect without rerank=true; set that, or leave it out"),
+    ({"rerank": True, "depth": 5}, r"^depth has no effect without corpus; set corpus=<BEIR folder or JSON lines>, or"),
+    ({"index": IndexConfig("faiss")}, r"^index has no effect without corpus"),
     ({"model": "{first}", "deltas": {"first": "{first}"}}, r"^deltas\.first is what the model itself is called"),
 ])  # fmt: skip
 def test_what_cannot_be_served_is_one_sentence(runs, tiny_base, keys, sentence):

@@ -180,8 +180,9 @@ def test_markers_as_text_have_a_prompt_between_them_and_no_token_that_the_server
     trunk = random_trunk("opt", len(tokenizer), max_position_embeddings=64)
     sent: list[str] = []
     client = SimpleNamespace(embed=lambda texts, role, delta: sent.extend(texts))
+    config = VerifyConfig(endpoint="http://a", markers_by="client")
     for role in ("query", "document"):
-        _asked(client, ["a"], role, None, VerifyConfig(markers_by="client"), Encoder(trunk, tokenizer, contract))
+        _asked(client, ["a"], role, None, config, Encoder(trunk, tokenizer, contract))
     assert sent == ["[find: a]", "{a}"]
 
 
@@ -338,6 +339,8 @@ def test_an_endpoint_where_nobody_listens_is_one_sentence(models):
         ({"api": "grpc"}, r"api"),
         ({"deltas": {"a": "b"}}, r"^deltas has no effect without endpoint; set endpoint"),
         ({"least_cosine": 0.99}, r"^least_cosine has no effect without endpoint"),
+        ({"dtype": "bfloat16"}, r"^dtype has no effect without endpoint"),
+        ({"timeout_seconds": 5.0}, r"^timeout_seconds has no effect without endpoint"),
         (
             {"endpoint": "http://a", "api": "tei", "deltas": {"a": "b"}},
             r"deltas: text-embeddings-inference has no request for one",
