@@ -1,7 +1,7 @@
 """The HTTP API over a served model: what each path takes and gives, and what it refuses.
 
     POST /v1/embeddings          OpenAI's, with input_type, delta, strength and truncate
-    POST /rerank, /v1/rerank     Cohere's and text-embeddings-inference's fields, with rerank=true
+    POST /rerank, /v1/rerank     Cohere's, with `texts` taken for `documents`; with rerank=true
     POST /search, GET /          the search page, with a corpus
     GET  /v1/models  /contract  /health  /metrics
 

@@ -71,7 +71,7 @@ class EmbeddingRequest(_Body):
 
 
 class RerankRequest(_Body):
-    """POST /rerank, as Cohere and text-embeddings-inference have it."""
+    """POST /rerank, as Cohere has it; text-embeddings-inference's `texts` are taken too."""
 
     query: str
     """What to rank the documents for."""
