@@ -8,11 +8,12 @@ re-ranker, which is as much as re-ranking could gain.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from sgpt.data.formats.beir import Qrels, RetrievalSet, read_judged
 from sgpt.data.formats.row import same_split
-from sgpt.data.formats.trec import Run, write_run
+from sgpt.data.formats.trec import Run, check_ids, write_run
 from sgpt.data.test_sets.beir_sets import BeirFolder, splits
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.table import FIRST_STAGES, SYSTEMS, Systems
@@ -143,7 +144,16 @@ def system_metrics(dataset: RetrievalSet, systems: Mapping[str, SystemRun], dept
 def write_runs(folder: Path, dataset: RetrievalSet, systems: Mapping[str, SystemRun]) -> None:
     """`<folder>/<set>.<system>.trec` each, as deep as it was measured."""
     for name, system in systems.items():
-        write_run(folder / f"{dataset.name.replace('/', '_')}.{name}.trec", system.run, name)
+        write_run(_run_file(folder, dataset, name), system.run, name)
+
+
+def check_runs(folder: Path, dataset: RetrievalSet) -> None:
+    """InputError for an id that `write_runs` cannot write, before anything is ranked."""
+    check_ids(_run_file(folder, dataset, "model"), chain(dataset.queries, dataset.corpus))
+
+
+def _run_file(folder: Path, dataset: RetrievalSet, system: str) -> Path:
+    return folder / f"{dataset.name.replace('/', '_')}.{system}.trec"
 
 
 def index_bytes(index) -> int:

@@ -168,6 +168,8 @@ def read_retrieval_sets(
 def _read(folder: BeirFolder, config: EvaluateConfig) -> tuple[SetWithDev, str]:
     """The set, and why it has no queries to tune on; "" where it has, or needs none."""
     dataset = read_beir_folder(folder)
+    if config.runs:
+        compare.check_runs(Path(config.runs), dataset)
     if not (config.bm25 and config.fuse):
         return SetWithDev(dataset, None), ""
     dev, reason = compare.tuning_set(folder, dataset, config.dev_split)

@@ -19,7 +19,7 @@ import torch
 from sgpt.cross_encoder.cross_encoder import TOKENS_PER_PACK, CrossEncoder, ScoreConfig
 from sgpt.cross_encoder.prompts import PromptConfig, build_prompt
 from sgpt.data.formats.beir import RetrievalSet, fewer_queries, read_retrieval
-from sgpt.data.formats.trec import Run, check_ids, cut, read_run, write_run
+from sgpt.data.formats.trec import Run, check_ids, cut, ids_of, read_run, write_run
 from sgpt.data.test_sets.beir_sets import BEIR_SETS
 from sgpt.decoder.quantised import held_weights
 from sgpt.decoder.trunk import DTYPES
@@ -148,7 +148,7 @@ def _run_rerank(config: RerankConfig, job: Job, device: torch.device | str) -> d
     )
     reranker.model.to(device)
     refuse_unscorable(reranker, dataset, first)  # before anything is written
-    check_ids(job.output, first)
+    check_ids(job.output, ids_of(first))
     keep = {FIRST_STAGE_FILE: json.dumps(first)} if config.first == "encoder" else {}
     if not job.start(reranking_inputs(config, dataset, first, reranker), keep):
         return job.results

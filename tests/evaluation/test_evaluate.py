@@ -527,6 +527,10 @@ def test_a_broken_corpus_is_refused_before_any_set_is_scored_and_large_ones_are_
         assert texts == ["text of one", "text of two"]
     assert len(reasons) == 4  # one a set, each time before anything is scored: there is no split to tune on
     with (tmp_path / "two" / "corpus.jsonl").open("a") as corpus:
+        corpus.write('{"_id": "a b", "text": ""}\n')
+    with pytest.raises(InputError, match=r"out/two\.model\.trec: id 'a b' is empty or holds a blank, and a TREC run"):
+        systems.read_retrieval_sets(folders, replace(config, runs="out"), reasons.append)
+    with (tmp_path / "two" / "corpus.jsonl").open("a") as corpus:
         corpus.write("{]\n")
-    with pytest.raises(InputError, match=r"two/corpus\.jsonl, line 2: not JSON"):
+    with pytest.raises(InputError, match=r"two/corpus\.jsonl, line 3: not JSON"):
         systems.read_retrieval_sets(folders, config, reasons.append)

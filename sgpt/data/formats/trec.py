@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def write_run(file: Path, run: Run, system: str) -> None:
 
     InputError as by `check_ids`.
     """
-    check_ids(file, run)
+    check_ids(file, ids_of(run))
     tag = "".join("_" if letter.isspace() else letter for letter in system)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, "".join(
@@ -33,9 +33,16 @@ def write_run(file: Path, run: Run, system: str) -> None:
     ))  # fmt: skip
 
 
-def check_ids(file: Path, run: Run) -> None:
+def ids_of(run: Run) -> Iterator[str]:
+    """Of its queries and documents."""
+    for query, documents in run.items():
+        yield query
+        yield from documents
+
+
+def check_ids(file: Path, ids: Iterable[str]) -> None:
     """InputError for an id with a blank inside, which a TREC run cannot hold. file: the one that would be written."""
-    for identifier in (name for query, documents in run.items() for name in (query, *documents)):
+    for identifier in ids:
         if len(identifier.split()) != 1:
             raise InputError(
                 f"{file}: id {identifier!r} is empty or holds a blank, and a TREC run is separated by blanks; "
