@@ -24,6 +24,7 @@ def main(composed: DictConfig) -> None:
         load_reranker,
         read_retrieval_sets,
         score_all,
+        scored_splits,
     )
     from sgpt.evaluation.table import beir_averages, systems_table
     from sgpt.runtime.progress import announce
@@ -43,7 +44,7 @@ def main(composed: DictConfig) -> None:
     retrieval = read_retrieval_sets(sets.retrieval, config, console.print)
 
     results = score_all(encoder, sets, retrieval, config, rerank)
-    title = f"{config.split or 'test'}, results × 100, differences with 95 % intervals"
+    title = f"{scored_splits(sets, config)}, results × 100, differences with 95 % intervals"
     console.print(systems_table(results | beir_averages(results), title))
 
 

@@ -134,6 +134,13 @@ def find_sets(config: EvaluateConfig) -> RequestedSets:
     return RequestedSets(retrieval, pairs, tasks)
 
 
+def scored_splits(sets: RequestedSets, config: EvaluateConfig) -> str:
+    """The split of all sets, and of each that has another: "test", "dev of msmarco" or "test, dev of msmarco"."""
+    split = config.split or "test"
+    others = [f"{folder.split} of {folder.name}" for folder in sets.retrieval if folder.split != split]
+    return ", ".join(others if len(others) == len(sets.names) else [split, *others])
+
+
 def load_reranker(config: EvaluateConfig, device: str) -> RerankRun | None:
     """The re-ranker as a function of a set and a run; None without `rerank`."""
     if not config.rerank:

@@ -30,7 +30,7 @@ from sgpt.data.test_sets.beir_sets import (
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation import compare, systems
 from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
-from sgpt.evaluation.systems import EvaluateConfig, find_sets
+from sgpt.evaluation.systems import EvaluateConfig, find_sets, scored_splits
 from sgpt.evaluation.table import beir_averages, systems_table, with_cqadupstack
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.dense import retrieve, search
@@ -514,6 +514,17 @@ def test_the_script_refuses_in_one_sentence(arguments, message, project):
     *log, error = ended.err.splitlines()
     assert re.match(f"error: .*{message}", error)
     assert not [line for line in log if "error" in line or "Traceback" in line]
+
+
+@pytest.mark.parametrize(("names", "split", "title"), [
+    (["toy"], None, "test"), (["msmarco"], None, "dev of msmarco"), (["toy", "msmarco"], None, "test, dev of msmarco"),
+    (["toy", "msmarco"], "dev", "dev"),
+])  # fmt: skip
+def test_the_table_says_which_splits_were_scored(names, split, title, tmp_path):
+    for name in names:
+        beir(tmp_path / name, {"d": "text"}, {"q": "text"}, {"test": {"q": {"d": 1}}, "dev": {"q": {"d": 1}}})
+    config = EvaluateConfig(model="base", retrieval=[str(tmp_path / name) for name in names], split=split)
+    assert scored_splits(find_sets(config), config) == title
 
 
 def test_a_broken_corpus_is_refused_before_any_set_is_scored_and_large_ones_are_read_twice(tmp_path, monkeypatch):
