@@ -21,7 +21,7 @@ from sgpt.data.formats.scored_pairs import PairSet
 from sgpt.runtime.errors import InputError
 
 USEB_SPLITS = {"test": "test", "dev": "valid"}  # ours -> USEB's
-# TwitterPara's label from 0 to 5 of pairs that average precision leaves out: above it paraphrases, below it none
+# TwitterPara's label of pairs that average precision leaves out: above it paraphrases, below it none
 NEITHER = 3
 
 
@@ -163,8 +163,8 @@ def _with_titles(qrels: Qrels, titles: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _twitterpara(folder: Path, split: str) -> list[PairSet]:
-    """Scores are the labels, 0 to 5: of the URL corpus how many of six annotators said yes, of PIT-2015 the
-    expert's.
+    """Scores are the labels: of the URL corpus how many of six annotators said yes, 0 to 6, of PIT-2015 the expert's, 0
+    to 5.
     """
     pairs = {"twitterurl": PairSet("twitterurl", [], [], []), "pit": PairSet("pit", [], [], [])}
     for name, file, columns, label in (
