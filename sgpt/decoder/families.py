@@ -71,7 +71,6 @@ FAMILIES: dict[str, Family] = {
     "albert": _BIDIRECTIONAL,
     "camembert": _BIDIRECTIONAL,
     "modernbert": _BIDIRECTIONAL,
-    "t5": Family(position_table=False),
 }  # fmt: skip
 PACKED_FAMILIES = {name for name, family in FAMILIES.items() if family.packed}
 LENGTH_WITHOUT_TABLE = 2048  # BLOOM's training length: ALiBi has no limit of its own
