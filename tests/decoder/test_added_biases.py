@@ -263,7 +263,7 @@ def test_what_the_export_will_be_is_said_before_training(dtype, tiny_encoder, ca
         ("qwen2", {"add_biases": "mlp"}), ("llama", {"name": "bitfit_norm", "layers": "last:1"}),
     ],
 )  # fmt: skip
-def test_an_export_that_is_trained_on_keeps_its_frozen_set(family, settings, tiny_base, tmp_path):
+def test_an_export_that_is_trained_on_keeps_its_frozen_set(family, settings, tiny_base, hub, tmp_path):
     """attention alone is too few biases for a base, and Llama's class has some that Qwen2's run did not train."""
     base = tmp_path / "base"
     shutil.copytree(tiny_base(family), base)
@@ -274,6 +274,7 @@ def test_an_export_that_is_trained_on_keeps_its_frozen_set(family, settings, tin
     export(encoder, tmp_path / "export", card="")
     config = TuningConfig(**{"name": "bitfit", **settings})
     for again in (config, TuningConfig(config.name, layers=config.layers)):
-        trunk = tune(load_trunk(ModelConfig(str(tmp_path / "export"))), again, str(tmp_path / "export"))
-        assert trainable_parameters(trunk).keys() == before.keys()
-        assert not added_biases(trunk)
+        for exported in (str(tmp_path / "export"), hub("me/tuned", tmp_path / "export")):
+            trunk = tune(load_trunk(ModelConfig(exported)), again, exported)
+            assert trainable_parameters(trunk).keys() == before.keys()
+            assert not added_biases(trunk)
