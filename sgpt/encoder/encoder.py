@@ -309,11 +309,16 @@ class Encoder(nn.Module):
         return content_hash([self.contract.fingerprint(), *hashes.values()], corpus or {})
 
     def hashes(self) -> dict[str, str]:
-        """Of the weights and the tokenizer, by which whoever stores them can say which has changed."""
-        others = self._biases_of_others()
+        """Of the weights and the tokenizer, by which whoever stores them can say which has changed.
+
+        A bias of zeros is as none: an export's class may have some that its adapter has not, and loaded deltas bring
+        some.
+        """
         with self._tuned():
             held = held_weights(self.trunk)
-            weights = weights_hash({name: value for name, value in held.items() if name not in others})
+            weights = weights_hash(
+                {name: value for name, value in held.items() if not name.endswith("bias") or value.any()}
+            )
         head = {} if self.head is None else {"head": weights_hash(self.head.state_dict())}
         return {"weights": weights, "tokenizer": tokenizer_hash(self.tokenizer), **head}
 
@@ -341,12 +346,9 @@ class Encoder(nn.Module):
             return self
         with self._tuned():
             trunk = copy.deepcopy(self.trunk)
-        remove_biases(trunk, self._biases_of_others())
+        own = self.delta.trained.keys() if self.delta else set()
+        remove_biases(trunk, self.deltas.biases - own)
         return self._over(trunk)
-
-    def _biases_of_others(self) -> set[str]:
-        """Names of those, zeros here, that the trunk has for loaded deltas alone."""
-        return self.deltas.biases - (self.delta.trained.keys() if self.delta else set())
 
     def _over(self, trunk: nn.Module) -> "Encoder":
         return type(self)(trunk, self.tokenizer, self.contract, tokens_per_pack=self.tokens_per_pack, head=self.head)

@@ -169,7 +169,6 @@ def open_page(model: ServedModel, config: ServeConfig) -> SearchPage:
     if encoder.delta is not None:
         title = "tuned"
         base = Encoder(encoder.trunk, encoder.tokenizer, encoder.contract, delta=encoder.delta.at(0.0))
-        base.deltas.biases = encoder.deltas.biases  # else its index would be another with every other delta
         of_base = folder.with_name(f"{folder.name}-base")
         systems.append(PageSystem("base", open_index(base, corpus, of_base, config.index), 0.0))
     systems.append(PageSystem(title, open_index(encoder, corpus, folder, config.index), None))
