@@ -3,7 +3,8 @@
     python benchmarks/quality.py [--shared ../shared/data] [--seeds 0 1 2] [--tasks pydocs squad scifact nli]
 
 Every run is `train/biencoder.py`; a finished run is not run again, so a stopped benchmark resumes. nDCG@10 on the test
-split of each retrieval set (pydocs: packages never trained on), Spearman on STS-B test for NLI.
+split of each retrieval set (pydocs: packages never trained on), Spearman on STS-B test for NLI; ± is the half width of
+the 95 % interval over seeds.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from ablation import estimate
 
 TASKS = {
     "pydocs": ["experiment=pydocs"],
@@ -45,11 +48,9 @@ def main() -> None:
             metric = next(metric for metric in ("ndcg@10", "spearman_cosine") if metric in runs[0]["after"][name])
             before, after = ([100 * run[when][name][metric] for run in runs] for when in ("before", "after"))
             beside = f", BM25 {100 * runs[0]['bm25'][name][metric]:.2f}" if name in runs[0]["bm25"] else ""
-            spread = f" ± {statistics.stdev(after):.2f}" if len(after) > 1 else ""
             print(
                 f"{task}: {name} {metric} × 100, seeds {options.seeds}: before {before[0]:.2f}, after "
-                f"{statistics.mean(after):.2f}{spread} "
-                  f"({', '.join(f'{value:.2f}' for value in after)}), ratio "
+                f"{estimate(after)} ({', '.join(f'{value:.2f}' for value in after)}), ratio "
                   f"{statistics.mean(after) / before[0]:.2f}{beside}",
                   flush=True)
 

@@ -5,7 +5,7 @@
 The task is pydocs: nDCG@10 on packages never trained on. Each tuning first tries its learning rates for a quarter of
 the steps and keeps the best on the dev packages. Then all train on equally many pairs, and once more for as long as
 bias-only training took. Every run is `train/biencoder.py`; a finished run is not run again, so a stopped benchmark
-resumes. Prints a table; seconds are of training alone.
+resumes. Prints a table; seconds are of training alone, ± is the half width of the 95 % interval over seeds.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from ablation import estimate
 
 BASES = {
     "nano": ["experiment=pydocs"],
@@ -108,9 +110,7 @@ def trained(base: str, tuning: str, rate: float, steps: int, seed: int, more: li
 
 
 def _mean(runs: list[dict]) -> str:
-    scores = [run["score"] for run in runs]
-    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-    return f"{statistics.mean(scores):.2f}{spread}"
+    return str(estimate([run["score"] for run in runs]))
 
 
 if __name__ == "__main__":

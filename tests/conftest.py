@@ -5,6 +5,7 @@ here.
 import argparse
 import copy
 import inspect
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -154,6 +156,27 @@ def language_model(tmp_path_factory: pytest.TempPathFactory, tiny_base: Callable
         return saved[family]
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], str]:
+    """hub(name, folder): the folder is had by this id as from the model hub, whose network this stands in for."""
+    published: dict[str, Path] = {}
+
+    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+        snapshot = tmp_path / "hub" / name / "snapshots" / "1"
+        files = [file.relative_to(published[name]) for file in published[name].rglob("*") if file.is_file()]
+        for file in filter_repo_objects(map(str, files), allow_patterns=allow_patterns):
+            (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(published[name] / file, snapshot / file)
+        return str(snapshot)
+
+    def publish(name: str, folder: Path) -> str:
+        published[name] = folder
+        return name
+
+    monkeypatch.setattr("sgpt.decoder.base_folder.snapshot_download", snapshot_download)
+    return publish
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,15 @@ from sgpt.decoder.model_files import ADAPTER, CONFIG, INDEX, WEIGHTS, first_line
 from sgpt.decoder.pickled import PICKLED, PICKLED_INDEX
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import may_be_hub_id
+from sgpt.text.markers import ROLES
 
 FETCHED = [  # from the hub
     CONFIG, WEIGHTS, INDEX, "model-*.safetensors", ADAPTER, "token*", "vocab*", "merges.txt", "bpe.codes", "*.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template*", "sgpt.json", "modules.json",
     "config_sentence_transformers.json", "sentence_*_config.json", "*Pooling/config.json",
     *(f"*_{module}/{file}" for module in ("Dense", "LayerNorm") for file in (CONFIG, WEIGHTS, PICKLED)),
+    "adapter_model.safetensors", "trained.safetensors", "sgpt_delta.json", "merge.json",  # sgpt/encoder/adapter.py
+    *(f"{role}/token*" for role in ROLES), "README.md",
 ]  # fmt: skip
 FETCHED_OF_OLD = [PICKLED, PICKLED_INDEX, "pytorch_model-*.bin"]  # where there are no safetensors
 CONVERTED = "data/cache/gguf"  # a folder for each GGUF file that was opened
@@ -59,7 +62,7 @@ def local_folder(path: str) -> Path:
         raise InputError(f"{path}: no such folder; {how_to_have(path)}")
     try:
         folder = Path(snapshot_download(path, allow_patterns=FETCHED))
-        if not any(folder.glob("*.safetensors")):
+        if not any(folder.glob("model*.safetensors")):
             snapshot_download(path, allow_patterns=FETCHED_OF_OLD)
         return folder
     except Exception as error:  # of httpx, of the hub, of the system

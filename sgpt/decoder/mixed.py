@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sgpt.decoder.model_files import UNUSED
 from sgpt.decoder.packing import Pack
+from sgpt.runtime.errors import InputError
 
 BiasValues = Mapping[str, Tensor]  # by name of a parameter of the trunk, or of the module that is spoken of
 
@@ -74,7 +75,10 @@ def mixed(trunk: nn.Module, pack: Pack, versions: Sequence[BiasValues], of_rows:
 
 
 def _by_module(trunk: nn.Module, versions: Sequence[BiasValues]) -> dict[str, list[dict[str, Tensor]]]:
-    """Path -> of each version the values of that module's parameters, of all that some version names."""
+    """Path -> of each version the values of that module's parameters, of all that some version names.
+
+    InputError for a matrix, which would be the trunk's for all.
+    """
     modules: dict[str, list[dict[str, Tensor]]] = {}
     for name in dict.fromkeys(name for values in versions for name in values):
         if UNUSED.search(name):
@@ -82,6 +86,11 @@ def _by_module(trunk: nn.Module, versions: Sequence[BiasValues]) -> dict[str, li
         path, _, leaf = name.rpartition(".")
         of_module = modules.setdefault(path, [{} for _ in versions])
         own = trunk.get_parameter(name).data
+        if own.ndim > 1:
+            raise InputError(
+                f"{name}: is a matrix, and all texts of a batch are multiplied by the same; encode each model's texts "
+                "in a call of their own"
+            )
         for values, of_version in zip(versions, of_module, strict=True):
             of_version[leaf] = values.get(name, own)
     return modules

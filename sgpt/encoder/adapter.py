@@ -164,8 +164,7 @@ def _refuse_trained_weights(trunk: nn.Module, folder: Path, stated: Mapping) -> 
     layers = quantised_layers(trunk)
     if not layers or stated["form"] == "peft":
         return
-    with safe_open(folder / TRAINED, "pt") as opened:
-        trained = set(opened.keys())
+    trained = trained_shapes(folder)
     changed = next((name for path in layers if (name := f"{path}.weight") in trained), None)
     if changed is not None:
         raise InputError(
@@ -365,9 +364,7 @@ def read_trained(folder: Path, trunk: nn.Module) -> dict[str, Tensor]:
     try:
         trained = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{file}: cannot be read ({error}); copy the adapter again, or make it again from its run"
-        ) from error
+        raise _unreadable(file, error) from error
     add_named_biases(trunk, read_delta(folder)["added"])
     parameters = dict(trunk.named_parameters())
     for name, value in trained.items():
@@ -375,6 +372,20 @@ def read_trained(folder: Path, trunk: nn.Module) -> dict[str, Tensor]:
             difference = _first_difference(parameters, {name: value})
             raise InputError(f"{file}: {difference}; give the base that it was trained over")
     return trained
+
+
+def trained_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of the trained tensors, by the head of their file."""
+    file = folder / TRAINED
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> InputError:
+    return InputError(f"{file}: cannot be read ({error}); copy the adapter again, or make it again from its run")
 
 
 def _first_difference(parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> str:

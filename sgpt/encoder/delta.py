@@ -1,7 +1,6 @@
 """Bias deltas: tuned models of kilobytes over a frozen trunk that others use as well."""
 
 import copy
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -11,7 +10,15 @@ from torch import Tensor, nn
 from sgpt.decoder.mixed import exchanged
 from sgpt.decoder.quantised import WeightSample, unquantised_weights
 from sgpt.decoder.trunk import load_trunk
-from sgpt.encoder.adapter import DELTA, base_config, is_its_base, read_delta, read_trained, refuse_other_base
+from sgpt.encoder.adapter import (
+    DELTA,
+    base_config,
+    is_its_base,
+    read_delta,
+    read_trained,
+    refuse_other_base,
+    trained_shapes,
+)
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.model_folder import find_model
 from sgpt.runtime.errors import InputError
@@ -121,6 +128,11 @@ def bias_delta_folder(path: str | Path) -> Path:
     """
     folder = find_model(path, ("adapter",)).folder
     refuse_low_rank(folder)
+    if matrix := changed_matrix(folder):
+        raise InputError(
+            f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves: it changes the matrix {matrix}; "
+            "open it alone, with Encoder.from_pretrained"
+        )
     return folder
 
 
@@ -135,14 +147,9 @@ def refuse_low_rank(folder: Path) -> None:
     raise InputError(f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves: {problem}")
 
 
-def refuse_matrices(folder: Path, trained: Mapping[str, Tensor]) -> None:
-    """InputError for a delta that changes more than biases and gains of norms, as tuning=full does."""
-    matrix = next((name for name, value in trained.items() if value.ndim > 1), None)
-    if matrix is not None:
-        raise InputError(
-            f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves: it changes the matrix {matrix}; "
-            "open it alone, with Encoder.from_pretrained"
-        )
+def changed_matrix(folder: Path) -> str | None:
+    """The name of a matrix that a delta changes, as tuning=full does; None where it changes biases and gains alone."""
+    return next((name for name, shape in trained_shapes(folder).items() if len(shape) > 1), None)
 
 
 def untuned_values(trunk: nn.Module, folder: Path) -> dict[str, Tensor]:

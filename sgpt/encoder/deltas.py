@@ -10,7 +10,7 @@ from sgpt.decoder.added_biases import added_biases, remove_biases
 from sgpt.decoder.families import position_limit
 from sgpt.encoder.adapter import check_tokenizer, read_delta
 from sgpt.encoder.contract import Contract
-from sgpt.encoder.delta import Delta, bias_delta_folder, refuse_matrices, untuned_values
+from sgpt.encoder.delta import Delta, bias_delta_folder, untuned_values
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import FINITE
 from sgpt.text.markers import ROLES, MarkersConfig, frames
@@ -52,7 +52,6 @@ class Deltas(dict[str, Delta]):
         before = {*added_biases(trunk)}
         try:
             delta = Delta(trunk, folder, strength=strength, untuned=self._untuned[base])
-            refuse_matrices(folder, delta.trained)
             delta.frames = frames(markers, tokenizer)
         except InputError:
             remove_biases(trunk, {*added_biases(trunk)} - before)

@@ -46,7 +46,7 @@ from sgpt.encoder.deltas import DeltaNames, Deltas, Strengths, check_limits
 from sgpt.encoder.head import output_size, read_head
 from sgpt.encoder.model_folder import find_model
 from sgpt.encoder.pooling import POOLINGS
-from sgpt.encoder.probes import Encode, check_probes
+from sgpt.encoder.probes import Encode, check_probe_embeddings, check_probe_ids
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import progress_bar
 from sgpt.runtime.provenance import content_hash, tokenizer_hash, weights_hash
@@ -267,12 +267,11 @@ class Encoder(nn.Module):
                 f"{name}: this model has layers behind its pooling, over which no delta was trained; open the base"
             )
         self.deltas.load(self.trunk, self.tokenizer, name, path, strength)
-        if quantised_dtype(self.trunk) is None:  # of which no rounding was measured
-            try:
-                self.with_delta(name, 1).check(str(self.deltas[name].folder))
-            except InputError:
-                self.unload_delta(name)
-                raise
+        try:
+            self.with_delta(name, 1).check(str(self.deltas[name].folder))
+        except InputError:
+            self.unload_delta(name)
+            raise
 
     def unload_delta(self, name: str) -> None:
         """Forgets a delta, and leaves the trunk as if it had not been loaded. InputError where there is none.
@@ -310,11 +309,16 @@ class Encoder(nn.Module):
         return content_hash([self.contract.fingerprint(), *hashes.values()], corpus or {})
 
     def hashes(self) -> dict[str, str]:
-        """Of the weights and the tokenizer, by which whoever stores them can say which has changed."""
-        others = self._biases_of_others()
+        """Of the weights and the tokenizer, by which whoever stores them can say which has changed.
+
+        A bias of zeros is as none: an export's class may have some that its adapter has not, and loaded deltas bring
+        some.
+        """
         with self._tuned():
             held = held_weights(self.trunk)
-            weights = weights_hash({name: value for name, value in held.items() if name not in others})
+            weights = weights_hash(
+                {name: value for name, value in held.items() if not name.endswith("bias") or value.any()}
+            )
         head = {} if self.head is None else {"head": weights_hash(self.head.state_dict())}
         return {"weights": weights, "tokenizer": tokenizer_hash(self.tokenizer), **head}
 
@@ -342,12 +346,9 @@ class Encoder(nn.Module):
             return self
         with self._tuned():
             trunk = copy.deepcopy(self.trunk)
-        remove_biases(trunk, self._biases_of_others())
+        own = self.delta.trained.keys() if self.delta else set()
+        remove_biases(trunk, self.deltas.biases - own)
         return self._over(trunk)
-
-    def _biases_of_others(self) -> set[str]:
-        """Names of those, zeros here, that the trunk has for loaded deltas alone."""
-        return self.deltas.biases - (self.delta.trained.keys() if self.delta else set())
 
     def _over(self, trunk: nn.Module) -> "Encoder":
         return type(self)(trunk, self.tokenizer, self.contract, tokens_per_pack=self.tokens_per_pack, head=self.head)
@@ -359,10 +360,13 @@ class Encoder(nn.Module):
     def check(self, source: str) -> None:
         """InputError where markers, token ids or embeddings are no longer those of the contract.
 
-        source: the model's folder, for the message.
+        Of a quantised trunk no rounding was measured, so its embeddings are not asked. source: the model's folder, for
+        the message.
         """
         self.contract.check_roles(self.tokenizer, source)
-        check_probes(self, self.trunk.dtype, source)
+        check_probe_ids(self, source)
+        if quantised_dtype(self.trunk) is None:
+            check_probe_embeddings(self, self.trunk.dtype, source)
 
     def _autocast(self, *versions: Mapping[str, Tensor]) -> AbstractContextManager:
         """Autocast where half-precision weights meet float32 biases, which learn; else what the caller has set.
@@ -421,8 +425,7 @@ class Encoder(nn.Module):
         trunk = base.to(device).base_model
         delta = Delta(trunk, folder)
         encoder = cls(trunk, tokenizer, delta.contract, delta=delta)
-        if dtype not in QUANTISED:  # of which no rounding was measured
-            encoder.check(str(folder))
+        encoder.check(str(folder))
         return encoder, base
 
     @classmethod
@@ -451,7 +454,7 @@ class Encoder(nn.Module):
             tokenizer = load_tokenizer(base_of(folder))
             check_tokenizer(tokenizer, folder)
             encoder = cls(open_trunk(folder, dtype), tokenizer, contract)
-            if check and dtype not in QUANTISED:
+            if check:
                 encoder.check(str(folder))
             return encoder
         if model.kind == "export":

@@ -31,7 +31,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from sgpt.decoder.added_biases import has_a_class, with_biases
@@ -40,7 +39,7 @@ from sgpt.decoder.model_files import CONFIG
 from sgpt.decoder.quantised import quantised_dtype
 from sgpt.decoder.trunk import ModelConfig, open_model
 from sgpt.encoder import contract as contracts
-from sgpt.encoder.adapter import CHANGE, DELTA, PEFT, TRAINED, is_adapter, is_cut, read_delta
+from sgpt.encoder.adapter import CHANGE, DELTA, PEFT, TRAINED, is_adapter, is_cut, read_delta, trained_shapes
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import GRAPH, OPENVINO
 from sgpt.encoder.onnx import require, write_graph, write_int8_graph, write_openvino
@@ -312,8 +311,7 @@ def _copy_adapter(encoder: Encoder, adapter: Path | None, folder: Path) -> None:
         )
     stated = read_delta(adapter)
     if stated["form"] != "peft":  # low rank changes the weights, so only `verify` can tell
-        with safe_open(adapter / TRAINED, "pt") as opened:
-            _refuse_rounded_base(encoder, stated["dtype"], {*opened.keys()})
+        _refuse_rounded_base(encoder, stated["dtype"], {*trained_shapes(adapter)})
     for name in (CHANGE, PEFT, TRAINED, DELTA):
         if (adapter / name).is_file():
             shutil.copyfile(adapter / name, folder / name)

@@ -25,7 +25,7 @@ from sgpt.encoder.adapter import (
     save_adapter,
 )
 from sgpt.encoder.contract import Contract
-from sgpt.encoder.delta import bias_delta_folder, moved, refuse_matrices
+from sgpt.encoder.delta import bias_delta_folder, moved
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.probes import measure
 from sgpt.runtime.errors import InputError
@@ -50,8 +50,6 @@ def merge(models: Sequence[str], weights: Sequence[float], output: Path) -> dict
         refuse_other_base(trunk, folder)
         check_tokenizer(tokenizer, folder)
     trained = [read_trained(folder, trunk) for folder in folders]
-    for folder, tensors in zip(folders, trained, strict=True):
-        refuse_matrices(folder, tensors)
     parameters = dict(trunk.named_parameters())
     before: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for tensors in trained for name in tensors):

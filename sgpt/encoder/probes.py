@@ -123,19 +123,27 @@ def allowed_difference(encoder: Probed, dtype: torch.dtype, source: str) -> floa
     return max(TOLERANCE, ROUNDINGS * measured)
 
 
-def check_probes(encoder: Probed, dtype: torch.dtype, source: str) -> None:
-    """InputError when a model no longer gives its probes: weights, tokenizer or library changed under the contract.
+def check_probe_ids(encoder: Probed, source: str) -> None:
+    """InputError when the probes no longer have their token ids: tokenizer or library changed under the contract.
+
+    source: the model's folder, for the message.
+    """
+    contract = encoder.contract
+    if contract.probes and (changed := changed_ids(encoder, contract.probes)):
+        raise InputError(
+            f"{source}: {changed}; the tokenizer or its library changed since ({_versions_changed(contract)}): put it "
+            "back, or train again"
+        )
+
+
+def check_probe_embeddings(encoder: Probed, dtype: torch.dtype, source: str) -> None:
+    """InputError when a model no longer gives its probes, at equal token ids: weights or library changed.
 
     dtype: in which it was opened. source: its folder, for the message.
     """
     contract = encoder.contract
     if not contract.probes:
         return
-    if changed := changed_ids(encoder, contract.probes):
-        raise InputError(
-            f"{source}: {changed}; the tokenizer or its library changed since ({_versions_changed(contract)}): put it "
-            "back, or train again"
-        )
     allowed = allowed_difference(encoder, dtype, source)
     difference = probe_difference(encoder.encode, contract.probes, SHORT_PROBE)
     if not difference <= allowed:  # also refuses NaN

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sgpt.decoder.base_folder import path_for_others
+from sgpt.decoder.base_folder import local_folder
 from sgpt.decoder.model_files import TOKENIZER, first_line
 from sgpt.encoder.adapter import DELTA, PEFT, base_of
 from sgpt.encoder.encoder import Encoder
@@ -178,8 +178,8 @@ def _peft(folder: Path, encoder: Encoder) -> Loader | None:
     from peft import PeftModel
     from transformers import AutoModel
 
-    base = path_for_others(base_of(folder))
-    tokenizer = folder if (folder / "tokenizer.json").is_file() else Path(base)
+    base = local_folder(base_of(folder))
+    tokenizer = folder if (folder / "tokenizer.json").is_file() else base
     if not (tokenizer / "tokenizer.json").is_file():
         return None
     delta = json.loads((folder / DELTA).read_text()) if (folder / DELTA).is_file() else {}

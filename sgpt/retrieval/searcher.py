@@ -14,6 +14,7 @@ import torch
 from sgpt.cross_encoder.cross_encoder import CrossEncoder, load_language_model
 from sgpt.cross_encoder.prompts import PromptConfig
 from sgpt.encoder.adapter import DELTA, read_delta
+from sgpt.encoder.delta import changed_matrix
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import find_model, run_of
 from sgpt.retrieval.index import IndexConfig, open_index
@@ -96,6 +97,11 @@ def load_encoder_and_reranker(
         raise InputError(
             f"{folder} is of low rank and not the bias delta that tuning=bitfit or bitfit_norm saves, so encoder and "
             f"re-ranker cannot share one trunk; {without}"
+        )
+    if matrix := changed_matrix(folder):
+        raise InputError(
+            f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves: it changes the matrix {matrix}, "
+            f"which a re-ranker would have to share; {without}"
         )
     if stated["layers"]:
         raise InputError(

@@ -13,10 +13,10 @@ from types import FrameType
 
 import torch
 import uvicorn
-from safetensors import safe_open
 
 from sgpt.data.formats.beir import read_search_corpus
-from sgpt.encoder.adapter import DELTA, TRAINED, base_of, read_delta
+from sgpt.encoder.adapter import DELTA, base_of, read_delta
+from sgpt.encoder.delta import changed_matrix
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import find_model, run_of
 from sgpt.retrieval.index import open_index
@@ -149,10 +149,8 @@ def _open_encoder(model: str, dtype: str, device: torch.device | str) -> Encoder
 
 def _is_bias_delta(folder: Path) -> bool:
     """Whether it changes biases and norms alone, and not whole matrices or modules."""
-    if not (folder / DELTA).is_file() or read_delta(folder)["form"] == "peft":
-        return False
-    with safe_open(folder / TRAINED, "pt") as trained:
-        return all(len(trained.get_slice(name).get_shape()) == 1 for name in trained.keys())  # noqa: SIM118
+    is_delta = (folder / DELTA).is_file() and read_delta(folder)["form"] != "peft"
+    return is_delta and changed_matrix(folder) is None
 
 
 def served_name(path: str) -> str:
@@ -172,7 +170,6 @@ def open_page(model: ServedModel, config: ServeConfig) -> SearchPage:
     if encoder.delta is not None:
         title = "tuned"
         base = Encoder(encoder.trunk, encoder.tokenizer, encoder.contract, delta=encoder.delta.at(0.0))
-        base.deltas.biases = encoder.deltas.biases  # else its index would be another with every other delta
         of_base = folder.with_name(f"{folder.name}-base")
         systems.append(PageSystem("base", open_index(base, corpus, of_base, config.index), 0.0))
     systems.append(PageSystem(title, open_index(encoder, corpus, folder, config.index), None))

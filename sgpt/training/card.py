@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sgpt.data.feed.example import Example
-from sgpt.decoder.base_folder import is_of_hub, resolve
+from sgpt.decoder.base_folder import is_of_hub, local_folder
 from sgpt.decoder.model_files import first_line
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.export import CARD, DEFAULT, agreement, rounded_down
@@ -125,7 +125,7 @@ def _license(base: str) -> str | None:
     import yaml
     from huggingface_hub.repocard import metadata_load
 
-    file = resolve(base) / CARD
+    file = local_folder(base) / CARD
     try:
         stated = (metadata_load(file) or {}) if file.is_file() else {}
     except (OSError, ValueError, yaml.YAMLError) as error:

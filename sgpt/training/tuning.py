@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from sgpt.decoder.added_biases import PLACES, add_biases, place_of
-from sgpt.decoder.base_folder import resolve
+from sgpt.decoder.base_folder import local_folder
 from sgpt.decoder.families import block_of, is_norm
 from sgpt.decoder.quantised import num_weights, quantised_dtype
 from sgpt.encoder.contract import FILE as CONTRACT
@@ -164,7 +164,7 @@ def tune(trunk: nn.Module, config: TuningConfig, base: str = "") -> nn.Module:
 
 def trained_by(base: str) -> str:
     """The row of TUNINGS by which a base that is an export of ours was made; "" for any other base."""
-    folder = resolve(base)
+    folder = local_folder(base)
     return Contract.load(folder).origin.tuning if (folder / CONTRACT).is_file() else ""
 
 

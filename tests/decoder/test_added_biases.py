@@ -133,6 +133,19 @@ def test_an_export_holds_the_biases_as_plain_llama(tiny_base, tmp_path):
         assert "sentence-transformers" in verified["readers"][1]
 
 
+def test_adapter_and_export_of_a_run_are_one_model_to_an_index(tiny_base, tmp_path):
+    """The export's class has biases in the first block too, where none were trained."""
+    shutil.copytree(tiny_base("llama"), tmp_path / "base")
+    _without_its_biases(tmp_path / "base")
+    encoder, before = trained(tmp_path / "base", layers="last:1")
+    adapter = save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, before, tmp_path / "adapter")
+    export(encoder, tmp_path / "export", card="")
+    opened = [Encoder.from_pretrained(tmp_path / "export"), Encoder.from_pretrained(adapter)]
+    opened.append(Encoder.over_base(adapter)[0])
+    assert len(added_biases(opened[1].trunk)) == 7
+    assert len({one.fingerprint() for one in opened}) == 1
+
+
 def test_an_export_with_biases_of_attention_alone_switches_on_these(tiny_base, tmp_path):
     encoder, _ = trained(tiny_base("qwen3"), add_biases="attention")
     export(encoder, tmp_path / "export", card="")
@@ -263,7 +276,7 @@ def test_what_the_export_will_be_is_said_before_training(dtype, tiny_encoder, ca
         ("qwen2", {"add_biases": "mlp"}), ("llama", {"name": "bitfit_norm", "layers": "last:1"}),
     ],
 )  # fmt: skip
-def test_an_export_that_is_trained_on_keeps_its_frozen_set(family, settings, tiny_base, tmp_path):
+def test_an_export_that_is_trained_on_keeps_its_frozen_set(family, settings, tiny_base, hub, tmp_path):
     """attention alone is too few biases for a base, and Llama's class has some that Qwen2's run did not train."""
     base = tmp_path / "base"
     shutil.copytree(tiny_base(family), base)
@@ -274,6 +287,7 @@ def test_an_export_that_is_trained_on_keeps_its_frozen_set(family, settings, tin
     export(encoder, tmp_path / "export", card="")
     config = TuningConfig(**{"name": "bitfit", **settings})
     for again in (config, TuningConfig(config.name, layers=config.layers)):
-        trunk = tune(load_trunk(ModelConfig(str(tmp_path / "export"))), again, str(tmp_path / "export"))
-        assert trainable_parameters(trunk).keys() == before.keys()
-        assert not added_biases(trunk)
+        for exported in (str(tmp_path / "export"), hub("me/tuned", tmp_path / "export")):
+            trunk = tune(load_trunk(ModelConfig(exported)), again, exported)
+            assert trainable_parameters(trunk).keys() == before.keys()
+            assert not added_biases(trunk)

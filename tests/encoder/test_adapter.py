@@ -17,6 +17,7 @@ from sgpt.decoder.trunk import ModelConfig, load_trunk
 from sgpt.encoder.adapter import load_adapter, save_adapter
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
+from sgpt.encoder.verify import verify
 from sgpt.runtime.errors import InputError
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import BIASES_ADDED, FAMILIES, random_trunk
@@ -82,6 +83,13 @@ def test_stock_peft_reproduces_the_tuned_trunk(family, tiny_encoder, tmp_path):
     assert torch.allclose(hidden(stock), hidden(encoder.trunk), atol=5e-6)
     merged = stock.merge_and_unload()
     assert {name for name, _ in merged.named_parameters()} == {name for name, _ in encoder.trunk.named_parameters()}
+
+
+def test_peft_is_asked_too_where_the_base_is_of_the_hub(tiny_encoder, hub, tmp_path):
+    encoder = tiny_encoder("gpt_neo")
+    encoder.contract.base = hub("me/base", Path(encoder.contract.base))
+    adapter = saved(encoder, trained(encoder), tmp_path / "adapter")
+    assert [reader.split()[0] for reader in verify(adapter, encoder)["readers"]] == ["sgpt", "peft"]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,19 @@ def test_other_token_ids_are_told_from_other_weights_and_the_library_that_change
     assert Encoder.from_pretrained(changed, check=False).contract.roles["query"].ids_after == [7]
 
 
+def test_a_quantised_trunk_is_asked_for_the_token_ids_of_an_adapter(language_model, tmp_path):
+    adapter = adapter_of(Encoder.from_pretrained(language_model("gpt_neo")), tmp_path / "adapter")
+    base = Encoder.from_pretrained(language_model("gpt_neo"), dtype="int8")
+    stated = json.loads((adapter / FILE).read_text())
+    stated["probes"]["query_ids"][3][0] += 1
+    (adapter / FILE).write_text(signed(stated))
+    for opened in (Encoder.from_pretrained, load_encoder_and_reranker):
+        with pytest.raises(InputError, match=r"the query 'naïve 東京 🙂' is \d+ tokens"):
+            opened(adapter, dtype="int8")
+    with pytest.raises(InputError, match=r"the query 'naïve 東京 🙂' is \d+ tokens"):
+        base.load_delta("tuned", adapter)
+
+
 def test_an_adapter_over_a_base_that_its_hash_does_not_tell_apart_is_refused_by_its_probes(tiny_encoder, tmp_path):
     """The hash is of some numbers of each tensor; one weight between two of these was changed."""
     encoder = tiny_encoder("gpt_neo")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from sgpt.decoder.families import family_of
+from sgpt.decoder.mixed import mixed
 from sgpt.decoder.trunk import takes_packs
 from sgpt.encoder.adapter import save_adapter
 from sgpt.encoder.encoder import Encoder
@@ -314,6 +315,15 @@ def test_what_cannot_be_loaded_is_refused_in_a_sentence(tiny_delta, tiny_base, t
     other = Encoder.from_pretrained(tiny_delta("gpt_neo", 1, "full"))  # its matrices are not those of the base
     with pytest.raises(InputError, match=r"made from .*, and \S+\.weight of this GPTNeoModel is another"):
         other.load_delta("a", tiny_delta("gpt_neo", 1))
+
+
+def test_matrices_are_never_mixed(tiny_base):
+    """All texts of a batch are multiplied by the trunk's."""
+    encoder, name = base_encoder("gpt2", tiny_base), "h.1.attn.c_attn.weight"
+    (pack,) = encoder.packs([[1, 2], [3]])
+    tuned = {name: encoder.trunk.get_parameter(name) + 1}
+    with pytest.raises(InputError, match=rf"{name}: is a matrix"), mixed(encoder.trunk, pack, [{}, tuned], [0, 1]):
+        pass
 
 
 def test_a_delta_that_no_longer_gives_its_probes_is_not_loaded(tiny_delta, tiny_encoder, tiny_base, tmp_path):

@@ -13,7 +13,9 @@ import pytest
 import torch
 from transformers import AutoModel, PreTrainedTokenizerFast
 
+from sgpt.decoder.base_folder import local_folder
 from sgpt.encoder.adapter import save_adapter
+from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import IMPOSSIBLE, ExportConfig, export, folder_of
 from sgpt.encoder.hub import files_to_push, listing, of_repository, push
@@ -227,7 +229,7 @@ def test_plain_transformers_with_the_tokenizer_of_each_role(family, pooling, tin
 
 @pytest.mark.filterwarnings(PEFT_WARNS)
 @pytest.mark.parametrize("method", ["bitfit", "lora"])
-def test_the_adapter_opens_with_peft_and_sentence_transformers(method, tiny_encoder, tmp_path):
+def test_the_adapter_opens_with_peft_and_sentence_transformers(method, tiny_encoder, hub, tmp_path):
     from peft import AutoPeftModelForFeatureExtraction
     from sentence_transformers import SentenceTransformer
 
@@ -254,6 +256,7 @@ def test_the_adapter_opens_with_peft_and_sentence_transformers(method, tiny_enco
     assert np.abs(POOLINGS["weighted_mean"](hidden, batch["attention_mask"]).numpy() - expected).max() < 4e-6
     theirs = SentenceTransformer(str(folder), device="cpu").encode_query(TEXTS)
     assert np.abs(theirs - expected).max() < 4e-6
+    assert np.abs(Encoder.from_pretrained(hub("me/tuned", folder)).encode_queries(TEXTS) - expected).max() < 4e-6
 
 
 # --- refusing ---
@@ -321,7 +324,7 @@ def test_files_get_ordinary_permissions(umask, tiny_encoder, tmp_path):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(("pooling", "normalize"), [("weighted_mean", False), ("last_token", True)])
-def test_the_lines_of_a_card_print_what_it_says(form, pooling, normalize, tiny_encoder, tmp_path):
+def test_the_lines_of_a_card_print_what_it_says(form, pooling, normalize, tiny_encoder, hub, tmp_path):
     encoder = tiny_encoder("gpt_neo", pooling=pooling, normalize=normalize)
     folder = folder_of(form, tmp_path / "export")
 
@@ -330,6 +333,9 @@ def test_the_lines_of_a_card_print_what_it_says(form, pooling, normalize, tiny_e
 
     export(encoder, folder, card=card, form=form)
     runs_as_it_says((folder / "README.md").read_text())
+    of_hub = local_folder(hub("me/model", folder))
+    assert Contract.load(of_hub).files  # all that it names was fetched
+    assert form == "sentence-transformers" or all((of_hub / role / "tokenizer.json").is_file() for role in ROLES)
 
 
 def runs_as_it_says(card: str) -> None:

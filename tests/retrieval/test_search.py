@@ -31,10 +31,10 @@ CORPUS = {
 
 
 def tuned_run(
-    base, folder, seed: int = 0, *, layers: int | None = None, tuning: str = "bitfit", **options
+    base, folder, seed: int = 0, *, blocks: int | None = None, tuning: str = "bitfit", **options
 ) -> Encoder:  # fmt: skip
     """A run folder whose biases were moved at random, saved as a training run saves them."""
-    trunk = tune(load_trunk(ModelConfig(str(base), layers=layers)), TuningConfig(tuning, **options))
+    trunk = tune(load_trunk(ModelConfig(str(base), layers=blocks)), TuningConfig(tuning, **options))
     encoder = Encoder(
         trunk, load_tokenizer(str(base)),
         Contract("weighted_mean", MarkersConfig("brackets", **LIMITS), base=str(base))
@@ -135,8 +135,10 @@ def test_what_cannot_share_is_refused(language_model, tiny_base, tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"layers": 1}, r"trained over the first 1 blocks of .* \(model.layers\), which are no language model"),
+        ({"blocks": 1}, r"trained over the first 1 blocks of .* \(model.layers\), which are no language model"),
         ({"tuning": "lora"}, r"is of low rank and not the bias delta .* cannot share one trunk"),
+        ({"tuning": "full"}, r"is not the bias delta .*: it changes the matrix \S+\.weight"),
+        ({"tuning": "full", "layers": "last:1"}, r"is not the bias delta .*: it changes the matrix \S+\.weight"),
     ],
 )
 def test_a_run_that_cannot_re_rank_is_told_to_leave_that_out(options, reason, language_model, tmp_path):

@@ -1,12 +1,14 @@
 """What the ablation makes of the sweeps that it starts."""
 
 import argparse
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 from scipy.stats import ttest_1samp
 
-from benchmarks.ablation import VALUES, Scored, report, swept
+from benchmarks.ablation import VALUES, Scored, estimate, report, swept
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -31,6 +33,13 @@ def test_effects_have_the_interval_over_seeds_and_what_failed_is_named():
     assert [row[3] for row in rows if row[:2] == ["queries", "64"]] == ["10.00 ± 0.00"]  # of seeds 1 and 2
     [alone] = [row[4] for row in rows if row[:2] == ["pooling", "max"]]
     assert alone == gain  # the same in batches of 16, which are the first of `queries`
+
+
+def test_what_the_results_print_behind_a_mean_is_the_interval_over_the_seeds_behind_it():
+    printed = re.findall(r"([\d.]+ ± [\d.]+)\*{0,2} \(([\d., ]+)\)", Path("benchmarks/RESULTS.md").read_text())
+    assert len(printed) == 3
+    for shown, seeds in printed:
+        assert shown == str(estimate([float(score) for score in seeds.split(", ")]))
 
 
 def test_a_sweep_that_is_refused_gives_no_results_of_an_earlier_one(tmp_path, monkeypatch, capfd):

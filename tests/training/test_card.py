@@ -10,6 +10,7 @@ import yaml
 from scipy.stats import bootstrap
 
 from sgpt.encoder.onnx import is_here
+from sgpt.training.card import _license
 from tests.encoder.test_formats import needs_onnx, runs_as_it_says
 
 SECRET = "the merger is announced on Monday"
@@ -60,6 +61,11 @@ def test_its_front_matter_is_what_the_hub_reads(card):
     assert scored["toy"]["task"]["type"] == "information-retrieval"
     assert metrics["toy"] >= {"cosine_ndcg@10", "cosine_map@100"}
     assert metrics["scored"] == {"spearman_cosine", "pearson_cosine"}
+
+
+def test_the_license_is_that_of_a_base_of_the_hub(hub, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert _license(hub("me/base", tmp_path)) == "mit"
 
 
 def test_counts_and_hashes_are_those_of_the_manifest(run, card):
