@@ -31,6 +31,7 @@ from sgpt.retrieval.metrics import (
 )
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import log_progress
+from sgpt.runtime.values import FINITE, check_ranges
 
 BEIR_ROOT = "data/raw/beir"  # where sets of BEIR are looked for and downloaded to
 Results = dict[str, dict[str, float]]
@@ -60,6 +61,9 @@ class EvaluationConfig:
     """BM25 is scored on the retrieval sets, too."""
     limit: int | None = None
     """So many queries and pairs, with the queries' documents and as many others; for trying things out."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, positive_score=FINITE)
 
 
 @dataclass(frozen=True)
