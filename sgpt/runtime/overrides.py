@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 # Keys whose default in configs/ is null and whose other values are numbers or groups of keys. The YAML does not show
 # that, and any other key with null there is taken for a text (`texts`): name a new one of this sort here.
 NO_TEXT = {
-    "limit", "data.limit", "evaluation.limit", "dev.limit",
+    "limit", "data.limit", "evaluation.limit", "dev.limit", "evaluation.positive_score", "dev.positive_score",
     "data.positive_score", "data.negative_score", "data.weight", "data.query_max_tokens", "data.document_max_tokens",
     "loss.false_negative_margin", "trainer.max_steps", "trainer.keep_gigabytes", "trainer.threads", "threads",
     "score_margin", "score_ratio", "markers", "model.layers", "weights", "dimensions", "least_cosine",

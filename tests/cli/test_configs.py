@@ -168,7 +168,7 @@ def test_the_saved_configuration_is_read_back_equal():
         ("trainer.max_steps=0", r"trainer\.max_steps=0 must be 1 or more, or null for whole epochs"),
         ("trainer.evaluate_every_steps=5", r"dev\.retrieval, dev\.sts and dev\.pairs are empty; name a dev set"),
         ("optim.learning_rate=-1", r"optim\.learning_rate=-1\.0 must be positive"),
-        ("optim.schedule=steps", r"optim\.schedule='steps' is unknown; choose linear, cosine, constant, "),
+        ("optim.schedule=steps", r"optim\.schedule='steps' is unknown; choose linear, cosine or constant"),
         ("optim.warmup_steps=-1", r"optim\.warmup_steps=-1\.0 must be 0 or more"),
         ("loss.scale=0", r"loss\.scale=0\.0 must be positive"),
         ("model.dtype=int4", r"model\.dtype='int4' is unknown; choose float32, bfloat16, float16, int8 or nf4"),
