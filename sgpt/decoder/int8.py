@@ -55,7 +55,7 @@ class TokenCodes(NamedTuple):
 def quantise_tokens(inputs: Tensor, outliers: Tensor) -> TokenCodes:
     """[…, in] of floats, and the k channels to leave out -> all tokens, whose furthest number from 0 is 127 or -127."""
     tokens = inputs.flatten(0, -2).float()  # [N, in]
-    values = tokens[:, outliers]
+    values = tokens.index_select(1, outliers)
     if len(outliers):
         tokens = tokens.index_fill(1, outliers, 0)
     furthest = torch.maximum(tokens.amax(1, keepdim=True), tokens.amin(1, keepdim=True).neg_()).clamp_(min=SMALLEST)
@@ -92,13 +92,12 @@ class Int8Products:
         if self.read is None or self.read[0] is not inputs or self.read[1] is not outliers:
             self.read, self.of_inputs = (inputs, outliers), quantise_tokens(inputs, outliers)
         codes, token_scale, values = self.of_inputs
-        # each line is one pass over [N, out]: a type for the first, the row's scale, the token's scale with the rest
+        # each line is one pass over [N, out]: a type for the first, the row's scale, the token's scale with the bias
         output = torch._int_mm(codes, weight.T).float()
         output *= scale.T
-        if len(outliers):
-            of_outliers = (weight[:, outliers] * scale).T  # [k, out]
-            bias = values @ of_outliers if bias is None else torch.addmm(bias, values, of_outliers)  # [N, out]
         output = output.mul_(token_scale) if bias is None else torch.addcmul(bias, output, token_scale, out=output)
+        if len(outliers):
+            output.addmm_(values, (weight.index_select(1, outliers) * scale).T)
         return output.view(*inputs.shape[:-1], -1).to(inputs.dtype)
 
 
