@@ -82,6 +82,13 @@ def test_what_is_to_be_set_is_a_key_that_is_read_here(row, remedy, tmp_path):
     assert "data." not in str(error.value)
 
 
+def test_negatives_that_begin_late_in_the_file_are_not_left_out_in_silence(tmp_path):
+    rows = [{"query": f"q {n}", "positive": f"p {n}"} for n in range(150)]
+    file = write(tmp_path / "pairs.jsonl", [*rows, {"query": "q", "positive": "p", "negative": "n"}])
+    with pytest.raises(InputError, match=r"line 151: the column 'negative', .* or set dev\.columns\.negative=''"):
+        read_sets(EvaluationConfig(pairs=[str(file)], split="dev"), "dev")
+
+
 def test_a_bad_row_is_named(tmp_path):
     file = write(tmp_path / "pairs.jsonl", [*ROWS, {"query": "no answer", "positive": 3, "negative": "x"}])
     with pytest.raises(InputError, match=r"pairs\.jsonl, line 4"):

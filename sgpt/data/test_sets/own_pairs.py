@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sgpt.data.formats.beir import RetrievalSet
 from sgpt.data.formats.rows import of_split, rows
-from sgpt.data.sources.columns import guess_columns, peek_column_names
+from sgpt.data.sources.columns import guess_columns, peek_column_names, refuse_late_columns
 from sgpt.data.sources.pairs import GroupedExample, examples
 from sgpt.runtime.errors import InputError
 
@@ -21,10 +21,12 @@ def read_own_pairs(
     positive_score: of scored pairs, all others are hard negatives. InputError for a bad row.
     """
     names, all_rows = peek_column_names(rows(path, split))
-    columns = guess_columns(names, stated or {}, str(path))
+    stated = stated or {}
+    columns = guess_columns(names, stated, str(path))
+    split_rows = of_split(all_rows, split, str(path))
     found = examples(
-        of_split(all_rows, split, str(path)), columns, num_hard_negatives=0, keep_negatives=True, labels=labels,
-        positive_score=positive_score, negative_score=positive_score,
+        refuse_late_columns(split_rows, names, columns, stated, num_hard_negatives=1), columns, num_hard_negatives=0,
+        keep_negatives=True, labels=labels, positive_score=positive_score, negative_score=positive_score,
     )  # fmt: skip
     corpus: dict[str, str] = {}  # text -> id
     queries: dict[str, str] = {}
