@@ -214,14 +214,13 @@ def _start(script: str, folder: Path, start: Start, number: int) -> Ended:
 
 
 def forks(folder: Path, columns: int = 400) -> Forks:
-    """start(script, *arguments, limit=None), in `folder`."""
+    """start(script, *arguments, limit=None, **environment), in `folder`."""
 
-    def start(script: str, *arguments: str, limit: int | None = None) -> Forked:
+    def start(script: str, *arguments: str, limit: int | None = None, **environment: str) -> Forked:
         with TemporaryDirectory() as place:
             out, err = Path(place, "out"), Path(place, "err")
-            code, = fork(
-                script, arguments, folder, [(out, err)], environment={"COLUMNS": str(columns)}, limit=limit
-            )
+            environment = {"COLUMNS": str(columns), **environment}
+            code, = fork(script, arguments, folder, [(out, err)], environment=environment, limit=limit)
             return Forked(code, out.read_text(), err.read_text())
 
     return start

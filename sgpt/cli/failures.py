@@ -44,6 +44,11 @@ def describe_failure(error: BaseException, config: Mapping[str, Any]) -> str | N
     config: as composed, to name the keys of paths.
     """
     for cause in _causes(error):
+        if type(cause).__module__.startswith("submitit") or _raised_in(cause) == "submitit":
+            return (
+                f"submitit could not run the jobs ({_last_line(cause)}); what they printed, if they began, lies in "
+                ".submitit/ of the sweep's folder; without a cluster take hydra/launcher=accelerate"
+            )
         if isinstance(cause, BrokenPipeError):
             return "the output was closed before everything was written, as `| head` does"
         if isinstance(cause, ConnectionError | TimeoutError) or type(cause).__module__.partition(".")[0] in NETWORK:
@@ -97,6 +102,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def _raised_in(error: BaseException) -> str:
+    """The package whose code raised it, as its modules name it."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").partition(".")[0] if frames else ""
 
 
 def _errno(error: BaseException) -> int | None:
@@ -233,3 +244,9 @@ def _first_line(error: BaseException) -> str:
     lines = (line.strip() for line in str(error).splitlines())
     first = next(filter(None, lines), type(error).__name__)
     return first[:200].rstrip(".")
+
+
+def _last_line(error: BaseException) -> str:
+    """Of an error that holds what another process printed: its reason comes last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
+    return (lines[-1] if lines else type(error).__name__)[-300:].rstrip(".")

@@ -259,8 +259,23 @@ def test_a_sweep_ends_with_a_sentence(start) -> None:
     assert refused.startswith("job 1 (name='y' optim.learning_rate=-1): optim.learning_rate=-1.0 must be positive")
     missing = start("biencoder", *swept[:2], "hydra.launcher.prefix=[srin]", "trainer.seed=0,1").sentence
     assert missing == "hydra.launcher.prefix=srin: there is no command srin on the PATH"
-    unknown = start("biencoder", "-m", "hydra/launcher=submitit_slurm", "trainer.seed=0,1").sentence
+    unknown = start("biencoder", "-m", "hydra/launcher=submitit_other", "trainer.seed=0,1").sentence
     assert re.search(r"Available options .* accelerate .*; pip install .sgpt-framework\[submitit\]", unknown)
+
+
+def test_a_sweep_by_submitit_ends_with_a_sentence(start, tmp_path) -> None:
+    """Without Slurm, with one whose controller does not answer, and when a job itself is refused."""
+    by_slurm = ["-m", "hydra/launcher=submitit_slurm", "trainer.seed=0,1"]
+    said = r"submitit could not run the jobs \({}\); .* \.submitit/ of the sweep's folder; .*hydra/launcher=accelerate"
+    path = str(tmp_path)
+    assert re.fullmatch(said.format(r"Could not detect .srun.*"), start("biencoder", *by_slurm, PATH=path).sentence)
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'sbatch: error: Unable to contact it' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    answer = start("biencoder", *by_slurm, PATH=path).sentence
+    assert re.fullmatch(said.format("sbatch: error: Unable to contact .*"), answer)
+    local = ["-m", "hydra/launcher=submitit_local", "trainer.seed=0", "data=file", "data.path=none.jsonl"]
+    assert re.fullmatch(said.format(r"error: .*none\.jsonl: no such file.*"), start("biencoder", *local).sentence)
 
 
 def test_each_job_at_a_time_has_its_own_gpus_and_cores() -> None:
