@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sgpt.retrieval.stored import Search, StoredEmbeddings, exact_search, read_description, write_description
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import hash_of
 from sgpt.runtime.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ GRAPH_BYTES = 2**30  # of embeddings in one graph, which is built in memory
 # The effort is raised until SAMPLE documents, taken as queries, find this share of their NEIGHBOURS nearest ones.
 SAMPLE, NEIGHBOURS, RECALL = 128, 10, 0.99
 MOST_EFFORT = 8192
+HASHES = "graph_hashes"  # in index.json, by file
 
 
 class Graphs:
@@ -53,8 +55,16 @@ class Graphs:
         return torch.from_numpy(scores).to(queries.device), torch.from_numpy(rows).to(queries.device)
 
 
+def graphs_are_whole(folder: Path) -> bool:
+    """Whether index.json says that they are there, and each is byte for byte as it was written."""
+    description = read_description(folder)
+    hashes = description.get(HASHES, {})
+    as_written = [_is_as_written(folder / name, digest) for name, digest in hashes.items()]
+    return description.get("kind") == "faiss" and bool(as_written) and all(as_written)
+
+
 def build_graphs(folder: Path, stored: StoredEmbeddings) -> None:
-    """Adds graphs to an index whose embeddings are complete; after a kill, those that are missing.
+    """Adds graphs to an index whose embeddings are complete; after a kill or damage, those that are missing.
 
     index.json says kind=faiss only when all are there and the effort that reaches RECALL has been measured.
     """
@@ -71,7 +81,7 @@ def build_graphs(folder: Path, stored: StoredEmbeddings) -> None:
 
 
 def _write_graphs(folder: Path, stored: StoredEmbeddings) -> None:
-    """A file for each GRAPH_BYTES of embeddings; those that are there already are kept."""
+    """A file for each GRAPH_BYTES of embeddings, with its hash in index.json; those that are whole are kept."""
     faiss = import_faiss()
     documents, size = stored.map.shape
     half = stored.map.dtype == np.float16
@@ -79,9 +89,13 @@ def _write_graphs(folder: Path, stored: StoredEmbeddings) -> None:
     files = {folder / f"graph-{first}-{end}.faiss": (first, end) for first, end in pairwise(ends)}
     with progress_bar(f"building the graph of {documents:,} documents", documents) as advance:
         for file, (first, end) in files.items():
-            if file.is_file():
+            description = read_description(folder)
+            hashes = description.get(HASHES, {})
+            if _is_as_written(file, hashes.get(file.name)):
                 advance(end - first)
                 continue
+            if file.name in hashes:
+                log.warning("%s: is built again; it is missing, or not as it was written", file)
             graph = faiss.index_factory(size, f"HNSW32,{'SQfp16' if half else 'Flat'}", faiss.METRIC_INNER_PRODUCT)
             for start in range(first, end, stored.chunk):
                 rows = stored[start : min(end, start + stored.chunk)].numpy()
@@ -91,6 +105,11 @@ def _write_graphs(folder: Path, stored: StoredEmbeddings) -> None:
             temporary = file.with_suffix(".tmp")
             faiss.write_index(graph, str(temporary))
             temporary.replace(file)
+            write_description(folder, {**description, HASHES: {**hashes, file.name: hash_of(file)}})
+
+
+def _is_as_written(file: Path, digest: str | None) -> bool:
+    return digest is not None and file.is_file() and hash_of(file) == digest
 
 
 def _raise_effort(graphs: Graphs, stored: StoredEmbeddings) -> float:

@@ -5,9 +5,9 @@
                        with kind=faiss: the embeddings of these rows once more, with a graph of neighbours; a file for
                        each gigabyte of embeddings
     index.json         fingerprint of model, contract and corpus, the contract and the hashes of the model, by which
-                       what has changed is named; number of documents, how many of them are encoded, hash of the
-                       embeddings, dtype, kind, block size and environment (versions, threads …); written anew after
-                       each block
+                       what has changed is named; number of documents, how many of them are encoded, hashes of the
+                       embeddings and graphs, dtype, kind, block size and environment (versions, threads …); written
+                       anew after each block
 
 Embeddings go into the file block by block (sgpt/runtime/embed.py), in `.<name>.building` next to the index, whose name
 it takes when it is whole. After a kill the next start resumes there, with as many threads and blocks as large, so that
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from sgpt.encoder.encoder import Encoder
-from sgpt.retrieval.graph import Graphs, build_graphs, import_faiss
+from sgpt.retrieval.graph import Graphs, build_graphs, graphs_are_whole, import_faiss
 from sgpt.retrieval.stored import (
     INDEX_EMBEDDINGS,
     Search,
@@ -95,7 +95,7 @@ def open_index(encoder: Encoder, corpus: dict[str, str], folder: Path, config: I
     exact = partial(exact_search, stored)
     if config.kind == "exact":
         return exact
-    make_once(folder, lambda: description_matches(folder, {"kind": "faiss"}), lambda: build_graphs(folder, stored))
+    make_once(folder, lambda: graphs_are_whole(folder), lambda: build_graphs(folder, stored))
     return Graphs(folder, exact)
 
 

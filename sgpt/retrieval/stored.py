@@ -78,8 +78,7 @@ def description_matches(folder: Path, wanted: dict[str, Any]) -> bool:
 def is_whole(folder: Path, wanted: dict[str, Any]) -> bool:
     """Whether index.json has these values, and the embeddings are byte for byte those that were written.
 
-    All of them are read for that, as fast as the disk gives them (`hash_of`): as long as one exact search takes, and
-    with kind=faiss the only time that they are.
+    All of them are read for that, as fast as the disk gives them (`hash_of`): as long as one exact search takes.
     """
     file = folder / INDEX_EMBEDDINGS
     description = read_description(folder)

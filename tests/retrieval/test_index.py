@@ -319,6 +319,25 @@ def test_a_killed_build_of_graphs_keeps_those_that_are_whole(encoder, tmp_path, 
     assert rows.flatten().tolist() == list(range(100))
 
 
+@pytest.mark.parametrize("damage", ["truncated", "a byte", "missing"])
+def test_a_damaged_graph_is_built_again(encoder, encoded, tmp_path, caplog, damage):
+    """faiss itself checks no more than the beginning and the end."""
+    pytest.importorskip("faiss", reason="faiss is not installed: pip install 'sgpt-framework[faiss]'")
+    folder = tmp_path / "index"
+    queries = in_memory(encoder, CORPUS)
+    expected = open_index(encoder, CORPUS, folder, IndexConfig("faiss"))(queries, 3)
+    encoded.clear()
+    graph = folder / "graph-0-100.faiss"
+    whole = graph.read_bytes()
+    half = len(whole) // 2
+    graph.unlink()
+    if damage != "missing":
+        graph.write_bytes(whole[:half] + (bytes([whole[half] ^ 64]) + whole[half + 1 :] if damage == "a byte" else b""))
+    torch.testing.assert_close(open_index(encoder, CORPUS, folder, IndexConfig("faiss"))(queries, 3), expected)
+    assert not encoded
+    assert "graph-0-100.faiss: is built again; it is missing, or not as it was written" in caplog.text
+
+
 def test_another_kind_uses_the_same_embeddings(encoder, encoded, queries, tmp_path):
     pytest.importorskip("faiss", reason="faiss is not installed: pip install 'sgpt-framework[faiss]'")
     exact = open_index(encoder, CORPUS, tmp_path / "index")(queries, 3)
