@@ -20,7 +20,7 @@ GRAPH_BYTES = 2**30  # of embeddings in one graph, which is built in memory
 # The effort is raised until SAMPLE documents, taken as queries, find this share of their NEIGHBOURS nearest ones.
 SAMPLE, NEIGHBOURS, RECALL = 128, 10, 0.99
 MOST_EFFORT = 8192
-HASHES = "graph_hashes"  # in index.json, by file
+GRAPH_HASHES = "graph_hashes"  # in index.json, by file
 
 
 class Graphs:
@@ -58,7 +58,7 @@ class Graphs:
 def graphs_are_whole(folder: Path) -> bool:
     """Whether index.json says that they are there, and each is byte for byte as it was written."""
     description = read_description(folder)
-    hashes = description.get(HASHES, {})
+    hashes = description.get(GRAPH_HASHES, {})
     as_written = [_is_as_written(folder / name, digest) for name, digest in hashes.items()]
     return description.get("kind") == "faiss" and bool(as_written) and all(as_written)
 
@@ -90,7 +90,7 @@ def _write_graphs(folder: Path, stored: StoredEmbeddings) -> None:
     with progress_bar(f"building the graph of {documents:,} documents", documents) as advance:
         for file, (first, end) in files.items():
             description = read_description(folder)
-            hashes = description.get(HASHES, {})
+            hashes = description.get(GRAPH_HASHES, {})
             if _is_as_written(file, hashes.get(file.name)):
                 advance(end - first)
                 continue
@@ -105,7 +105,7 @@ def _write_graphs(folder: Path, stored: StoredEmbeddings) -> None:
             temporary = file.with_suffix(".tmp")
             faiss.write_index(graph, str(temporary))
             temporary.replace(file)
-            write_description(folder, {**description, HASHES: {**hashes, file.name: hash_of(file)}})
+            write_description(folder, {**description, GRAPH_HASHES: {**hashes, file.name: hash_of(file)}})
 
 
 def _is_as_written(file: Path, digest: str | None) -> bool:
