@@ -25,7 +25,7 @@ from sgpt.decoder.quantised import held_weights
 from sgpt.decoder.trunk import DTYPES
 from sgpt.encoder.encoder import Encoder
 from sgpt.retrieval.bm25 import bm25_run
-from sgpt.retrieval.dense import retrieve
+from sgpt.retrieval.dense import DEPTH, retrieve
 from sgpt.retrieval.fusion import reordered
 from sgpt.retrieval.metrics import SHALLOW, perfect_rerank, ranking
 from sgpt.runtime.distributed import from_main
@@ -152,7 +152,7 @@ def _run_rerank(config: RerankConfig, job: Job, device: torch.device | str) -> d
     keep = {FIRST_STAGE_FILE: json.dumps(first)} if config.first == "encoder" else {}
     if not job.start(reranking_inputs(config, dataset, first, reranker), keep):
         return job.results
-    pairs = sum(map(len, first.values()))
+    pairs = sum(map(len, cut(first, config.depth).values()))
     log.info("%s: %s pairs of %s by %s, on %s", job.output, f"{pairs:,}", dataset.name, config.model, device)
     run = rerank(
         reranker, dataset, first, config.depth,
@@ -169,7 +169,7 @@ def _run_rerank(config: RerankConfig, job: Job, device: torch.device | str) -> d
 
 
 def _first_stage_of(job: Job, config: RerankConfig, dataset: RetrievalSet, device: torch.device | str) -> Run:
-    """The first stage's run, cut at the depth.
+    """The first stage's run, of as many documents as the deepest metric counts, also where fewer are re-ranked.
 
     A killed job of an encoder kept it: the corpus is not encoded again, and another machine, which rounds otherwise,
     brings in no other document.
@@ -177,7 +177,7 @@ def _first_stage_of(job: Job, config: RerankConfig, dataset: RetrievalSet, devic
     kept = sibling(job.output, FIRST_STAGE_FILE)
     if job.resumed and kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
-    return cut(first_stage(config, dataset, device), config.depth)
+    return cut(first_stage(config, dataset, device), _kept(config))
 
 
 def read_reranking_set(config: RerankConfig) -> RetrievalSet:
@@ -192,9 +192,9 @@ def read_reranking_set(config: RerankConfig) -> RetrievalSet:
 def first_stage(config: RerankConfig, dataset: RetrievalSet, device: torch.device | str) -> Run:
     """The run that is re-ranked: of BM25, of an encoder, or read from a file."""
     if config.first == "bm25":
-        return bm25_run(dataset, config.depth)
+        return bm25_run(dataset, _kept(config))
     if config.first == "encoder":
-        return retrieve(Encoder.from_pretrained(config.encoder or "").to(device), dataset, config.depth)
+        return retrieve(Encoder.from_pretrained(config.encoder or "").to(device), dataset, _kept(config))
     run = read_run(Path(config.trec or ""), Path(config.data), dataset, "trec")
     if not run:
         raise InputError(
@@ -213,13 +213,18 @@ def first_stage(config: RerankConfig, dataset: RetrievalSet, device: torch.devic
     return first
 
 
+def _kept(config: RerankConfig) -> int:
+    """Documents of each query that the first stage keeps."""
+    return max(config.depth, DEPTH)
+
+
 def metrics(dataset: RetrievalSet, name: str, first: Run, run: Run, depth: int) -> dict[str, dict[str, float]]:
     """System -> metric -> value of four systems.
 
     The first stage; re-ranked at `depth` and, from the same scores, at 10 (as in the paper); and a perfect re-ranker.
     """
     top = min(SHALLOW, depth)
-    reranked = {f"{name} → CE, {top}": reordered(first, run, top), f"{name} → CE, {depth}": run}
+    reranked = {f"{name} → CE, {limit}": reordered(first, run, limit) for limit in (top, depth)}
     systems = {name: first, **reranked, f"perfect, {depth}": perfect_rerank(dataset.qrels, first, depth)}
     return {system: ranking(dataset.qrels, ranks) for system, ranks in systems.items()}
 

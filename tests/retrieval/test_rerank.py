@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sgpt.cross_encoder.cross_encoder import CrossEncoder
 from sgpt.data.formats.beir import read_retrieval
-from sgpt.data.formats.trec import cut
+from sgpt.data.formats.trec import Run, cut, ranked
 from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.metrics import perfect_rerank, ranking
 from sgpt.retrieval.rerank import RerankConfig, rerank, run_rerank
@@ -158,6 +158,15 @@ def test_two_processes_write_the_file_of_one(started):
     assert (folder / "two.trec").read_bytes() == (folder / "whole.trec").read_bytes()
 
 
+def with_the_others_behind(scores: Run, first: Run) -> Run:
+    """The documents that are not re-ranked stay behind, in their old order. trec_eval reads scores in float32."""
+    behind: Run = {}
+    for query, documents in first.items():
+        places = enumerate(ranked(documents))
+        behind[query] = {document: scores[query].get(document, -1000.0 - place) for place, document in places}
+    return behind
+
+
 def test_the_metrics_are_trec_eval_s(started, toy):
     folder, ended = started
     results = json.loads((folder / "whole.trec.json").read_text())["toy"]
@@ -165,7 +174,8 @@ def test_the_metrics_are_trec_eval_s(started, toy):
     with open(folder / "whole.trec") as lines:
         run = pytrec_eval.parse_run(lines)
     dataset = read_retrieval(toy, "train")
-    rows = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"ndcg_cut.10", "map_cut.100"}).evaluate(run).values()
+    whole = with_the_others_behind(run, bm25_run(dataset, 100))
+    rows = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"ndcg_cut.10", "map_cut.100"}).evaluate(whole).values()
     assert results["bm25 → CE, 20"]["ndcg@10"] == pytest.approx(np.mean([row["ndcg_cut_10"] for row in rows]))
     assert results["bm25 → CE, 20"]["map@100"] == pytest.approx(np.mean([row["map_cut_100"] for row in rows]))
     first = bm25_run(dataset, 20)
@@ -207,7 +217,8 @@ def test_any_first_stage(toy, language_model, tiny_base, tmp_path):
     by_run = run_rerank(
         RerankConfig(**common, output=str(tmp_path / "b.trec"), first="run", trec=str(tmp_path / "a.trec"))
     )
-    assert by_run["run → CE, 10"] == by_model["encoder → CE, 10"]
+    for metric in ("ndcg@10", "mrr@10"):  # behind the ten that are in the run, the encoder has more
+        assert by_run["run → CE, 10"][metric] == by_model["encoder → CE, 10"][metric]
     assert (tmp_path / "a.trec").read_text() == (tmp_path / "b.trec").read_text()
 
 
@@ -254,6 +265,24 @@ def test_a_set_of_beir_follows_its_rules(quora, language_model, tmp_path):
             assert {
                 query: set(documents) for query, documents in pytrec_eval.parse_run(lines).items()
             } == {name: expected - {name} for name in ("t0", "t1")}
+
+
+def test_a_small_depth_leaves_the_first_stage_its_scores(toy, language_model, tmp_path):
+    """BM25 is cut for the re-ranker alone: nDCG@10, MAP@100 and Recall@100 count what stands behind."""
+    dataset = read_retrieval(toy, "train")
+    first = bm25_run(dataset, 100)
+    config = RerankConfig(str(toy), "train", str(language_model("gpt2")), output=str(tmp_path / "o.trec"), depth=2)
+    results = run_rerank(config)
+    with (tmp_path / "o.trec").open() as lines:
+        scores = pytrec_eval.parse_run(lines)
+    assert {len(documents) for documents in scores.values()} == {2}
+    ours = {"ndcg@10": "ndcg_cut_10", "map@100": "map_cut_100", "recall@100": "recall_100"}
+    judge = pytrec_eval.RelevanceEvaluator(dataset.qrels, {"ndcg_cut.10", "map_cut.100", "recall.100"})
+    for system, run in (("bm25", first), ("bm25 → CE, 2", with_the_others_behind(scores, first))):
+        by_query = judge.evaluate(run).values()
+        for name, theirs in ours.items():
+            expected = sum(values[theirs] for values in by_query) / len(dataset.qrels)
+            assert results[system][name] == pytest.approx(expected, abs=1e-9), (system, name)
 
 
 @pytest.mark.parametrize(("change", "told"), [

@@ -365,9 +365,10 @@ def fewer_queries(dataset: RetrievalSet, limit: int | None) -> RetrievalSet:
 
 
 def fewer_documents(dataset: RetrievalSet, limit: int) -> RetrievalSet:
+    """The first `limit` queries, their judged documents, and as many others, the first ones of the corpus."""
     few = fewer_queries(dataset, limit)
     judged = {document for documents in few.qrels.values() for document in documents}
-    kept = judged | set(islice(dataset.corpus, len(judged)))
+    kept = judged | set(islice((document for document in dataset.corpus if document not in judged), len(judged)))
     return replace(few, corpus={document: text for document, text in dataset.corpus.items() if document in kept})
 
 
