@@ -46,11 +46,12 @@ from sgpt.retrieval.stored import (
 )
 from sgpt.runtime.embed import EmbeddingsFile, embed_blocks
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import hash_of, make_once, replace_folder
+from sgpt.runtime.files import hash_of, hash_of_numbers, make_once, replace_folder
 from sgpt.runtime.provenance import changed_environment, differences, environment
 from sgpt.runtime.values import COUNT, check_choice, check_ranges
 
 log = logging.getLogger(__name__)
+BLOCK_HASHES = "block_hashes"  # in index.json while it is built
 CHOICES = {"kind": ("exact", "faiss"), "dtype": ("float32", "float16")}
 
 
@@ -131,7 +132,7 @@ def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, 
         building.mkdir(parents=True)
         EmbeddingsFile.create(file.file, (len(texts), encoder.embedding_size), wanted["dtype"], owner=folder)
         first_start = {"environment": environment(), "documents_per_block": size, "model": _model(encoder)}
-        write_description(building, {**wanted, **first_start, "kind": "exact", "encoded": 0})
+        write_description(building, {**wanted, **first_start, "kind": "exact", "encoded": 0, BLOCK_HASHES: []})
     description = read_description(building)
     size = description["documents_per_block"]
 
@@ -140,6 +141,7 @@ def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, 
 
     def save(block: int, rows: slice, embeddings: np.ndarray) -> None:
         file.write(rows, embeddings)
+        description[BLOCK_HASHES].append(hash_of_numbers(embeddings.astype(wanted["dtype"])))
         write_description(building, {**description, "encoded": rows.start + len(embeddings)})
 
     done = math.ceil(description["encoded"] / size)
@@ -148,24 +150,43 @@ def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, 
     # Alone, for only this process has the lock of the folder (`make_once`); the others wait for it there.
     embed_blocks(embed, save, missing, size, title, first_threads=description["environment"]["threads"], alone=True)
     whole = {"encoded": len(texts), "embeddings_hash": hash_of(building / INDEX_EMBEDDINGS)}
+    del description[BLOCK_HASHES]
     write_description(building, {**description, **whole})
     replace_folder(building, folder)
+
+
+def _blocks_are_whole(building: Path, description: dict[str, Any]) -> bool:
+    """Whether the blocks of a killed build are there, with the numbers that were written."""
+    if not {"documents_per_block", "encoded", BLOCK_HASHES} <= description.keys():
+        return False
+    try:
+        stored = np.load(building / INDEX_EMBEDDINGS, mmap_mode="r")
+    except (OSError, ValueError):
+        return False
+    encoded = stored[: description["encoded"]]
+    starts = range(0, len(encoded), description["documents_per_block"])
+    blocks = (encoded[start : start + starts.step] for start in starts)
+    return [hash_of_numbers(block) for block in blocks] == description[BLOCK_HASHES]
 
 
 def _can_resume(building: Path, wanted: dict[str, Any]) -> bool:
     """Whether a killed build is of this index, and every document would get the bits that it would have got then."""
     if not description_matches(building, wanted):
         return False
-    then = read_description(building).get("environment")
+    description = read_description(building)
+    then = description.get("environment")
     if then is None:
         return False
     now = {**environment(), "threads": then["threads"]}  # as many are taken again
-    changed = changed_environment(then, now)
-    if changed:
+    if changed := changed_environment(then, now):
         log.warning(
             "%s: the unfinished index is built again from the start, because the environment has changed: %s",
             building, "; ".join(changed),
         )  # fmt: skip
-    elif then["processor"] != now["processor"]:
+        return False
+    if not _blocks_are_whole(building, description):
+        log.warning("%s: the unfinished index is built again from the start; it is not as it was written", building)
+        return False
+    if then["processor"] != now["processor"]:
         log.warning("%s: resumed on another processor; last bits of the embeddings may differ from here on", building)
-    return not changed
+    return True

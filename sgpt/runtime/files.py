@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import xxhash
 from filelock import FileLock, Timeout
 
@@ -133,6 +134,11 @@ def hash_of(file: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def hash_of_numbers(numbers: np.ndarray) -> str:
+    """As `hash_of`, of an array's bytes."""
+    return xxhash.xxh3_128(np.ascontiguousarray(numbers)).hexdigest()
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:

@@ -220,6 +220,37 @@ def test_a_damaged_index_is_built_again(encoder, encoded, queries, tmp_path, cap
     assert f"{tmp_path / 'index'}: is built again; {reason}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("embeddings.npy", lambda file: file.write_bytes(file.read_bytes()[:5000])),
+        ("embeddings.npy", lambda file: file.write_bytes(b"no array" + file.read_bytes()[8:])),
+        ("embeddings.npy", Path.unlink),
+        ("embeddings.npy", zeroed),
+        ("index.json", lambda file: file.write_text(file.read_text().replace("documents_per_block", "other"))),
+    ],
+)
+def test_a_damaged_half_build_is_begun_anew_and_said(encoder, encoded, queries, tmp_path, caplog, name, damage):
+    expected = open_index(encoder, CORPUS, tmp_path / "whole")(queries, 3)
+    texts, done = list(CORPUS.values()), []
+
+    def killed(of_block: list[str], **options) -> np.ndarray:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(of_block)
+        return Encoder.encode_documents(encoder, of_block, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "encode_documents", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_index(encoder, CORPUS, tmp_path / "index", BLOCKS)
+    damage(tmp_path / ".index.building" / name)
+    encoded.clear()
+    torch.testing.assert_close(open_index(encoder, CORPUS, tmp_path / "index", BLOCKS)(queries, 3), expected)
+    assert encoded == texts
+    assert "the unfinished index is built again from the start; it is not as it was written" in caplog.text
+
+
 def test_the_half_build_of_another_corpus_is_not_gone_on_with(encoder, encoded, tmp_path):
     open_index(encoder, CORPUS, tmp_path / "index", BLOCKS)
     (tmp_path / "index").rename(tmp_path / ".index.building")
