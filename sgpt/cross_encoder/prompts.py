@@ -144,7 +144,10 @@ def _shots(shot: str | None, shots: Sequence[Sequence[str]], named: str) -> str:
             f"{named} takes no examples; leave shots out, or write a prompt of your own with shot=<text of one example>"
         )
     if shot is not None and not shots:
-        raise InputError(f"{named} needs an example: set shots=[[<document>,<query>]], from training data")
+        raise InputError(
+            f"{named} needs an example: set shots=[[<document>,<query>]], from training data, or "
+            "where there is no such key choose another prompt"
+        )
     if bad := next((pair for pair in shots if len(pair) != 2), None):
         raise InputError(f"shots: {bad!r} is not a document and a query")
     if shot is not None and (DOCUMENT not in shot or QUERY not in shot):

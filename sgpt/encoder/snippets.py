@@ -86,10 +86,11 @@ model = AutoPeftModelForFeatureExtraction.from_pretrained(folder, dtype=torch.fl
 def _encode_by_hand(contract: Contract) -> str:
     """Pooling, and length 1, after the model's last hidden states."""
     if contract.pooling == "max":
-        pooled = "    embeddings = hidden.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(1)"
+        pooled = """    embeddings = hidden.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(1)
+    embeddings = embeddings.nan_to_num(neginf=0.0)  # a text without a token gives zeros"""
     else:
         pooled = f'''    weights = {TOKEN_WEIGHTS[contract.pooling]}
-    weights = weights / weights.sum(1, keepdim=True)
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=1)  # a text without a token gives zeros
     embeddings = (hidden * weights.unsqueeze(-1)).sum(1)'''
     unit = "torch.nn.functional.normalize(embeddings, dim=1)" if contract.normalize else "embeddings"
     return f'''

@@ -19,7 +19,6 @@ from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import find_model, run_of
 from sgpt.retrieval.index import IndexConfig, open_index
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.overrides import argument
 from sgpt.runtime.values import COUNT, check_ranges, check_unused
 
 
@@ -92,7 +91,7 @@ def load_encoder_and_reranker(
     if not (folder / DELTA).is_file():
         raise InputError(f"{folder} holds no {DELTA}, {remedy}")
     stated = read_delta(folder)
-    without = f"search without re-ranking: leave out rerank=true (python train/search.py {argument('run', str(path))})"
+    without = "leave out rerank=true"
     if stated["form"] == "peft":
         raise InputError(
             f"{folder} is of low rank and not the bias delta that tuning=bitfit or bitfit_norm saves, so encoder and "

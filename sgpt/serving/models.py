@@ -66,7 +66,8 @@ class ServedModel:
             if name is not None and name not in self.names:
                 raise Refusal(404, f"{field}={name!r:.80} is not served here; there are {', '.join(self.names)}", field)
         meant = {name for name in (model, delta) if name not in (None, self.name)}
-        if len(meant) > 1:
+        both = delta == self.name and model not in (None, self.name)  # the other way round is a delta of the model
+        if len(meant) > 1 or both:
             raise Refusal(422, f"model={model!r} and delta={delta!r} are two; send one of them", "delta")
         return meant.pop() if meant else None
 

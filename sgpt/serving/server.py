@@ -46,7 +46,8 @@ def serve(config: ServeConfig, device: torch.device | str = "cpu") -> None:
         if not ipaddress.ip_address(host.partition("%")[0]).is_loopback and config.api_key is None:
             log.warning("host=%s can be reached by others, and there is no api_key: whoever can, may use it", host)
         log.info("%s", start_line(model, config, f"http://{f'[{host}]' if ':' in host else host}:{port}"))
-        options = {"log_config": None, "access_log": False, "server_header": False}
+        # clients keep an idle connection for 5 s at most (httpx) and would meet the moment when it is closed
+        options = {"log_config": None, "access_log": False, "server_header": False, "timeout_keep_alive": 75}
         settings = uvicorn.Config(app, timeout_graceful_shutdown=math.ceil(config.stop_seconds), **options)
         with no_progress():
             _Server(settings).run(sockets=[listening])

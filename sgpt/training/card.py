@@ -137,8 +137,9 @@ def _license(base: str) -> str | None:
 def _what(manifest: Mapping, config: TrainConfig) -> str:
     parameters, markers = manifest["parameters"], config.markers
     marked = {"none": "without markers", "brackets": "queries in `[ ]`, documents in `{ }`"}[markers.name]
+    blocks = f"the first {config.model.layers} blocks of " if config.model.layers else ""
     return (
-        f"An SGPT bi-encoder: `{manifest['contract']['base']}` with {parameters['trained']:,} of its "
+        f"An SGPT bi-encoder: {blocks}`{manifest['contract']['base']}` with {parameters['trained']:,} of its "
         f"{parameters['total']:,} parameters\ntrained (`{config.tuning.name}`), pooled by `{config.pooling.name}`, "
         f"{marked}. Compare embeddings by cosine.\n"
     )

@@ -90,7 +90,10 @@ class Client:
         self.url = root + self.api.path
         self.timeout_seconds = timeout_seconds
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        # shorter than servers keep an idle one (uvicorn 5 s), or a request may meet the very moment when it is closed
+        limits = httpx.Limits(
+            max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=1
+        )
         self.http: httpx.Client = httpx.Client(headers=headers, timeout=timeout_seconds, limits=limits)
         self.model = served_name or (self._listed(f"{root}/v1/models") if api != "tei" else None)
 

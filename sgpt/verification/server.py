@@ -80,6 +80,8 @@ def _mistaken(delta: str | None, models: Models) -> dict[str, Callable[[], Encod
         if name != delta:
             fault = PUT_ON.format(name) if name else IGNORED.format("the model without it")
             others[fault] = partial(_in_place_of, encoder, other)
+            if other.contract.stated() != encoder.contract.stated():
+                others[f"{fault}, with its own markers, limits and pooling"] = lambda other=other: other
 
     @cache
     def base() -> Encoder:

@@ -85,6 +85,19 @@ def test_the_probes_have_texts_of_one_length_of_one_token_of_none_and_beyond_the
     assert len(encoder.tokenizer(PROBE_TEXTS[9], add_special_tokens=False)["input_ids"]) > 300
 
 
+@pytest.mark.parametrize(("texts", "role", "message"), [
+    ("a text", "query", r"encode takes a list of texts, got one string 'a text'; put it in a list"),
+    (None, "query", r"encode takes a list of texts, got NoneType; make a list of it"),
+    ((text for text in "ab"), "query", r"encode takes a list of texts, got generator; make a list of it"),
+    (["a", 5], "query", r"encode: text 1 is int 5; give strings"),
+    (["a", "b \ud83d"], "query", r"encode: text 1 \('b \\ud83d'\) holds half a character"),
+    (["a"], "querie", r"role='querie' is unknown; choose query or document"),
+])  # fmt: skip
+def test_what_is_no_list_of_texts_is_refused(texts, role, message, tiny_encoder):
+    with pytest.raises(InputError, match=message):
+        tiny_encoder("gpt_neo").encode(texts, role)
+
+
 def test_the_same_base_at_another_path_is_the_same_model(tiny_base, tmp_path):
     copy = shutil.copytree(tiny_base("gpt2"), tmp_path / "copy")
     original, copied = Encoder.from_pretrained(tiny_base("gpt2")), Encoder.from_pretrained(copy)

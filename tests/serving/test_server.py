@@ -174,6 +174,9 @@ def test_a_delta_is_chosen_by_its_field_or_as_the_model_and_in_a_strength(url, e
     refused = embed(url, "a", delta="other")
     assert (refused.status_code, refused.json()["error"]["param"]) == (404, "delta")
     assert refused.json()["error"]["message"] == "delta='other' is not served here; there are first, legal"
+    refused = embed(url, "a", model="legal", delta="first")
+    assert refused.json()["error"]["message"] == "model='legal' and delta='first' are two; send one of them"
+    assert embed(url, "a", model="first", delta="legal").json()["delta"] == "legal"
 
 
 def test_dimensions_are_the_first_numbers_of_length_1(url):
