@@ -45,7 +45,7 @@ BAD_TRAINING = {
         ["trainer.queries_per_process=1", "data.num_hard_negatives=0"], r"no negative at all and the loss would be 0"
     ),
     "too much accumulation": (
-        ["trainer.gradient_accumulation=100"], r"trainer\.gradient_accumulation=100 is more than the 6\.2 batches"
+        ["trainer.gradient_accumulation=100"], r"the run has 6\.2 batches, less than the 100 of one optimizer step"
     ),
     "no model": (["model.path=nobody/nothing"], r"nobody/nothing: no such local folder, and .*give the local folder"),
     "limit": (["markers.document_max_tokens=129"], r"markers\.document_max_tokens=129 is more than the 128 positions"),

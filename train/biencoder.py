@@ -20,7 +20,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.encoder.contract import Contract
     from sgpt.encoder.encoder import Encoder
     from sgpt.encoder.export import announce_export
-    from sgpt.encoder.model_folder import exports_in_other_formats
+    from sgpt.encoder.model_folder import announce_base, exports_in_other_formats
     from sgpt.encoder.probes import measure
     from sgpt.evaluation import evaluate
     from sgpt.evaluation.shared import evaluate_together
@@ -77,6 +77,7 @@ def main(composed: DictConfig) -> None:
     check_feed(feed)
     config.trainer.steps(feed.batches_per_epoch)  # refuses a run that is too short for one optimizer step
     contract = Contract(config.pooling.name, config.markers, base=model.path)
+    announce_base(model.path, contract)
     trunk = load_trunk(model)
     encoder = Encoder(trunk, tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
     inputs = run_inputs(encoder, feed, test_sets, dev_sets)

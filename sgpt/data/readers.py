@@ -7,12 +7,11 @@ How a source is read is a row of READERS, chosen by `data.name`. Each row fills 
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 
-from sgpt.data.feed.example import Example
 from sgpt.data.feed.sampling import Feed, Source
 from sgpt.data.feed.store import Examples, Tokens, Writer, cached_examples, key_of
 from sgpt.data.formats import beir
@@ -77,7 +76,7 @@ class SourceConfig:
     num_hard_negatives: int = 0
     """H: hard negatives of every example, 0 or more; each query has 1 + H documents in a batch."""
     limit: int | None = None
-    """Only so many examples, the first ones of the source; null takes all."""
+    """Only so many examples, the first ones of the source, or of each of the sources; null takes all."""
     on_error: str = "stop"
     """stop: the first bad row ends the run. skip: bad rows are left out and listed next to the cache."""
     max_error_share: float = 0.01
@@ -101,7 +100,7 @@ class SourceConfig:
     document_max_tokens: int | None = None
     """Tokens of a document, markers included; null takes the run's limit."""
     symmetric: bool = False
-    """Documents are put in the queries' markers, as in data whose two sides are of one kind."""
+    """Documents get the queries' markers and limit, as in data whose two sides are of one kind."""
 
     def __post_init__(self) -> None:
         check_choice("data.name", self.name, READERS)
@@ -125,6 +124,11 @@ class SourceConfig:
             raise InputError(
                 f"data.on_error=skip is read by {others} only, not by data={self.name}, whose files have a fixed form; "
                 "leave it out"
+            )
+        if self.symmetric and self.document_max_tokens is not None:
+            raise InputError(
+                f"data.document_max_tokens={self.document_max_tokens} has no effect with data.symmetric=true, where "
+                "documents are cut as queries are; set data.query_max_tokens"
             )
         self._check_keys()
 
@@ -179,6 +183,7 @@ class DataConfig(SourceConfig):
     def __post_init__(self) -> None:
         if self.sources:
             self._check_sources()
+        self._check_mixture()
         super().__post_init__()
         # below 0.1 a size to the power of 1 / temperature is no number
         evens = Range("positive and 0.1 or more; 1 is by size, larger evens the sources out", 0.1)
@@ -199,7 +204,8 @@ class DataConfig(SourceConfig):
 
         Weights of some sources would be compared with the sizes of others.
         """
-        if unread := [f"data.{key}" for key in SOURCE_KEYS if getattr(self, key) != _default(key)]:
+        own_keys = [key for key in SOURCE_KEYS if key != "limit"]
+        if unread := [f"data.{key}" for key in own_keys if getattr(self, key) != _default(key)]:
             raise InputError(
                 f"{', '.join(unread)}: set next to data.sources, where nothing reads it; "
                 "set it in each of the sources (data=file sets none)"
@@ -210,7 +216,20 @@ class DataConfig(SourceConfig):
                 f"data.sources: {', '.join(without)} has no weight and others have; give each one a weight, or none"
             )
 
+    def _check_mixture(self) -> None:
+        """Refuses keys that mix sources, where there is nothing to mix."""
+        several = len(self.sources) > 1
+        weighted = any(source.weight is not None for source in self.sources)
+        if not several and (self.mixed or self.weight is not None or self.temperature != 1):
+            raise InputError("data.mixed, data.weight and data.temperature have no effect on one source; leave it out")
+        if weighted and self.temperature != 1:
+            raise InputError(
+                f"data.temperature={self.temperature} has no effect where the sources have weights; leave one out"
+            )
+
     def source_configs(self) -> list[SourceConfig]:
+        if self.sources and self.limit is not None:
+            return [replace(source, limit=source.limit or self.limit) for source in self.sources]
         return self.sources or [SourceConfig(**{key: getattr(self, key) for key in SOURCE_KEYS})]
 
 
@@ -240,8 +259,10 @@ def build_feed(
 
     InputError for the first thing that is wrong.
     """
-    sources = []
-    for source in config.source_configs():
+    configs, sources = config.source_configs(), []
+    for source in configs:
+        earlier = sum(other.path == source.path for other in configs[: len(sources)])
+        name = f"{source.path} ({earlier + 1})" if earlier else source.path  # what is recorded of each goes by it
         examples = read_examples(source, Path(config.cache))
         frames_by_role = _frames_of(source, markers, tokenizer)
         # cut once, at the longer of the two limits: a text may be a query here and a document there
@@ -249,7 +270,7 @@ def build_feed(
         tokens = Tokens(examples, tokenizer, longest)
         weight = source.weight or len(examples) ** (1 / config.temperature)
         sources.append(
-            Source(source.path, examples, tokens, frames_by_role, source.num_hard_negatives, weight, source.symmetric)
+            Source(name, examples, tokens, frames_by_role, source.num_hard_negatives, weight, source.symmetric)
         )
     feed = Feed(sources, queries_per_process, processes, seed, config.mixed)
     if len(sources) > 1:
@@ -309,7 +330,7 @@ def _row_files(folder: Path) -> list[Path]:
 
 
 def _document_files(folder: Path) -> list[Path]:
-    return documents.text_files(folder) or _row_files(folder)
+    return [*documents.text_files(folder), *_row_files(folder)]
 
 
 def _beir_files(folder: Path) -> list[Path]:
@@ -358,11 +379,6 @@ class Reader:
     """Hash of the source's content: when it differs, the source is read again. By default, of the bytes of `files`."""
 
 
-def _write(examples: Iterable[Example], config: SourceConfig, writer: Writer) -> None:
-    for example in islice(examples, config.limit):
-        writer.example(example)
-
-
 def _fill_rows(config: SourceConfig, writer: Writer, rejected: Path) -> None:
     """Files, folders and data sets of rows: one generator after the other, so that one row is held at a time."""
     all_rows = rows(Path(config.path), config.split, subset=config.subset, streaming=config.streaming)
@@ -384,14 +400,32 @@ def _fill_rows(config: SourceConfig, writer: Writer, rejected: Path) -> None:
 
 def _write_accepted(parsed_rows: pairs.ParsedRows, config: SourceConfig, writer: Writer, rejected: Path) -> None:
     examples = accepted(
-        parsed_rows, on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share
-    )
-    _write(examples, config, writer)
+        parsed_rows,
+        on_error=config.on_error, rejected=rejected, max_error_share=config.max_error_share, limit=config.limit,
+    )  # fmt: skip
+    for example in examples:
+        writer.example(example)
+
+
+def _refuse_mixed(path: Path, texts: list[Path]) -> None:
+    """InputError for a folder of texts that has files of rows as well; files that are neither are named."""
+    others = [file for file in files_below(path) if file not in texts] if path.is_dir() else []
+    if with_rows := [file for file in others if kind_of(file) not in (None, ".json")]:
+        raise InputError(
+            f"{path}: holds texts ({texts[0].name}) and files of rows ({with_rows[0].name}); give one file, or a "
+            "folder of one kind"
+        )
+    if others:
+        names = ", ".join(sorted({file.suffix or file.name for file in others}))
+        log.warning("%s: %d files that are neither .txt nor .md are left out: %s", path, len(others), names)
 
 
 def _fill_documents(config: SourceConfig, writer: Writer, rejected: Path) -> None:
     path = Path(config.path)
     if files := documents.text_files(path):
+        _refuse_mixed(path, files)
+        if any(config.columns.values()) or config.split != _default("split") or config.subset:
+            raise InputError(f"{path}: texts have neither columns nor splits; leave out data.columns, split and subset")
         columns, document_rows = DocumentColumns("text", "title"), documents.text_rows(files)
     else:
         all_rows = rows(path, config.split, subset=config.subset, streaming=config.streaming)
@@ -413,7 +447,8 @@ def _fill_beir(config: SourceConfig, writer: Writer, rejected: Path) -> None:
 
 
 def _fill_nli(config: SourceConfig, writer: Writer, rejected: Path) -> None:
-    _write(nli.nli_examples(Path(config.path), config.seed), config, writer)
+    for example in islice(nli.nli_examples(Path(config.path), config.seed), config.limit):
+        writer.example(example)
 
 
 def _fill_msmarco(config: SourceConfig, writer: Writer, rejected: Path) -> None:

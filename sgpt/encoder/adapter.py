@@ -285,6 +285,7 @@ def _beft_form(
     None where a tensor is neither bias of a Linear nor of a norm.
     """
     modules = dict(trunk.named_modules())
+    norms = [path for path, module in modules.items() if is_norm(module)]
     tensors: dict[str, Tensor] = {}
     targets: list[str] = []
     saved: list[str] = []
@@ -295,8 +296,10 @@ def _beft_form(
             tensors[f"base_model.model.{path}.beft_bias"] = change[name].unsqueeze(0)
             targets.append(path)
         elif is_norm(module):
-            for part, value in module.named_parameters():
-                tensors[f"base_model.model.{path}.{part}"] = value.detach().cpu().clone()
+            # PEFT takes every module whose path ends so: the last norm, called norm, brings all of the blocks along
+            for taken in (other for other in norms if other.endswith(path)):
+                for part, value in modules[taken].named_parameters():
+                    tensors[f"base_model.model.{taken}.{part}"] = value.detach().cpu().clone()
             if path not in saved:
                 saved.append(path)
         else:

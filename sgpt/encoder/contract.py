@@ -41,6 +41,8 @@ class Origin:
     """In which the base was held in training."""
     tuning: str = ""
     """Which parameters learned, a row of TUNINGS."""
+    layers: str = ""
+    """In which blocks, as tuning.layers says it; "" in contracts that were written before this was kept."""
     training_data: str = ""
     """Hash of all training examples."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -275,6 +277,8 @@ def _is_files(value: object) -> bool:
 
 
 def _is_origin(value: object) -> bool:
+    if isinstance(value, dict):
+        value = {"layers": "", **value}
     return _has_types(value, Origin()) and all(isinstance(version, str) for version in value["versions"].values())
 
 

@@ -1,6 +1,7 @@
 """What a path holds: a run, an export, an adapter, a folder of sentence-transformers, or a bare base."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -8,9 +9,12 @@ from sgpt.decoder.base_folder import local_folder
 from sgpt.decoder.model_files import INDEX, WEIGHTS
 from sgpt.encoder import contract as contracts
 from sgpt.encoder.adapter import is_adapter
-from sgpt.encoder.sentence_transformers import is_sentence_transformers
+from sgpt.encoder.contract import Contract
+from sgpt.encoder.sentence_transformers import is_sentence_transformers, read
 from sgpt.runtime.errors import InputError
+from sgpt.runtime.provenance import differences
 
+log = logging.getLogger(__name__)
 GRAPH, OPENVINO = "onnx/model.onnx", "openvino/openvino_model.xml"  # where servers look for them
 OF_A_RUN = ("export", "adapter")  # folders of a run that hold its model, the one that needs no base first
 
@@ -50,6 +54,36 @@ def find_model(path: str | Path, of_a_run: tuple[str, ...] = OF_A_RUN) -> ModelF
         if (folder / contracts.FILE).is_file():
             return ModelFolder(folder, "adapter" if is_adapter(folder) else "export")
     return ModelFolder(root, "sentence-transformers" if is_sentence_transformers(root) else "base")
+
+
+def announce_base(path: str, contract: Contract) -> None:
+    """Warns of what the folder of a base states beside its decoder, and a run of this contract does not keep.
+
+    That is other markers, limits or pooling, and of a folder of sentence-transformers the modules behind its pooling
+    and its prompts. path: of the base.
+    """
+    base = find_model(path, of_a_run=())
+    if base.kind == "export":
+        before = Contract.load(base.folder)
+        stated = [{"markers": asdict(one.markers), "pooling": one.pooling} for one in (before, contract)]
+        if changed := differences(*stated):
+            log.warning(
+                "%s was made with another contract, and is trained with that of this run (%s); to keep its own, set "
+                "markers and pooling as it had them",
+                path, "; ".join(changed),
+            )  # fmt: skip
+    if base.kind == "sentence-transformers":
+        try:
+            stated_by_others = read(base.folder)
+        except InputError as error:
+            log.warning("its decoder alone is trained: %s", error)
+            return
+        lost = [kind for kind, _ in stated_by_others.head]
+        lost += [f"the prompt {prompt!r}" for prompt in stated_by_others.prompts.values() if prompt]
+        if stated_by_others.pooling != contract.pooling:
+            lost.append(f"pooling {stated_by_others.pooling} (this run's is {contract.pooling})")
+        if lost:
+            log.warning("%s: its decoder alone is trained and exported, without %s", path, ", ".join(lost))
 
 
 def run_of(folder: Path) -> Path:

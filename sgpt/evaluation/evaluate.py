@@ -64,6 +64,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, positive_score=FINITE)
+        stated = any(self.columns.values()) or self.labels or self.positive_score is not None
+        if stated and not self.pairs:
+            raise InputError("columns, labels and positive_score are of `pairs` alone; name some, or leave them out")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import check_writable, write_whole
 from sgpt.runtime.interrupt import interrupt_message
 from sgpt.runtime.progress import log_progress
-from sgpt.runtime.values import COUNT, check_choice, check_ranges
+from sgpt.runtime.values import COUNT, check_choice, check_ranges, check_unused
 from sgpt.text.markers import MarkersConfig
 
 KEPT_CHARACTERS = 1 << 30  # of all corpora together, about as many bytes of memory
@@ -78,6 +78,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
         check_ranges(self, depth=COUNT)
+        if not self.retrieval:
+            check_unused(self, ("runs", "dev_split", "bm25", "fuse"), without="retrieval sets")
+        if not self.rerank:
+            check_unused(self, ("prompt",), without="rerank=<decoder>")
         if self.rerank and not self.retrieval:
             raise InputError(
                 f"rerank={self.rerank} has nothing to rank again; "

@@ -14,6 +14,7 @@ from sgpt.runtime.values import (
     check_choice,
     check_path_of_choice,
     check_ranges,
+    check_unused,
 )
 from sgpt.text.markers import MarkersConfig
 
@@ -98,6 +99,12 @@ class MineConfig:
             documents_per_block=COUNT,
             threads=THREADS.or_null("to share the cores"),
         )
+        if self.source != "model":
+            check_unused(self, ("markers", "pooling", "documents_per_block"), without="source=model")
+        if self.pick != "random":
+            check_unused(self, ("seed",), without="pick=random")
+        if self.on_error != "skip":
+            check_unused(self, ("max_error_share",), without="on_error=skip")
         if self.last_rank - self.first_rank + 1 < self.negatives_per_query:
             raise InputError(
                 f"first_rank={self.first_rank} to last_rank={self.last_rank} cannot hold "

@@ -52,7 +52,7 @@ REMEDY = {
         "it evaluates again, before and after"
     ),
     "analysis.json": "delete the file to leave its plots out",
-    "manifest.json": "delete the file and start the run again with resume=true, which writes it",
+    "manifest.json": "put back the file that training wrote, or train again with name=<another name>",
 }
 
 

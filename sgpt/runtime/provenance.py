@@ -65,7 +65,7 @@ def check_same(where: Path, manifest: Mapping[str, Any], inputs: Inputs, *, othe
     """
     if "inputs" not in manifest or "processor" not in manifest.get("environment", {}):
         raise InputError(
-            f"{where} was started by an older version of this framework, which did not record its inputs, so it cannot "
+            f"{where} has no record of its inputs (manifest.json was deleted, or is of an older version), so it cannot "
             f"be resumed; {otherwise}"
         )
     then, now = manifest["environment"], environment()

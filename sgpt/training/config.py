@@ -98,6 +98,8 @@ class TrainConfig:
                 f"trainer.tokens_per_pack={self.trainer.tokens_per_pack} is less than one text of {longest} tokens "
                 "(markers.*_max_tokens); raise it"
             )
+        if self.dev.bm25:
+            raise InputError("dev.bm25=true has no effect: BM25 is scored on the sets of `evaluation`; leave it out")
         if self.trainer.evaluate_every_steps and not (self.dev.retrieval or self.dev.sts or self.dev.pairs):
             raise InputError(
                 "trainer.evaluate_every_steps is set, but dev.retrieval, dev.sts and dev.pairs are empty; "

@@ -79,6 +79,7 @@ def origin(config: TrainConfig, base: str, inputs: Inputs) -> Origin:
         tokenizer=str(inputs.get(f"tokenizer of {base}", "")),
         dtype=config.model.dtype,
         tuning=config.tuning.name,
+        layers=config.tuning.layers,
         training_data=content_hash(data),
     )
 
@@ -213,9 +214,12 @@ def reopen(run: RunFolder, config: TrainConfig) -> tuple[Encoder, Path]:
         check_tokenizer(tokenizer, run.folder / "adapter")
     contract = Contract(config.pooling.name, config.markers, base=model.path)
     encoder = Encoder(trunk, tokenizer, contract, tokens_per_pack=config.trainer.tokens_per_pack)
-    recorded = run.read("manifest.json", {}).get("inputs", {})
+    manifest = run.read("manifest.json", {})
+    if "inputs" not in manifest:
+        raise InputError(f"{run.folder / 'manifest.json'} is missing or not whole; put back what training wrote")
+    recorded = manifest["inputs"]
     for name, now in base_inputs(encoder).items():
-        if recorded and name not in recorded:  # model.path where the run had model.hub, or the other way round
+        if name not in recorded:  # model.path where the run had model.hub, or the other way round
             before = next(known for known in recorded if known.startswith("base model "))
             raise InputError(
                 f"{run.folder} was started with the {before}, and model.path={config.model.path} is now {model.path}; "

@@ -6,7 +6,7 @@
     adapter/         what was learned               manifest.json    what the run was made of
     export/          the model for others           bad_batch.json   texts of a step without a number, if there was one
 
-`manifest.json` gets its "finished" last of all.
+`manifest.json` gets its "finished" when all but the export is written.
 """
 
 import json
@@ -21,7 +21,7 @@ from sgpt.runtime.files import lock, unlock, write_whole
 from sgpt.runtime.provenance import Inputs, check_same, differences, recorded_threads
 
 MAY_CHANGE = {  # on resuming: what decides neither weights nor results
-    "name", "runs", "resume", "logging",
+    "name", "runs", "resume", "logging", "data.cache",
     "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints", "trainer.dry_run",
 }  # fmt: skip
 
@@ -51,7 +51,12 @@ class RunFolder:
     def read(self, file: str, otherwise: Any) -> Any:
         """Content of a JSON file, or `otherwise` when it is not there."""
         path = self.folder / file
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else otherwise
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else otherwise
+        except ValueError as error:
+            raise InputError(
+                f"{path}: not JSON ({error}); put back the file that training wrote, or set name=<another name>"
+            ) from None
 
     def write(self, file: str, content: Any) -> None:
         """Writes JSON, whole or not at all."""

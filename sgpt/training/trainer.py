@@ -49,7 +49,10 @@ class TrainerConfig:
     Queries in total are Q times the processes, and that times R, the documents of each query, are the candidates.
     """
     epochs: int = 1
-    """How often every example is seen; training ends after these, or after max_steps, whichever comes first."""
+    """How many times as many examples as there are are drawn; max_steps may end training before.
+
+    Each is then seen so often, but for sources with weights, of which a small one is seen more often.
+    """
     max_steps: int | None = None
     """Optimizer steps at which training ends; null trains whole epochs."""
     gradient_accumulation: int = 1
@@ -135,9 +138,10 @@ class TrainerConfig:
         """Optimizer steps of the whole run: enough for every example of every epoch."""
         batches = batches_per_epoch * self.epochs
         if batches < self.gradient_accumulation:
+            lower = "trainer.gradient_accumulation or " if self.gradient_accumulation > 1 else ""
             raise InputError(
-                f"trainer.gradient_accumulation={self.gradient_accumulation} is more than the {batches:.1f} "
-                "batches of the run; lower it"
+                f"the run has {batches:.1f} batches, less than the {self.gradient_accumulation} of one optimizer step "
+                f"(trainer.gradient_accumulation); lower {lower}trainer.queries_per_process, or give more data"
             )
         steps = math.ceil(batches / self.gradient_accumulation)
         return min(steps, self.max_steps or steps)

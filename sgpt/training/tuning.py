@@ -7,7 +7,7 @@ included. Parameters only, never buffers: old GPT-Neo and GPT-J checkpoints call
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from sgpt.decoder.base_folder import local_folder
 from sgpt.decoder.families import block_of, is_norm
 from sgpt.decoder.quantised import num_weights, quantised_dtype
 from sgpt.encoder.contract import FILE as CONTRACT
-from sgpt.encoder.contract import Contract
+from sgpt.encoder.contract import Contract, Origin
 from sgpt.encoder.probes import HALVES
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import BELOW_ONE, COUNT, check_choice, check_ranges
@@ -135,14 +135,19 @@ TUNINGS: dict[str, Callable[[nn.Module, TuningConfig], nn.Module]] = {
 def tune(trunk: nn.Module, config: TuningConfig, base: str = "") -> nn.Module:
     """Freezes all but what the method trains and returns the trunk (wrapped by PEFT for lora).
 
-    base: path of the trunk. Where it is an export of a run that trained biases, these are the ones that learn, and none
-    are added.
+    base: path of the trunk. Where it is an export of a run that trained biases, these are the ones that learn, in the
+    blocks of that run unless `config.layers` says others, and none are added.
 
     What learns is float32 also in a trunk of half precision, which stays frozen as it is: a bias of 1 in bfloat16 would
     not move by less than 0.004. The norms go with their biases; the encoder computes the rest under autocast.
     """
-    if base and config.name in BIASES_ALONE and trained_by(base) in BIASES_ALONE:
-        log.info("%s is an export of a run that trained its biases: the same learn again, none are added", base)
+    before = origin_of(base) if base else Origin()
+    if config.name in BIASES_ALONE and before.tuning in BIASES_ALONE:
+        config = replace(config, layers=before.layers or "all") if config.layers == "all" else config
+        log.info(
+            "%s is an export of a run that trained its biases: the same learn again (tuning.layers=%s), none are added",
+            base, config.layers,
+        )  # fmt: skip
         trunk.has_trained_biases = True
     tuned = TUNINGS[config.name](trunk, config)
     if getattr(trunk, "has_trained_biases", False):
@@ -162,10 +167,10 @@ def tune(trunk: nn.Module, config: TuningConfig, base: str = "") -> nn.Module:
     return tuned
 
 
-def trained_by(base: str) -> str:
-    """The row of TUNINGS by which a base that is an export of ours was made; "" for any other base."""
+def origin_of(base: str) -> Origin:
+    """What a base that is an export of ours was made of; nothing is known of any other base."""
     folder = local_folder(base)
-    return Contract.load(folder).origin.tuning if (folder / CONTRACT).is_file() else ""
+    return Contract.load(folder).origin if (folder / CONTRACT).is_file() else Origin()
 
 
 class _EnlargeGradient(torch.autograd.Function):
@@ -254,8 +259,15 @@ def _norms(trunk: nn.Module) -> set[str]:
 
 
 def _add_biases_where_few(trunk: nn.Module, config: TuningConfig) -> list[str]:
-    """Names of the new biases."""
-    if not _has_few_biases(trunk) or config.add_biases == "none":
+    """Names of the new biases. InputError for a choice of some where the base has enough."""
+    if not _has_few_biases(trunk):
+        if config.add_biases in ("attention", "mlp") and not getattr(trunk, "has_trained_biases", False):
+            raise InputError(
+                f"tuning.add_biases={config.add_biases} has no effect: {type(trunk).__name__} has enough biases of its "
+                "own, and none are added; leave it out"
+            )
+        return []
+    if config.add_biases == "none":
         return []
     few = "few" if _biases(trunk) else "no"
     added = add_biases(trunk, config.add_biases, _first_block(trunk, config))

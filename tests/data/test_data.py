@@ -546,14 +546,43 @@ def test_several_sources_keep_their_own_markers_and_limits(tmp_path, tiny_encode
     )
     made = feed(tmp_path, tokenizer, sources=[
         SourceConfig(path=str(one), weight=4.0),
-        SourceConfig(path=str(other), markers="none", document_max_tokens=6, symmetric=True, weight=8.0),
+        SourceConfig(path=str(other), markers="none", symmetric=True, weight=8.0),
     ])  # fmt: skip
+    with pytest.raises(InputError, match=r"data\.document_max_tokens=6 has no effect with data\.symmetric=true"):
+        SourceConfig(path=str(other), document_max_tokens=6, symmetric=True)
     by_source = {made.drawn_examples(number, 0)[0][0]: made.batch(number, 0) for number in range(6)}
     marks = [tokenizer.convert_tokens_to_ids(mark) for mark in "[]{}"]
     assert all(row[0] == marks[0] and row[-1] == marks[1] for row in by_source[0].queries)
     assert all(row[0] == marks[2] and row[-1] == marks[3] and len(row) == 16 for row in by_source[0].documents)
     assert not {*marks} & {token for row in (*by_source[1].queries, *by_source[1].documents) for token in row}
     assert {len(row) for row in by_source[1].documents} == {12}  # symmetric: documents have the queries' limit
+
+
+def test_two_sources_of_one_path_are_two(tmp_path, tiny_encoder):
+    """What a run records of its data goes by their names."""
+    file = lines(tmp_path / "a.jsonl", *({"query": f"q{n}", "positive": f"p{n}"} for n in range(8)))
+    one, other = SourceConfig(path=str(file)), SourceConfig(path=str(file), limit=5)
+    made = feed(tmp_path, tiny_encoder("gpt2").tokenizer, sources=[one, other])
+    assert [(source.name, len(source.examples)) for source in made.sources] == [(str(file), 8), (f"{file} (2)", 5)]
+
+
+def test_a_limit_next_to_sources_is_of_each(tmp_path, tiny_encoder):
+    file = lines(tmp_path / "a.jsonl", *({"query": f"q{n}", "positive": f"p{n}"} for n in range(8)))
+    one, other = SourceConfig(path=str(file)), SourceConfig(path=str(file), limit=5)
+    made = feed(tmp_path, tiny_encoder("gpt2").tokenizer, sources=[one, other], limit=6)
+    assert [len(source.examples) for source in made.sources] == [6, 5]
+
+
+@pytest.mark.parametrize("keys", [{"temperature": 5.0}, {"mixed": True}, {"weight": 3.0}])
+def test_nothing_is_mixed_of_one_source(keys):
+    with pytest.raises(InputError, match=r"data\.mixed, .* and data\.temperature have no effect on one source"):
+        DataConfig(path="a.jsonl", **keys)
+
+
+def test_a_temperature_next_to_weights_is_refused():
+    sources = [SourceConfig(path="a", weight=1.0), SourceConfig(path="b", weight=1.0)]
+    with pytest.raises(InputError, match=r"data\.temperature=5\.0 has no effect where the sources have weights"):
+        DataConfig(sources=sources, temperature=5.0)
 
 
 def test_skipped_rows_are_listed_and_too_many_stop(tmp_path, tiny_encoder, caplog):

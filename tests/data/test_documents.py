@@ -77,6 +77,33 @@ def test_a_folder_of_text_files_at_any_depth(tmp_path):
     ]  # fmt: skip
 
 
+def test_markdown_is_read_without_its_signs(tmp_path):
+    (tmp_path / "page.md").write_text(
+        f"---\ntitle: x\ndate: y\n---\n# On the heart\nIt is a muscle, {REST}\n\n"
+        f"## Its two chambers\nThey take turns, {REST}\n",
+        encoding="utf-8",
+    )
+    assert read(tmp_path, path=str(tmp_path / "page.md")) == [
+        Example("On the heart", f"It is a muscle, {REST}"), Example("Its two chambers", f"They take turns, {REST}"),
+    ]  # fmt: skip
+
+
+def test_what_a_folder_of_texts_leaves_out_is_said(tmp_path, caplog):
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    (pages / "on kidneys.txt").write_text(f"It is an organ, {REST}", encoding="utf-8")
+    (pages / "empty.txt").write_text(" \n", encoding="utf-8")
+    (pages / "one.html").write_text("<p>", encoding="utf-8")
+    assert len(read(tmp_path, path=str(pages))) == 1
+    assert "empty.txt: is blank, and left out" in caplog.text
+    assert "1 files that are neither .txt nor .md are left out: .html" in caplog.text
+    with pytest.raises(InputError, match=r"pages: texts have neither columns nor splits; leave out data\.columns"):
+        read(tmp_path, path=str(pages), columns={"positive": "text"})
+    corpus(pages, {"title": "On kidneys", "text": f"It is an organ, {REST}"})
+    with pytest.raises(InputError, match=r"pages: holds texts \(.*\.txt\) and files of rows \(corpus\.jsonl"):
+        read(tmp_path, path=str(pages))
+
+
 def test_a_changed_text_file_is_read_again(tmp_path):
     file = tmp_path / "pages" / "on kidneys.txt"
     file.parent.mkdir()

@@ -895,6 +895,16 @@ def test_skip_counts_bad_rows_over_the_whole_file_and_stops_early_where_half_are
     assert len(list(accepted(candidates(*range(1, 1001)), on_error="skip", max_error_share=1))) == 0
 
 
+def test_a_limit_ends_the_reading_and_the_rows_until_then_are_judged():
+    found = accepted(candidates(*range(1, 3)), on_error="skip", limit=150)
+    with pytest.raises(InputError, match=r"^2 of 152 rows rejected; .* More than data\.max_error_share=0\.01"):
+        list(found)
+    assert len(list(accepted(candidates(1), on_error="skip", limit=150))) == 150
+    # of fewer rows a share says little
+    assert len(list(accepted(candidates(1, 2), on_error="skip", limit=50))) == 50
+    assert [example.query for example in accepted(candidates(3), limit=2)] == ["q1", "q2"]
+
+
 def test_a_short_file_is_judged_at_its_end():
     with pytest.raises(
         InputError, match=r"^1 of 10 rows rejected; the first: row 10: bad\. More than data\.max_error_share=0\.05"

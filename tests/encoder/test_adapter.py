@@ -47,9 +47,9 @@ def saved(encoder: Encoder, base: dict[str, torch.Tensor], folder: Path) -> Path
     return save_adapter(encoder.trunk, encoder.tokenizer, encoder.contract, base, folder)
 
 
-def trained(encoder: Encoder, tuning: str = "bitfit") -> dict[str, torch.Tensor]:
+def trained(encoder: Encoder, tuning: str = "bitfit", **keys) -> dict[str, torch.Tensor]:
     """Changes what `tuning` trains and returns the values before. 1e-10 is lost in base + (trained - base)."""
-    encoder.trunk = tune(encoder.trunk, TuningConfig(tuning))
+    encoder.trunk = tune(encoder.trunk, TuningConfig(tuning, **keys))
     base = {name: parameter.detach().clone() for name, parameter in trainable_parameters(encoder.trunk).items()}
     torch.manual_seed(1)
     with torch.no_grad():
@@ -83,6 +83,17 @@ def test_stock_peft_reproduces_the_tuned_trunk(family, tiny_encoder, tmp_path):
     assert torch.allclose(hidden(stock), hidden(encoder.trunk), atol=5e-6)
     merged = stock.merge_and_unload()
     assert {name for name, _ in merged.named_parameters()} == {name for name, _ in encoder.trunk.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias term")  # PEFT's, of added ones
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_stock_peft_opens_gains_of_the_last_blocks_alone(family, tiny_encoder, tmp_path):
+    """It takes modules by the ends of their paths, so that the last norm, called norm, stands for all of them."""
+    encoder = tiny_encoder(family)
+    base = trained(encoder, "bitfit_norm", layers="last:1")
+    folder = saved(encoder, base, tmp_path / "adapter")
+    stock = AutoPeftModelForFeatureExtraction.from_pretrained(folder).eval()
+    assert torch.allclose(hidden(stock), hidden(encoder.trunk), atol=5e-6)
 
 
 def test_peft_is_asked_too_where_the_base_is_of_the_hub(tiny_encoder, hub, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from sentence_transformers.models import Dense, LayerNorm, Normalize, Pooling, T
 from torch import nn
 from transformers import AutoTokenizer
 
+from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
+from sgpt.encoder.model_folder import announce_base
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MarkersConfig
 from tests.conftest import random_trunk
@@ -472,3 +475,29 @@ def test_many_changed_folders_give_their_vectors_or_are_refused(family, folder):
     count: dict[str, int] = {}
     fuzz(folder(family), 1000, count)
     print(family, count)
+
+
+# --- as a base to train ---
+
+
+def test_what_training_leaves_out_of_them_is_said(tiny_base, tmp_path, caplog):
+    transformer = Transformer(str(tiny_base("bert")), max_seq_length=48)
+    modules = [transformer, Pooling(32, pooling_mode="mean"), Dense(32, 16)]
+    prompts = {"query": "q: ", "document": "d: "}
+    SentenceTransformer(modules=modules, prompts=prompts, device="cpu").save(str(tmp_path / "model"))
+    announce_base(str(tmp_path / "model"), Contract("weighted_mean"))
+    assert caplog.messages[-1] == (
+        f"{tmp_path / 'model'}: its decoder alone is trained and exported, without Dense, the prompt 'q: ', "
+        "the prompt 'd: ', pooling mean (this run's is weighted_mean)"
+    )
+
+
+def test_another_contract_than_that_of_an_export_is_said(tiny_encoder, tmp_path, caplog):
+    encoder = tiny_encoder("gpt_neo")
+    export(encoder, tmp_path / "export", card="")
+    caplog.clear()
+    announce_base(str(tmp_path / "export"), encoder.contract)
+    assert not caplog.messages
+    changed = replace(encoder.contract.markers, name="none")
+    announce_base(str(tmp_path / "export"), replace(encoder.contract, pooling="max", markers=changed))
+    assert "(markers.name: brackets -> none; pooling: weighted_mean -> max)" in caplog.text

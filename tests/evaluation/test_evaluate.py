@@ -311,6 +311,15 @@ def test_the_query_itself_is_no_result_where_beir_says_so(beir_root, tiny_encode
             assert {len(documents) for documents in run.values()} == {2}
 
 
+def test_a_limit_keeps_as_many_other_documents(tmp_path):
+    corpus = {f"d{n}": f"text {n}" for n in range(9)}  # the judged ones first, as often
+    folder = beir(tmp_path / "toy", corpus, {"q": "one", "r": "two", "s": "three"},
+                  {"test": {"q": {"d0": 1, "d1": 1}, "r": {"d2": 1}, "s": {"d8": 1}}})  # fmt: skip
+    [limited] = read_sets(EvaluationConfig([str(folder)], limit=2)).retrieval
+    assert list(limited.queries) == ["q", "r"]
+    assert list(limited.corpus) == [f"d{n}" for n in range(6)]
+
+
 def test_a_limit_that_leaves_nothing_names_the_key_it_was_set_by(tmp_path):
     judged = {"q": {"d": 0}, "r": {"d": 1}}
     folder = beir(tmp_path / "toy", {"d": "a text"}, {"q": "text", "r": "a"}, {"test": judged})
@@ -425,9 +434,18 @@ def test_the_shared_files_have_as_many_pairs_as_mteb():
 # --- the script ---
 
 
+def test_keys_of_pairs_are_refused_without_any():
+    for keys in ({"columns": {"query": "x"}}, {"labels": ["duplicate"]}, {"positive_score": 3.0}):
+        with pytest.raises(InputError, match=r"columns, labels and positive_score are of `pairs` alone"):
+            EvaluationConfig(sts=["scored.csv"], **keys)
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"depth": 0}, r"depth=0 must be 1 or more"),
     ({"rerank": "gpt"}, r"rerank=gpt has nothing to rank again; set retrieval="),
+    ({"sts": ["x"], "runs": "trec"}, r"^runs has no effect without retrieval sets"),
+    ({"sts": ["x"], "dev_split": "train"}, r"^dev_split has no effect without retrieval sets"),
+    ({"retrieval": ["x"], "prompt": "A"}, r"^prompt has no effect without rerank=<decoder>"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(InputError, match=message):

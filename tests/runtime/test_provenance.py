@@ -153,7 +153,7 @@ def test_what_has_changed_is_named(changed, inputs, said):
 def test_a_manifest_of_before_inputs_were_recorded_is_refused():
     with pytest.raises(
         InputError,
-        match=r"^run was started by an older version of this framework, which did not record its inputs, .*; rename$"
+        match=r"^run has no record of its inputs \(manifest\.json .*\), so it cannot be resumed; rename$"
     ):
         check_same(Path("run"), {"environment": {"threads": 2}}, {}, otherwise="rename")
 

@@ -238,7 +238,7 @@ def test_a_batch_without_any_negative_is_refused(tiny_encoder, tmp_path):
 
 
 def test_more_accumulation_than_batches_is_refused(tiny_encoder, tmp_path):
-    refusal = r"trainer\.gradient_accumulation=99 is more than the 13\.5 batches of the run; lower it"
+    refusal = r"the run has 13\.5 batches, less than the 99 of one optimizer step \(trainer\.grad.*; lower"
     with pytest.raises(InputError, match=refusal):
         trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), gradient_accumulation=99)
 

@@ -115,6 +115,8 @@ def test_a_base_with_biases_of_its_own_is_given_none():
     before = {name for name, _ in on_meta(gpt_neo(768, 12, 12)).named_parameters()}  # q, k and v have no bias there
     trunk = tune(on_meta(gpt_neo(768, 12, 12)), TuningConfig("bitfit"))
     assert {name for name, _ in trunk.named_parameters()} == before
+    with pytest.raises(InputError, match=r"tuning\.add_biases=mlp has no effect: GPTNeoModel has enough biases"):
+        tune(on_meta(gpt_neo(768, 12, 12)), TuningConfig("bitfit", add_biases="mlp"))
 
 
 @pytest.mark.parametrize(

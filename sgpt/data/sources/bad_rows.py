@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from sgpt.data.feed.example import Example
@@ -18,18 +19,21 @@ ROWS_BEFORE_SHARE, HOPELESS = 100, 0.5
 
 
 def accepted(
-    parsed_rows: ParsedRows, *, on_error: str = "stop", rejected: Path | None = None, max_error_share: float = 0.01
-) -> Iterator[Example]:
-    """The examples among the parsed rows.
+    parsed_rows: ParsedRows, *, on_error: str = "stop", rejected: Path | None = None, max_error_share: float = 0.01,
+    limit: int | None = None,
+) -> Iterator[Example]:  # fmt: skip
+    """The examples among the parsed rows, the first `limit` of them.
 
     on_error: "stop" raises the first error; "skip" writes each to `rejected` as {"where", "reason"} and leaves the row
-    out. InputError when at the end more than max_error_share of the rows were errors; and as soon as, of a hundred or
-    more, half are.
+    out. InputError when at the end more than max_error_share of the rows were errors, of a hundred or more where the
+    limit was the end; and as soon as, of a hundred or more, half are.
     """
     check_choice("data.on_error", on_error, ("stop", "skip"))
     if not 0 <= max_error_share <= 1:
         raise InputError(f"data.max_error_share={max_error_share} must be between 0 and 1")
-    return _skipping(parsed_rows, rejected, max_error_share) if on_error == "skip" else _stopping(parsed_rows)
+    if on_error == "stop":
+        return islice(_stopping(parsed_rows), limit)
+    return _skipping(parsed_rows, rejected, max_error_share, limit)
 
 
 def _stopping(parsed_rows: ParsedRows) -> Iterator[Example]:
@@ -44,8 +48,11 @@ def _example_of(parsed: Example | GroupedExample) -> Example:
     return parsed.example if isinstance(parsed, GroupedExample) else parsed
 
 
-def _skipping(parsed_rows: ParsedRows, rejected: Path | None, max_error_share: float) -> Iterator[Example]:
+def _skipping(
+    parsed_rows: ParsedRows, rejected: Path | None, max_error_share: float, limit: int | None
+) -> Iterator[Example]:
     tally = _Tally(rejected, max_error_share)
+    taken = 0
     with _opened(rejected) as out:
         try:
             for where, parsed in parsed_rows:
@@ -58,7 +65,11 @@ def _skipping(parsed_rows: ParsedRows, rejected: Path | None, max_error_share: f
                     tally.check_hopeless()
                 elif parsed is not None:
                     yield _example_of(parsed)
-            tally.check()
+                    taken += 1
+                    if taken == limit:
+                        break
+            if taken != limit or tally.seen >= ROWS_BEFORE_SHARE:
+                tally.check()
         finally:  # also when the reader needs no more
             if tally.bad:
                 log.warning(tally.summary())

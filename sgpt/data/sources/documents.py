@@ -6,9 +6,11 @@ there are many of them (inverse cloze task: Lee et al. 2019, arXiv 1906.00300; C
 2112.09118).
 
     rows of a file      a column of texts and, where there is one, a column of titles; a BEIR corpus is such a file
-    a folder of texts   .txt and .md files at any depth; the name of a file is its title
+    a folder of texts   .txt and .md files at any depth. The title is the first heading of a .md, else the name of the
+                        file; front matter and the signs of headings are no text
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,10 @@ from sgpt.data.sources.pairs import ParsedRows
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import files_below
 
+log = logging.getLogger(__name__)
 TEXT_ENDINGS = (".txt", ".md")
+FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n.*?^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+HEADING = re.compile(r"^#{1,6}[ \t]+(.*?)[ \t#]*$", re.MULTILINE)  # of Markdown (ATX)
 BLANK_LINES = re.compile(r"\r?\n[ \t\r]*\n")  # of any system, and with blanks in them
 MIN_PARAGRAPH_WORDS, MAX_HEADING_WORDS = 20, 14
 
@@ -32,11 +37,20 @@ def text_files(path: Path) -> list[Path]:
 
 
 def text_rows(files: list[Path]) -> PlacedRows:
-    """("<file>", {"title", "text"}) of each file, or what is wrong with it; a blank file gives nothing to train on."""
+    """("<file>", {"title", "text"}) of each file, or what is wrong with it; blank files are left out, and named."""
     for file in files:
         try:
-            row = {"title": file.stem.replace("_", " ").replace("-", " "), "text": file.read_text(encoding="utf-8-sig")}
-            yield str(file), checked_row(row, str(file))
+            text = file.read_text(encoding="utf-8-sig")
+            title = file.stem.replace("_", " ").replace("-", " ")
+            if file.suffix.lower() == ".md":
+                text = FRONT_MATTER.sub("", text)
+                first = HEADING.search(text)
+                title = first[1] if first else title
+                text = HEADING.sub(r"\n\1\n", text)  # a block of its own
+            if not text.strip():
+                log.warning("%s: is blank, and left out", file)
+                continue
+            yield str(file), checked_row({"title": title, "text": text}, str(file))
         except UnicodeDecodeError as error:
             yield str(file), InputError(f"{file}: byte {error.start} is no UTF-8; save the file as UTF-8")
         except InputError as error:
