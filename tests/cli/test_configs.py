@@ -294,7 +294,10 @@ def test_the_keys_that_are_taken_for_texts_are_those_of_the_dataclasses(name):
     ("rerank", "shots=[[a document, true],['b, c',d=e]]", "shots", [["a document", "true"], ["b, c", "d=e"]]),
 ])  # fmt: skip
 def test_what_is_typed_is_what_the_script_gets(script, typed_in, key, read):
-    besides = {"shots": ["prompt={document}", "shot={document}{query}"], "prompt": ["rerank=true"]}  # to have an effect
+    besides = {  # to have an effect
+        "shots": ["prompt={document}", "shot={document}{query}"], "prompt": ["rerank=true"],
+        "runs": ["retrieval=[x]"] if script == "evaluate" else [],
+    }  # fmt: skip
     given = as_typed([typed_in, *besides.get(key, [])], script, ("prompt", "shot"))
     tree = composed(script, *given)
     assert OmegaConf.select(tree, key) == read
