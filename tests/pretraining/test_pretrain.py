@@ -144,7 +144,7 @@ def test_pretraining_is_resumed_as_it_was_begun_or_refused(config, tmp_path):
     with pytest.raises(InputError, match=r"begun was started with other inputs .*: stream has changed"):
         pretrain(begun, Corpus.open(tmp_path / "begun"), Accelerator())
     (tmp_path / "begun" / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"begun was started by an older version of this framework"):
+    with pytest.raises(InputError, match=r"begun has no record of its inputs"):
         pretrain(begun, corpus, Accelerator())
 
 
