@@ -416,8 +416,9 @@ def _refuse_mixed(path: Path, texts: list[Path]) -> None:
             "folder of one kind"
         )
     if others:
-        names = ", ".join(sorted({file.suffix or file.name for file in others}))
-        log.warning("%s: %d files that are neither .txt nor .md are left out: %s", path, len(others), names)
+        endings = sorted({file.suffix or "no ending" for file in others})
+        message = "%s: %d files that are neither .txt nor .md are left out: %s"
+        log.warning(message, path, len(others), ", ".join(endings[:10]))
 
 
 def _fill_documents(config: SourceConfig, writer: Writer, rejected: Path) -> None:

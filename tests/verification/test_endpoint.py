@@ -40,9 +40,11 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def tuned(base: Path, folder: Path, seed: int, *, normalize: bool = False) -> Path:
+def tuned(
+    base: Path, folder: Path, seed: int, *, normalize: bool = False, pooling: str = "weighted_mean"
+) -> Path:  # fmt: skip
     """An export whose biases are the base's, moved at random."""
-    contract = Contract("weighted_mean", MarkersConfig("brackets", LIMIT, LIMIT), normalize, str(base))
+    contract = Contract(pooling, MarkersConfig("brackets", LIMIT, LIMIT), normalize, str(base))
     trunk = tune(load_trunk(ModelConfig(str(base))), TuningConfig("bitfit"))
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -137,6 +139,14 @@ def test_a_delta_that_is_ignored_is_told_from_a_wrong_model(findings, models):
     found = findings("delta ignored", deltas={"legal": str(models["legal"])})
     assert faults(found) == {"delta ignored: the vector of the model without it"}
     assert {finding.delta for finding in found if finding.fault} == {"legal"}
+
+
+def test_an_ignored_delta_of_another_contract_is_known_by_the_vectors_of_the_model(findings, base, tmp_path):
+    other = tuned(base, tmp_path / "other", 7, pooling="last_token")
+    found = findings("delta ignored", deltas={"legal": str(other)})
+    assert faults(found) == {
+        "delta ignored: the vector of the model without it, with its own markers, limits and pooling"
+    }
 
 
 def test_answers_that_are_mixed_up_under_load_are_called_so(findings):
