@@ -43,7 +43,7 @@ RATES = {
     "nano": {"bitfit": [2e-2, 5e-2, 1e-1], "bitfit_norm": [1e-2, 2e-2, 5e-2], "lora_1": [3e-3, 1e-2, 3e-2],
              "lora_8": [1e-3, 3e-3, 1e-2], "full": [1e-4, 3e-4, 1e-3]},
     "smollm2": {"bitfit": [5e-3, 1e-2, 2e-2], "bitfit_norm": [5e-3, 1e-2, 2e-2], "lora_1": [1e-3, 3e-3, 1e-2],
-                "lora_8": [3e-4, 1e-3, 3e-3], "full": [2e-5, 5e-5, 1e-4]},
+                "lora_8": [1e-3, 3e-3, 1e-2], "full": [1e-4, 3e-4, 1e-3]},
 }  # fmt: skip
 DEV = "data/raw/pydocs/pydocs_dev"
 
