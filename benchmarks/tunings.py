@@ -39,6 +39,7 @@ OF_BITFIT = {  # variants of the first
     "first_20": ("biases of a base of its first 20 blocks", ["tuning=bitfit", "model.layers=20"]),
     "whole": ("biases, documents as long as in search", ["tuning=bitfit", "data.document_max_tokens=null"]),
 }
+ROWS = TUNINGS | OF_BITFIT
 RATES = {
     "nano": {"bitfit": [2e-2, 5e-2, 1e-1], "bitfit_norm": [1e-2, 2e-2, 5e-2], "lora_1": [3e-3, 1e-2, 3e-2],
              "lora_8": [1e-3, 3e-3, 1e-2], "full": [1e-4, 3e-4, 1e-3]},
@@ -52,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=BASES, default="nano")
     parser.add_argument("--steps", type=int, default=110)
-    parser.add_argument("--tunings", nargs="+", choices=[*TUNINGS, *OF_BITFIT], default=list(TUNINGS))
+    parser.add_argument("--tunings", nargs="+", choices=ROWS, default=list(TUNINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     print("| trained | numbers | adapter | learning rate | equal pairs | equal time | s a step | memory |")
@@ -68,7 +69,7 @@ def main() -> None:
         equal_time = [scored(options.base, tuning, rate, steps, seed) for seed in options.seeds]
         manifest = equal_pairs[0]["manifest"]
         cells = [
-            (TUNINGS | OF_BITFIT)[tuning][0],
+            ROWS[tuning][0],
             f"{manifest['parameters']['trained']:,}",
             f"{manifest['bytes']['adapter'] / 1e6:.3f} MB",
             f"{rate:g}",
@@ -113,7 +114,7 @@ def trained(base: str, tuning: str, rate: float, steps: int, seed: int, more: li
     """The folder of a finished run."""
     name = f"tunings/{base}-{tuning}-{kind}-{rate:g}-{steps}-{seed}"
     command = [
-        sys.executable, "train/biencoder.py", *BASES[base], *(TUNINGS | OF_BITFIT)[tuning][1], *more, f"name={name}",
+        sys.executable, "train/biencoder.py", *BASES[base], *ROWS[tuning][1], *more, f"name={name}",
         f"optim.learning_rate={rate}", f"trainer.max_steps={steps}", f"trainer.seed={seed}", "resume=true",
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

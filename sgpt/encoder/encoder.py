@@ -11,7 +11,6 @@ Many tuned models of one base are served from one trunk, each a delta of kilobyt
 
 import copy
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -53,10 +52,9 @@ from sgpt.runtime.progress import progress_bar
 from sgpt.runtime.provenance import content_hash, tokenizer_hash, weights_hash
 from sgpt.runtime.values import check_choice
 from sgpt.text.markers import ROLES, Frame, MarkersConfig, Role, frames
-from sgpt.text.tokens import TokenLists, marked
+from sgpt.text.tokens import TokenLists, is_whole_text, marked
 
 log = logging.getLogger(__name__)
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character beyond 16 bits, as broken decoders leave it
 TOKENS_PER_PACK = 4096
 TEXTS_AT_A_TIME = 16_384  # whose token ids exist
 
@@ -216,7 +214,7 @@ class Encoder(nn.Module):
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"encode: text {number} is {type(text).__name__} {text!r:.60}; give strings")
-            if SURROGATE.search(text):
+            if not is_whole_text(text):
                 raise InputError(f"encode: text {number} ({text!r:.60}) holds half a character, which is no text")
         deltas = self.deltas.of_rows(len(texts), delta, strength)
         was_training = self.training

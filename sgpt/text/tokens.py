@@ -23,3 +23,14 @@ def content_ids(texts: Sequence[str], tokenizer, limit: int | None = None) -> It
         part = list(texts[start : start + WHOLE_TEXTS])
         for ids in tokenizer(part, **options)["input_ids"]:
             yield ids[:limit]
+
+
+def is_whole_text(text: str) -> bool:
+    """Whether tokenizers take it: half of a surrogate pair, which JSON's escapes can spell, is no character."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -35,8 +35,9 @@ def test_work_that_reports_nothing_is_told_of_at_once_and_then_often_enough(quic
 
 def test_a_line_says_what_share_is_done_and_how_long_the_rest_takes(monkeypatch):
     work = progress.Work("tokenising", total=200)
+    work.started = 1000.0  # a sum with a whole number does not round
     work.done = 50
-    monkeypatch.setattr(time, "monotonic", lambda: work.started + 100.01)  # a little more, as a sum rounds
+    monkeypatch.setattr(time, "monotonic", lambda: work.started + 100)
     assert work.line() == "tokenising: 25%, about 5:00 left"  # a quarter took 100 seconds
     work.done = 250  # who reports too much
     assert work.line() == "tokenising: 100%, about 0:00 left"
@@ -44,7 +45,8 @@ def test_a_line_says_what_share_is_done_and_how_long_the_rest_takes(monkeypatch)
 
 def test_what_an_earlier_start_did_took_no_time_of_this_one(monkeypatch):
     work = progress.Work("training", total=200, done_before=90)
-    monkeypatch.setattr(time, "monotonic", lambda: work.started + 100.01)  # a little more, as a sum rounds
+    work.started = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: work.started + 100)
     assert work.line() == "training, 1:40 so far"
     work.done = 100
     assert work.line() == "training: 50%, about 16:40 left"  # ten steps took 100 seconds, and a hundred are left

@@ -238,7 +238,10 @@ def test_a_batch_without_any_negative_is_refused(tiny_encoder, tmp_path):
 
 
 def test_more_accumulation_than_batches_is_refused(tiny_encoder, tmp_path):
-    refusal = r"the run has 13\.5 batches, less than the 99 of one optimizer step \(trainer\.grad.*; lower"
+    refusal = (
+        r"the run has 13\.5 batches, less than the 99 of one optimizer step \(trainer\.gradient_accumulation\); lower "
+        r"trainer\.gradient_accumulation or trainer\.queries_per_process, or give more data"
+    )
     with pytest.raises(InputError, match=refusal):
         trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), gradient_accumulation=99)
 

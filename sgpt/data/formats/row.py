@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from sgpt.runtime.errors import InputError
+from sgpt.text.tokens import is_whole_text
 
 Checked = TypeVar("Checked")
 PlacedRows = Iterator[tuple[str, dict | InputError]]  # ("<file>, line n", the row or what is wrong with it)
@@ -72,7 +73,7 @@ def checked_row(row: dict, where: str) -> dict:
         for text in (column, *_texts(value)):
             if "\0" in text:
                 raise InputError(f"{where}, column {shown(column)}: a NUL character in {shown(text)}; remove it")
-            if not text.isascii() and not _encodes(text):
+            if not is_whole_text(text):
                 raise InputError(
                     f"{where}, column {shown(column)}: half of a surrogate pair in {shown(text)}, "
                     "which is no character; remove it"
@@ -86,14 +87,6 @@ def _texts(value: object) -> Iterator[str]:
     elif isinstance(value, list):
         for part in value:
             yield from _texts(part)
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def checked_names(given: list[str], where: str) -> list[str]:
