@@ -25,6 +25,7 @@ from sgpt.retrieval.bm25 import bm25_run
 from sgpt.retrieval.fusion import interpolated, reordered
 from sgpt.retrieval.metrics import difference, ranking_per_query
 from sgpt.retrieval.rerank import RerankConfig, read_reranking_set, run_rerank
+from sgpt.runtime.device import default_device
 
 SETS = ("scifact", "cranfield", "cacm", "quora")
 
@@ -54,7 +55,7 @@ def main() -> None:
             output=str(Path(options.output) / f"{name}.trec"), prompt=PROMPTS.get(name, "G"), threads=options.threads,
             resume=True,
         )  # fmt: skip
-        run_rerank(config)
+        run_rerank(config, default_device())
         print_rows(name, config, options.depths)
 
 

@@ -12,7 +12,6 @@ from sgpt.cli.command import script
 def main(composed: DictConfig) -> None:
     import sys
 
-    import torch
     from rich.console import Console
 
     from sgpt.cli.compose import typed
@@ -27,13 +26,14 @@ def main(composed: DictConfig) -> None:
         scored_splits,
     )
     from sgpt.evaluation.table import beir_averages, systems_table
+    from sgpt.runtime.device import default_device
     from sgpt.runtime.progress import announce
 
     config = typed(EvaluateConfig, composed)
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False)
     # cheap refusals first, then the models, then every corpus; only then is anything scored
     check_request(config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     named = [*config.retrieval, *config.sts, *([config.useb] if config.useb else [])]
     announce(f"{config.model} is evaluated on {', '.join(named)}, on {device}; first all are opened")
     sets = find_sets(config)

@@ -11,7 +11,6 @@ from sgpt.cli.command import script
 def main(composed: DictConfig) -> None:
     from pathlib import Path
 
-    import torch
     from rich.console import Console
 
     from sgpt.cli.compose import typed
@@ -19,6 +18,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.encoder.encoder import Encoder
     from sgpt.evaluation.evaluate import metrics_table
     from sgpt.evaluation.mteb import MtebConfig, MtebEncoder, MtebReranker, name_of, read_tasks, run
+    from sgpt.runtime.device import default_device
     from sgpt.runtime.errors import InputError
     from sgpt.runtime.progress import announce
 
@@ -28,7 +28,7 @@ def main(composed: DictConfig) -> None:
             "set model=<folder or hub id> and tasks=[<task or benchmark of mteb>,…], for example "
             "tasks=[STSBenchmark,SciFact]"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     announce(f"{config.model} is evaluated on {', '.join(config.tasks)} of MTEB, on {device}")
     tasks, name = read_tasks(config.tasks), config.name or name_of(config.model)
     if config.prompt:

@@ -12,7 +12,6 @@ from sgpt.cli.command import script
 def main(composed: DictConfig) -> None:
     from pathlib import Path
 
-    import torch
     from rich.console import Console
 
     from sgpt.cli.compose import typed
@@ -27,6 +26,7 @@ def main(composed: DictConfig) -> None:
         write_curve,
     )
     from sgpt.report.merging import draw_bias_change
+    from sgpt.runtime.device import default_device
     from sgpt.runtime.progress import announce
 
     config = typed(MergeConfig, composed)
@@ -41,7 +41,7 @@ def main(composed: DictConfig) -> None:
     sums = " + ".join(f"{weight:g} · {model}" for model, weight in zip(config.models, weights, strict=True))
     console.print(f"{folder}: base + {sums}", highlight=False, soft_wrap=True)
     if config.curve:
-        encoder = merged_encoder(folder, "cuda" if torch.cuda.is_available() else "cpu")
+        encoder = merged_encoder(folder, default_device())
         curve, general = strength_curve(encoder, "merged", sets, config.steps), general_sets(config, sets)
         write_curve(curve, general, folder)
         console.print(curve_table(curve, general))

@@ -10,7 +10,6 @@ def main(composed: DictConfig) -> None:
     import sys
     from pathlib import Path
 
-    import torch
     from rich.console import Console
     from rich.markup import escape
 
@@ -19,6 +18,7 @@ def main(composed: DictConfig) -> None:
     from sgpt.data.readers import default_corpus
     from sgpt.encoder.encoder import Encoder
     from sgpt.retrieval.searcher import SearchConfig, Searcher, index_folder, load_encoder_and_reranker
+    from sgpt.runtime.device import default_device
     from sgpt.runtime.errors import InputError
     from sgpt.runtime.interrupt import exit_code, interrupt_message
     from sgpt.runtime.progress import announce
@@ -26,7 +26,7 @@ def main(composed: DictConfig) -> None:
     config = typed(SearchConfig, composed)
     if not config.run:
         raise InputError("set run=<folder of a run, export, adapter or other model>, for example run=runs/pydocs")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     announce(f"{config.corpus or 'documentation of Python'} is searched by {config.run}, on {device}")
     if config.rerank:
         encoder, reranker = load_encoder_and_reranker(config.run, config.prompt, device=device)

@@ -7,16 +7,16 @@ from sgpt.cli.command import script
 
 @script("serve", groups=False, verbatim=("prompt",))
 def main(composed: DictConfig) -> None:
-    import torch
 
     from sgpt.cli.compose import typed
+    from sgpt.runtime.device import default_device
     from sgpt.serving.config import ServeConfig, check_extra
 
     config = typed(ServeConfig, composed)
     check_extra()
     from sgpt.serving.server import serve
 
-    serve(config, "cuda" if torch.cuda.is_available() else "cpu")
+    serve(config, default_device())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from sgpt.data.feed.example import Example
 from sgpt.decoder.packing import distinct
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.contract import Contract
-from sgpt.encoder.encoder import TOKENS_PER_PACK, Encoder
+from sgpt.encoder.encoder import Encoder
 from sgpt.runtime.memory import keep_freed_memory
 from sgpt.training.loss import LossConfig, objective
 from sgpt.training.step import contrastive_step
@@ -49,7 +49,7 @@ Step = Callable[[Sequence[Example]], Tensor]  # from strings to gradients; retur
 
 
 def ours(
-    setting: Setting, *, keep_gigabytes: float = math.inf, tokens_per_pack: int = TOKENS_PER_PACK,
+    setting: Setting, *, keep_gigabytes: float = math.inf, tokens_per_pack: int | None = None,
     dtype: str | None = None,
 ) -> tuple[Encoder, Step]:  # fmt: skip
     encoder = open_ours(setting, dtype)
@@ -66,6 +66,7 @@ def ours(
 
 def theirs(setting: Setting, **options) -> tuple[nn.Module, Step]:
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+    from sentence_transformers.util import batch_to_device
 
     model = open_theirs(setting)
     for name, parameter in model.named_parameters():
@@ -82,7 +83,7 @@ def theirs(setting: Setting, **options) -> tuple[nn.Module, Step]:
         features = [
             model.preprocess(list(texts), task="document" if place else "query") for place, texts in enumerate(columns)
         ]
-        value = loss(features, None)
+        value = loss([batch_to_device(feature, setting.device) for feature in features], None)
         value.backward()
         return value.detach()
 
@@ -97,7 +98,8 @@ def open_ours(setting: Setting, dtype: str | None = None) -> Encoder:
     keep_freed_memory()
     dtype = dtype or ("bfloat16" if setting.precision == "bf16" else "float32")
     contract = Contract("weighted_mean", setting.markers, base=setting.model)
-    return Encoder(load_trunk(ModelConfig(setting.model, dtype)), load_tokenizer(setting.model), contract)
+    encoder = Encoder(load_trunk(ModelConfig(setting.model, dtype)), load_tokenizer(setting.model), contract)
+    return encoder.to(setting.device)
 
 
 def open_theirs(setting: Setting) -> nn.Module:
@@ -106,15 +108,15 @@ def open_theirs(setting: Setting) -> nn.Module:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
-    transformer = Transformer(setting.model)
+    transformer = Transformer(setting.model, model_kwargs={"dtype": torch.float32})  # as its trainer wants them
     transformer.max_seq_length = transformer.document_length = setting.markers.document_max_tokens
     transformer.query_length = setting.markers.query_max_tokens
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="weightedmean")
-    return SentenceTransformer(modules=[transformer, pooling], device="cpu")
+    return SentenceTransformer(modules=[transformer, pooling], device=setting.device)
 
 
 def precision(setting: Setting) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16")
+    return torch.autocast(setting.device, torch.bfloat16, enabled=setting.precision == "bf16")
 
 
 def count_positions(model: nn.Module) -> list[int]:

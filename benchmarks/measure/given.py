@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+)
 from transformers.utils import logging
 
 import sgpt
@@ -50,6 +58,11 @@ SHAPES: dict[str, PretrainedConfig] = {
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
     ),
+    "1.3b": GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=2048, num_layers=24, num_heads=16,
+        attention_types=[[["global", "local"], 12]], window_size=256
+    ),
+    "6b": GPTJConfig(n_embd=4096, n_layer=28, n_head=16, rotary_dim=64, **NO_DROPOUT["gpt2"]),
     "neox_125m": GPTNeoXConfig(
         vocab_size=VOCABULARY, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
     ),
@@ -92,7 +105,7 @@ DOCUMENTS = {
 @dataclass(frozen=True)
 class Setting:
     """What both engines are given. folder: holds model/ and texts.json. keep_memory: theirs keeps freed memory, too, as
-    every script of ours does.
+    every script of ours does. device: cpu, or cuda in benchmarks/gpu.py.
     """
 
     folder: str
@@ -102,6 +115,7 @@ class Setting:
     precision: str
     threads: int
     keep_memory: bool = False
+    device: str = "cpu"
 
     @property
     def model(self) -> str:

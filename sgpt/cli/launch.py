@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from sgpt.runtime import interrupt
+from sgpt.runtime.device import prepare_gpu
 from sgpt.runtime.distributed import introduce_processes
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.memory import keep_few_kernels
@@ -28,13 +29,20 @@ def start(config: TrainConfig, recorded_threads: int | None = None) -> Accelerat
         threads=config.trainer.threads or recorded_threads,
         tracker=config.logging.tracker,
         folder=f"{config.runs}/{config.name}",
+        deterministic=True,
     )
 
 
 def accelerate(
-    *, precision: str, seed: int, threads: int | None = None, tracker: str | None = None, folder: str | None = None
+    *,
+    precision: str,
+    seed: int,
+    threads: int | None = None,
+    tracker: str | None = None,
+    folder: str | None = None,
+    deterministic: bool = False,
 ) -> Accelerator:
-    """Everything that is global to a process, set once."""
+    """Everything that is global to a process, set once. deterministic: the same bits each time on a GPU, too."""
     check_tracker(tracker)
     _refuse_wrappers()
     keep_few_kernels()
@@ -45,9 +53,10 @@ def accelerate(
         )
     _check_processes(accelerator.num_processes)
     introduce_processes()
-    if accelerator.device.type == "cpu":
-        # `accelerate launch` gives every CPU process one thread unless told otherwise
-        set_threads(threads or max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
+    if accelerator.device.type == "cuda":
+        prepare_gpu(deterministic=deterministic)
+    # `accelerate launch` gives every process one thread unless told otherwise
+    set_threads(threads or max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
     set_seed(seed)  # before any weight is made (LoRA's), the same on every process
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("sgpt").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)

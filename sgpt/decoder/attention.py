@@ -173,7 +173,8 @@ def _bloom_attention(
     dropout = self.attention_dropout.p if self.training else 0.0
     if context := _PACK.get():
         # ALiBi of a row of two tokens: at position 1 it is the slope itself
-        slopes = build_alibi_tensor(torch.ones(1, 2, device=query.device), self.num_heads, torch.float32)[:, :, 1:]
+        two = torch.ones(1, 2, dtype=torch.long, device=query.device)
+        slopes = build_alibi_tensor(two, self.num_heads, torch.float32)[:, :, 1:]
         attended = _by_blocks(query, key, value, context, dropout=dropout, slopes=slopes)
     else:
         allowed = _causal_mask(query.shape[2], query.device) if attention_mask is None else attention_mask
@@ -362,6 +363,11 @@ def _attend(
     causal = causal and mask is None and query.shape[-2] > 1
     grouped = query.shape[1] != key.shape[1]
     wide = [_wide(tensor) for tensor in (query, key, value)]
+    if grouped and query.device.type == "cuda":
+        # its kernels for float32 or with a mask know no heads that are shared; without one all scores are kept
+        times = query.shape[1] // key.shape[1]
+        wide[1:] = [tensor.repeat_interleave(times, 1) for tensor in wide[1:]]
+        grouped = False
     with torch.autocast("cpu", enabled=False):
         attended = scaled_dot_product_attention(
             *wide, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped

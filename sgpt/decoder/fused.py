@@ -10,7 +10,7 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import rms_norm, silu
 from transformers.activations import SiLUActivation
 
 from sgpt.decoder.families import block_of
@@ -34,12 +34,19 @@ def _norm_of_block(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """[…, D] in and out, in the dtype of the input, once for all linear layers that read it: float32 gains would give
     float32, which autocast rounds for each of them anew.
     """
-    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, hidden_states.dtype)
+    return _rms_norm(self, hidden_states, hidden_states.dtype)
 
 
 def _last_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """[…, D] in and out, as transformers gives it: in float32 where the gains are."""
     dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
+    return _rms_norm(self, hidden_states, dtype)
+
+
+def _rms_norm(self: nn.Module, hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
+    if hidden_states.is_cuda and hidden_states.dtype == self.weight.dtype == dtype:
+        with torch.autocast("cuda", enabled=False):  # which would give float32
+            return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)  # one kernel
     return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
 
 

@@ -6,14 +6,21 @@ alone must know where texts end, and rows of equal length are next to each other
 block.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sgpt.decoder.families import embedding_size
 from sgpt.text.tokens import TokenLists
+
+TOKENS_ON_CPU = 2048  # more is no faster, and takes more memory
+TOKENS_ON_GPU = 65_536  # at most: with more, torch's layer norm has no gradient for a bias alone (pytorch#193016)
+BLOCK_PRODUCTS = 1e12  # multiplications in a block's weights: some ms of a GPU, more than it takes to start its kernels
+BYTES_OF_TOKEN = 40  # of activations, in each block and for each of D: twice what Llama keeps in half precision
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,18 @@ class Pack:
 
     def padded(self, pad_id: int) -> tuple[Tensor, Tensor]:
         """input_ids and attention_mask [rows, T], padded on the right, for trunks that do not take packs."""
-        ids = [row for block in self.split(self.input_ids) for row in block]
-        masks = [torch.ones_like(row) for row in ids]
-        pad = torch.nn.utils.rnn.pad_sequence
-        return pad(ids, batch_first=True, padding_value=pad_id), pad(masks, batch_first=True)
+        ids, mask = self.pad(self.input_ids)
+        return ids.masked_fill(mask == 0, pad_id), mask
+
+    def pad(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, …] -> [rows, T, …] with zeros on the right, and attention_mask [rows, T]; in few operations, whatever
+        the lengths.
+        """
+        shape = len(self.rows), self.blocks[0][1]
+        places = ((self.position_ids == 0).cumsum(0) - 1) * shape[1] + self.position_ids
+        rows = tokens.new_zeros(math.prod(shape), *tokens.shape[1:]).index_copy_(0, places, tokens)
+        mask = places.new_zeros(math.prod(shape)).index_fill_(0, places, 1)
+        return rows.unflatten(0, shape), mask.unflatten(0, shape)
 
     def to(self, device: torch.device | str) -> "Pack":
         input_ids = self.input_ids.to(device, non_blocking=True)
@@ -100,6 +115,19 @@ def packs(rows: TokenLists, tokens_per_pack: int, *, padded: bool = False) -> It
         tokens += length
     if members:
         yield _pack(rows, members)
+
+
+def fitting_tokens(trunk: nn.Module, device: torch.device) -> int:
+    """Tokens of a pack where nobody has stated them: on a GPU so many that it is busy for longer than its kernels take
+    to start, in a quarter of its memory at most.
+    """
+    if device.type != "cuda":
+        return TOKENS_ON_CPU
+    width = embedding_size(trunk)
+    busy = BLOCK_PRODUCTS / (12 * width**2)  # 4 D² of attention's weights and 8 D² of the MLP's
+    memory = torch.cuda.get_device_properties(device).total_memory / 4
+    fitting = memory / (BYTES_OF_TOKEN * width * trunk.config.num_hidden_layers)
+    return max(TOKENS_ON_CPU, min(TOKENS_ON_GPU, int(busy), int(fitting)))
 
 
 def distinct(rows: TokenLists) -> tuple[TokenLists, list[int]]:

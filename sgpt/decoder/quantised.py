@@ -82,19 +82,20 @@ def _nf4(weight: Tensor) -> Quantised:
 
 
 @cache
-def _nf4_pairs() -> Tensor:
+def _nf4_pairs(device: torch.device) -> Tensor:
     """The two levels of each byte as one number of 8 bytes, copied whole: 0.3 and not 1.1 ms for 0.9 million weights.
 
     Not made while this is imported: it would start torch's threads, which a forked process does not have.
     """
-    return torch.stack([NF4_LEVELS.repeat_interleave(16), NF4_LEVELS.repeat(16)], dim=1).view(torch.int64).flatten()
+    levels = torch.stack([NF4_LEVELS.repeat_interleave(16), NF4_LEVELS.repeat(16)], dim=1)
+    return levels.view(torch.int64).flatten().to(device)
 
 
 def _from_nf4(codes: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
-    table = _nf4_pairs().to(codes.device)
+    table = _nf4_pairs(codes.device)
     pairs = torch.empty(len(codes), dtype=torch.int64, device=codes.device)
     blocks = pairs.view(torch.float32).view(-1, NF4_BLOCK)
-    size = BLOCKS_AT_A_TIME
+    size = BLOCKS_AT_A_TIME if codes.device.type == "cpu" else max(1, len(blocks))
     parts = zip(codes.split(size * NF4_BLOCK // 2), pairs.split(size * NF4_BLOCK // 2), strict=True)
     scaled = zip(blocks.split(size), scale.split(size), strict=True)
     for (part, pairs_of_part), (blocks_of_part, scale_of_part) in zip(parts, scaled, strict=True):

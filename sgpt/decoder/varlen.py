@@ -9,6 +9,7 @@ a warning says so, and attention stays with one call for each length (sgpt/decod
 import logging
 from collections.abc import Callable
 from functools import lru_cache
+from inspect import signature
 from itertools import accumulate
 
 import torch
@@ -47,7 +48,9 @@ def attend(
 
     left = -1 if window is None else window - 1  # positions before a token's own that it sees; -1 is all
     right = 0 if causal else -1
-    options = {"scale": scale, "window_size": (left, right), "enable_gqa": key.shape[1] < query.shape[1]}
+    options = {"scale": scale, "window_size": (left, right)}
+    if key.shape[1] < query.shape[1] and "enable_gqa" in signature(varlen_attn).parameters:
+        options["enable_gqa"] = True  # torch before 2.12 takes fewer heads without being told
     return varlen_attn(query, key, value, ends, ends, longest, longest, **options)
 
 

@@ -25,7 +25,7 @@ from sgpt.decoder.added_biases import remove_biases
 from sgpt.decoder.families import embedding_size, position_limit
 from sgpt.decoder.int8 import Outliers, int8_products, multiplies_int8
 from sgpt.decoder.mixed import mixed
-from sgpt.decoder.packing import Pack, packs
+from sgpt.decoder.packing import Pack, fitting_tokens, packs
 from sgpt.decoder.quantised import QUANTISED, find_outliers, held_weights, quantise, quantised_dtype
 from sgpt.decoder.trunk import (
     ModelConfig,
@@ -55,7 +55,6 @@ from sgpt.text.markers import ROLES, Frame, MarkersConfig, Role, frames
 from sgpt.text.tokens import TokenLists, is_whole_text, marked
 
 log = logging.getLogger(__name__)
-TOKENS_PER_PACK = 4096
 TEXTS_AT_A_TIME = 16_384  # whose token ids exist
 
 
@@ -63,9 +62,10 @@ class Encoder(nn.Module):
     """Texts to embeddings: a tokenizer, markers, a trunk and pooling.
 
     trunk: any decoder or BERT-like encoder. contract: markers, limits, pooling. Training calls `packs`, `embed_pack`
-    and `restore_order`; `forward` is the three in one. delta: where others use the trunk as well, what makes it this
-    encoder's (sgpt/encoder/delta.py); `encode` puts it on and off. deltas: other tuned models over the same trunk by
-    name, see `load_delta`. head: what models of others do to an embedding behind the pooling (sgpt/encoder/head.py).
+    and `restore_order`; `forward` is the three in one. tokens_per_pack: None is what suits the device. delta: where
+    others use the trunk as well, what makes it this encoder's (sgpt/encoder/delta.py); `encode` puts it on and off.
+    deltas: other tuned models over the same trunk by name, see `load_delta`. head: what models of others do to an
+    embedding behind the pooling (sgpt/encoder/head.py).
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Encoder(nn.Module):
         tokenizer,
         contract: Contract,
         *,
-        tokens_per_pack: int = TOKENS_PER_PACK,
+        tokens_per_pack: int | None = None,
         delta: Delta | None = None,
         head: nn.Module | None = None,
     ) -> None:
@@ -99,9 +99,14 @@ class Encoder(nn.Module):
         return self.restore_order(all_packs, [self.embed_pack(pack) for pack in all_packs], len(rows))
 
     def packs(self, rows: TokenLists) -> Iterator[Pack]:
-        """The rows in packs of `tokens_per_pack`, longest first, on this encoder's device."""
+        """The rows in packs of `pack_size` tokens, longest first, on this encoder's device."""
         padded = not takes_packs(self.trunk)
-        return (pack.to(self.device) for pack in packs(rows, self.tokens_per_pack, padded=padded))
+        return (pack.to(self.device) for pack in packs(rows, self.pack_size, padded=padded))
+
+    @property
+    def pack_size(self) -> int:
+        """Tokens of a pack: `tokens_per_pack`, or what suits the device."""
+        return self.tokens_per_pack or fitting_tokens(self.trunk, self.device)
 
     def embed_pack(self, pack: Pack) -> Tensor:
         """[rows of the pack, D], with gradient. No padding is computed, except for trunks that do not take packs."""
@@ -128,6 +133,8 @@ class Encoder(nn.Module):
             input_ids, mask = pack.padded(self.tokenizer.pad_token_id)
             return self._through_head(_pooled(token_embeddings(self.trunk, input_ids, mask), mask, poolings))
         hidden = packed_token_embeddings(self.trunk, pack)  # [N, D]
+        if hidden.device.type == "cuda":  # where the kernels of each length would take longer to start than to run
+            return self._through_head(_pooled(*pack.pad(hidden), poolings))
         pooled: list[Tensor] = []
         start = 0
         for block in pack.split(hidden):  # [rows, T, D], every token real

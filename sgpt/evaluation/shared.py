@@ -30,7 +30,7 @@ class SharedEncoder:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
-        self.embedding_size = encoder.embedding_size
+        self.embedding_size, self.device = encoder.embedding_size, encoder.device
 
     def encode_queries(self, texts: Sequence[str], **options) -> Tensor:
         return self._encode(texts, "query", **options)

@@ -149,7 +149,8 @@ def language_step(
     for part in windows.split(config.windows_per_forward):
         hidden = model.transformer(part[:, :-1]).last_hidden_state
         loss = next_token_loss(hidden.flatten(0, 1), model.lm_head.weight, part[:, 1:].flatten()) / num_targets
-        loss.backward()
+        with torch.autocast(model.device.type, enabled=False):
+            loss.backward()
         total += loss.detach()
     return {"language": total}, num_targets
 
@@ -169,7 +170,8 @@ def pair_step(
     document_embeddings, language = embed(model, documents, config.head_share, generator)
     positions = positions.to(model.device)
     contrastive = pair_loss(query_embeddings, document_embeddings, positions, config)
-    (config.contrastive_weight * contrastive + language).backward()
+    with torch.autocast(model.device.type, enabled=False):
+        (config.contrastive_weight * contrastive + language).backward()
     losses = {
         "language": language.detach(),
         "contrastive": contrastive.detach(),

@@ -1,6 +1,7 @@
 """BM25 (bm25s, Lucene's variant): the lexical first stage and the yardstick."""
 
 import logging
+import os
 import re
 
 import torch
@@ -32,7 +33,7 @@ def bm25_run(dataset: RetrievalSet, depth: int = DEPTH, index=None) -> Run:
         index = bm25_index(list(dataset.corpus.values()))
     words = bm25_words(list(dataset.queries.values()))
     most = min(depth + dataset.skip_own_id, len(dataset.corpus))
-    rows, scores = index.retrieve(words, k=most, show_progress=False)
+    rows, scores = index.retrieve(words, k=most, show_progress=False, backend_selection="numpy")
     results = as_results(dataset, torch.from_numpy(scores), torch.from_numpy(rows), depth)
     run: Run = {}
     for query, documents in results.items():
@@ -52,8 +53,7 @@ def warn_of_unmatched(name: str, without: int, queries: int) -> None:
 
 def bm25_index(documents: list[str]):
     """The bm25s index of Lucene's variant, which takes queries as `bm25_words` gives them."""
-    import bm25s
-
+    bm25s = _bm25s()
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     index = bm25s.BM25(method="lucene")
     words = bm25_words(documents, return_ids=True)
@@ -69,10 +69,19 @@ def bm25_words(texts: list[str], *, return_ids: bool = False):
     Scripts that are written without blanks show no words: of them every two neighbouring letters are one, and every
     Chinese character too, as Lucene's CJKBigramFilter cuts them when it is asked for both.
     """
-    import bm25s
-
+    bm25s = _bm25s()
     cut = [WITHOUT_BLANKS.sub(_pairs_of_letters, text) for text in texts]
     return bm25s.tokenize(cut, stopwords="en", token_pattern=WORD, return_ids=return_ids, show_progress=False)
+
+
+def _bm25s():
+    """The library. Where JAX is installed it calls that when it is imported, and JAX takes three quarters of a GPU's
+    memory, unless it is shown none.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import bm25s
+
+    return bm25s
 
 
 def _pairs_of_letters(run: re.Match[str]) -> str:

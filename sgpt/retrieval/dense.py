@@ -38,7 +38,7 @@ def retrieve(encoder: Encoder, dataset: RetrievalSet, depth: int = DEPTH, docume
     if documents is None:
         documents = embed_corpus(encoder, dataset)
     # One more where the query's own document is taken out afterwards.
-    scores, rows = search(queries, documents, depth + dataset.skip_own_id)
+    scores, rows = search(queries.to(encoder.device), documents, depth + dataset.skip_own_id)
     return as_results(dataset, scores, rows, depth)
 
 

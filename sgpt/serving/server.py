@@ -129,7 +129,7 @@ def open_served(config: ServeConfig, device: torch.device | str = "cpu") -> Serv
         encoder = _open_encoder(config.model, config.dtype, device)
     for name, path in config.deltas.items():
         encoder.load_delta(name, path)
-    encoder.tokens_per_pack = max(encoder.tokens_per_pack, config.max_batch_tokens)
+    encoder.tokens_per_pack = max(encoder.pack_size, config.max_batch_tokens)
     return ServedModel(config.name or served_name(config.model), encoder, reranker)
 
 

@@ -93,7 +93,7 @@ class TrainConfig:
         for key in ("evaluation", "dev"):
             check_ranges(getattr(self, key), f"{key}.", limit=COUNT.or_null("for whole sets"))
         longest = max(self.markers.max_tokens(role) for role in ROLES)
-        if self.trainer.tokens_per_pack < longest:
+        if (self.trainer.tokens_per_pack or longest) < longest:
             raise InputError(
                 f"trainer.tokens_per_pack={self.trainer.tokens_per_pack} is less than one text of {longest} tokens "
                 "(markers.*_max_tokens); raise it"

@@ -139,7 +139,8 @@ def _parsed(text: str, file: Path, number: int) -> dict:
 def free_memory_bytes(device: torch.device) -> int:
     """Of its GPU, else this process' share of the machine's memory; what is free now."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch for tensors
+        return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

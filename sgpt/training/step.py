@@ -41,7 +41,8 @@ def contrastive_step(
     embeddings = encoder.restore_order(own_packs, parts, len(rows)).requires_grad_()  # [distinct, D]
     queries, documents = embeddings[numbers].split([len(batch.queries), len(batch.documents)])
     loss, result = objective(queries, documents, batch, config)
-    (loss * weight).backward()
+    with torch.autocast(encoder.device.type, enabled=False):  # backwards, it would round float32 products
+        (loss * weight).backward()
     after = _random_state(encoder.device)
     for number, (pack, part) in enumerate(zip(packs, embedded, strict=True)):
         gradient = embeddings.grad[pack.rows]
@@ -66,7 +67,8 @@ class _EmbeddedPack:
             _restore_random_state(self.state, encoder.device)
             self.embeddings = encoder.embed_pack(pack)
         if self.embeddings.requires_grad:
-            self.embeddings.backward(gradient)
+            with torch.autocast(encoder.device.type, enabled=False):
+                self.embeddings.backward(gradient)
         self.embeddings = None  # the graph goes with it
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from sgpt.data.feed.prefetch import prefetch
 from sgpt.data.feed.sampling import Feed
-from sgpt.encoder.encoder import TOKENS_PER_PACK, Encoder
+from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.evaluate import Results
 from sgpt.runtime.distributed import average_gradients
 from sgpt.runtime.errors import InputError
@@ -60,8 +60,8 @@ class TrainerConfig:
 
     It does NOT add in-batch negatives; more processes or more queries_per_process do.
     """
-    tokens_per_pack: int = TOKENS_PER_PACK
-    """Tokens that each process computes at a time."""
+    tokens_per_pack: int | None = None
+    """Tokens that each process computes at a time; null takes 2,048 on a CPU, and on a GPU as many as keep it busy."""
     keep_gigabytes: float | None = None
     """Gigabytes (1e9 bytes) of activations that may stay alive in each process; what does not fit is computed twice.
 
@@ -106,7 +106,7 @@ class TrainerConfig:
             queries_per_process=COUNT,
             epochs=COUNT,
             gradient_accumulation=COUNT,
-            tokens_per_pack=COUNT,
+            tokens_per_pack=COUNT.or_null("for what suits the device"),
             log_every_steps=COUNT,
             save_every_steps=COUNT,
             keep_checkpoints=COUNT,

@@ -17,6 +17,7 @@ from sgpt.decoder.trunk import ModelConfig, load_trunk
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.probes import PROBE_TEXTS
 from sgpt.encoder.verify import hostile_texts, row_cosines
+from sgpt.runtime.device import default_device
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import MARKERS, ROLES, Role
 from sgpt.verification.clients import Client, RefusedTexts
@@ -53,7 +54,7 @@ class Finding:
 
 def verify_server(config: VerifyConfig) -> Iterator[Finding]:
     """One finding after the other. InputError where the server, or the local model, cannot be asked at all."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     models: Models = {None: Encoder.from_pretrained(config.model).to(device)}
     models |= {name: Encoder.from_pretrained(folder).to(device) for name, folder in config.deltas.items()}
     assert config.endpoint is not None

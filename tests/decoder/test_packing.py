@@ -1,12 +1,15 @@
 """Packs hold every row once, whole, and within the budget; and a thread that is one batch ahead changes nothing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sgpt.data.feed.prefetch import prefetch
-from sgpt.decoder.packing import distinct, packs
+from sgpt.decoder.packing import distinct, fitting_tokens, packs
+from tests.conftest import random_trunk
 
 ROWS = st.lists(st.lists(st.integers(0, 9), max_size=30), max_size=40)
 
@@ -36,6 +39,33 @@ def test_for_padding_the_positions_are_counted(rows, budget):
             rows[row] for row in pack.rows
         ]
         assert (input_ids[attention_mask == 0] == 77).all()
+
+
+def test_padding_keeps_what_stands_at_a_token_and_its_gradient():
+    """Reference: torch's pad_sequence."""
+    (pack,) = packs([[1], [2, 3, 4], [5, 6]], 10)
+    hidden = torch.randn(len(pack), 5, dtype=torch.float64, requires_grad=True)
+    padded, mask = pack.pad(hidden)
+    expected = torch.nn.utils.rnn.pad_sequence(list(hidden.split([3, 2, 1])), batch_first=True)
+    weights = torch.randn_like(expected)
+    assert torch.equal(padded, expected)
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    ours, theirs = (torch.autograd.grad((rows * weights).sum(), hidden)[0] for rows in (padded, expected))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("width", "blocks", "gigabytes", "tokens"),
+    [(576, 30, 150, 54_253), (768, 12, 150, 65_536), (4096, 28, 150, 4_967), (4096, 28, 24, 2_048)],
+)
+def test_a_gpu_gets_packs_that_keep_it_busy_and_fit_its_memory(width, blocks, gigabytes, tokens, monkeypatch):
+    """The first is SmolLM2 on an H200, which takes 40 · 576 bytes a token and block: 37.5 GB are that many tokens."""
+    trunk = random_trunk("llama", 20)
+    trunk.config.hidden_size, trunk.config.num_hidden_layers = width, blocks
+    gpu = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert fitting_tokens(trunk, torch.device("cuda")) == tokens
+    assert fitting_tokens(trunk, torch.device("cpu")) == 2_048
 
 
 def test_equal_lengths_are_one_block():

@@ -161,6 +161,23 @@ def test_a_trunk_in_half_precision_attends_by_it(kernel, family):
     torch.testing.assert_close(in_one, blocks, rtol=0, atol=0.04 * blocks.abs().max().item())
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_shared_heads_are_told_to_a_torch_that_can_be_told(told, monkeypatch):
+    """torch 2.11's function has no such option, and takes them without."""
+    asked = []
+
+    def newer(*inputs, scale, window_size, enable_gqa=False):
+        asked.append(enable_gqa)
+
+    def older(*inputs, scale, window_size):
+        asked.append(None)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", newer if told else older)
+    query, key = torch.zeros(3, 4, 8), torch.zeros(3, 2, 8)
+    varlen.attend(query, key, key, torch.tensor([0, 3]), 3, scale=None, window=None, causal=True)
+    assert asked == [True if told else None]
+
+
 @pytest.mark.parametrize("inference", [True, False])
 def test_it_is_found_right_by_whoever_asks_first(kernel, inference):
     with torch.inference_mode(inference):
@@ -223,5 +240,7 @@ def test_on_a_gpu_the_gradient_is_that_of_the_blocks(family):
             {name: parameter.grad.float() for name, parameter in trunk.named_parameters() if parameter.grad is not None}
         )
     varlen.DEVICES.add("cuda")
-    for name, gradient in found[1].items():
-        torch.testing.assert_close(found[0][name], gradient, rtol=0, atol=0.05 * gradient.abs().max().item() + 1e-3)
+    largest = max(gradient.abs().max().item() for gradient in found[1].values())
+    for name, gradient in found[1].items():  # that of a bias of keys is rounding alone: softmax does not see it
+        bound = max(0.05 * gradient.abs().max().item(), 0.005 * largest)
+        torch.testing.assert_close(found[0][name], gradient, rtol=0, atol=bound)

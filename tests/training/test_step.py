@@ -99,6 +99,21 @@ def test_what_is_computed_again_gives_the_gradient_of_what_was_kept_for_every_pa
     assert result.kept_share == (0 if keep_bytes < 2 else pytest.approx(0.5, abs=0.45))
 
 
+@pytest.mark.parametrize("keep_bytes", [0, float("inf")])
+def test_autocast_rounds_no_product_of_the_backward_pass(keep_bytes, tiny_base):
+    """Reference: the forward pass alone inside of autocast, as torch's documentation asks for."""
+    encoder, loss = encoder_of("gpt_neo", tiny_base, "bitfit", dtype=torch.float32), LossConfig()
+    batch = batch_of(encoder, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = encoder([*batch.queries, *batch.documents])
+        value, _ = objective(*rows.split([len(batch.queries), len(batch.documents)]), batch, loss)
+    value.backward()
+    expected = gradients(encoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        contrastive_step(encoder, batch, loss, keep_bytes=keep_bytes)
+    assert_equal_gradients(gradients(encoder), expected, 1e-6)
+
+
 def test_a_budget_is_kept_to_and_used(tiny_base):
     """Against a second count: what torch's hooks see of all packs is alive between forward and backward pass."""
     encoder, loss = encoder_of("gpt_neo", tiny_base, "bitfit"), LossConfig()

@@ -1,0 +1,44 @@
+"""What a GPU is told; what it does with it is in tests/test_gpu.py."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sgpt.runtime.device import default_device, prepare_gpu
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_told():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    assert default_device() == "cpu"
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_attention_is_not_cudnns_and_deterministic_where_asked(deterministic):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        prepare_gpu(deterministic=deterministic)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention would not be
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_bm25_shows_jax_no_gpu(tmp_path):
+    """bm25s imports JAX where it is installed; this one says what it sees."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("import os\nprint('platforms', os.environ.get('JAX_PLATFORMS'))\n")
+    (tmp_path / "jax" / "lax.py").write_text("def top_k(scores, number):\n    return None\n")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from sgpt.retrieval.bm25 import bm25_run; "
+        "from sgpt.data.formats.beir import RetrievalSet; "
+        "found = bm25_run(RetrievalSet('x', {'a': 'one dog', 'b': 'two cats'}, {'q': 'cats'}, {'q': {'b': 1}})); "
+        "print(list(found['q']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines() == ["platforms cpu", "['b']"]
