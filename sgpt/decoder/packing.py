@@ -19,6 +19,7 @@ from sgpt.text.tokens import TokenLists
 
 TOKENS_ON_CPU = 2048  # more is no faster, and takes more memory
 TOKENS_ON_GPU = 65_536  # at most: with more, torch's layer norm has no gradient for a bias alone (pytorch#193016)
+SMALL_PACK = 512  # positions, padding included, up to which another pass would cost more than any row's padding
 BLOCK_PRODUCTS = 1e12  # multiplications in a block's weights: some ms of a GPU, more than it takes to start its kernels
 BYTES_OF_TOKEN = 40  # of activations, in each block and for each of D: twice what Llama keeps in half precision
 
@@ -100,13 +101,14 @@ def packs(rows: TokenLists, tokens_per_pack: int, *, padded: bool = False) -> It
     """
     members: list[int] = []
     tokens = longest = 0
+    small = max(SMALL_PACK, tokens_per_pack // 8)
     with_tokens = [row for row in range(len(rows)) if rows[row]]
     for row in sorted(with_tokens, key=lambda row: -len(rows[row])):
         length = len(rows[row])
         size = longest * (len(members) + 1) if padded else tokens + length
         full = size > tokens_per_pack
-        # padding of a fifth is accepted, and more in packs so small that another pass would cost more than it
-        unlike = padded and length < 0.8 * longest and longest * len(members) >= tokens_per_pack // 8
+        # padding of a fifth is accepted, and more in small packs
+        unlike = padded and length < 0.8 * longest and longest * len(members) >= small
         if members and (full or unlike):
             yield _pack(rows, members)
             members, tokens = [], 0
