@@ -136,7 +136,8 @@ def test_quantised_weights_are_those_of_the_processor_and_made_without_waiting(d
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_that_was_killed_ends_with_the_same_bits(dtype, tmp_path, tiny_base):
     overrides = small_training(tmp_path, tiny_base("llama"))(tmp_path)
-    overrides += [f"model.dtype={dtype}", "trainer.save_every_steps=1", "trainer.max_steps=4"]
+    overrides += [f"model.dtype={dtype}", "trainer.save_every_steps=1", "trainer.max_steps=40"]
+    overrides += ["trainer.epochs=5", "trainer.keep_checkpoints=40"]
     found = []
     for name, killed in (("whole", False), ("killed", True)):
         command = [sys.executable, "train/biencoder.py", *overrides, f"name={name}", "resume=true"]
@@ -145,8 +146,9 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(dtype, tmp_path, tiny_bas
             process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
             while process.poll() is None and not [*tmp_path.rglob("killed/checkpoints/step-*")]:
                 time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+            assert not [*tmp_path.rglob("killed/checkpoints/step-40")]
         subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
         found.append(load_file(tmp_path / "runs" / name / "adapter" / "trained.safetensors"))
     assert all(torch.equal(found[1][name], value) for name, value in found[0].items())

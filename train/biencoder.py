@@ -41,14 +41,16 @@ def main(composed: DictConfig) -> None:
         record_start,
         run_inputs,
     )
-    from sgpt.training.run_folder import open_run, start_run
+    from sgpt.training.run_folder import open_run, start_run, stated_pack
     from sgpt.training.sharding import check_shardable, copy_learned, shard_frozen
     from sgpt.training.trackers import finish_trackers, start_trackers
     from sgpt.training.trainer import check_feed, train
     from sgpt.training.tuning import trainable_parameters, tune
 
     config = typed(TrainConfig, composed)
-    run = open_run(Path(config.runs) / config.name, plain(config), resume=config.resume)
+    folder = Path(config.runs) / config.name
+    config.trainer.tokens_per_pack = config.trainer.tokens_per_pack or stated_pack(folder)
+    run = open_run(folder, plain(config), resume=config.resume)
     if run.finished:  # nothing is trained again
         export_and_show(run, config)
         return

@@ -57,6 +57,8 @@ def describe_failure(error: BaseException, config: Mapping[str, Any]) -> str | N
             return _of_the_system(cause, number, config)
         if _is_memory(cause):
             return f"not enough memory ({_first_line(cause)}); {_smaller(config)}"
+        if "does not have a deterministic implementation" in str(cause):
+            return f"{_first_line(cause).partition(',')[0]}; set trainer.deterministic=false: last bits then differ"
         if isinstance(cause, ValueError) and "integer string conversion" in str(cause):
             return "a number has more digits than can be read; write a smaller one"
         if isinstance(cause, UnicodeDecodeError):

@@ -29,7 +29,7 @@ def start(config: TrainConfig, recorded_threads: int | None = None) -> Accelerat
         threads=config.trainer.threads or recorded_threads,
         tracker=config.logging.tracker,
         folder=f"{config.runs}/{config.name}",
-        deterministic=True,
+        deterministic=config.trainer.deterministic,
     )
 
 

@@ -95,6 +95,8 @@ def prepare(trunk: nn.Module) -> nn.Module:
     if family_of(trunk.config.model_type).packed:  # another one may add its mask to the scores, and ours is boolean
         trunk.config._attn_implementation = NAME
     fuse(trunk)
+    # of the process: cuDNN makes a plan for each shape of attention, and texts have hundreds; 6 times slower on an H200
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for module in trunk.modules():
         if isinstance(module, GPTNeoSelfAttention):
             module._attn = MethodType(_gpt_neo_attention, module)

@@ -14,14 +14,15 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from sgpt.decoder.families import embedding_size
 from sgpt.text.tokens import TokenLists
 
 TOKENS_ON_CPU = 2048  # more is no faster, and takes more memory
 TOKENS_ON_GPU = 65_536  # at most: with more, torch's layer norm has no gradient for a bias alone (pytorch#193016)
 SMALL_PACK = 512  # positions, padding included, up to which another pass would cost more than any row's padding
 BLOCK_PRODUCTS = 1e12  # multiplications in a block's weights: some ms of a GPU, more than it takes to start its kernels
-BYTES_OF_TOKEN = 40  # of activations, in each block and for each of D: twice what Llama keeps in half precision
+HALF_BYTES, WIDE_BYTES = 70, 170  # that a token keeps in a block for each of D, at most: Gemma's, by LoRA
+SHARE_OF_GPU = 0.4  # of its memory, which the activations of a pack may take
+PADDED_AT_MOST = 8  # positions for each token
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,14 @@ def packs(rows: TokenLists, tokens_per_pack: int, *, padded: bool = False) -> It
 
 def fitting_tokens(trunk: nn.Module, device: torch.device) -> int:
     """Tokens of a pack where nobody has stated them: on a GPU so many that it is busy for longer than its kernels take
-    to start, in a quarter of its memory at most.
+    to start, and within SHARE_OF_GPU of its memory.
     """
     if device.type != "cuda":
         return TOKENS_ON_CPU
-    width = embedding_size(trunk)
+    width, half = trunk.config.hidden_size, trunk.get_input_embeddings().weight.dtype.itemsize < 4
     busy = BLOCK_PRODUCTS / (12 * width**2)  # 4 D² of attention's weights and 8 D² of the MLP's
-    memory = torch.cuda.get_device_properties(device).total_memory / 4
-    fitting = memory / (BYTES_OF_TOKEN * width * trunk.config.num_hidden_layers)
+    memory = SHARE_OF_GPU * torch.cuda.get_device_properties(device).total_memory
+    fitting = memory / ((HALF_BYTES if half else WIDE_BYTES) * width * trunk.config.num_hidden_layers)
     return max(TOKENS_ON_CPU, min(TOKENS_ON_GPU, int(busy), int(fitting)))
 
 

@@ -25,7 +25,7 @@ from sgpt.decoder.added_biases import remove_biases
 from sgpt.decoder.families import embedding_size, position_limit
 from sgpt.decoder.int8 import Outliers, int8_products, multiplies_int8
 from sgpt.decoder.mixed import mixed
-from sgpt.decoder.packing import Pack, fitting_tokens, packs
+from sgpt.decoder.packing import PADDED_AT_MOST, Pack, fitting_tokens, packs
 from sgpt.decoder.quantised import QUANTISED, find_outliers, held_weights, quantise, quantised_dtype
 from sgpt.decoder.trunk import (
     ModelConfig,
@@ -109,7 +109,7 @@ class Encoder(nn.Module):
         return self.tokens_per_pack or fitting_tokens(self.trunk, self.device)
 
     def embed_pack(self, pack: Pack) -> Tensor:
-        """[rows of the pack, D], with gradient. No padding is computed, except for trunks that do not take packs."""
+        """[rows of the pack, D], with gradient. The trunk computes no padding, unless it does not take packs."""
         assert self.delta is None or self.delta.inside, "the trunk is the base here: use `with encoder.delta:`"
         with self._autocast():
             return self._embed(pack, [self.contract.pooling] * len(pack.rows))
@@ -133,7 +133,8 @@ class Encoder(nn.Module):
             input_ids, mask = pack.padded(self.tokenizer.pad_token_id)
             return self._through_head(_pooled(token_embeddings(self.trunk, input_ids, mask), mask, poolings))
         hidden = packed_token_embeddings(self.trunk, pack)  # [N, D]
-        if hidden.device.type == "cuda":  # where the kernels of each length would take longer to start than to run
+        if hidden.device.type == "cuda" and pack.padded_tokens <= PADDED_AT_MOST * len(pack):
+            # the kernels of each length would take longer to start than to run
             return self._through_head(_pooled(*pack.pad(hidden), poolings))
         pooled: list[Tensor] = []
         start = 0

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from sgpt.data.feed.sampling import Feed
 from sgpt.decoder.families import position_limit
+from sgpt.decoder.packing import TOKENS_ON_GPU
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.evaluate import Sets
 from sgpt.preflight.forecast import FirstBatches, Forecast, forecast
@@ -120,14 +121,21 @@ def preflight(
     if expected.added_bytes > expected.free_bytes and not trainer.shard_trunk:
         told.append(
             f"training takes {_gigabytes(expected.added_bytes)} more than the process has now, and "
-            f"{_gigabytes(expected.free_bytes)} are free; lower trainer.keep_gigabytes or trainer.tokens_per_pack"
+            f"{_gigabytes(expected.free_bytes)} are free; lower trainer.tokens_per_pack or trainer.keep_gigabytes"
         )
     return Preflight(table, told, steps, tokens, first, expected)
 
 
 def _refuse(encoder: Encoder, feed: Feed) -> None:
-    """InputError where nothing learns, or texts of a source may have more tokens than the base has positions."""
+    """InputError where nothing learns, a pack is too large for a GPU, or texts of a source may have more tokens than
+    the base has positions.
+    """
     trunk = encoder.trunk
+    if encoder.device.type == "cuda" and encoder.pack_size > TOKENS_ON_GPU:
+        raise InputError(
+            f"trainer.tokens_per_pack={encoder.pack_size}: beyond {TOKENS_ON_GPU:,} torch's layer norm has no gradient "
+            "for a bias alone on a GPU (pytorch#193016); lower it"
+        )
     if not trainable_parameters(trunk):
         raise InputError(f"no parameter of {type(trunk).__name__} learns; choose another tuning")
     limit = position_limit(trunk)

@@ -20,8 +20,6 @@ def prepare_gpu(*, deterministic: bool = False) -> None:
     deterministic: the same bits each time, as resuming promises. FlashAttention's and the memory-efficient backward
     pass add up in any order otherwise.
     """
-    # cuDNN makes a plan for every shape of attention, and texts have hundreds: 6 times slower on an H200
-    torch.backends.cuda.enable_cudnn_sdp(False)
     # a backward pass runs in a thread of its own, which has no context before its first product
     warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")
     if deterministic:

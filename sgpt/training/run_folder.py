@@ -115,6 +115,7 @@ def read_config(folder: Path) -> dict:
     trainer = config.get("trainer", {})
     trainer.setdefault("keep_best", None if trainer.get("evaluate_every_steps") else "mean")
     trainer.setdefault("patience", None)
+    trainer.setdefault("deterministic", True)  # of a GPU, which nobody had tried
     for sets in ("evaluation", "dev"):
         config.get(sets, {}).setdefault("pairs", [])
     tuning = config.get("tuning", {})
@@ -122,6 +123,16 @@ def read_config(folder: Path) -> dict:
     # bitfit refused a base with too few biases, and bitfit_norm trained its gains alone
     tuning.setdefault("add_biases", "none" if tuning.get("name") == "bitfit_norm" else "all")
     return config
+
+
+def stated_pack(folder: Path) -> int | None:
+    """`trainer.tokens_per_pack` of the run of this folder; None where it states none, or there is no run.
+
+    A run of before, whose default was a number, is resumed with it.
+    """
+    if not (folder / "config.yaml").is_file():
+        return None
+    return read_config(folder).get("trainer", {}).get("tokens_per_pack")
 
 
 def start_run(run: RunFolder, config: dict) -> None:

@@ -66,7 +66,7 @@ class TrainerConfig:
     """Gigabytes (1e9 bytes) of activations that may stay alive in each process; what does not fit is computed twice.
 
     So queries_per_process is limited by time alone, and the gradient is the same. Null takes half of the memory that is
-    free at the start; 0 keeps none, which is GradCache.
+    free at the start; 0 keeps none, which is GradCache. Those of one pack are alive in any case: lower tokens_per_pack.
     """
     shard_trunk: bool = False
     """Whether the processes share out the frozen weights by FSDP2, for a trunk that does not fit one GPU.
@@ -75,10 +75,15 @@ class TrainerConfig:
     """
     precision: str = "fp32"
     """Precision of the computation: fp32, or bf16 by autocast."""
+    deterministic: bool = True
+    """Whether a GPU gives the same bits each time, as resuming promises; a CPU does in any case.
+
+    False where a family computes something for which torch has no such algorithm: it is refused before training.
+    """
     seed: int = 0
     """Decides the order of examples and the dropout."""
     threads: int | None = None
-    """Threads of each process on a CPU; null shares the cores among the processes."""
+    """Threads of each process on its processor; null shares the cores among the processes."""
     log_every_steps: int = 10
     """Optimizer steps from one line of metrics.jsonl to the next."""
     save_every_steps: int = 100

@@ -6,27 +6,46 @@ import sys
 import pytest
 import torch
 
+from sgpt.cli.failures import describe_failure
+from sgpt.decoder.trunk import ModelConfig, load_trunk
 from sgpt.runtime.device import default_device, prepare_gpu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_nothing_is_told():
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+def test_without_a_gpu_the_processor_computes():
     assert default_device() == "cpu"
-    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_attention_is_not_cudnns_whoever_opens_a_model(tiny_base):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        load_trunk(ModelConfig(str(tiny_base("bert"))))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_attention_is_not_cudnns_and_deterministic_where_asked(deterministic):
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+def test_it_is_deterministic_where_asked(deterministic):
     try:
         prepare_gpu(deterministic=deterministic)
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention would not be
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_what_cannot_be_deterministic_is_refused_by_the_key_that_allows_it():
+    """The words are torch's own."""
+    said = (
+        "cumsum_cuda_kernel does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True)'. You can turn off determinism …"
+    )
+    assert describe_failure(RuntimeError(said), {}) == (
+        "cumsum_cuda_kernel does not have a deterministic implementation; set trainer.deterministic=false: last bits "
+        "then differ"
+    )
 
 
 def test_bm25_shows_jax_no_gpu(tmp_path):

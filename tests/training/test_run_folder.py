@@ -17,7 +17,8 @@ from sgpt.training.checkpoint import TrainState, save
 from sgpt.training.config import TrainConfig
 from sgpt.training.optim import OptimConfig, build_optimizer, build_schedule
 from sgpt.training.record import base_inputs, relative_change, reopen
-from sgpt.training.run_folder import RunFolder, open_run, read_config
+from sgpt.training.run_folder import RunFolder, open_run, read_config, stated_pack
+from sgpt.training.trainer import TrainerConfig
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 
 
@@ -33,6 +34,17 @@ def older_run(folder, method: str) -> None:
 def test_a_run_of_before_there_were_added_biases_resumes(method, tmp_path):
     older_run(tmp_path / "run", method)
     open_run(tmp_path / "run", plain(TrainConfig(tuning=TuningConfig(method))), resume=True)
+
+
+def test_a_run_of_before_is_resumed_in_its_packs(tmp_path):
+    config = plain(TrainConfig())
+    config["trainer"]["tokens_per_pack"] = 4096  # which was the default
+    del config["trainer"]["deterministic"]
+    assert stated_pack(tmp_path / "run") is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert stated_pack(tmp_path / "run") == 4096
+    open_run(tmp_path / "run", plain(TrainConfig(trainer=TrainerConfig(tokens_per_pack=4096))), resume=True)
 
 
 def test_one_that_trained_gains_alone_resumes_without_added_biases(tmp_path):
