@@ -12,8 +12,11 @@ The folders, from the ground up; each imports from lower floors only, and never 
     cross_encoder/  SGPT-CE: the query's log-probability
     retrieval/      search, indexes, metrics, re-ranking
     evaluation/     what a model is worth
+    verification/   models by every loader, and running servers
     mining/         hard negatives
+    serving/        a model over HTTP
     training/       negatives, loss, step, trainer, and what a run leaves
+    preflight/      what a run will take, tried before it begins
     inspection/     training data, looked at
     pretraining/    how `nano` was made
     cli/            the command line, then train/*.py

@@ -74,7 +74,7 @@ def main(composed: DictConfig) -> None:
         test_sets = evaluate.read_sets(config.evaluation)
         dev_sets = evaluate.read_sets(config.dev, "dev")
     check_keep_best(config.trainer.keep_best, dev_sets)
-    feed = with_hard_batches(feed, config.data, accelerator.device)
+    feed = with_hard_batches(feed, config.data, accelerator.device, config.loss)
     feed = with_guide(feed, config.loss, accelerator.device)
     check_feed(feed)
     config.trainer.steps(feed.batches_per_epoch)  # refuses a run that is too short for one optimizer step

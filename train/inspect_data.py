@@ -36,7 +36,7 @@ def main(composed: DictConfig) -> None:
         queries_per_process=config.trainer.queries_per_process,
         seed=config.trainer.seed,
     )
-    feed = with_hard_batches(feed, config.data)
+    feed = with_hard_batches(feed, config.data, loss=config.loss)
     steps = config.trainer.steps(feed.batches_per_epoch)
     result = inspection.inspect_feed(
         feed,

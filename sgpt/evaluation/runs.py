@@ -20,7 +20,7 @@ from sgpt.report.run import CURVES, METRIC_LABELS, Points, read_log, read_part, 
 from sgpt.retrieval.metrics import Difference, difference
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import write_whole
-from sgpt.runtime.provenance import flat
+from sgpt.runtime.provenance import SHOWN, flat
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,8 +31,9 @@ SCORED_QUERIES_METRIC = "ndcg@10"  # what analysis.json has of each query
 NOT_COMPARED = ("name", "runs", "resume")  # keys of a configuration that differ by nature
 NOTE = (
     "Differences are to the first run. In brackets their 95 % interval, a paired bootstrap over the queries that both "
-    "runs scored; where there is none, no scores of single queries are kept. One run of each recipe: how much another "
-    "seed would change is not in the interval."
+    "runs scored; where there is none, no scores of single queries are kept. A set of one name that is not the same in "
+    "both runs has no difference: its hashes are below. One run of each recipe: how much another seed would change is "
+    "not in the interval."
 )
 
 
@@ -117,12 +118,15 @@ def _is_same_set(first: ComparedRun, run: ComparedRun, of: str) -> bool:
 
 
 def config_differences(runs: list[ComparedRun]) -> dict[str, list[str]]:
-    """Key -> its value in each run, of the keys that are not the same in all; versions and processor too."""
+    """Key -> its value in each run, of the keys that are not the same in all; versions, processor and hashes of the
+    inputs too.
+    """
     flats = []
     for run in runs:
         config = flat({key: value for key, value in run.config.items() if key not in NOT_COMPARED})
         made_on = flat({"environment": run.manifest.get("environment", {})})
-        flats.append({key: str(value) for key, value in (config | made_on).items()})
+        inputs = {f"inputs.{name}": str(value)[:SHOWN] for name, value in run.manifest.get("inputs", {}).items()}
+        flats.append({key: str(value) for key, value in (config | made_on | inputs).items()})
     keys = dict.fromkeys(key for values in flats for key in values)
     return {
         key: [values.get(key, "–") for values in flats]

@@ -12,6 +12,7 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import ordinary_permissions
 from sgpt.runtime.values import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, check_choice, check_ranges
 
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 257, 65_536
 END = "<|endoftext|>"  # between documents, and padding; id 0
 
 
@@ -129,8 +130,14 @@ class PretrainConfig:
         for name in ("pairs_per_step", "lexical_pairs_per_step"):
             if getattr(self, name) % self.neighbours:
                 raise InputError(f"neighbours={self.neighbours} does not divide {name}={getattr(self, name)}")
-        if self.window_tokens > self.nano.positions:
-            raise InputError(f"window_tokens={self.window_tokens} is more than nano.positions={self.nano.positions}")
+        for name in ("window_tokens", "max_query_tokens", "max_document_tokens"):
+            if getattr(self, name) > self.nano.positions:
+                raise InputError(f"{name}={getattr(self, name)} is more than nano.positions={self.nano.positions}")
+        if not SMALLEST_VOCABULARY <= self.nano.vocabulary <= LARGEST_VOCABULARY:
+            raise InputError(
+                f"nano.vocabulary={self.nano.vocabulary}: it has 256 bytes and the end token at least, and "
+                f"{LARGEST_VOCABULARY} words at most, as token ids are kept in two bytes"
+            )
 
 
 @torch.no_grad()

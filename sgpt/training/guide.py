@@ -47,8 +47,13 @@ def with_guide(feed: Feed, config: LossConfig, device: torch.device | str = "cpu
     return replace(feed, sources=sources)
 
 
-def with_hard_batches(feed: Feed, config: DataConfig, device: torch.device | str = "cpu") -> Feed:
-    """With `data.batches=hard`, batches are runs of near queries. All processes call it, and wait for each other."""
+def with_hard_batches(
+    feed: Feed, config: DataConfig, device: torch.device | str = "cpu", loss: LossConfig | None = None
+) -> Feed:
+    """With `data.batches=hard`, batches are runs of near queries. All processes call it, and wait for each other.
+
+    loss: that trains on them, None where nothing does; the log says what it may want besides.
+    """
     if not config.grouping_model:
         return feed
     encoder, key = _frozen(config.grouping_model, "data.grouping_model", device)
@@ -61,10 +66,11 @@ def with_hard_batches(feed: Feed, config: DataConfig, device: torch.device | str
             "%s: mean cosine of two queries of a batch %.3f; in random batches %.3f", source.name, near, random
         )  # fmt: skip
         sources.append(replace(source, walk=Walk(walked)))
-    log.info(
-        "data.batches=hard makes more in-batch candidates false negatives: "
-        "set loss.false_negative_margin or loss.guide=<folder of a model> with it"
-    )
+    if loss is not None and loss.guide is None and loss.false_negative_margin is None:
+        log.info(
+            "data.batches=hard makes more in-batch candidates false negatives: "
+            "set loss.false_negative_margin or loss.guide=<folder of a model> with it"
+        )
     return replace(feed, sources=sources)
 
 

@@ -16,6 +16,7 @@ from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.export import export
 from sgpt.text.markers import MarkersConfig
 from sgpt.training.guide import with_hard_batches
+from sgpt.training.loss import LossConfig
 
 
 def topics(number: int, each: int, spread: float = 0.3, size: int = 16) -> np.ndarray:
@@ -132,7 +133,8 @@ def test_a_second_start_draws_the_same_batches_bit_for_bit_and_embeds_nothing(
             build_feed(
                 config, tokenizer, MarkersConfig(query_max_tokens=24, document_max_tokens=40), queries_per_process=4
             ),
-            config
+            config,
+            loss=LossConfig(),
         )
 
     with caplog.at_level(logging.INFO):

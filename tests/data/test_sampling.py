@@ -135,6 +135,28 @@ def test_the_positives_of_others_stand_in_for_hard_negatives_and_never_ones_own(
             assert not own.intersection(documents[1:])
 
 
+def test_no_answer_of_the_data_stands_in_for_a_hard_negative():
+    """Chains of paraphrases, each the answer to the one before: neither a query's own text, nor the answer of another
+    row with the same query, nor a text whose answer it is.
+    """
+    chain = [Example("a0", "a1"), Example("a0", "a2"), Example("a1", "a3"), Example("a3", "a0"), Example("b", "c")]
+    made = Source("s", Examples.of(chain), Numbers(), FRAMES, 1)
+    texts = made.examples.texts
+    drawn = [{texts[made.draw(row, epoch, seed=0).documents[1]] for epoch in range(200)} for row in range(5)]
+    assert drawn == [{"c"}, {"c"}, {"a2", "c"}, {"a2", "c"}, {"a0", "a1", "a2", "a3"}]
+
+
+def test_as_many_sources_as_one_likes_are_shuffled_once_an_epoch(monkeypatch):
+    """Mixed, each query is another source's turn; counted below numpy's own generator."""
+    made = Feed([source(40, name=f"s{n}") for n in range(12)], 24, mixed=True)
+    shuffled = []
+    generator = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: shuffled.append(seed) or generator(seed))
+    for number in range(10):
+        made.drawn_examples(number, 0)
+    assert len(shuffled) == 12
+
+
 def test_a_positive_of_its_own_is_never_taken_for_a_hard_negative():
     """Where all examples share one positive there is no other text: the query would be trained against its answer."""
     one_positive = Examples.of([Example(f"q{n}", "the answer") for n in range(4)])

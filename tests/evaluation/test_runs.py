@@ -48,6 +48,14 @@ def table_of(runs: list[str]) -> dict[str, list[str]]:
     return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
 
 
+def test_sets_of_one_name_that_are_not_the_same_are_not_compared_and_it_is_said(tmp_path):
+    runs = [str(make_run(tmp_path / name, 0.1, 0.0, hash_of_set)) for name, hash_of_set in (("a", "aa"), ("b", "bb"))]
+    table = table_of(runs)
+    first, second = table["toy · nDCG@10"]
+    assert first == second  # without a difference in brackets
+    assert table["inputs.test set toy"] == ["aa", "bb"]
+
+
 def test_differences_have_the_interval_of_a_paired_bootstrap_where_queries_were_scored(runs):
     table = table_of(runs)
     gains = 0.1 * np.arange(QUERIES) / QUERIES  # every query of b next to the same of a

@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,20 @@ def config(text_root, tmp_path_factory) -> PretrainConfig:
         windows_per_step=4, pairs_per_step=16, max_query_tokens=12, max_document_tokens=24, warmup_steps=2,
         save_every_steps=4, log_every_steps=1,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"max_document_tokens": 65}, "max_document_tokens=65 is more than nano.positions=64"),
+        ({"max_query_tokens": 65}, "max_query_tokens=65 is more than nano.positions=64"),
+        ({"nano": replace(SHAPE, vocabulary=256)}, "nano.vocabulary=256: it has 256 bytes and the end token at least"),
+        ({"nano": replace(SHAPE, vocabulary=65_537)}, "65536 words at most, as token ids are kept in two bytes"),
+    ],
+)
+def test_what_cannot_be_pretrained_is_refused_before_anything_is_read(config, changed, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        replace(config, **changed)
 
 
 def test_next_token_loss_is_torchs_cross_entropy_with_its_gradients():

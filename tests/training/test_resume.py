@@ -246,6 +246,16 @@ def test_more_accumulation_than_batches_is_refused(tiny_encoder, tmp_path):
         trained(tmp_path / "run", fresh_encoder(tiny_encoder, "bitfit"), gradient_accumulation=99)
 
 
+def test_a_run_that_would_learn_nothing_is_refused_at_its_first_step(tiny_encoder, tmp_path):
+    """A cosine is always above another one less 2.5."""
+    encoder = tiny_encoder("gpt2")
+    encoder.trunk = tune(encoder.trunk, TuningConfig("bitfit"))
+    feed = feed_of([Example(f"{word} one", f"how to {word}", ()) for word in WORDS[:8]], encoder, 4)
+    config, loss = TrainerConfig(queries_per_process=4), LossConfig(false_negative_margin=2.5)
+    with pytest.raises(InputError, match=r"its gradient is 0: loss\.false_negative_margin=2\.5 may leave out every"):
+        train(encoder, feed, Accelerator(cpu=True), RunFolder(tmp_path), config, loss, OptimConfig(), dict)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_log_is_of_all_micro_batches_of_a_step(padded, tiny_encoder, tmp_path):
     """Written out in float64: each micro-batch's queries against its own documents.

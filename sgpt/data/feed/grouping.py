@@ -9,7 +9,6 @@ serves every batch size, every epoch cuts it elsewhere, and every example still 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -22,7 +21,7 @@ ROWS_AT_A_TIME = 16_384
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """Numbers of all examples [n], each next to its neighbours. Compared by identity, for `order` remembers results."""
+    """Numbers of all examples [n], each next to its neighbours."""
 
     examples: np.ndarray
 
@@ -43,7 +42,6 @@ def walk(embeddings: Embeddings, queries: np.ndarray) -> np.ndarray:
     return np.lexsort((step[rows], earlier))  # the last key counts first
 
 
-@lru_cache(maxsize=8)
 def order(walked: Walk, batch: int, seed: int, source: int, epoch: int) -> np.ndarray:
     """The numbers of all examples as this epoch draws them: runs of a batch, shuffled.
 

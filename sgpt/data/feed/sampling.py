@@ -8,13 +8,13 @@ of near queries are shuffled in place of single examples (grouping.py).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 
 import numpy as np
 
 from sgpt.data.feed.collate import Batch, DrawnExample, make_batch
-from sgpt.data.feed.embeddings import Embeddings
+from sgpt.data.feed.embeddings import Embeddings, query_numbers
 from sgpt.data.feed.grouping import Walk, order
 from sgpt.data.feed.store import Examples, Tokens
 from sgpt.runtime.errors import InputError
@@ -45,7 +45,7 @@ class Source:
 
         Of several positives one is drawn, by a seed of example and epoch. Of more than H hard negatives each epoch
         takes the next H. Where there are fewer (msmarco with use_all_queries, labelled pairs), positives of other
-        examples are used instead.
+        examples are used instead, none of which the data give as an answer to the query, or the query to it.
         """
         positives, negatives = self.examples.positives[number], self.examples.hard_negatives[number]
         missing = self.num_hard_negatives - len(negatives)
@@ -55,7 +55,7 @@ class Source:
             if len(positives) > 1:
                 positive = int(generator.integers(len(positives)))
             if missing > 0:
-                negatives = [*negatives, *self._positives_of_others(positives, missing, generator)]
+                negatives = [*negatives, *self._positives_of_others(number, missing, generator)]
                 if not negatives:  # a positive of its own would be trained against
                     raise InputError(
                         f"{self.name}: a query has no hard negative, and no other example has another positive to be "
@@ -69,11 +69,26 @@ class Source:
             self.examples, self.tokens, self.frames, self.examples.queries[number], documents, others, self.guide
         )  # fmt: skip
 
-    def _positives_of_others(self, own: Sequence[int], number: int, generator: np.random.Generator) -> list[int]:
-        """At most `number` texts that are none of one's `own`; fewer where a hundred draws for each find no other."""
+    def _positives_of_others(self, example: int, number: int, generator: np.random.Generator) -> list[int]:
+        """At most `number` texts for an example, as `draw` says; fewer where a hundred draws for each find no other."""
+        query = self.examples.queries[example]
+        own = self._answers(query)
         rows = (int(generator.integers(len(self.examples))) for _ in range(100 * number))
         texts = (self.examples.positives[row][0] for row in rows)
-        return list(islice((text for text in texts if text not in own), number))
+        return list(islice((text for text in texts if text not in own and query not in self._answers(text)), number))
+
+    def _answers(self, text: int) -> set[int]:
+        """The text itself, and all that the examples give as answers to it."""
+        rows, queries = self._rows_by_query
+        first, behind = np.searchsorted(queries, [text, text + 1])
+        return {text, *(answer for row in rows[first:behind] for answer in self.examples.positives[int(row)])}
+
+    @cached_property
+    def _rows_by_query(self) -> tuple[np.ndarray, np.ndarray]:
+        """The examples [n] in the order of their queries' numbers, and those numbers [n]."""
+        queries = query_numbers(self.examples)
+        rows = np.argsort(queries, kind="stable")
+        return rows, queries[rows]
 
 
 @dataclass
@@ -95,6 +110,7 @@ class Feed:
 
     def __post_init__(self) -> None:
         self.turn_counts = [0] * len(self.sources)
+        self._order = lru_cache(maxsize=2 * len(self.sources))(self._make_order)  # this epoch's and the next one's
         for source in self.sources:
             if len(source.examples) < self.queries_in_total and not (self.mixed and len(self.sources) > 1):
                 raise InputError(
@@ -145,12 +161,12 @@ class Feed:
         drawn = self.drawn_examples(number, rank)
         return [self.sources[source].draw(example, epoch, self.seed) for source, example, epoch in drawn]
 
-    def _order(self, source: int, epoch: int) -> np.ndarray:
+    def _make_order(self, source: int, epoch: int) -> np.ndarray:
         """The examples of a source as an epoch draws them, [n]."""
         walked = self.sources[source].walk
         if walked is not None:
             return order(walked, self.queries_in_total, self.seed, source, epoch)
-        return _shuffled(len(self.sources[source].examples), self.seed, source, epoch)
+        return np.random.default_rng((self.seed, source, epoch)).permutation(len(self.sources[source].examples))
 
     def _turn(self, number: int) -> tuple[int, int]:
         """Which source has turn `number`, and how many it had before: always the one furthest behind its weight."""
@@ -165,8 +181,3 @@ class Feed:
             self.turns.append((source, self.turn_counts[source]))
             self.turn_counts[source] += 1
         return self.turns[number]
-
-
-@lru_cache(maxsize=8)
-def _shuffled(size: int, seed: int, source: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, source, epoch)).permutation(size)
