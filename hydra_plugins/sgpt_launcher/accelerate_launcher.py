@@ -7,7 +7,8 @@ could not change between jobs, and each rank would run a sweeper of its own and 
 
 Job i of a sweep of the config named N is an ordinary run with two more overrides, `name=N-sweep/i` and `resume=true`:
 
-    runs/N-sweep/i/results.json    written by the script; the numbers in its "after" are what we show
+    runs/N-sweep/i/results.json    written by the script; the numbers in its "after" are what we show, or without
+                                   test sets those of the dev sets in metrics.jsonl
     runs/N-sweep/i.log             stdout and stderr of all its processes, appended to by every start
     runs/N-sweep/sweep.json        all jobs: overrides, status, metrics
 
@@ -68,7 +69,10 @@ class AccelerateLauncherConfig:
     jobs_at_a_time: int = 1
     """Jobs that run at the same time, each with cores of its own and, on a machine with GPUs, its own of those."""
     num_cpu_threads_per_process: int | None = None
-    """None: the cores of this machine divided by all processes that run at a time. Accelerate alone would take 1."""
+    """Threads of each process, in training unless the job sets trainer.threads; a run that is resumed keeps its own.
+
+    None: the cores of this machine divided by all processes that run at a time. Accelerate alone would take 1.
+    """
     prefix: list[str] = field(default_factory=list)
     """A command that starts each job elsewhere and ends as the job does, e.g. [srun,--gpus,1,--cpus-per-task,8].
 
@@ -100,8 +104,13 @@ class AccelerateLauncher(Launcher):
         prefix: Sequence[str],
         arguments: Sequence[str],
     ) -> None:
-        for name, value in {"num_processes": num_processes, "jobs_at_a_time": jobs_at_a_time}.items():
-            if value < 1:
+        counts = {
+            "num_processes": num_processes,
+            "jobs_at_a_time": jobs_at_a_time,
+            "num_cpu_threads_per_process": num_cpu_threads_per_process,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
                 raise InputError(f"hydra.launcher.{name} is {value}; it must be at least 1.")
         if prefix and not shutil.which(prefix[0]):
             raise InputError(f"hydra.launcher.prefix={' '.join(prefix)}: there is no command {prefix[0]} on the PATH")
@@ -112,6 +121,7 @@ class AccelerateLauncher(Launcher):
             )
         self.num_processes = num_processes
         self.jobs_at_a_time = jobs_at_a_time
+        self.stated_threads = num_cpu_threads_per_process
         at_a_time = num_processes * jobs_at_a_time
         self.num_threads = num_cpu_threads_per_process or max(1, num_cores() // at_a_time)
         self.prefix = list(prefix)
@@ -135,10 +145,12 @@ class AccelerateLauncher(Launcher):
             raise InputError("A sweep needs the key `name`, which names its folder; set it in the config or name=….")
         self.folder = Path(OmegaConf.select(config, "runs") or "runs") / f"{self.name}-sweep"
         self.jobs = read_jobs(self.folder / "sweep.json")
+        self.threads_overrides: dict[int, list[str]] = {}  # job -> trainer.threads=…, where it is for us to set
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Sweepers that choose by results call this once per batch; table and sweep.json then grow with every batch."""
         self.batch_size, self.ended = len(job_overrides), 0
+        self.keeping_threads: list[str] = []  # jobs that were started with other threads than stated now
         self.started: dict[int, float] = {}  # job -> seconds by the monotonic clock
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -148,6 +160,12 @@ class AccelerateLauncher(Launcher):
         at_a_time = f", {self.jobs_at_a_time} at a time" if self.jobs_at_a_time > 1 else ""
         console.print(f"{self.folder}/, jobs: {len(batch)}{at_a_time}, each {processes} of {self.num_threads} threads")
         returns = {job.job: self.job_return(job) for job in batch}
+        if self.keeping_threads:
+            console.print(
+                f"started with other threads, which are kept: job {', '.join(self.keeping_threads)}; "
+                f"hydra.launcher.num_cpu_threads_per_process={self.stated_threads} has no effect there",
+                soft_wrap=True,
+            )
         waiting, running = list(batch), list[Running]()
         try:
             with stop_signals_raise(), spinner(console, f"output of the jobs: {self.folder}/<job>.log"):
@@ -215,7 +233,9 @@ class AccelerateLauncher(Launcher):
         if error is None:
             job.status = "finished"
             returned.status, returned.return_value = JobStatus.COMPLETED, job.main_metric
-            outcome = f"{compared_metric(job.after)[0]} {job.main_metric:.4f}"
+            outcome = "finished, with no score"
+            if job.main_metric is not None:
+                outcome = f"{compared_metric(job.after)[0]} {job.main_metric:.4f}"
         else:
             job.status, job.error = "failed", str(error)
             returned.status = JobStatus.FAILED
@@ -232,11 +252,18 @@ class AccelerateLauncher(Launcher):
         return round((time.monotonic() - self.started[job.job]) / 60, 2)
 
     def job_arguments(self, job: SweepJob) -> list[str]:
-        return [*job.overrides, f"name={quoted(f'{self.name}-sweep/{job.job}')}", "resume=true"]
+        name = quoted(f"{self.name}-sweep/{job.job}")
+        return [*job.overrides, *self.threads_overrides.get(job.job, []), f"name={name}", "resume=true"]
 
     def job_return(self, job: SweepJob) -> JobReturn:
         """Composes the job's configuration: one without `resume` is refused here, and what training would refuse."""
         config = self.config_loader.load_sweep_config(self.config, self.job_arguments(job))
+        if lets_set_threads(config):
+            threads = threads_of_run(Path(job.folder), self.stated_threads)
+            if self.stated_threads not in (None, threads) and job.status != "finished":
+                self.keeping_threads.append(str(job.job))
+            self.threads_overrides[job.job] = [] if threads is None else [f"trainer.threads={threads}"]
+            config = self.config_loader.load_sweep_config(self.config, self.job_arguments(job))
         if self.config.hydra.job.config_name == "train":
             refuse_untrainable(config, job)
         with open_dict(config):
@@ -293,6 +320,24 @@ class Returned(JobReturn):
         self._return_value = value
 
 
+def lets_set_threads(config: DictConfig) -> bool:
+    """Whether it is the configuration of a script with the key trainer.threads, and leaves that null."""
+    trainer = OmegaConf.select(config, "trainer")
+    return isinstance(trainer, DictConfig) and "threads" in trainer and trainer.threads is None
+
+
+def threads_of_run(folder: Path, stated: int | None) -> int | None:
+    """trainer.threads of the run of this folder: as it was started, where it was, since training refuses another one.
+
+    stated: for a new run. None leaves them to training, which shares the cores that it may use.
+    """
+    from sgpt.training.run_folder import read_config
+
+    if not (folder / "config.yaml").is_file():
+        return stated
+    return read_config(folder).get("trainer", {}).get("threads")
+
+
 def refuse_untrainable(config: DictConfig, job: SweepJob) -> None:
     """InputError for a value that train/biencoder.py refuses: now, and not when the jobs before have ended."""
     from sgpt.cli.compose import typed
@@ -310,8 +355,8 @@ def result_of(item: Running) -> Exception | None:
     if exit_code:
         return RuntimeError(failure(f"job {item.job.job}", item.job.log, exit_code, item.process.last_lines()))
     try:
-        item.job.after = read_after(Path(item.job.folder) / "results.json")
-        item.job.main_metric = compared_metric(item.job.after)[1]
+        item.job.after = read_after(Path(item.job.folder))
+        item.job.main_metric = compared_metric(item.job.after)[1] if item.job.after else None
     except (ValueError, FileNotFoundError) as error:
         return error
     return None

@@ -1,13 +1,14 @@
 """A job of a sweep as a process group: started, logged, stopped whole."""
 
 import fcntl
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -147,6 +148,27 @@ class LoggedProcess:
                 lines = lines[: i + 1]
                 break
         return [line for line in lines if line.strip()][-SHOWN_LOG_LINES:]
+
+
+def check_in_fork(check: Callable[[], object]) -> None:
+    """Calls it in a fork of this process, with which the memory of its imports goes; raises its InputError here."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def send_refusal() -> None:
+        try:
+            check()
+            sender.send(None)
+        except InputError as error:
+            sender.send(str(error))
+
+    process = context.Process(target=send_refusal)
+    process.start()
+    sender.close()
+    refusal = receiver.recv()
+    process.join()
+    if refusal is not None:
+        raise InputError(refusal)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The search space of a study: of each key of the configuration, what it may be."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,6 +75,37 @@ def drawn_overrides(values: Mapping[str, str | float]) -> list[str]:
     return overrides
 
 
-def example_overrides(space: Sequence[Dimension]) -> list[str]:
-    """Of a trial that may be drawn."""
-    return drawn_overrides({item.key: item.choices[0] if item.choices else item.low for item in space})
+def example_values(space: Sequence[Dimension]) -> dict[str, str | float]:
+    """Of a trial that may be drawn: the first choices and the smallest numbers."""
+    return {item.key: item.choices[0] if item.choices else item.low for item in space}
+
+
+def drawn_fraction(item: Dimension) -> float | None:
+    """A number with a fraction that may be drawn, near low; None where low has one itself, and where all are whole."""
+    if item.choices is not None or not float(item.low).is_integer():
+        return None
+    distance = item.step or min(0.5, (item.high - item.low) / 2)
+    value = item.low + distance
+    return value if value <= item.high and not float(value).is_integer() else None
+
+
+def check_values(space: Sequence[Dimension], check: Callable[[list[str]], object]) -> None:
+    """InputError where training refuses what may be drawn: the example's values, or fractions for a whole-number key.
+
+    check: raises InputError for overrides of a trial that training refuses.
+    """
+    example = example_values(space)
+    check(drawn_overrides(example))
+    for item in space:
+        value = drawn_fraction(item)
+        if value is None:
+            continue
+        try:
+            check(drawn_overrides({**example, item.key: value}))
+        except InputError as error:  # of the fraction, since the whole number next to it was not refused
+            other = "log" if item.log else f"step: {item.step:g}" if item.step else ""
+            remedy = "step: 1" + (f" in place of {other}" if other else "")
+            raise InputError(
+                f"space: {item.key} may be drawn as {value:g}, which training refuses ({error}); give it {remedy}, "
+                "which draws whole numbers"
+            ) from None

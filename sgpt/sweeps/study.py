@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.values import COUNT, SEED, THREADS, check_choice, check_ranges
-from sgpt.sweeps.jobs import COMPARED_METRICS
+from sgpt.sweeps.jobs import COMPARED_METRICS, read_dev
 from sgpt.sweeps.process import (
     LoggedProcess,
     accelerate_launch,
@@ -373,16 +373,8 @@ def dev_scores(file: Path, metric: str) -> dict[int, float]:
 
     InputError when it has dev results and not this metric.
     """
-    scores = {}
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    for line in lines:
-        if not line.endswith("\n") or '"dev"' not in line:  # the end of one may not be written yet
-            continue
-        content = json.loads(line)
-        score = dev_score(content["dev"], metric)
-        if not math.isnan(score):
-            scores[content["step"]] = score
-    return scores
+    scores = {step: dev_score(results, metric) for step, results in read_dev(file).items()}
+    return {step: score for step, score in scores.items() if not math.isnan(score)}
 
 
 def dev_score(results: Mapping[str, Mapping[str, float]], metric: str) -> float:

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+NOTHING_TO_COMPARE = (
+    "nothing to compare the jobs by: they have no test set (evaluation.retrieval, evaluation.sts, evaluation.pairs) "
+    "and no dev set that is scored (dev.retrieval, dev.sts, dev.pairs and trainer.evaluate_every_steps)"
+)
+
 
 def make_console() -> "Console":
     from rich.console import Console
@@ -35,6 +40,9 @@ def sweep_table(name: str, jobs: list[SweepJob]) -> "Table":
     columns = list(dict.fromkeys(scores))  # each once, in the order met
     table = Table(title=" ".join([f"{name}-sweep", *shared]), title_justify="left", caption_justify="left")
     table.caption = f"* best {compared_metric(best.after)[0]}: job {best.job}" if best else None
+    finished = [job for job in jobs if job.status == "finished"]
+    if finished and not any(job.after for job in finished):
+        table.caption = NOTHING_TO_COMPARE
     table.add_column("job", justify="right")
     for heading in ("overrides", "status"):
         table.add_column(heading, overflow="fold")

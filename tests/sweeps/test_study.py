@@ -17,7 +17,7 @@ from rich.console import Console
 from sgpt.cli.compose import compose_training, plain, typed
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.overrides import CONFIGS
-from sgpt.sweeps.space import Dimension, check_space, drawn_overrides
+from sgpt.sweeps.space import Dimension, check_space, check_values, drawn_overrides
 from sgpt.sweeps.study import StudyConfig, check_training, dev_score, dev_scores, open_study, run_study
 from sgpt.sweeps.study_report import study_table, write_experiment, write_study_page
 from sgpt.training.config import TrainConfig
@@ -63,6 +63,7 @@ def quality(rate: float) -> float:
 
 
 RATE = Dimension("rate", low=1e-4, high=1, log=True)
+RATE_OF_TRAINING = Dimension("optim.learning_rate", low=1e-4, high=1, log=True)
 
 
 def test_a_study_scores_its_trials_and_survives_those_that_fail(tmp_path, script):
@@ -256,6 +257,53 @@ def test_what_no_trial_could_be_scored_by_is_said_before_the_first():
     check_training(compose_training(["data.path=x", "trainer.evaluate_every_steps=1", "dev.pairs=[own.csv]"]))
     with pytest.raises(InputError, match=r"optim.learning_rat=1: there is no key .*did you mean optim.learning_rate"):
         compose_training(["experiment=pydocs", "optim.learning_rat=1"])
+
+
+PER_PROCESS = "trainer.queries_per_process"
+
+
+def trained_with(drawn: list[str]) -> TrainConfig:
+    return typed(TrainConfig, compose_training(["data.path=x", *drawn]))
+
+
+@pytest.mark.parametrize(("dimension", "sentence"), [
+    (Dimension(PER_PROCESS, low=8, high=16), rf"^space: {PER_PROCESS} .* as 8\.5, .*Integer.*give it step: 1,"),
+    (Dimension(PER_PROCESS, low=8, high=16, log=True), r"give it step: 1 in place of log, which"),
+    (Dimension(PER_PROCESS, low=8, high=16, step=0.25), r"drawn as 8\.25, .*give it step: 1 in place of step: 0\.25"),
+    (Dimension(PER_PROCESS, low=7.5, high=16), rf"^{PER_PROCESS}: Value '7\.5' .*could not be converted to Integer"),
+    (Dimension(PER_PROCESS, low=0, high=16, step=1), rf"^{PER_PROCESS}=0 "),
+    (Dimension("pooling", choices=["men", "mean"]), r"^pooling=men: there is no 'men' in configs/pooling/"),
+])  # fmt: skip
+def test_values_that_training_refuses_are_said_before_the_first_trial(dimension, sentence):
+    with pytest.raises(InputError, match=sentence):
+        check_values([RATE_OF_TRAINING, dimension], trained_with)
+
+
+@pytest.mark.parametrize("dimension", [
+    Dimension(PER_PROCESS, low=8, high=16, step=1),
+    Dimension(PER_PROCESS, low=8, high=64, step=8),
+    Dimension("loss.scale", low=10, high=60, log=True),
+    Dimension("optim.weight_decay", low=0, high=1),
+    Dimension("pooling", choices=["mean", "cls"]),
+])  # fmt: skip
+def test_values_that_training_takes_are_not_refused(dimension):
+    check_values([RATE_OF_TRAINING, dimension], trained_with)
+
+
+def test_a_study_that_cannot_score_ends_with_an_error(start, tmp_path):
+    """Of the script itself: before the first trial where a key counts, and after the last where none has a score."""
+    study = ["runs=here", "trials=1", "overrides=[data.path=none.jsonl,dev.sts=[dev],trainer.evaluate_every_steps=1]"]
+    refused = start("sweep", *study, "name=ints", "space=[{key: trainer.queries_per_process, low: 8, high: 16}]")
+    assert refused.sentence.startswith("space: trainer.queries_per_process may be drawn as 8.5, which training refuses")
+    assert refused.sentence.endswith("give it step: 1, which draws whole numbers")
+    ended = start("sweep", *study, "name=x", "space=[{key: trainer.queries_per_process, low: 8, high: 16, step: 1}]")
+    assert ended.code == 1, ended.said
+    assert "none.jsonl" in ended.out  # the end of the trial's output
+    assert "plots  here/x-study/study.html\n" in ended.out
+    assert ended.err.endswith(
+        "error: no trial has a score; why: here/x-study/<trial>.log. Put it right and raise trials=…, or give "
+        "the study another name=…\n"
+    )
 
 
 def test_the_best_configuration_is_an_experiment_that_composes_to_itself(tmp_path, script):

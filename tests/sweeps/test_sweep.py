@@ -18,6 +18,7 @@ import pytest
 
 from sgpt.runtime.errors import InputError
 from sgpt.sweeps.process import cores_of_slots, gpus_of_slots
+from tests.starts import small_training
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -28,6 +29,8 @@ resume: false
 learning_rate: 1
 pooling: mean
 seed: 0
+scored: test
+trainer: {threads: null}
 hydra:
   output_subdir: null
   run: {dir: .}
@@ -46,6 +49,7 @@ def main(config):
     print(f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')} rate {config.learning_rate}",
           f"threads {os.environ['OMP_NUM_THREADS']} of {len(os.sched_getaffinity(0))}",
           f"cpu {os.environ.get('ACCELERATE_USE_CPU')}")
+    print(f"training would take {config.trainer.threads} threads")
     if config.resume and (folder / "results.json").exists():
         print("found finished")
         return
@@ -68,6 +72,14 @@ def main(config):
         quality = 1 / (1 + config.learning_rate)
         metrics = {"ndcg@10": quality, "recall@100": 0.5}
         results = {"before": {}, "after": {"toy": metrics, "sts": {"spearman_cosine": quality / 2}}, "bm25": {}}
+        if config.scored != "test":
+            results["after"] = {}
+        if config.scored == "dev":
+            of_steps = [quality / 4, quality, quality / 2]
+            lines = [{"step": step, "loss": 1.0} for step in (1, 2)]
+            lines += [{"step": step, "dev": {"toy": {"ndcg@10": value}}} for step, value in enumerate(of_steps, 1)]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+            (folder / "manifest.json").write_text('{"best": {"step": 2}}' if config.pooling == "mean" else "{}")
         (folder / "results.json").write_text(json.dumps(results))
 
 main()
@@ -242,6 +254,89 @@ def test_prefix_starts_the_jobs_by_another_command(tmp_path: Path) -> None:
     log = (project / "runs/toy-sweep/0.log").read_text()
     assert "started by long\n" in log
     assert "threads 3 of " in log
+
+
+@pytest.mark.parametrize(("pooling", "scores"), [("mean", ["0.2500", "0.5000"]), ("cls", ["0.1250", "0.2500"])])
+def test_jobs_without_a_test_set_are_compared_by_dev_sets(pooling: str, scores: list[str], tmp_path: Path) -> None:
+    """At the step that the manifest names as the best, which the weights are of, or else at the last one."""
+    project = toy_project(tmp_path)
+    done = sweep(project, "learning_rate=3,1", "scored=dev", f"pooling={pooling}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = table_rows(done.stdout)
+    assert rows == [["0", "learning_rate=3", "finished", scores[0]], ["*1", "learning_rate=1", "finished", scores[1]]]
+    assert re.search(rf"job 1  learning_rate=1  \d+\.\d min  toy \(dev\) ndcg@10 {scores[1]}\n", done.stdout)
+    assert "* best toy (dev) ndcg@10: job 1" in done.stdout
+    content = read_sweep(project)
+    assert (content["main_metric"], content["best"]) == ("toy (dev) ndcg@10", 1)
+
+
+def test_jobs_without_any_score_are_finished_and_the_table_says_why_none_is_the_best(tmp_path: Path) -> None:
+    project = toy_project(tmp_path)
+    done = sweep(project, "learning_rate=3,1", "scored=none")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished, with no score\n" in done.stdout
+    assert [row[2] for row in table_rows(done.stdout)] == ["finished", "finished"]
+    said = " ".join(done.stdout.split())
+    assert "nothing to compare the jobs by: they have no test set (evaluation.retrieval, evaluation.sts, " in said
+    content = read_sweep(project)
+    outcomes = [(job["status"], job["main_metric"], job["error"]) for job in content["jobs"]]
+    assert outcomes == [("finished", None, None)] * 2
+    assert (content["main_metric"], content["best"]) == (None, None)
+
+
+def test_threads_of_the_launcher_are_those_of_training_unless_the_job_or_its_run_has_its_own(tmp_path: Path) -> None:
+    """A run is refused when it resumes with another trainer.threads than its config.yaml has, null included."""
+    project = toy_project(tmp_path)
+    swept, stated = ["seed=0,1", "trainer.threads=null,2"], "hydra.launcher.num_cpu_threads_per_process=3"
+
+    def last_threads(*arguments: str) -> list[str]:
+        done = sweep(project, *swept, *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        logs = [(project / f"runs/toy-sweep/{job}.log").read_text() for job in range(4)]
+        said.append(done.stdout)
+        return [re.findall("training would take (.*) threads", log)[-1] for log in logs]
+
+    said: list[str] = []
+    assert last_threads(stated) == ["3", "2", "3", "2"]  # seed=0 twice, then seed=1
+    assert last_threads() == ["None", "2", "None", "2"]  # training shares the cores that it may use
+    for job, threads in enumerate(["null", 2, 5]):
+        (project / f"runs/toy-sweep/{job}/config.yaml").write_text(f"trainer: {{threads: {threads}}}")
+    content = read_sweep(project)
+    content["jobs"][0]["status"] = "stopped"
+    (project / "runs/toy-sweep/sweep.json").write_text(json.dumps(content))
+    assert last_threads(stated) == ["None", "2", "5", "2"]
+    assert "started with other threads, which are kept: job 0; hydra.launcher.num_cpu_threads" in said[-1]
+    assert last_threads() == ["None", "2", "5", "2"]
+    assert "which are kept" not in said[-1]
+    refused = sweep(project, *swept, "hydra.launcher.num_cpu_threads_per_process=0")
+    assert "hydra.launcher.num_cpu_threads_per_process is 0; it must be at least 1" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_of_trainings_on_ones_own_pairs_finishes_and_resumes(start, tiny_base, tmp_path: Path) -> None:
+    """As data=file has it: no test sets. Each job takes the threads that the launcher is given."""
+    overrides = small_training(tmp_path, tiny_base("gpt_neo"))(tmp_path)
+    scored = next(item for item in overrides if item.startswith("evaluation.sts")).partition("=")[2]
+    other = ("evaluation.sts", "trainer.threads", "trainer.max_steps")
+    kept = [item for item in overrides if not item.startswith(other)]
+    swept = ["-m", "hydra/launcher=accelerate", "name=sw", *kept, f"dev.sts={scored}", "trainer.max_steps=2"]
+    swept += ["trainer.evaluate_every_steps=1", "optim.learning_rate=1e-3,3e-1"]
+    folder = tmp_path / "runs" / "sw-sweep"
+
+    def statuses(threads: int) -> list[str]:
+        ended = start("biencoder", *swept, f"hydra.launcher.num_cpu_threads_per_process={threads}")
+        assert ended.code == 0, ended.said
+        assert "* best scored (dev) spearman_cosine: job " in ended.out
+        return [job["status"] for job in json.loads((folder / "sweep.json").read_text())["jobs"]]
+
+    assert statuses(3) == ["finished", "finished"]
+    for job in json.loads((folder / "sweep.json").read_text())["jobs"]:
+        manifest = json.loads((folder / str(job["job"]) / "manifest.json").read_text())
+        assert manifest["environment"]["threads"] == 3
+        assert job["main_metric"] == pytest.approx(manifest["best"]["value"])  # as training chose its step
+    config = folder / "0" / "config.yaml"  # as a sweep of before wrote it
+    config.write_text(config.read_text().replace("threads: 3", "threads: null"))
+    assert statuses(2) == ["finished", "finished"]
 
 
 def test_a_sweep_ends_with_a_sentence(start) -> None:
