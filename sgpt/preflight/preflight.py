@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from sgpt.data.feed.sampling import Feed
 from sgpt.decoder.families import position_limit
@@ -131,7 +132,7 @@ def _refuse(encoder: Encoder, feed: Feed) -> None:
     the base has positions.
     """
     trunk = encoder.trunk
-    if encoder.device.type == "cuda" and encoder.pack_size > TOKENS_ON_GPU:
+    if encoder.device.type == "cuda" and encoder.pack_size > TOKENS_ON_GPU and _learns_bias_of_layer_norm(trunk):
         raise InputError(
             f"trainer.tokens_per_pack={encoder.pack_size}: beyond {TOKENS_ON_GPU:,} torch's layer norm has no gradient "
             "for a bias alone on a GPU (pytorch#193016); lower it"
@@ -147,6 +148,12 @@ def _refuse(encoder: Encoder, feed: Feed) -> None:
                     f"{source.name}: a {role} may have {longest} tokens, and {type(trunk).__name__} has {limit} "
                     f"positions; lower {role}_max_tokens of this source to {limit} or less"
                 )
+
+
+def _learns_bias_of_layer_norm(trunk: nn.Module) -> bool:
+    """And not its gain."""
+    norms = [module for module in trunk.modules() if isinstance(module, nn.LayerNorm) and module.bias is not None]
+    return any(norm.bias.requires_grad and not norm.weight.requires_grad for norm in norms)
 
 
 def _learning(encoder: Encoder, config: TrainConfig) -> str:

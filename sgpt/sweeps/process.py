@@ -165,7 +165,11 @@ def check_in_fork(check: Callable[[], object]) -> None:
     process = context.Process(target=send_refusal)
     process.start()
     sender.close()
-    refusal = receiver.recv()
+    try:
+        refusal = receiver.recv()
+    except EOFError:
+        process.join()
+        refusal = f"the check of what is drawn ended with code {process.exitcode}; -9 is for want of memory"
     process.join()
     if refusal is not None:
         raise InputError(refusal)

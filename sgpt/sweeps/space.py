@@ -80,13 +80,13 @@ def example_values(space: Sequence[Dimension]) -> dict[str, str | float]:
     return {item.key: item.choices[0] if item.choices else item.low for item in space}
 
 
-def drawn_fraction(item: Dimension) -> float | None:
-    """A number with a fraction that may be drawn, near low; None where low has one itself, and where all are whole."""
-    if item.choices is not None or not float(item.low).is_integer():
-        return None
-    distance = item.step or min(0.5, (item.high - item.low) / 2)
-    value = item.low + distance
-    return value if value <= item.high and not float(value).is_integer() else None
+def drawn_fractions(item: Dimension) -> list[float]:
+    """Numbers with a fraction that may be drawn, near low and in the middle; none where all are whole."""
+    if item.choices is not None:
+        return []
+    near, middle = item.low + (item.step or min(0.5, (item.high - item.low) / 2)), (item.low + item.high) // 2 + 0.5
+    drawn = [near] if item.step else [near, middle]
+    return [value for value in drawn if item.low <= value <= item.high and not float(value).is_integer()]
 
 
 def check_values(space: Sequence[Dimension], check: Callable[[list[str]], object]) -> None:
@@ -97,15 +97,13 @@ def check_values(space: Sequence[Dimension], check: Callable[[list[str]], object
     example = example_values(space)
     check(drawn_overrides(example))
     for item in space:
-        value = drawn_fraction(item)
-        if value is None:
-            continue
-        try:
-            check(drawn_overrides({**example, item.key: value}))
-        except InputError as error:  # of the fraction, since the whole number next to it was not refused
-            other = "log" if item.log else f"step: {item.step:g}" if item.step else ""
-            remedy = "step: 1" + (f" in place of {other}" if other else "")
-            raise InputError(
-                f"space: {item.key} may be drawn as {value:g}, which training refuses ({error}); give it {remedy}, "
-                "which draws whole numbers"
-            ) from None
+        for value in drawn_fractions(item):
+            try:
+                check(drawn_overrides({**example, item.key: value}))
+            except InputError as error:  # of the fraction, since low was not refused
+                other = "log" if item.log else f"step: {item.step:g}" if item.step else ""
+                remedy = "step: 1" + (f" in place of {other}" if other else "")
+                raise InputError(
+                    f"space: {item.key} may be drawn as {value:g}, which training refuses ({error}); give it {remedy}, "
+                    "which draws whole numbers"
+                ) from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sgpt.data.feed.example import Example
-from sgpt.data.feed.sampling import Feed
+from sgpt.data.feed.sampling import FILLING, Feed
 from sgpt.data.readers import read_examples
 from sgpt.decoder.base_folder import revision_of
 from sgpt.decoder.quantised import held_weights
@@ -49,6 +49,8 @@ def run_inputs(encoder: Encoder, feed: Feed, sets: Sets, dev: Sets) -> Inputs:
     inputs: dict[str, str | int] = {"processes": feed.processes}
     for source in feed.sources:
         inputs[f"training data {source.name}"] = source.examples.key
+        if source.lacks_hard_negatives:
+            inputs[f"version of the rule that fills missing hard negatives of {source.name}"] = FILLING
         for side, embeddings in (source.guide or {}).items():
             inputs[f"guide's embeddings of each {side} of {source.name}"] = embeddings.key
         if source.walk is not None:

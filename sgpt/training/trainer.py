@@ -246,8 +246,9 @@ def train(
                         run, encoder, feed, numbers,
                         step=state.step + 1, loss=mean_loss, norm=norm, learning_rate=optim.learning_rate,
                     )  # fmt: skip
-            if state.step == 0 and norm == 0:
-                raise InputError(_no_negative(loss))
+            judges = loss.false_negative_margin is not None or loss.guide is not None
+            if judges and state.step == 0 and norm == 0:
+                raise InputError(_no_candidate(loss))
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -281,14 +282,14 @@ def train(
     return state
 
 
-def _no_negative(loss: LossConfig) -> str:
-    """Why the first gradient is exactly 0."""
+def _no_candidate(loss: LossConfig) -> str:
+    """Of a first gradient that is exactly 0, where something judges which candidates are negatives."""
     judges = {"false_negative_margin": loss.false_negative_margin, "guide": loss.guide}
     stated = " and ".join(f"loss.{key}={value}" for key, value in judges.items() if value is not None)
-    reason = f"{stated} may leave out every candidate (a margin is a difference of cosines): lower it" if stated else (
-        "all embeddings may be alike"
+    return (
+        f"the first step would learn nothing, its gradient is 0: {stated} may leave out every candidate (a margin is a "
+        "difference of cosines); lower the margin, and set name=<another name>"
     )
-    return f"the first step would learn nothing, its gradient is 0: {reason}"
 
 
 def every(interval: int, step: int) -> bool:

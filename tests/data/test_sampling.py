@@ -146,6 +146,11 @@ def test_no_answer_of_the_data_stands_in_for_a_hard_negative():
     assert drawn == [{"c"}, {"c"}, {"a2", "c"}, {"a2", "c"}, {"a0", "a1", "a2", "a3"}]
 
 
+@pytest.mark.parametrize(("negatives", "take", "lacks"), [(0, 0, False), (2, 2, False), (1, 2, True), (0, 1, True)])
+def test_a_source_knows_whether_hard_negatives_are_missing(negatives, take, lacks):
+    assert source(3, negatives=negatives, take=take).lacks_hard_negatives == lacks
+
+
 def test_as_many_sources_as_one_likes_are_shuffled_once_an_epoch(monkeypatch):
     """Mixed, each query is another source's turn; counted below numpy's own generator."""
     made = Feed([source(40, name=f"s{n}") for n in range(12)], 24, mixed=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from rich.console import Console
 from sgpt.cli.compose import compose_training, plain, typed
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.overrides import CONFIGS
+from sgpt.sweeps.process import check_in_fork
 from sgpt.sweeps.space import Dimension, check_space, check_values, drawn_overrides
 from sgpt.sweeps.study import StudyConfig, check_training, dev_score, dev_scores, open_study, run_study
 from sgpt.sweeps.study_report import study_table, write_experiment, write_study_page
@@ -173,6 +175,7 @@ WORKER = """
 import sys
 from pathlib import Path
 from sgpt.sweeps import study
+from sgpt.sweeps.process import check_in_fork
 from sgpt.sweeps.space import Dimension
 study.HEARTBEAT_SECONDS, study.GRACE_SECONDS = 1, 4
 space = [Dimension("rate", low=1e-4, high=1, log=True)]
@@ -272,6 +275,7 @@ def trained_with(drawn: list[str]) -> TrainConfig:
     (Dimension(PER_PROCESS, low=8, high=16, step=0.25), r"drawn as 8\.25, .*give it step: 1 in place of step: 0\.25"),
     (Dimension(PER_PROCESS, low=7.5, high=16), rf"^{PER_PROCESS}: Value '7\.5' .*could not be converted to Integer"),
     (Dimension(PER_PROCESS, low=0, high=16, step=1), rf"^{PER_PROCESS}=0 "),
+    (Dimension("optim.warmup_steps", low=0, high=100), r"drawn as 50\.5, .*give it step: 1,"),  # 0.5 is a share
     (Dimension("pooling", choices=["men", "mean"]), r"^pooling=men: there is no 'men' in configs/pooling/"),
 ])  # fmt: skip
 def test_values_that_training_refuses_are_said_before_the_first_trial(dimension, sentence):
@@ -317,3 +321,8 @@ def test_the_best_configuration_is_an_experiment_that_composes_to_itself(tmp_pat
         found = f"hydra.searchpath=[file://{tmp_path}/toy-study]"  # what --config-dir does
         composed = compose("train", overrides=[found, "experiment=toy_best", "name=pydocs"])
     assert plain(typed(TrainConfig, composed)) == best
+
+
+def test_a_check_that_is_killed_is_said():
+    with pytest.raises(InputError, match=r"the check of what is drawn ended with code -9; -9 is for want of memory"):
+        check_in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))

@@ -12,13 +12,16 @@ from functools import cached_property, lru_cache
 from itertools import islice
 
 import numpy as np
+import pyarrow.compute as pc
 
 from sgpt.data.feed.collate import Batch, DrawnExample, make_batch
 from sgpt.data.feed.embeddings import Embeddings, query_numbers
 from sgpt.data.feed.grouping import Walk, order
-from sgpt.data.feed.store import Examples, Tokens
+from sgpt.data.feed.store import Examples, Tokens, column_parts
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import Frame, Role
+
+FILLING = 2  # version of the rule by which texts stand in for missing hard negatives
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,13 @@ class Source:
         return DrawnExample(
             self.examples, self.tokens, self.frames, self.examples.queries[number], documents, others, self.guide
         )  # fmt: skip
+
+    @property
+    def lacks_hard_negatives(self) -> bool:
+        """Whether some example has fewer than are drawn for it."""
+        parts = column_parts("hard_negatives", self.examples.hard_negatives)
+        fewest = min(pc.min(pc.list_value_length(part)).as_py() for part in parts if len(part))
+        return fewest < self.num_hard_negatives
 
     def _positives_of_others(self, example: int, number: int, generator: np.random.Generator) -> list[int]:
         """At most `number` texts for an example, as `draw` says; fewer where a hundred draws for each find no other."""
