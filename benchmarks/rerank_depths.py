@@ -22,6 +22,7 @@ from sgpt.data.formats.jsonl import write_rows
 from sgpt.data.formats.trec import Run, cut, read_run
 from sgpt.evaluation.compare import best_weight
 from sgpt.retrieval.bm25 import bm25_run
+from sgpt.retrieval.dense import DEPTH
 from sgpt.retrieval.fusion import interpolated, reordered
 from sgpt.retrieval.metrics import difference, ranking_per_query
 from sgpt.retrieval.rerank import RerankConfig, read_reranking_set, run_rerank
@@ -63,7 +64,8 @@ def print_rows(name: str, config: RerankConfig, depths: list[int]) -> None:
     dataset = read_reranking_set(config)
     scores = read_run(Path(config.output), Path(config.data), dataset, "trec")
     dataset = replace(dataset, qrels={query: dataset.qrels[query] for query in scores if query in dataset.qrels})
-    first = {query: documents for query, documents in bm25_run(dataset, config.depth).items() if query in scores}
+    ranked = cut(bm25_run(dataset, max(DEPTH, config.depth)), config.depth)  # as re-ranking does: ties fall alike
+    first = {query: documents for query, documents in ranked.items() if query in scores}
     bm25 = ndcg(dataset.qrels, first)
     for depth in depths:
         alone = ndcg(dataset.qrels, reordered(first, scores, depth))
