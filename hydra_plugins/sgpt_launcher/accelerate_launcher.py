@@ -262,8 +262,9 @@ class AccelerateLauncher(Launcher):
             threads = threads_of_run(Path(job.folder), self.stated_threads)
             if self.stated_threads not in (None, threads) and job.status != "finished":
                 self.keeping_threads.append(str(job.job))
-            self.threads_overrides[job.job] = [] if threads is None else [f"trainer.threads={threads}"]
-            config = self.config_loader.load_sweep_config(self.config, self.job_arguments(job))
+            if threads is not None:
+                self.threads_overrides[job.job] = [f"trainer.threads={threads}"]
+                config = self.config_loader.load_sweep_config(self.config, self.job_arguments(job))
         if self.config.hydra.job.config_name == "train":
             refuse_untrainable(config, job)
         with open_dict(config):

@@ -241,6 +241,7 @@ def test_on_a_gpu_the_gradient_is_that_of_the_blocks(family):
         )
     varlen.DEVICES.add("cuda")
     largest = max(gradient.abs().max().item() for gradient in found[1].values())
-    for name, gradient in found[1].items():  # that of a bias of keys is rounding alone: softmax does not see it
-        bound = max(0.05 * gradient.abs().max().item(), 0.005 * largest)
-        torch.testing.assert_close(found[0][name], gradient, rtol=0, atol=bound)
+    for name, gradient in found[1].items():
+        # softmax does not see a bias of BERT's keys: its gradient is rounding alone, of numbers as large as any
+        own = 1e-4 * largest if name.endswith("self.key.bias") else 0.05 * gradient.abs().max().item() + 1e-3
+        torch.testing.assert_close(found[0][name], gradient, rtol=0, atol=own)
