@@ -473,6 +473,10 @@ def _rows_fingerprint(config: SourceConfig) -> str:
     return revision(config.path) if is_hub_dataset(Path(config.path)) else files_fingerprint(config)
 
 
+def _documents_fingerprint(config: SourceConfig) -> str:
+    return f"{_rows_fingerprint(config)}-{documents.VERSION}"
+
+
 def _beir_fingerprint(config: SourceConfig) -> str:
     """The triples may lie anywhere."""
     triples = Path(config.path, config.triples or "")
@@ -492,7 +496,7 @@ READERS: dict[str, Reader] = {
         _fill_documents,
         ("split", "subset", "streaming", "columns", *BAD_ROW_KEYS),
         _document_files,
-        _rows_fingerprint,
+        _documents_fingerprint,
     ),
     "beir": Reader(
         _fill_beir,

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from sgpt.data.formats.beir import Qrels, RetrievalSet, read_retrieval
+from sgpt.data.formats.beir import RetrievalSet, read_retrieval
 from sgpt.data.formats.rows import of_split, rows
 from sgpt.data.sources.bad_rows import accepted
 from sgpt.data.sources.columns import describe, guess_columns, keys_below, peek_column_names, refuse_late_columns
 from sgpt.data.sources.pairs import examples
+from sgpt.data.test_sets.own_pairs import as_retrieval_set
 from sgpt.mining.config import MineConfig
 from sgpt.runtime.errors import InputError
 
@@ -137,7 +138,7 @@ def pairs_as_retrieval_set(
 ) -> RetrievalSet:  # fmt: skip
     """Pairs as queries to search with: the different positives are the corpus, those of a query are relevant to it.
 
-    Ids are numbers. labels: as for `examples`. on_bad_rows: as for `accepted`.
+    labels: as for `examples`. on_bad_rows: as for `accepted`.
     """
     names, table = peek_column_names(rows(path, split))
     columns = guess_columns(names, stated, str(path))
@@ -148,14 +149,5 @@ def pairs_as_retrieval_set(
             "positive pairs in the file, and set data.columns.score='' to ignore the column"
         )
     table = refuse_late_columns(of_split(table, split, str(path)), names, columns, stated, 0)
-    queries: dict[str, str] = {}
-    documents: dict[str, str] = {}
-    qrels: Qrels = {}
-    for example in accepted(examples(table, columns, num_hard_negatives=0, labels=labels), **on_bad_rows):
-        query = queries.setdefault(example.query, str(len(queries)))
-        for text in (example.positive, *example.other_positives):
-            document = documents.setdefault(text, str(len(documents)))
-            qrels.setdefault(query, {})[document] = 1
-    corpus = {number: text for text, number in documents.items()}
-    texts = {number: text for text, number in queries.items()}
-    return RetrievalSet(path.name, corpus, texts, qrels)
+    pairs = accepted(examples(table, columns, num_hard_negatives=0, labels=labels), **on_bad_rows)
+    return as_retrieval_set(path.name, pairs)

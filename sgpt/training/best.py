@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from sgpt.data.formats.beir import RetrievalSet
+from sgpt.encoder.adapter import TRAINED
 from sgpt.evaluation.evaluate import Results, Sets
 from sgpt.retrieval.metrics import CORRELATIONS, RANKING_METRICS, main_metric
 from sgpt.runtime.distributed import on_all
@@ -77,7 +78,7 @@ def take_best(run: RunFolder, parameters: Mapping[str, nn.Parameter], state: Tra
         log.warning("%s, the best step, is gone: the weights of step %d are kept instead", folder, state.step)
         state.best_step, state.best_value = 0, None
         return
-    on_all(lambda: checkpoint.load_parameters(folder / "trained.safetensors", parameters))
+    on_all(lambda: checkpoint.load_parameters(folder / TRAINED, parameters))
     log.info(
         "adapter and export are made from step %d of %d, the best on the dev sets (%.4f)",
         state.best_step, state.step, state.best_value,

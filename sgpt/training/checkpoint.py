@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sgpt.encoder.adapter import TRAINED
 from sgpt.runtime.distributed import barrier, from_main, on_all, world
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import hash_of, remove_folder, replace_folder
@@ -69,7 +70,7 @@ def save(
         folder.mkdir(exist_ok=True)  # not the folders around it: where they have gone, the disk has
         temporary.mkdir()
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
-        save_file(tensors, temporary / "trained.safetensors")
+        save_file(tensors, temporary / TRAINED)
         torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps(asdict(state)) + "\n")
     barrier()  # the folder is there
@@ -184,7 +185,7 @@ def _load(checkpoint: Path, parameters: Mapping[str, nn.Parameter], optimizer, s
             f"{checkpoint}: saved by {state.processes} processes, resumed with {processes}; "
             f"start as many: {EXACT_PROCESSES}"
         )
-    load_parameters(checkpoint / "trained.safetensors", parameters)
+    load_parameters(checkpoint / TRAINED, parameters)
     with _undamaged(checkpoint / "optimizer.pt") as file:
         # onto the CPU, else every process would take memory on the GPU of the first
         stored = torch.load(file, weights_only=True, map_location="cpu")

@@ -88,6 +88,18 @@ def test_markdown_is_read_without_its_signs(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_comment_in_a_block_of_code_is_no_heading(tmp_path):
+    """CommonMark, 4.5: a block goes to a fence of the same sign that is as long, or to the end."""
+    (tmp_path / "page.md").write_text(
+        f"```sh\n# install it\n~~~\n# and run it\n````\n# On the heart\nIt is a muscle, {REST}\n\n"
+        f"~~~\n# beat\n\n# {OTHER}\n",
+        encoding="utf-8",
+    )
+    title, code = read(tmp_path, path=str(tmp_path / "page.md"))[0], "```sh # install it ~~~ # and run it ````"
+    assert title.query == "On the heart"
+    assert code not in title.query
+
+
 def test_what_a_folder_of_texts_leaves_out_is_said(tmp_path, caplog):
     pages = tmp_path / "pages"
     pages.mkdir()

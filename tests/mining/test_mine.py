@@ -624,12 +624,12 @@ def test_pairs_are_mined_as_the_beir_folder_that_they_make(columns, toy, tmp_pat
         csv.writer(out).writerows([(asked, answer), *pairs])
     queries, documents = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True))
     qrels = {
-        str(n): {str(documents.index(text)): 1 for query, text in pairs if query == asked_for} for n,
+        f"q{n}": {f"d{documents.index(text)}": 1 for query, text in pairs if query == asked_for} for n,
         asked_for in enumerate(queries)
     }
     folder = beir(
-        tmp_path / "same", {str(n): text for n, text in enumerate(documents)},
-        {str(n): text for n, text in enumerate(queries)}, qrels
+        tmp_path / "same", {f"d{n}": text for n, text in enumerate(documents)},
+        {f"q{n}": text for n, text in enumerate(queries)}, qrels
     )
     few = {"last_rank": 20, "negatives_per_query": 3}
     expected = mined(folder, tmp_path / "folder.jsonl", **few)[1]

@@ -25,9 +25,15 @@ from sgpt.runtime.files import files_below
 log = logging.getLogger(__name__)
 TEXT_ENDINGS = (".txt", ".md")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n.*?^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
-HEADING = re.compile(r"^#{1,6}[ \t]+(.*?)[ \t#]*$", re.MULTILINE)  # of Markdown (ATX)
+# of Markdown: a heading (ATX), or a block of code between fences, whose comments may look like one
+HEADING_OR_CODE = re.compile(
+    r"^ {0,3}(?P<fence>`{3,}|~{3,})[^\n]*\n.*?(?:^ {0,3}(?P=fence)[`~]*[ \t]*$|\Z)|"
+    r"^#{1,6}[ \t]+(?P<heading>[^\n]*?)[ \t#]*$",
+    re.DOTALL | re.MULTILINE,
+)
 BLANK_LINES = re.compile(r"\r?\n[ \t\r]*\n")  # of any system, and with blanks in them
 MIN_PARAGRAPH_WORDS, MAX_HEADING_WORDS = 20, 14
+VERSION = 2  # of the pairs that are made of a document; a change has sources read anew, and is seen by a resumed run
 
 
 def text_files(path: Path) -> list[Path]:
@@ -44,9 +50,10 @@ def text_rows(files: list[Path]) -> PlacedRows:
             title = file.stem.replace("_", " ").replace("-", " ")
             if file.suffix.lower() == ".md":
                 text = FRONT_MATTER.sub("", text)
-                first = HEADING.search(text)
-                title = first[1] if first else title
-                text = HEADING.sub(r"\n\1\n", text)  # a block of its own
+                headings = (match["heading"] for match in HEADING_OR_CODE.finditer(text))
+                title = next(filter(None, headings), title)
+                # a heading becomes a block of its own
+                text = HEADING_OR_CODE.sub(lambda m: f"\n{m['heading']}\n" if m["fence"] is None else m[0], text)
             if not text.strip():
                 log.warning("%s: is blank, and left out", file)
                 continue

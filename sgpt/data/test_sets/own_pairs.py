@@ -1,13 +1,14 @@
 """A file of pairs or triplets as a retrieval set: each query is to find its positives among all documents there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from sgpt.data.formats.beir import RetrievalSet
+from sgpt.data.feed.example import Example
+from sgpt.data.formats.beir import Qrels, RetrievalSet
 from sgpt.data.formats.rows import of_split, rows
+from sgpt.data.sources.bad_rows import accepted
 from sgpt.data.sources.columns import guess_columns, peek_column_names, refuse_late_columns
-from sgpt.data.sources.pairs import GroupedExample, examples
-from sgpt.runtime.errors import InputError
+from sgpt.data.sources.pairs import examples
 
 
 def read_own_pairs(
@@ -28,19 +29,22 @@ def read_own_pairs(
         refuse_late_columns(split_rows, names, columns, stated, num_hard_negatives=1), columns, num_hard_negatives=0,
         keep_negatives=True, labels=labels, positive_score=positive_score, negative_score=positive_score,
     )  # fmt: skip
+    return as_retrieval_set(path.name.split(".")[0], accepted(found))
+
+
+def as_retrieval_set(name: str, pairs: Iterable[Example]) -> RetrievalSet:
+    """Different positives and hard negatives are the corpus; relevant to a query is each positive of its text.
+
+    Ids are q0, q1, … and d0, d1, …, in the order in which the texts come.
+    """
     corpus: dict[str, str] = {}  # text -> id
     queries: dict[str, str] = {}
-    qrels: dict[str, dict[str, int]] = {}
-    for _, example in found:
-        if isinstance(example, InputError):
-            raise example
-        if example is None:  # it waits for other rows of its query
-            continue
-        example = example.example if isinstance(example, GroupedExample) else example
+    qrels: Qrels = {}
+    for example in pairs:
         query = queries.setdefault(example.query, f"q{len(queries)}")
         for text in (example.positive, *example.other_positives, *example.hard_negatives):
             corpus.setdefault(text, f"d{len(corpus)}")
         for text in (example.positive, *example.other_positives):
             qrels.setdefault(query, {})[corpus[text]] = 1
-    texts, questions = ({name: text for text, name in table.items()} for table in (corpus, queries))
-    return RetrievalSet(path.name.split(".")[0], texts, questions, qrels)
+    texts, questions = ({number: text for text, number in table.items()} for table in (corpus, queries))
+    return RetrievalSet(name, texts, questions, qrels)
