@@ -25,7 +25,7 @@ from sgpt.cross_encoder.likelihood import ScoredText, log_probabilities
 from sgpt.cross_encoder.prompts import PromptConfig, build_prompt
 from sgpt.decoder.attention import prepare
 from sgpt.decoder.base_folder import local_folder
-from sgpt.decoder.families import LENGTH_WITHOUT_TABLE, family_of, position_limit
+from sgpt.decoder.families import LENGTH_WITHOUT_TABLE, family_of, looks_both_ways, position_limit
 from sgpt.decoder.model_files import CONFIG, check_config, read_json
 from sgpt.decoder.trunk import ModelConfig, check_family, check_vocabulary, load_tokenizer, open_model
 from sgpt.runtime.errors import InputError
@@ -209,8 +209,9 @@ def load_language_model(config: ModelConfig) -> nn.Module:
     """
     folder = local_folder(config.path)
     check_config(folder, config.path)
-    family = read_json(folder / CONFIG)["model_type"]
-    if not family_of(family).causal or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    stated = read_json(folder / CONFIG)
+    family = stated["model_type"]
+    if looks_both_ways(stated) or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(
             f"{config.path}: {family} predicts no next token; re-rank with a decoder such as EleutherAI/gpt-neo-125m"
         )

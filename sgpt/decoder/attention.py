@@ -200,8 +200,8 @@ def _by_blocks(
 ) -> Tensor:
     """Attention of every text of the pack to itself, [1, heads, N, head size].
 
-    query, key, value [1, heads, N, head size], with fewer heads of keys and values allowed. window: the last positions
-    that a token sees. slopes [heads, 1, 1]: of ALiBi.
+    query, key, value [1, heads, N, head size], with fewer heads of keys and values allowed. window: the positions that
+    a token sees, the last ones with its own; where not `causal` as many ahead. slopes [heads, 1, 1]: of ALiBi.
     """
     device = query.device.type
     if device in varlen.DEVICES and torch.is_autocast_enabled(device):
@@ -339,7 +339,7 @@ def _block_mask(
             context.masks[key] = bias.masked_fill(~_causal_mask(length, like.device), float("-inf"))
         else:
             everything = torch.ones(length, length, dtype=torch.bool, device=like.device)
-            context.masks[key] = (everything.tril() if causal else everything).triu(1 - window)
+            context.masks[key] = everything.tril(0 if causal else window - 1).triu(1 - window)
     return context.masks[key]
 
 

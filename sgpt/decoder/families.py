@@ -8,6 +8,7 @@ tests/decoder/test_family_table.py measures of each.
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -23,7 +24,7 @@ class Family:
     packed: bool = False
     """Its attention takes packs of texts (sgpt/decoder/attention.py); otherwise texts are padded."""
     causal: bool = True
-    """Tokens see what stands before them only; otherwise they look both ways."""
+    """Tokens see what stands before them only, unless `looks_both_ways`; otherwise they look both ways."""
     position_table: bool = True
     """Positions are rows of a table that a text could outgrow, counted in config.json; otherwise any length works."""
     blocks: str = ""
@@ -104,6 +105,12 @@ def first_layers(config: PretrainedConfig, layers: int, path: str) -> Pretrained
     return cut
 
 
+def looks_both_ways(config: Mapping) -> bool:
+    """Whether tokens see what stands behind them, too. config: what config.json says; it may turn a decoder around."""
+    turned = config.get("use_bidirectional_attention") or config.get("is_causal") is False
+    return bool(turned) or not family_of(config["model_type"]).causal
+
+
 def block_of(path: str) -> int | None:
     """Number of the block in which a module or parameter lies; None for embeddings, the last norm and their like."""
     number = BLOCK_NUMBER.search(path)
@@ -125,11 +132,18 @@ def is_post_norm(trunk: nn.Module) -> bool:
 
 
 def position_limit(trunk: nn.Module) -> int | None:
-    """Number of positions the trunk knows; None where any length works."""
+    """Number of positions the trunk knows; None where any length works.
+
+    Of a model with two sets of rotary frequencies (longrope: Phi-3 for 128k) those of the first. The second is for
+    longer texts, and transformers takes it for all texts of a call as soon as one of them is.
+    """
     if not family_of(trunk.config.model_type).position_table:
         return None
     stated = (getattr(trunk.config, key, None) for key in POSITION_TABLES)
     limit = next((value for value in stated if value), None)
+    rotary = getattr(trunk.config, "rope_parameters", None) or {}
+    if isinstance(limit, int) and rotary.get("rope_type") == "longrope":
+        limit = min(limit, rotary.get("original_max_position_embeddings") or limit)
     return limit - position_offset(trunk) if isinstance(limit, int) and limit > 0 else None
 
 

@@ -7,7 +7,7 @@ safetensors are read, and of older files the tensors (sgpt/decoder/pickled.py).
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +28,7 @@ from sgpt.decoder.families import (
     embedding_size,
     family_of,
     first_layers,
+    looks_both_ways,
     position_limit,
     takes_position_ids,
 )
@@ -48,7 +49,7 @@ from sgpt.decoder.model_files import (
     unloadable,
     without_wrappers,
 )
-from sgpt.decoder.packing import Pack
+from sgpt.decoder.packing import Pack, packs
 from sgpt.decoder.quantised import (
     QUANTISED,
     WeightSample,
@@ -176,10 +177,14 @@ def check_family(path: str, trunk: nn.Module, *, causal: bool = False) -> None:
     """Refuses a trunk that does not compute padded rows as each alone, unless its family is proved by tests.
 
     causal: no token may see what follows, either. A family that is right only when it counts positions itself is left
-    to do so. Of a family that no test knows, a warning says what was measured, once in a process.
+    to do so. Of a family that no test knows, a warning says what was measured, once in a process. A packed family whose
+    config makes it look both ways must compute packs as each text alone, too.
     """
     family = trunk.config.model_type
     if family_of(family).packed:
+        if family_of(family).causal and looks_both_ways(trunk.config.to_dict()):
+            _check_agreement(path, trunk, causal)
+            _check_agreement(path, trunk, causal, partial(_packed_rows, trunk))
         return
     try:
         measured = _check_agreement(path, trunk, causal)
@@ -197,10 +202,22 @@ def check_family(path: str, trunk: nn.Module, *, causal: bool = False) -> None:
         )  # fmt: skip
 
 
-def _check_agreement(path: str, trunk: nn.Module, causal: bool) -> tuple[float, float]:
+def _check_agreement(
+    path: str, trunk: nn.Module, causal: bool, embed: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> tuple[float, float]:
+    """embed: None is `token_embeddings`."""
     with describe_errors(path, running=trunk):
-        embed, width, limit = partial(token_embeddings, trunk), embedding_size(trunk), position_limit(trunk)
-        return check_agreement(path, trunk, embed, width, limit, causal=causal)
+        width, limit = embedding_size(trunk), position_limit(trunk)
+        return check_agreement(path, trunk, embed or partial(token_embeddings, trunk), width, limit, causal=causal)
+
+
+def _packed_rows(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """As `token_embeddings`, computed as a pack."""
+    rows = [ids[real.bool()].tolist() for ids, real in zip(input_ids, attention_mask, strict=True)]
+    [pack] = packs(rows, input_ids.numel())
+    pack = pack.to(input_ids.device)
+    hidden, _ = pack.pad(packed_token_embeddings(trunk, pack))
+    return hidden[torch.tensor(pack.rows).argsort()]
 
 
 @contextmanager

@@ -41,13 +41,13 @@ def attend(
 ) -> Tensor:
     """query [N, heads, head size], key and value with as many heads or fewer; as query out.
 
-    ends: int32 [texts + 1] on the device, 0 and where each text ends. longest: tokens of the longest. window: the last
-    positions that a token sees.
+    ends: int32 [texts + 1] on the device, 0 and where each text ends. longest: tokens of the longest. window: the
+    positions that a token sees, the last ones with its own; where not `causal` as many ahead.
     """
     from torch.nn.attention.varlen import varlen_attn
 
     left = -1 if window is None else window - 1  # positions before a token's own that it sees; -1 is all
-    right = 0 if causal else -1
+    right = 0 if causal else left
     options = {"scale": scale, "window_size": (left, right)}
     if key.shape[1] < query.shape[1] and "enable_gqa" in signature(varlen_attn).parameters:
         options["enable_gqa"] = True  # torch before 2.12 takes fewer heads without being told

@@ -134,13 +134,15 @@ def open_trunk(folder: Path, dtype: str) -> nn.Module:
 
 
 def is_its_base(trunk: nn.Module, folder: Path) -> bool:
-    """Whether the trunk, not tuned, is the one that the adapter was trained over."""
-    stated = read_delta(folder)
+    """Whether the trunk is the one that the adapter was trained over, not tuned: biases added to it are zeros."""
+    stated, weights = read_delta(folder), unquantised_weights(trunk)
+    if any(weights[name].any() for name in added_biases(trunk)):
+        return False
     return base_hash(_of_the_base(trunk), stated["dtype"]) == stated["base_hash"]
 
 
 def refuse_other_base(trunk: nn.Module, folder: Path) -> None:
-    """InputError when the trunk, not tuned yet, is not the one that the adapter was trained over.
+    """InputError when the trunk is not the one that the adapter was trained over, or was tuned.
 
     An adapter without DELTA, of PEFT alone, does not say what it was trained over, and is not checked.
     """

@@ -24,6 +24,8 @@ from sgpt.encoder.model_folder import find_model
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import Frame, Role
 
+OPENED_ALONE = "open it alone, with Encoder.from_pretrained"
+
 
 class Delta:
     """A tuned model as what it changes of a trunk that others use too: inside `with delta:` the trunk has it.
@@ -40,7 +42,8 @@ class Delta:
     def __init__(
         self, trunk: nn.Module, folder: Path, *, strength: float = 1.0, untuned: dict[str, Tensor] | None = None
     ) -> None:
-        refuse_low_rank(folder)
+        if problem := _low_rank(folder):
+            raise InputError(f"{folder} is no change that could be put on and off: {problem}; {OPENED_ALONE}")
         if untuned is None:
             refuse_other_base(trunk, folder)
         self.folder, self.strength = folder, strength
@@ -127,29 +130,25 @@ def bias_delta_folder(path: str | Path) -> Path:
     Raises InputError for everything else.
     """
     folder = find_model(path, ("adapter",)).folder
-    refuse_low_rank(folder)
-    if matrix := changed_matrix(folder):
-        raise InputError(
-            f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves: it changes the matrix {matrix}; "
-            "open it alone, with Encoder.from_pretrained"
-        )
+    if problem := why_no_bias_delta(folder):
+        raise InputError(f"{problem}; {OPENED_ALONE if (folder / DELTA).is_file() else 'give a run or its adapter/'}")
     return folder
 
 
-def refuse_low_rank(folder: Path) -> None:
-    """InputError for a folder that holds no adapter of ours, or one of low rank."""
+def why_no_bias_delta(folder: Path) -> str | None:
+    """Why a folder is no adapter whose trunk others can use, the beginning of a sentence; None where it is one."""
+    problem = _low_rank(folder)
+    if problem is None:
+        matrix = next((name for name, shape in trained_shapes(folder).items() if len(shape) > 1), None)
+        problem = None if matrix is None else f"it changes the matrix {matrix}"  # as tuning=full does
+    return problem and f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves: {problem}"
+
+
+def _low_rank(folder: Path) -> str | None:
     if not (folder / DELTA).is_file():
-        problem = f"there is no {DELTA}; give a run or its adapter/"
-    elif read_delta(folder)["form"] == "peft":
-        problem = "it is of low rank and changes the modules themselves; open it alone, with Encoder.from_pretrained"
-    else:
-        return
-    raise InputError(f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves: {problem}")
-
-
-def changed_matrix(folder: Path) -> str | None:
-    """The name of a matrix that a delta changes, as tuning=full does; None where it changes biases and gains alone."""
-    return next((name for name, shape in trained_shapes(folder).items() if len(shape) > 1), None)
+        return f"there is no {DELTA}"
+    is_low_rank = read_delta(folder)["form"] == "peft"
+    return "it is of low rank and changes the modules themselves" if is_low_rank else None
 
 
 def untuned_values(trunk: nn.Module, folder: Path) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ Many tuned models of one base are served from one trunk, each a delta of kilobyt
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -216,7 +216,9 @@ class Encoder(nn.Module):
         """
         if isinstance(texts, str):
             raise InputError(f"encode takes a list of texts, got one string {texts!r:.60}; put it in a list")
-        if not hasattr(texts, "__len__"):
+        if hasattr(texts, "to_list"):  # a column of pandas or polars, of which the first finds rows by label
+            texts = texts.to_list()
+        if not hasattr(texts, "__len__") or isinstance(texts, Mapping | Set):
             raise InputError(f"encode takes a list of texts, got {type(texts).__name__}; make a list of it")
         check_choice("role", role, ROLES)
         for number, text in enumerate(texts):

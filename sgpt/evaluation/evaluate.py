@@ -189,7 +189,7 @@ def metrics_table(columns: Mapping[str, Results], title: str):
 
 
 def similarity_sample(encoder: Encoder, queries: Sequence[str], positives: Sequence[str]) -> dict[str, list[float]]:
-    """Cosines of matching pairs and of each query with the next one's document, for the report's histogram."""
+    """Cosines of matching pairs and of each query with the document of the one before, for the report's histogram."""
     left = F.normalize(encoder.encode_queries(queries, as_tensor=True), dim=1)
     right = F.normalize(encoder.encode_documents(positives, as_tensor=True), dim=1)
     return {"positive": (left * right).sum(1).tolist(), "negative": (left * right.roll(1, 0)).sum(1).tolist()}

@@ -176,7 +176,12 @@ def _first_stage_of(job: Job, config: RerankConfig, dataset: RetrievalSet, devic
     """
     kept = sibling(job.output, FIRST_STAGE_FILE)
     if job.resumed and kept.is_file():
-        return json.loads(kept.read_text(encoding="utf-8"))
+        try:
+            return json.loads(kept.read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError(
+                f"{kept} is damaged, so {job.output} cannot be resumed; set output=<another path>"
+            ) from None
     return cut(first_stage(config, dataset, device), _kept(config))
 
 

@@ -13,8 +13,8 @@ import torch
 
 from sgpt.cross_encoder.cross_encoder import CrossEncoder, load_language_model
 from sgpt.cross_encoder.prompts import PromptConfig
-from sgpt.encoder.adapter import DELTA, read_delta
-from sgpt.encoder.delta import changed_matrix
+from sgpt.encoder.adapter import read_delta
+from sgpt.encoder.delta import why_no_bias_delta
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import find_model, run_of
 from sgpt.retrieval.index import IndexConfig, open_index
@@ -88,20 +88,10 @@ def load_encoder_and_reranker(
     folder = model_folder.folder
     if not model_folder.is_ours:
         raise InputError(f"{path} holds no adapter/, {remedy}")
-    if not (folder / DELTA).is_file():
-        raise InputError(f"{folder} holds no {DELTA}, {remedy}")
-    stated = read_delta(folder)
     without = "leave out rerank=true"
-    if stated["form"] == "peft":
-        raise InputError(
-            f"{folder} is of low rank and not the bias delta that tuning=bitfit or bitfit_norm saves, so encoder and "
-            f"re-ranker cannot share one trunk; {without}"
-        )
-    if matrix := changed_matrix(folder):
-        raise InputError(
-            f"{folder} is not the bias delta that tuning=bitfit or bitfit_norm saves: it changes the matrix {matrix}, "
-            f"which a re-ranker would have to share; {without}"
-        )
+    if problem := why_no_bias_delta(folder):
+        raise InputError(f"{problem}, so encoder and re-ranker cannot share one trunk; {without}")
+    stated = read_delta(folder)
     if stated["layers"]:
         raise InputError(
             f"{folder}: trained over the first {stated['layers']} blocks of {stated['base']} (model.layers), which "

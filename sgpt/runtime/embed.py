@@ -1,10 +1,10 @@
 """Many texts embedded so that a kill loses little: block by block, each on the disk before it counts as done.
 
-Used by the index of a corpus, by mining and by a guide of training. They differ in what says that a block is done (a
-number in `index.json`, a line of a job, a file of its own), so each brings its own `save`. A text's embedding differs
-in its last bits with the texts that are computed together with it and with the number of threads: blocks are therefore
-always cut alike, and a start that resumes takes the threads of the first one. So neither a kill nor the number of
-processes changes a bit.
+Used by the index of a corpus, by encoding to Parquet, by mining and by a guide of training. They differ in what says
+that a block is done (a number in `index.json`, a line of a job, a file of its own), so each brings its own `save`. A
+text's embedding differs in its last bits with the texts that are computed together with it and with the number of
+threads: blocks are therefore always cut alike, and a start that resumes takes the threads of the first one. So neither
+a kill nor the number of processes changes a bit.
 
 Evaluation keeps nothing and embeds alone: it takes from here only its file without a name (`temporary_embeddings`).
 """

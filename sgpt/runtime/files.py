@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from sgpt.runtime.errors import InputError
 
+REPLACED = ".replaced"  # ending of the old folder while a new one gets its name
 MOST_FILES = 20_000  # below a folder of one data set: more are a whole disk, or a folder for something else
 
 
@@ -142,20 +143,35 @@ def hash_of_numbers(numbers: np.ndarray) -> str:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Gives a whole folder its name. The one that had it is removed after that: a kill leaves it as `.<name>.old`."""
+    """Gives a whole folder its name. The one that had it is removed after that, and its name until then is
+    `.<name>.replaced`: `put_back` undoes what a kill between the two has left.
+    """
     ordinary_permissions(temporary)
-    old = _put_aside(folder)
+    old = _put_aside(folder, REPLACED)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def put_back(parent: Path) -> None:
+    """Folders of `parent` that a killed `replace_folder` was about to replace get their names again.
+
+    Nobody else may be writing there.
+    """
+    for old in parent.glob(f".*{REPLACED}"):
+        folder = parent / old.name.removeprefix(".").removesuffix(REPLACED)
+        if folder.exists():  # the kill came later
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(folder)
+
+
 def remove_folder(folder: Path) -> None:
     """Removes it under another name, so that a kill leaves no half folder of this name."""
-    shutil.rmtree(_put_aside(folder), ignore_errors=True)
+    shutil.rmtree(_put_aside(folder, ".removed"), ignore_errors=True)
 
 
-def _put_aside(folder: Path) -> Path:
-    old = folder.with_name(f".{folder.name}.old")
+def _put_aside(folder: Path, ending: str) -> Path:
+    old = folder.with_name(f".{folder.name}{ending}")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

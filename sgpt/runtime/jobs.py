@@ -33,7 +33,7 @@ from sgpt.runtime.progress import progress_bar
 from sgpt.runtime.provenance import Inputs, check_same, differences, environment, recorded_threads, threads
 
 BLOCK_KINDS = {  # the first key of a line in the part files -> what its number counts
-    "block": "blocks of the output: of queries in mining, of documents in re-ranking",
+    "block": "blocks of the output: of queries in mining, of documents in re-ranking, of texts in encoding",
     "documents": "blocks of documents that mining encodes before it ranks",
 }
 # Keys that may differ on resuming; how many threads really compute is compared by check_same.
@@ -238,7 +238,15 @@ def _read_manifest(config: Resumable) -> dict:
     """
     output = Path(config.output)
     file = sibling(output, ".manifest.json")
-    manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    manifest: dict = {}
+    try:
+        if file.is_file():
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            manifest["config"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{file} is damaged, so {output} cannot be resumed; put that file back, or set output=<another path>"
+        ) from None
     if output.exists() and not config.resume:
         raise InputError(f"{output} exists; resume with resume=true, or set output=<another path>")
     if output.exists() and not manifest:

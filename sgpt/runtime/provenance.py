@@ -1,6 +1,6 @@
 """What a result depends on besides its configuration, and how whoever resumes it knows that it is still the same.
 
-A training run, mining and re-ranking record three things in their manifest when they start:
+A training run, mining, re-ranking and encoding record three things in their manifest when they start:
 
     inputs        by name, a hash of the content: training data, test sets, base model, tokenizer, first stage …
     environment   versions of the libraries that compute, the commit, the machine, the threads of each process

@@ -15,8 +15,8 @@ import torch
 import uvicorn
 
 from sgpt.data.formats.beir import read_search_corpus
-from sgpt.encoder.adapter import DELTA, base_of, read_delta
-from sgpt.encoder.delta import changed_matrix
+from sgpt.encoder.adapter import base_of
+from sgpt.encoder.delta import why_no_bias_delta
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import find_model, run_of
 from sgpt.retrieval.index import open_index
@@ -136,7 +136,7 @@ def open_served(config: ServeConfig, device: torch.device | str = "cpu") -> Serv
 def _open_encoder(model: str, dtype: str, device: torch.device | str) -> Encoder:
     """By the adapter, with the change to the base put on for the time it encodes; else as any script opens it."""
     found = find_model(model, ("adapter",))
-    if found.kind != "adapter" or not _is_bias_delta(found.folder):
+    if found.kind != "adapter" or why_no_bias_delta(found.folder):
         return Encoder.from_pretrained(model, dtype=dtype).to(device)
     try:
         base_of(found.folder)
@@ -146,12 +146,6 @@ def _open_encoder(model: str, dtype: str, device: torch.device | str) -> Encoder
         log.warning("%s is served without its base, and so without strength: %s", export.folder, error)
         return Encoder.from_pretrained(model, dtype=dtype).to(device)
     return Encoder.over_base(found.folder, dtype=dtype, device=device)[0]
-
-
-def _is_bias_delta(folder: Path) -> bool:
-    """Whether it changes biases and norms alone, and not whole matrices or modules."""
-    is_delta = (folder / DELTA).is_file() and read_delta(folder)["form"] != "peft"
-    return is_delta and changed_matrix(folder) is None
 
 
 def served_name(path: str) -> str:

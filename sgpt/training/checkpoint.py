@@ -29,7 +29,7 @@ from torch import nn
 from sgpt.encoder.adapter import TRAINED
 from sgpt.runtime.distributed import barrier, from_main, on_all, world
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import hash_of, remove_folder, replace_folder
+from sgpt.runtime.files import hash_of, put_back, remove_folder, replace_folder
 from sgpt.runtime.provenance import EXACT_PROCESSES
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ def newest_undamaged(folder: Path) -> Path | None:
 
 
 def _newest_undamaged(folder: Path) -> Path | None:
+    put_back(folder)
     whole = whole_checkpoints(folder)
     while whole:
         newest = whole.pop()

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sgpt.data.feed.embeddings import Embeddings, embeddings, query_numbers
+from sgpt.data.feed.embeddings import Embeddings, embeddings
 from sgpt.data.feed.grouping import Walk, nearness, walk
 from sgpt.data.feed.sampling import Feed, Source
-from sgpt.data.feed.store import key_of
+from sgpt.data.feed.store import key_of, whole_column
 from sgpt.data.readers import DataConfig
 from sgpt.encoder.encoder import Encoder
 from sgpt.encoder.model_folder import find_model
@@ -59,7 +59,7 @@ def with_hard_batches(
     encoder, key = _frozen(config.grouping_model, "data.grouping_model", device)
     sources = []
     for source in feed.sources:
-        of_queries, queries = _embedded(source, "query", encoder, key), query_numbers(source.examples)
+        of_queries, queries = _embedded(source, "query", encoder, key), whole_column("query", source.examples.queries)
         walked = _walk(source, of_queries, queries, key)
         near, random = nearness(of_queries, queries, walked, feed.queries_in_total)
         log.info(

@@ -40,7 +40,8 @@ class TuningConfig:
     add_biases: str = "all"
     """Which linear layers of a base with too few biases bitfit gives one of zeros: all, attention, mlp or none."""
     layers: str = "all"
-    """Which blocks learn: all; or last:10, the last ten and the norm after them, with no backward pass before them."""
+    """Which blocks learn: all (of an export of a run all that learned there, of which last:<all of them> gives more);
+    or last:10, the last ten and the norm after them, with no backward pass before them."""
     lora_rank: int = 8
     """Rank of the two matrices that LoRA adds to each linear layer, at most the width of the base."""
     lora_alpha: int = 16
@@ -144,9 +145,10 @@ def tune(trunk: nn.Module, config: TuningConfig, base: str = "") -> nn.Module:
     before = origin_of(base) if base else Origin()
     if config.name in BIASES_ALONE and before.tuning in BIASES_ALONE:
         config = replace(config, layers=before.layers or "all") if config.layers == "all" else config
+        more = f"; tuning.layers=last:{_number_of_blocks(trunk)} for all blocks" if config.layers != "all" else ""
         log.info(
-            "%s is an export of a run that trained its biases: the same learn again (tuning.layers=%s), none are added",
-            base, config.layers,
+            "%s is an export of a run that trained its biases, and the same learn again (tuning.layers=%s%s)",
+            base, config.layers, more,
         )  # fmt: skip
         trunk.has_trained_biases = True
     tuned = TUNINGS[config.name](trunk, config)

@@ -8,7 +8,7 @@ import pytest
 from sgpt.data.feed.example import Example
 from sgpt.data.feed.grouping import Walk
 from sgpt.data.feed.sampling import Feed, Source
-from sgpt.data.feed.store import Examples
+from sgpt.data.feed.store import Examples, Writer, cached_examples
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import Frame
 
@@ -144,6 +144,20 @@ def test_no_answer_of_the_data_stands_in_for_a_hard_negative():
     texts = made.examples.texts
     drawn = [{texts[made.draw(row, epoch, seed=0).documents[1]] for epoch in range(200)} for row in range(5)]
     assert drawn == [{"c"}, {"c"}, {"a2", "c"}, {"a2", "c"}, {"a0", "a1", "a2", "a3"}]
+
+
+def test_a_copy_of_an_answer_does_not_stand_in_for_a_hard_negative(tmp_path):
+    """Collections too large to compare have a number for each copy of a text."""
+
+    def fill(writer: Writer) -> None:
+        queries = [writer.text(f"q{number}") for number in range(3)]
+        same, copy, other = (writer.text(text) for text in ("same", "same", "other"))
+        for query, positive in zip(queries, (same, copy, other), strict=True):
+            writer.row(query, [positive], [])
+
+    made = Source("s", cached_examples(tmp_path, "k", fill), Numbers(), FRAMES, 1)
+    drawn = [{made.examples.texts[made.draw(row, epoch, seed=0).documents[1]] for epoch in range(50)} for row in (0, 1)]
+    assert drawn == [{"other"}, {"other"}]
 
 
 @pytest.mark.parametrize(("negatives", "take", "lacks"), [(0, 0, False), (2, 2, False), (1, 2, True), (0, 1, True)])

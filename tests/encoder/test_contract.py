@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -89,6 +90,8 @@ def test_the_probes_have_texts_of_one_length_of_one_token_of_none_and_beyond_the
     ("a text", "query", r"encode takes a list of texts, got one string 'a text'; put it in a list"),
     (None, "query", r"encode takes a list of texts, got NoneType; make a list of it"),
     ((text for text in "ab"), "query", r"encode takes a list of texts, got generator; make a list of it"),
+    ({"a": "b"}, "query", r"encode takes a list of texts, got dict; make a list of it"),
+    ({"a", "b"}, "query", r"encode takes a list of texts, got set; make a list of it"),
     (["a", 5], "query", r"encode: text 1 is int 5; give strings"),
     (["a", "b \ud83d"], "query", r"encode: text 1 \('b \\ud83d'\) holds half a character"),
     (["a"], "querie", r"role='querie' is unknown; choose query or document"),
@@ -96,6 +99,13 @@ def test_the_probes_have_texts_of_one_length_of_one_token_of_none_and_beyond_the
 def test_what_is_no_list_of_texts_is_refused(texts, role, message, tiny_encoder):
     with pytest.raises(InputError, match=message):
         tiny_encoder("gpt_neo").encode(texts, role)
+
+
+def test_a_column_of_pandas_is_its_texts_in_their_order_whatever_their_labels(tiny_encoder):
+    texts = ["parse a date", "sort a list", "open a file"]
+    encoder = tiny_encoder("gpt_neo")
+    for labels in ([2, 0, 1], ["a", "b", "c"], [7, 7, 7]):
+        assert np.array_equal(encoder.encode(pandas.Series(texts, labels), "query"), encoder.encode(texts, "query"))
 
 
 def test_the_same_base_at_another_path_is_the_same_model(tiny_base, tmp_path):

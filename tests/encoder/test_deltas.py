@@ -127,15 +127,16 @@ def test_a_trunk_that_takes_no_packs_has_passes_for_each_delta(tiny_delta, tiny_
     assert np.abs(mixed - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("tuning", ["bitfit", "bitfit_norm"])
 @pytest.mark.parametrize("opened", ["run", "adapter", "export"])
-@pytest.mark.parametrize("family", ["gpt_neo", "llama", "qwen2"])
-def test_a_tuned_encoder_serves_others_of_its_base_next_to_itself(family, opened, tiny_delta, tiny_base, tmp_path):
-    """Of the base it needs the biases, which it has replaced by its own."""
-    own, other = tiny_delta(family, 1, "bitfit_norm"), tiny_delta(family, 2)
+@pytest.mark.parametrize("family", ["gpt_neo", "llama", "qwen2", "qwen3"])
+def test_a_tuned_encoder_serves_others_of_its_base(family, opened, tuning, tiny_delta, tiny_base, tmp_path):
+    """Of the base it needs the biases, which it has replaced by its own: zeros where the base has none."""
+    own, other = tiny_delta(family, 1, tuning), tiny_delta(family, 2)
     expected = [Encoder.from_pretrained(folder).encode_queries(TEXTS) for folder in (own, other)]
     folder = own if opened == "adapter" else tmp_path / "run" / "export" if opened == "export" else tmp_path / "run"
     if opened != "adapter":
-        export(Encoder.from_pretrained(own), tmp_path / "run" / "export", card="")
+        export(Encoder.from_pretrained(own), tmp_path / "run" / "export", card="", adapter=own)
     encoder = Encoder.from_pretrained(folder)
     encoder.load_delta("other", other)
     base = base_encoder(family, tiny_base).encode_queries(TEXTS)

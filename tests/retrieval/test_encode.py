@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from contextlib import chdir, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -118,6 +119,15 @@ def test_unfinished_finished_and_other_outputs_are_told_apart(started):
     assert ended["again"].codes == [0]
     assert "vectors was finished at 2" in ended["again"].err
     assert "nothing is encoded" in ended["again"].err
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"inputs": {}}', '{"config": 1}'])
+def test_a_manifest_that_is_damaged_is_told(content, tiny_base, toy, tmp_path):
+    config = EncodeConfig(model=str(tiny_base("gpt_neo")), texts=str(toy), output=str(tmp_path / "out"), threads=1)
+    encode_texts(config)
+    (tmp_path / "out.manifest.json").write_text(content)
+    with pytest.raises(InputError, match=r"out\.manifest\.json is damaged, so .*out cannot be resumed; put that file"):
+        encode_texts(replace(config, resume=True))
 
 
 def test_a_model_whose_weights_changed_is_refused_on_the_same_output(tiny_base, toy, tmp_path):

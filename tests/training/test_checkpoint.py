@@ -88,6 +88,22 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
     assert torch.equal(load_file(tmp_path / "step-4" / "trained.safetensors")["weight"], again[0]["weight"])
 
 
+@pytest.mark.parametrize("moment", ["before the new one has its name", "after"])
+def test_a_checkpoint_that_was_being_replaced_is_not_lost(moment, tmp_path):
+    """It is saved again after an evaluation, and a kill between the two renames leaves none of its name."""
+    saved = parts(seed=1)
+    save(tmp_path, *saved, TrainState(step=4), keep=1)
+    shutil.copytree(tmp_path / "step-4", tmp_path / ".step-4.replaced")
+    if moment != "after":
+        (tmp_path / "step-4").rename(tmp_path / ".step-4.tmp")
+    newest = newest_undamaged(tmp_path)
+    assert newest == tmp_path / "step-4"
+    resumed = parts(seed=2)
+    assert load(newest, *resumed).step == 4
+    assert torch.equal(resumed[0]["weight"], saved[0]["weight"])
+    assert not (tmp_path / ".step-4.replaced").exists()
+
+
 def save_for_ever(folder: Path) -> None:
     one = parts(numbers=100_000)
     step(*one)

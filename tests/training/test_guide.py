@@ -3,6 +3,8 @@ apart.
 """
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
 
 from sgpt.data.feed.collate import Batch, collate
+from sgpt.data.feed.embeddings import _start as start_embedding
 from sgpt.data.feed.example import Example
 from sgpt.data.feed.sampling import Feed
 from sgpt.data.readers import DataConfig, SourceConfig, build_feed
@@ -118,6 +121,23 @@ def test_embeddings_are_made_once_and_a_killed_start_resumes(guide, tmp_path, ti
     again = with_guide(feed_of(tmp_path, tokenizer), config).batch(0, 0)
     assert len(made) == 8
     assert torch.equal(first.guide_documents, again.guide_documents)
+
+
+def test_runs_that_start_together_take_the_threads_of_the_first(tmp_path):
+    """Each in threads of its own, which meet before they look."""
+    together = threading.Barrier(4)
+
+    def started(folder: Path) -> int:
+        together.wait()
+        return start_embedding(folder, [])[1]
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(50):
+            folder = tmp_path / str(number)
+            assert len(set(pool.map(started, [folder] * 4))) == 1
+    (folder / "threads.json").write_text("{")
+    with pytest.raises(InputError, match=r"threads\.json is damaged; remove the folder"):
+        start_embedding(folder, [])
 
 
 @pytest.mark.bitwise

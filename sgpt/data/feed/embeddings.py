@@ -9,18 +9,17 @@ their share of the blocks, and a killed run loses only the blocks that were unde
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
-from sgpt.data.feed.store import Column, Examples
+from sgpt.data.feed.store import Examples, texts_named, whole_column
 from sgpt.runtime.distributed import from_main
 from sgpt.runtime.embed import embed_blocks
-from sgpt.runtime.files import write_whole
+from sgpt.runtime.errors import InputError
+from sgpt.runtime.files import make_once, write_whole
 from sgpt.text.markers import Role
 
 TEXTS_AT_A_TIME = 4096
@@ -92,32 +91,18 @@ def _start(folder: Path, files: Sequence[Path]) -> tuple[list[int], int]:
     """
     folder.mkdir(exist_ok=True)
     recorded = folder / "threads.json"
-    if not recorded.is_file():
-        write_whole(recorded, json.dumps(torch.get_num_threads()) + "\n")
+    # once: another run may start to embed the same texts now
+    make_once(recorded, recorded.is_file, lambda: write_whole(recorded, json.dumps(torch.get_num_threads()) + "\n"))
     missing = [block for block, file in enumerate(files) if not file.is_file()]
-    return missing, json.loads(recorded.read_text())
+    try:
+        return missing, int(json.loads(recorded.read_text()))
+    except (ValueError, TypeError):
+        raise InputError(f"{recorded} is damaged; remove the folder {folder}, and all is embedded again") from None
 
 
 def text_numbers(examples: Examples, side: Role) -> np.ndarray:
     """Numbers of the different texts that are queries, or positives and hard negatives; ascending."""
-    columns = [examples.queries] if side == "query" else [examples.positives, examples.hard_negatives]
-    parts: list[np.ndarray] = []
-    for column in columns:
-        parts += [np.unique(part) for part in _parts(column)]
-    return np.unique(np.concatenate(parts).astype(np.int64))
-
-
-def query_numbers(examples: Examples) -> np.ndarray:
-    """The number of each example's query text, [examples]."""
-    return np.concatenate(list(_parts(examples.queries))).astype(np.int64)
-
-
-def _parts(column: Sequence) -> Iterator[np.ndarray]:
-    """The numbers in a column of numbers or of lists of them."""
-    if isinstance(column, Column):
-        for chunk in column.chunks:
-            flat = chunk.flatten() if pa.types.is_large_list(chunk.type) else chunk
-            yield flat.to_numpy()
-        return
-    holds_lists = len(column) > 0 and isinstance(column[0], Sequence)
-    yield np.array(list(chain.from_iterable(column)) if holds_lists else column, dtype=np.int64)
+    if side == "query":
+        return np.unique(whole_column("query", examples.queries))
+    of_columns = (("positives", examples.positives), ("hard_negatives", examples.hard_negatives))
+    return np.unique(np.concatenate([texts_named(*column) for column in of_columns]))

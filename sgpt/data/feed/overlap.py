@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from sgpt.data.feed.sampling import Source
-from sgpt.data.feed.store import Examples, column_parts, text_batches, text_hash, whole_column
+from sgpt.data.feed.store import Examples, column_parts, text_batches, text_hash, texts_named, whole_column
 from sgpt.runtime.files import make_once
 from sgpt.runtime.progress import progress_bar
 
@@ -82,7 +82,7 @@ def alike_positives(source: Source) -> Overlap:
     Equal texts of a batch are no negatives of each other; these are.
     """
     examples = source.examples
-    rows = _texts_of(examples, "positives")
+    rows = texts_named("positives", examples.positives)
     exact = whole_column("hash", examples.hashes)[rows]
     rows = rows[np.unique(exact, return_index=True)[1]]  # one row for each different text
     normalised = normalised_hashes(examples)[rows]
@@ -97,9 +97,9 @@ def training_hashes(sources: Sequence[Source]) -> np.ndarray:
     hashes = []
     for source in sources:
         examples = source.examples
-        rows = [whole_column("query", examples.queries), _texts_of(examples, "positives")]
+        rows = [whole_column("query", examples.queries), texts_named("positives", examples.positives)]
         if source.num_hard_negatives:
-            rows.append(_texts_of(examples, "hard_negatives"))
+            rows.append(texts_named("hard_negatives", examples.hard_negatives))
         hashes.append(normalised_hashes(examples)[np.unique(np.concatenate(rows))])
     return np.unique(np.concatenate(hashes))
 
@@ -118,9 +118,3 @@ def _links(queries: np.ndarray, name: str, column: Sequence) -> Iterator[tuple[n
         each = pc.list_value_length(part).to_numpy()
         yield queries[start : start + len(part)].repeat(each), part.flatten().to_numpy()
         start += len(part)
-
-
-def _texts_of(examples: Examples, name: str) -> np.ndarray:
-    """Rows of the different texts that a column of lists names, sorted."""
-    column = getattr(examples, name)
-    return np.unique(np.concatenate([part.flatten().to_numpy() for part in column_parts(name, column)]))

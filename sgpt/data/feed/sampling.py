@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow.compute as pc
 
 from sgpt.data.feed.collate import Batch, DrawnExample, make_batch
-from sgpt.data.feed.embeddings import Embeddings, query_numbers
+from sgpt.data.feed.embeddings import Embeddings
 from sgpt.data.feed.grouping import Walk, order
-from sgpt.data.feed.store import Examples, Tokens, column_parts
+from sgpt.data.feed.store import Examples, Tokens, column_parts, whole_column
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import Frame, Role
 
-FILLING = 2  # version of the rule by which texts stand in for missing hard negatives
+FILLING = 3  # version of the rule by which texts stand in for missing hard negatives
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,32 @@ class Source:
 
     def _positives_of_others(self, example: int, number: int, generator: np.random.Generator) -> list[int]:
         """At most `number` texts for an example, as `draw` says; fewer where a hundred draws for each find no other."""
-        query = self.examples.queries[example]
+        query = self._hash_of(self.examples.queries[example])
         own = self._answers(query)
+
+        def is_no_answer(text: int) -> bool:
+            hashed = self._hash_of(text)
+            return hashed not in own and query not in self._answers(hashed)
+
         rows = (int(generator.integers(len(self.examples))) for _ in range(100 * number))
-        texts = (self.examples.positives[row][0] for row in rows)
-        return list(islice((text for text in texts if text not in own and query not in self._answers(text)), number))
+        return list(islice(filter(is_no_answer, (self.examples.positives[row][0] for row in rows)), number))
+
+    def _hash_of(self, text: int) -> int:
+        """Equal texts of a collection may have several numbers."""
+        return self.examples.hashes[text]
 
     def _answers(self, text: int) -> set[int]:
-        """The text itself, and all that the examples give as answers to it."""
+        """By its hash the text itself, and all that the examples give as answers to it."""
         rows, queries = self._rows_by_query
-        first, behind = np.searchsorted(queries, [text, text + 1])
-        return {text, *(answer for row in rows[first:behind] for answer in self.examples.positives[int(row)])}
+        first, behind = np.searchsorted(queries, text, "left"), np.searchsorted(queries, text, "right")
+        answers = (answer for row in rows[first:behind] for answer in self.examples.positives[int(row)])
+        return {text, *map(self._hash_of, answers)}
 
     @cached_property
     def _rows_by_query(self) -> tuple[np.ndarray, np.ndarray]:
-        """The examples [n] in the order of their queries' numbers, and those numbers [n]."""
-        queries = query_numbers(self.examples)
+        """The examples [n] in the order of their queries' hashes, and those hashes [n]."""
+        hashes = whole_column("hash", self.examples.hashes)
+        queries = hashes[whole_column("query", self.examples.queries)]
         rows = np.argsort(queries, kind="stable")
         return rows, queries[rows]
 

@@ -83,6 +83,12 @@ def whole_column(name: str, column: Sequence) -> np.ndarray:
     return np.concatenate([part.to_numpy() for part in column_parts(name, column)])
 
 
+def texts_named(name: str, column: Sequence) -> np.ndarray:
+    """Numbers of the different texts that a column of lists names, ascending."""
+    parts = [np.unique(part.flatten().to_numpy()) for part in column_parts(name, column)]
+    return np.unique(np.concatenate(parts))
+
+
 class Examples:
     """A table of texts, and examples that name their texts by row number; on disk or in memory.
 
