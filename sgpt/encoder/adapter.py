@@ -367,7 +367,8 @@ def read_trained(folder: Path, trunk: nn.Module) -> dict[str, Tensor]:
     """
     file = folder / TRAINED
     try:
-        trained = load_file(file)
+        # in memory of their own: mapped, they would be whatever somebody copies over the file
+        trained = {name: value.clone() for name, value in load_file(file).items()}
     except (OSError, SafetensorError) as error:
         raise _unreadable(file, error) from error
     add_named_biases(trunk, read_delta(folder)["added"])

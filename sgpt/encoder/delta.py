@@ -1,14 +1,16 @@
 """Bias deltas: tuned models of kilobytes over a frozen trunk that others use as well."""
 
 import copy
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sgpt.decoder.families import is_norm
 from sgpt.decoder.mixed import exchanged
-from sgpt.decoder.quantised import WeightSample, unquantised_weights
+from sgpt.decoder.quantised import WeightSample, quantised_dtype, unquantised_weights
 from sgpt.decoder.trunk import load_trunk
 from sgpt.encoder.adapter import (
     DELTA,
@@ -52,7 +54,9 @@ class Delta:
         trained = read_trained(folder, trunk)
         self.untuned: dict[str, Tensor] = {} if untuned is None else untuned
         parameters = dict(trunk.named_parameters())
-        self.parameters = {name: parameters[name] for name in {**self.untuned, **trained}}
+        self.norms = _norms_of(trunk, trained)
+        names = [*self.untuned, *trained, *(name for norm in self.norms for name in norm)]
+        self.parameters = {name: parameters[name] for name in names}
         self.trained = {name: value.to(parameters[name].device) for name, value in trained.items()}
         self._exchange: AbstractContextManager | None = None
 
@@ -94,6 +98,10 @@ class Delta:
             if trained.device != base.device:  # the trunk was moved since
                 trained = self.trained[name] = trained.to(base.device)
             values[name] = moved(base, [(trained, self.strength)])
+        for norm in self.norms:  # a norm of half precision takes no float32 bias
+            whole = {name: values.get(name, self.parameters[name].data) for name in norm}
+            if len({value.dtype for value in whole.values()}) > 1:
+                values |= {name: value.float() for name, value in whole.items()}
         return values
 
     def __enter__(self) -> None:
@@ -122,6 +130,16 @@ def moved(base: Tensor, changes: list[tuple[Tensor, float]]) -> Tensor:
     for trained, weight in changes:
         total += weight * (trained.double() - start)
     return total.to(changes[0][0].dtype)
+
+
+def _norms_of(trunk: nn.Module, trained: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of all parameters of each norm of which some are trained."""
+    norms = []
+    for path, module in trunk.named_modules():
+        names = [f"{path}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
+        if is_norm(module) and not trained.keys().isdisjoint(names):
+            norms.append(names)
+    return norms
 
 
 def bias_delta_folder(path: str | Path) -> Path:
@@ -159,6 +177,7 @@ def untuned_values(trunk: nn.Module, folder: Path) -> dict[str, Tensor]:
     biases and gains differs, by its name.
     """
     stated = read_delta(folder)
+    _refuse_unrounded(trunk, folder, stated)
     if is_its_base(trunk, folder):
         return {}
     base = load_trunk(base_config(folder, "float32"))
@@ -184,6 +203,17 @@ def untuned_values(trunk: nn.Module, folder: Path) -> dict[str, Tensor]:
             "open that base, or a model whose biases were tuned over it"
         )
     return untuned
+
+
+def _refuse_unrounded(trunk: nn.Module, folder: Path, stated: Mapping) -> None:
+    """InputError for a trunk whose weights were rounded in training, and are not here."""
+    weights = WeightSample.of(trunk.get_input_embeddings().weight).numbers
+    rounded = weights.to(getattr(torch, stated["dtype"])).to(weights.dtype)
+    if quantised_dtype(trunk) is None and not torch.equal(rounded, weights):
+        raise InputError(
+            f"{folder}: trained over {stated['base']} in {stated['dtype']}, and this trunk has its weights in "
+            f"{trunk.dtype}, unrounded; open the base with dtype={stated['dtype']}"
+        )
 
 
 def _equal(value: Tensor | WeightSample, of_base: Tensor) -> bool:

@@ -39,7 +39,7 @@ from sgpt.decoder.trunk import (
 )
 from sgpt.encoder import contract as contracts
 from sgpt.encoder import sentence_transformers as sentence_transformers_format
-from sgpt.encoder.adapter import base_config, base_of, check_tokenizer, convert, open_trunk
+from sgpt.encoder.adapter import base_config, base_of, check_tokenizer, convert, open_trunk, refuse_other_base
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.delta import Delta
 from sgpt.encoder.deltas import DeltaNames, Deltas, Strengths, check_limits
@@ -435,11 +435,12 @@ class Encoder(nn.Module):
         """
         config = base_config(folder, dtype)
         base = load(config)
+        refuse_other_base(base.base_model, folder)
         convert(base, dtype)  # a base in half precision under trained biases keeps its rounded values
         tokenizer = load_tokenizer(config.path)
         check_tokenizer(tokenizer, folder)
         trunk = base.to(device).base_model
-        delta = Delta(trunk, folder)
+        delta = Delta(trunk, folder, untuned={})
         encoder = cls(trunk, tokenizer, delta.contract, delta=delta)
         encoder.check(str(folder))
         return encoder, base

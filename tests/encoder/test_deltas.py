@@ -1,5 +1,6 @@
 """Many tuned models over one trunk: mixed batches against each model opened alone, strengths against numpy."""
 
+import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -290,6 +291,45 @@ def test_in_a_narrower_dtype_a_delta_is_what_it_is_over_a_trunk_of_its_own(dtype
         words = [number for number in rows if TEXTS[number]]
         assert (mixed[words] * one[words]).sum(1).min() > (0.9999 if dtype == "bfloat16" else 1 - 1e-6)
         assert (one[words] * expected[words]).sum(1).min() > 0.99
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trunk_in_half_precision_takes_the_float32_biases_of_norms(family, dtype, tiny_delta, tiny_base):
+    rows = ["a" if number % 3 else None for number in range(len(TEXTS))]
+    encoder = base_encoder(family, tiny_base, dtype=dtype)
+    untouched = encoder.encode_queries(TEXTS)
+    folder = tiny_delta(family, 1)
+    encoder.load_delta("a", folder)
+    mixed = encoder.encode_queries(TEXTS, delta=rows, normalize=True)
+    expected = Encoder.from_pretrained(folder).encode_queries(TEXTS, normalize=True)
+    words = [number for number, name in enumerate(rows) if name and TEXTS[number]]
+    assert (mixed[words] * expected[words]).sum(1).min() > 0.999
+    assert np.array_equal(encoder.encode_queries(TEXTS), untouched)
+    over_base, _ = Encoder.over_base(folder, dtype=dtype)
+    assert (over_base.encode_queries(TEXTS, normalize=True)[words] * expected[words]).sum(1).min() > 0.999
+
+
+def test_a_delta_over_rounded_weights_is_refused_by_a_trunk_that_has_them_whole(tiny_delta, tiny_base):
+    folder = tiny_delta("gpt_neo", 1, dtype="bfloat16")
+    with pytest.raises(InputError, match=r"in bfloat16, and this trunk .* unrounded; open the base with dtype=bfloat"):
+        base_encoder("gpt_neo", tiny_base).load_delta("a", folder)
+    encoder = base_encoder("gpt_neo", tiny_base, dtype="bfloat16")
+    encoder.load_delta("a", folder)
+    expected = Encoder.from_pretrained(folder, dtype="bfloat16").encode_queries(TEXTS)
+    assert np.abs(encoder.encode_queries(TEXTS, delta="a") - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_what_lies_over_a_file_later_is_not_what_was_loaded(tiny_delta, tiny_base, tmp_path):
+    """cp, scp and rsync --inplace write into the file that is there; a mapped one would change, or end the process."""
+    folder = shutil.copytree(tiny_delta("gpt_neo", 1), tmp_path / "delta")
+    encoder = base_encoder("gpt_neo", tiny_base)
+    encoder.load_delta("a", folder)
+    own, _ = Encoder.over_base(folder)
+    expected = encoder.encode_queries(TEXTS, delta="a")
+    shutil.copyfile(tiny_delta("gpt_neo", 2) / "trained.safetensors", folder / "trained.safetensors")
+    assert np.array_equal(encoder.encode_queries(TEXTS, delta="a"), expected)
+    assert np.array_equal(own.encode_queries(TEXTS), expected)
 
 
 def test_what_cannot_be_loaded_is_refused_in_a_sentence(tiny_delta, tiny_base, tmp_path):
