@@ -80,8 +80,12 @@ def revision_of(path: str) -> str:
 
 def how_to_have(path: str) -> str:
     """What to do about a folder that is not there, as the end of a sentence."""
-    command = WRITTEN_BY.get(path.rstrip("/"))
-    return f"`{command}` writes it" if command else "check the path"
+    return f"`{WRITTEN_BY[path.rstrip('/')]}` writes it" if is_written_here(path) else "check the path"
+
+
+def is_written_here(path: str) -> bool:
+    """Whether a command of this project writes the folder, there or not."""
+    return path.rstrip("/") in WRITTEN_BY
 
 
 def path_for_others(path: str) -> str:

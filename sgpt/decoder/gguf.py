@@ -7,6 +7,7 @@ carried over or refused, so that the folder computes what the file says.
 
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -15,22 +16,25 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from sgpt.decoder.gguf_config import settle
 from sgpt.decoder.model_files import LFS_POINTER, check_names, first_line
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import check_writable, hash_of, make_once, replace_folder
 
 log = logging.getLogger(__name__)
 MAGIC = b"GGUF"
-FORM = 1  # of the folder; another one gets another name
+FORM = 2  # of the folder; another one gets another name
 ROTARY = "rope_freqs.weight"  # what each rotary frequency is divided by, as the converter of llama.cpp writes it
 # tokenizer.ggml.pre: rules by which a byte-level tokenizer splits a text first, where they are not those of GPT-2.
 # Published (tokenizer.json of SmolLM2 and StarCoder2) as digits one by one, then GPT-2's rule; transformers leaves the
 # digits out, so "x  12" got other ids.
 DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+# Those whose texts begin with a special token where the file does not say otherwise, as older files of Llama 3.
+BEGINS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "tekken", "chameleon")
 AS_GPT2 = ("gpt-2", "olmo", "mpt", "jais", "phi-2", "dolly", "gpt3-finnish")
 
 
@@ -80,8 +84,11 @@ def _convert(file: Path, folder: Path) -> None:
     metadata, tensors = _read(file)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model = _model(file, metadata, tensors)
-    tokenizer = _tokenizer(file, metadata)
+    with tempfile.TemporaryDirectory() as alone:  # transformers prefers a tokenizer.json that lies next to the file
+        linked = Path(alone, file.name)
+        linked.symlink_to(file.absolute())
+        model = _model(file, linked, metadata, tensors)
+        tokenizer = _tokenizer(file, linked, metadata)
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -118,14 +125,17 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def _model(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> PreTrainedModel:
-    """The model as transformers opens it, dequantised, in an instance that can be saved."""
+def _model(file: Path, linked: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> PreTrainedModel:
+    """The model as transformers opens it, dequantised, in an instance that can be saved.
+
+    linked: the same file in a folder of its own.
+    """
     architecture = metadata["general.architecture"]
     try:
         from transformers import GgufConfig
 
         opened, report = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
+            linked.parent, gguf_file=linked.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False,
         )  # fmt: skip
     except Exception as error:  # whatever transformers raises over a file that it cannot open
@@ -144,6 +154,7 @@ def _model(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) 
     config = opened.config
     _refuse_lost_tensors(file, opened, tensors)
     _scale_positions(file, metadata, tensors, config)
+    settle(file, metadata, config)
     for key in ("quantization_config", "_model_name_or_path"):  # it is dequantised now; no path, but a title
         if hasattr(config, key):
             delattr(config, key)
@@ -197,13 +208,13 @@ def _scale_positions(file: Path, metadata: Mapping[str, Any], tensors: Mapping[s
         )
 
 
-def _tokenizer(file: Path, metadata: Mapping[str, Any]):
-    """The tokenizer as transformers makes it of the file, which splits a text as the file says."""
+def _tokenizer(file: Path, linked: Path, metadata: Mapping[str, Any]):
+    """The tokenizer as transformers makes it, splitting a text as the file says. linked: as for `_model`."""
     kind, rule = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(linked.parent, gguf_file=linked.name, trust_remote_code=False)
     except Exception as error:  # whatever transformers and tokenizers raise over a vocabulary
         raise InputError(
             f"{file}: transformers {transformers.__version__} cannot make a tokenizer of its vocabulary {kind!r} "
@@ -219,4 +230,9 @@ def _tokenizer(file: Path, metadata: Mapping[str, Any]):
             "spaces and other scripts may get other tokens than the model was trained with",
             file, rule,
         )  # fmt: skip
+    if rule in BEGINS and "tokenizer.ggml.add_bos_token" not in metadata and tokenizer.bos_token:
+        token, number = tokenizer.bos_token, tokenizer.bos_token_id
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, number)]
+        )
     return tokenizer

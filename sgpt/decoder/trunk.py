@@ -21,7 +21,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from sgpt.decoder.agreement import check_agreement
 from sgpt.decoder.attention import NAME, packed, prepare
-from sgpt.decoder.base_folder import how_to_have, local_folder, resolve
+from sgpt.decoder.base_folder import how_to_have, is_written_here, local_folder, resolve
 from sgpt.decoder.families import (
     FAMILIES,
     block_of,
@@ -81,7 +81,9 @@ class ModelConfig:
     What learns is float32 in any case.
     """
     hub: str | None = None
-    """Hub id that is loaded where the folder `path` is not there; null for none."""
+    """Of a preset, hub id of the base that is loaded where the folder `path`, which a command of this project writes,
+    is not there; of no effect for any other path.
+    """
     layers: int | None = None
     """Only the first so many blocks, and the norm after the last one; null takes all of them."""
 
@@ -90,9 +92,11 @@ class ModelConfig:
         check_ranges(self, "model.", layers=COUNT.or_null("for all"))
 
     def resolved(self) -> "ModelConfig":
-        """The base that is opened, `path` or `hub`, as `path`; the log says which, where both are stated."""
+        """The base that is opened, `path` or `hub`, as `path`; the log says which, where it can be either."""
         if self.hub is None:
             return self
+        if not is_written_here(self.path):
+            return replace(self, hub=None)
         if resolve(self.path).exists():
             log.info("%s is there and is used; %s is not loaded from the hub", self.path, self.hub)
             return replace(self, hub=None)

@@ -20,6 +20,7 @@ from sgpt.encoder.adapter import (
     base_config,
     check_tokenizer,
     is_adapter,
+    read_delta,
     read_trained,
     refuse_other_base,
     save_adapter,
@@ -44,7 +45,8 @@ def merge(models: Sequence[str], weights: Sequence[float], output: Path) -> dict
     folders = [bias_delta_folder(model) for model in models]
     _refuse_output(output, folders)
     contract = _common_contract(folders)
-    trunk = load_trunk(base_config(folders[0], "float32"))
+    widest = max(folders, key=lambda folder: getattr(torch, read_delta(folder)["dtype"]).itemsize)
+    trunk = load_trunk(base_config(widest, "float32"))
     tokenizer = load_tokenizer(contract.base)
     for folder in folders:  # before any of them adds biases
         refuse_other_base(trunk, folder)

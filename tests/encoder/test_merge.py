@@ -77,6 +77,13 @@ def test_one_model_with_weight_one_is_itself_bit_for_bit(tiny_delta, tmp_path):
     assert all(np.array_equal(merged[name], value) for name, value in own.items())
 
 
+def test_models_trained_over_a_rounded_base_merge_in_any_order(tiny_delta, tmp_path):
+    folders = [tiny_delta("gpt_neo", 1, dtype="bfloat16"), tiny_delta("gpt_neo", 2)]
+    both = [merge(order, [0.5, 0.5], tmp_path / str(number)) for number, order in enumerate((folders, folders[::-1]))]
+    for name, (_, merged) in both[0].items():
+        np.testing.assert_allclose(merged.numpy(), both[1][name][1].numpy(), rtol=0, atol=1e-6)
+
+
 def test_what_cannot_be_merged_is_refused_in_a_sentence(tiny_delta, tmp_path):
     one = str(tiny_delta("gpt_neo", 1))
     output = tmp_path / "merged"
