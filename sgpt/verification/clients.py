@@ -7,6 +7,7 @@ marker's text stands around the text, as somebody does whose server knows of no 
 """
 
 import time
+from base64 import b64decode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,27 +30,38 @@ class RefusedTexts(InputError):
 
 @dataclass(frozen=True)
 class Question:
-    """What a request asks. role: None where the server is not told."""
+    """What a request asks. role: None where the server is not told. base64: vectors as text, where the API has that."""
 
     texts: Sequence[str]
     role: Role | None
+    base64: bool = False
 
 
 @dataclass(frozen=True)
 class Api:
-    """path: of the URL. body: the JSON of a question. vectors: of an answer, in the order of the texts."""
+    """path: of the URL. body: the JSON of a question. vectors: of an answer, in the order of the texts. base64: whether
+    it has vectors as text.
+    """
 
     path: str
     body: Callable[[Question], dict[str, Any]]
     vectors: Callable[[Any], list]
+    base64: bool = False
 
 
 def _openai(question: Question) -> dict[str, Any]:
-    return {"input": list(question.texts), "encoding_format": "float", "input_type": question.role}
+    encoding = "base64" if question.base64 else "float"
+    return {"input": list(question.texts), "encoding_format": encoding, "input_type": question.role}
 
 
 def _openai_vectors(answer: Any) -> list:
-    return [one["embedding"] for one in sorted(answer["data"], key=lambda one: one["index"])]
+    rows = sorted(answer["data"], key=lambda row: row["index"])
+    numbers = [row["index"] for row in rows]
+    if numbers != list(range(len(rows))):
+        raise InputError(f"numbers {len(rows)} vectors {numbers!s:.40}, where clients look for 0, 1, …")
+    vectors = [row["embedding"] for row in rows]
+    # as OpenAI's own client reads it: float32, the lowest byte first
+    return [np.frombuffer(b64decode(one), "<f4") if isinstance(one, str) else one for one in vectors]
 
 
 def _tei(question: Question) -> dict[str, Any]:
@@ -67,7 +79,7 @@ def _cohere_vectors(answer: Any) -> list:
 
 
 APIS = {
-    "openai": Api("/v1/embeddings", _openai, _openai_vectors),
+    "openai": Api("/v1/embeddings", _openai, _openai_vectors, base64=True),
     "tei": Api("/embed", _tei, lambda answer: answer),
     "cohere": Api("/v2/embed", _cohere, _cohere_vectors),
 }
@@ -103,13 +115,15 @@ class Client:
     def __exit__(self, *failure) -> None:
         self.http.close()
 
-    def embed(self, texts: Sequence[str], role: Role | None, delta: str | None = None) -> np.ndarray:
+    def embed(
+        self, texts: Sequence[str], role: Role | None, delta: str | None = None, *, base64: bool = False
+    ) -> np.ndarray:  # fmt: skip
         """Vectors [texts, D], float32.
 
         Raises RefusedTexts where the server says that it does not take them, InputError for everything else that is no
         answer.
         """
-        question = Question(texts, role)
+        question = Question(texts, role, base64)
         body = {**self.api.body(question), "model": self.model}
         if delta is not None:
             body[self.delta_as] = delta
@@ -175,15 +189,17 @@ class Client:
 
     def _vectors(self, answer: Any) -> np.ndarray:
         try:
-            vectors = np.array(self.api.vectors(answer), dtype=np.float32)
+            vectors = np.array(self.api.vectors(answer))
+        except InputError as error:
+            raise InputError(f"{self.url}: {error}") from None
         except (KeyError, TypeError, ValueError, IndexError):
             vectors = np.empty(0)
-        if vectors.ndim != 2:
+        if vectors.ndim != 2 or vectors.dtype.kind not in "iuf":
             raise InputError(
                 f"{self.url}: its answer {str(answer)[:60]!r} holds no list of vectors as of api={self.api_name}; "
                 "choose the server's own api"
             )
-        return vectors
+        return vectors.astype(np.float32)
 
     def _listed(self, url: str) -> str | None:
         """The first model that the server lists, None where it lists none."""

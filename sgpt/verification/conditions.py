@@ -12,20 +12,22 @@ from sgpt.text.tokens import TokenLists
 
 @dataclass(frozen=True)
 class Condition:
-    """requests: rows of the texts in each. at_once: all requests are sent at the same time."""
+    """requests: rows of the texts in each. at_once: all requests are sent at the same time. base64: vectors as text."""
 
     name: str
     requests: list[list[int]]
     at_once: bool = False
+    base64: bool = False
 
 
 def conditions(
-    ids: TokenLists, probes: int, around: int, limit: int, *, texts_per_request: int, requests_at_once: int
+    ids: TokenLists, probes: int, around: int, limit: int, *, texts_per_request: int, requests_at_once: int,
+    base64: bool = False,
 ) -> list[Condition]:  # fmt: skip
     """For texts with these token ids, of which markers and special tokens are `around`, and `limit` is the most.
 
     probes: so many of the first texts, and all as long as the limit, are asked for alone; all are in the batches. Under
-    load some texts are asked for several times.
+    load some texts are asked for several times. base64: some are asked for so as well, as OpenAI's own client does.
     """
     rows = [row for row in range(len(ids)) if ids[row]]
     long = [row for row in rows if len(ids[row]) >= limit]
@@ -48,6 +50,8 @@ def conditions(
         repeated = [[most_equal[number % len(most_equal)]] for number in range(requests_at_once)]
         name = f"{requests_at_once} at once, equal lengths"
         all_conditions.append(Condition(name, repeated, at_once=True))
+    if base64:
+        all_conditions.append(Condition("in base64", _chunks(middle, texts_per_request), base64=True))
     return [condition for condition in all_conditions if condition.requests]
 
 

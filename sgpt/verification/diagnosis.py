@@ -25,6 +25,8 @@ from sgpt.text.tokens import TokenLists, content_ids
 log = logging.getLogger(__name__)
 LIMITS = (128, 256, 384, 512)  # in tokens, which servers cut at
 EXACT = 1 - 1e-9  # of a cosine: the same vector in float32, so that no other fault is nearer
+PROMPTS = ("query: ", "passage: ", "search_query: ", "search_document: ")  # E5's and Nomic's, which servers put there
+NO_KNOWN_FAULT = "no known fault gives these vectors"
 DIAGNOSED = 6  # of the texts that are off, the worst: all of them must be explained
 WITHOUT_MASK = {"bloom"}  # families that compute more than attention from the mask, so it cannot be another one here
 
@@ -68,7 +70,7 @@ def explain(texts: Sequence[str], role: Role, vectors: np.ndarray, trained: Trai
             break
     if nearest >= least_cosine:
         return name
-    return f"no known fault gives these vectors; nearest is {name}, at a cosine of {nearest:.3f}"
+    return f"{NO_KNOWN_FAULT}; nearest is {name}, at a cosine of {nearest:.3f}"
 
 
 def _explained(texts: Sequence[str], vectors: np.ndarray, embed: FaultyEmbed, least: float) -> float:
@@ -136,12 +138,30 @@ def _other_ids(encoder: Encoder) -> Iterator[tuple[str, Callable[[Sequence[str],
         rows = content_ids([rule.text_before + prompt + text + rule.text_after for text in texts], tokenizer)
         return [ids[: rule.max_tokens] for ids in rows]
 
+    def without(texts: Sequence[str], role: Role, part: int) -> TokenLists:
+        """Without the opening marker, the last token of the text, or the closing marker: the parts 0, 1 and 2."""
+        rule, rows = rules[role], []
+        for ids in encoder.token_ids(texts, role):
+            opening, closing = len(before), len(ids) - len(after) - len(rule.ids_after)
+            sizes = len(rule.ids_before), min(1, closing - opening - len(rule.ids_before)), len(rule.ids_after)
+            start = (opening, closing - sizes[1], closing)[part]
+            rows.append([*ids[:start], *ids[start + sizes[part] :]])
+        return rows
+
+    before, after = special_tokens(tokenizer)
     for limit in sorted({*_limits(encoder), *(contract.markers.max_tokens(role) for role in ROLES)}):
         name = f"truncation to {limit} tokens, which cuts the closing marker"
         yield name, lambda texts, role, limit=limit: cut_whole(texts, role, limit)
     if contract.markers.name != "none":
         yield "markers that are tokenised with the text, and merge with it", merged
-    before, after = special_tokens(tokenizer)
+    for name, part in (("no opening marker", 0), ("the last token left out", 1), ("no closing marker", 2)):
+        yield name, lambda texts, role, part=part: without(texts, role, part)
+    for prompt in PROMPTS:
+        yield f"a prompt put before the text: {prompt!r}", lambda texts, role, prompt=prompt: encoder.token_ids(
+            [prompt + text for text in texts], role
+        )
+    for name, change in (("blanks around a text taken off", str.strip), ("texts in lower case", str.lower)):
+        yield name, lambda texts, role, change=change: encoder.token_ids([change(text) for text in texts], role)
     if before or after:
         yield "no special tokens", lambda texts, role: [
             ids[len(before) : len(ids) - len(after)] for ids in encoder.token_ids(texts, role)

@@ -23,11 +23,11 @@ from sgpt.text.markers import MARKERS, ROLES, Role
 from sgpt.verification.clients import Client, RefusedTexts
 from sgpt.verification.conditions import Condition, conditions
 from sgpt.verification.config import VerifyConfig
-from sgpt.verification.diagnosis import Trained, explain
+from sgpt.verification.diagnosis import NO_KNOWN_FAULT, Trained, explain
 
 FLOAT32 = 1e-6  # of a cosine to 1, which another order of summation, or a GPU's TF32, does not reach
+ROUNDED = 0.99  # a cosine above which rounding may be all that is wrong
 ROUNDINGS = 3  # times what half precision makes of these weights here is allowed, as other machines round elsewhere
-LENGTH_TOLERANCE = 1e-2  # of a vector's length, relative
 IGNORED, PUT_ON = "delta ignored: the vector of {}", "wrong delta: the vector of {}"
 _NO_ANSWER = np.empty(0)  # of a request that failed
 Models = dict[str | None, Encoder]  # by delta, None is the model itself
@@ -67,10 +67,11 @@ def verify_server(config: VerifyConfig) -> Iterator[Finding]:
         for delta, encoder in models.items():
             for role in ROLES:
                 _asked(client, PROBE_TEXTS[:1], role, delta, config, encoder)
+        lengths = _Lengths()
         for delta, encoder in models.items():
             trained = Trained(encoder, _mistaken(delta, models))
             for role in ROLES:
-                yield from _findings(client, trained, role, delta, config)
+                yield from _findings(client, trained, role, delta, config, lengths)
 
 
 def _mistaken(delta: str | None, models: Models) -> dict[str, Callable[[], Encoder]]:
@@ -101,7 +102,7 @@ def _in_place_of(asked: Encoder, other: Encoder) -> Encoder:
 
 
 def _findings(
-    client: Client, trained: Trained, role: Role, delta: str | None, config: VerifyConfig
+    client: Client, trained: Trained, role: Role, delta: str | None, config: VerifyConfig, lengths: "_Lengths"
 ) -> Iterator[Finding]:  # fmt: skip
     encoder = trained.encoder
     texts = list(dict.fromkeys([*PROBE_TEXTS, *hostile_texts(encoder)]))
@@ -112,6 +113,7 @@ def _findings(
         least = _least_cosine(encoder, config.dtype, [text for text, row in zip(texts, ids, strict=True) if row], role)
     frame = encoder.frames[role]
     sizes = {"texts_per_request": config.texts_per_request, "requests_at_once": config.requests_at_once}
+    sizes["base64"] = client.api.base64
     refused: set[int] = set()
     around = len(frame.before) + len(frame.after)
     for condition in conditions(ids, len(PROBE_TEXTS), around, frame.length, **sizes):
@@ -119,7 +121,9 @@ def _findings(
         condition = replace(condition, requests=[rows for rows in requests if rows])
         rows, vectors, not_taken, failures = _vectors(client, condition, texts, role, delta, config, encoder)
         refused |= not_taken
-        found = _finding(condition, role, delta, rows, vectors, len(not_taken), texts, expected, trained, least)
+        found = _finding(
+            condition, role, delta, rows, vectors, len(not_taken), texts, expected, trained, least, lengths
+        )
         if failures and found.fault is None:
             fault = f"{len(failures)} of {len(condition.requests)} requests have no answer, the first: {failures[0]}"
             found = replace(found, fault=fault)
@@ -140,7 +144,7 @@ def _vectors(
     failures: list[InputError] = []
 
     def vectors_of(rows: list[int]) -> np.ndarray:
-        return _asked(client, [texts[row] for row in rows], role, delta, config, encoder)
+        return _asked(client, [texts[row] for row in rows], role, delta, config, encoder, base64=condition.base64)
 
     def ask(rows: list[int]) -> np.ndarray | None:
         try:
@@ -176,19 +180,21 @@ def _vectors(
 
 
 def _asked(
-    client: Client, texts: Sequence[str], role: Role, delta: str | None, config: VerifyConfig, encoder: Encoder
+    client: Client, texts: Sequence[str], role: Role, delta: str | None, config: VerifyConfig, encoder: Encoder, *,
+    base64: bool = False,
 ) -> np.ndarray:  # fmt: skip
     if config.markers_by == "server":
-        return client.embed(texts, role, delta)
+        return client.embed(texts, role, delta, base64=base64)
     # without the tokenizer's own special tokens, which the server adds
     opening, closing = MARKERS[encoder.contract.markers.name][role]
     prompt = encoder.contract.prompts.get(role, "")
-    return client.embed([f"{opening}{prompt}{text}{closing}" for text in texts], None, delta)
+    return client.embed([f"{opening}{prompt}{text}{closing}" for text in texts], None, delta, base64=base64)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a server may give any numbers
 def _finding(
     condition: Condition, role: Role, delta: str | None, rows: list[int], vectors: np.ndarray, refused: int,
-    texts: Sequence[str], expected: np.ndarray, trained: Trained, least: float,
+    texts: Sequence[str], expected: np.ndarray, trained: Trained, least: float, lengths: "_Lengths",
 ) -> Finding:  # fmt: skip
     """The condition's worst, and what is wrong there."""
     finding = Finding(condition.name, role, delta, len(rows), refused, np.nan, least, "")
@@ -203,8 +209,10 @@ def _finding(
         if _are_mixed_up(wrong, [rows[row] for row in off], expected, least):
             return replace(finding, fault="answers mixed up: the vectors of other texts")
         fault = explain([texts[rows[row]] for row in off], role, wrong, trained, least)
+        if fault.startswith(NO_KNOWN_FAULT) and finding.cosine > ROUNDED:
+            fault += "; if the server computes in half precision, set dtype=bfloat16 or float16"
         return replace(finding, fault=fault)
-    return replace(finding, fault=_wrong_lengths(vectors, expected[rows], trained.encoder))
+    return replace(finding, fault=lengths.fault(vectors, expected[rows], least, trained.encoder.contract.normalize))
 
 
 def _are_mixed_up(vectors: np.ndarray, rows: Sequence[int], expected: np.ndarray, least: float) -> bool:
@@ -217,18 +225,30 @@ def _are_mixed_up(vectors: np.ndarray, rows: Sequence[int], expected: np.ndarray
     return bool((similar.max(1) >= least).all() and all(other != row for other, row in zip(best, rows, strict=True)))
 
 
-def _wrong_lengths(vectors: np.ndarray, expected: np.ndarray, encoder: Encoder) -> str | None:
-    """Says so where the vectors are neither of length 1 nor of the model's lengths, or not of 1 as the contract says.
-    """
-    lengths, trained = np.linalg.norm(vectors, axis=1), np.linalg.norm(expected, axis=1)
-    units = np.abs(lengths - 1) <= LENGTH_TOLERANCE
-    as_trained = np.abs(lengths - trained) <= LENGTH_TOLERANCE * trained
-    if units.all() or (as_trained.all() and not encoder.contract.normalize):
+class _Lengths:
+    """What the lengths of a server's vectors are: 1 or the model's, the same under all conditions."""
+
+    def __init__(self) -> None:
+        self.served: str | None = None  # as the first vectors show that are not both
+
+    def fault(self, vectors: np.ndarray, expected: np.ndarray, least_cosine: float, normalised: bool) -> str | None:
+        """What is wrong with them; normalised: the contract says 1. A cosine that is allowed may move lengths as much.
+        """
+        lengths, trained = np.linalg.norm(vectors, axis=1), np.linalg.norm(expected, axis=1)
+        tolerance = (2 * (1 - least_cosine)) ** 0.5
+        units = np.abs(lengths - 1) <= tolerance
+        as_trained = np.abs(lengths - trained) <= tolerance * trained
+        odd = f"a vector of length {lengths[~units][0] if not units.all() else 1:.4g}"
+        if normalised:
+            return None if units.all() else f"no normalisation: {odd}, where the contract says 1"
+        now = {name for name, holds in (("1", units), ("the model's", as_trained)) if holds.all()}
+        if not now:
+            return f"{odd}, which is neither 1 nor the model's"
+        if self.served is None and len(now) == 1:
+            [self.served] = now
+        if self.served not in {None, *now}:
+            return f"{odd}, where lengths were {self.served} before"
         return None
-    odd = float(lengths[~units][0])
-    if encoder.contract.normalize:
-        return f"no normalisation: a vector of length {odd:.3g}, where the contract says 1"
-    return f"a vector of length {odd:.3g}, which is neither 1 nor the model's"
 
 
 def _least_cosine(encoder: Encoder, dtype: str, texts: Sequence[str], role: Role) -> float:

@@ -50,7 +50,7 @@ def summary(found: Sequence[Finding]) -> str:
         return f"every served vector is the trained one{without}"
     lines = [f"{fault}: {', '.join(where)}" for fault, where in by_fault.items()]
     worst = min((one for one in found if one.fault), key=lambda one: one.cosine)
-    return "\n".join([*lines, f"worst: {worst.text[:TEXT_SHOWN]!r} at a cosine of {worst.cosine:.4f}"])
+    return "\n".join([*lines, f"worst: {worst.text[:TEXT_SHOWN]!r} at a cosine of {worst.cosine:.7f}"])
 
 
 def _number(value: float, form: str) -> str:

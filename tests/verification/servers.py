@@ -7,6 +7,7 @@ import json
 import queue
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModel
@@ -53,11 +55,16 @@ class ByHand:
     def embed(self, texts: list[str], role: str | None, delta: str | None) -> list[list[float]]:
         opening, closing = MARKERS["document" if role is None or self.fault == "role" else role]
         rows = []
+        if self.fault == "prompt":
+            texts = [f"query: {text}" for text in texts]
         for text in texts:
             content = self.tokenizer.encode(text, add_special_tokens=False).ids[: self.limit - 2]
             around = [self.tokenizer.token_to_id(marker) for marker in (opening, closing)]
             # a text without any token would be no row, and none of the faults that are meant here
-            rows.append((content or around) if self.fault == "no markers" else [around[0], *content, around[1]])
+            if self.fault == "last token cut":
+                content = content[:-1]
+            closing_ids = [] if self.fault == "no closing marker" else around[1:]
+            rows.append((content or around) if self.fault == "no markers" else [around[0], *content, *closing_ids])
         asked = Rows(rows, None if self.fault == "delta ignored" else delta)
         self.waiting.put(asked)
         asked.done.wait(600)
@@ -88,6 +95,10 @@ class ByHand:
             pooled = (states[:length] * weights).sum(0) / weights.sum()
             if self.fault == "last token":
                 pooled = states[length - 1]
+            if self.fault == "unit lengths in batches" and len(together[0].ids) > 1:
+                pooled = pooled / pooled.norm()
+            if self.fault == "lengths off by 0.9 %":
+                pooled = pooled * 1.009
             vectors.append((pooled * (3 if self.fault == "lengths" and length % 2 else 1)).tolist())
         if self.fault == "mixed up" and len(together) > 1:
             vectors = vectors[1:] + vectors[:1]
@@ -104,7 +115,13 @@ def answer_of(served: ByHand, path: str, body: dict) -> object:
         role = (body.get("input_type") or "").removeprefix("search_") or None
         return {"embeddings": {"float": served.embed(body["texts"], role, None)}}
     vectors = served.embed(body["input"], body.get("input_type"), body.get("delta"))
-    data = [{"index": number, "embedding": vector} for number, vector in enumerate(vectors)]
+    if body.get("encoding_format") == "base64":
+        order = ">f4" if served.fault == "big-endian" else "<f4"
+        vectors = [b64encode(np.array(vector, order).tobytes()).decode() for vector in vectors]
+    first = 1 if served.fault == "index from 1" else 0
+    data = [{"index": first + number, "embedding": vector} for number, vector in enumerate(vectors)]
+    if served.fault == "numbers as text":
+        data = [{"index": row["index"], "embedding": [str(one) for one in row["embedding"]]} for row in data]
     return {"object": "list", "data": data[::-1]}  # any order: the index counts
 
 

@@ -91,6 +91,7 @@ def test_the_right_server_gives_the_trained_vectors_under_every_condition(api, f
     assert {finding.condition for finding in found} == {
         "one at a time", "empty and of one token", "as long as the limit, and longer", "one batch",
         "equal lengths together", f"{at_once} requests at once", f"{at_once} at once, equal lengths",
+        *(["in base64"] if api == "openai" else []),
     }  # fmt: skip
     assert {(finding.role, finding.delta) for finding in found} == {
         (role, delta) for role in ("query", "document") for delta in (None, *deltas)
@@ -119,6 +120,7 @@ def test_a_mask_skipped_under_load_alone_is_seen_by_requests_at_once_alone(findi
         ("last token", {"last_token pooling instead of weighted_mean"}),
         ("no markers", {"no markers"}),
         ("role", {"wrong role: the text as a document"}),
+        ("prompt", {"a prompt put before the text: 'query: '"}),
     ],
 )
 def test_what_is_wrong_with_every_text_breaks_every_condition_by_one_name(fault, named, findings):
@@ -126,6 +128,16 @@ def test_what_is_wrong_with_every_text_breaks_every_condition_by_one_name(fault,
     assert faults(found) == named
     of_role = [finding for finding in found if fault != "role" or finding.role == "query"]
     assert all(finding.fault for finding in of_role)
+
+
+@pytest.mark.parametrize(("fault", "named"), [
+    ("no closing marker", "no closing marker"), ("last token cut", "the last token left out"),
+])  # fmt: skip
+def test_a_token_that_is_left_out_is_named(fault, named, findings):
+    """Of hundreds of tokens one does not show; a text of one token becomes the empty one, whose vector is known."""
+    found = findings(fault)
+    assert faults(found) - {"answers mixed up: the vectors of other texts"} == {named}
+    assert {finding.fault for finding in found if finding.condition in ("one at a time", "in base64")} == {named}
 
 
 def test_truncation_to_128_breaks_what_holds_long_texts(findings):
@@ -153,6 +165,28 @@ def test_answers_that_are_mixed_up_under_load_are_called_so(findings):
     found = findings("mixed up")
     assert faults(found) == {"answers mixed up: the vectors of other texts"}
     assert broken(found) <= {"12 requests at once", "12 at once, equal lengths"}
+
+
+@pytest.mark.parametrize(("fault", "said", "conditions"), [
+    ("unit lengths in batches", r"a vector of length 1, where lengths were the model's before", "one batch"),
+    ("lengths off by 0.9 %", r"a vector of length [\d.]+, which is neither 1 nor the model's", "one at a time"),
+    ("big-endian", r"no known fault gives these vectors|NaN or infinity", "in base64"),
+])  # fmt: skip
+def test_what_cosines_or_plain_numbers_do_not_show_is_seen(fault, said, conditions, findings):
+    found = findings(fault)
+    assert conditions in broken(found)
+    assert all(re.match(said, one) for one in faults(found)), faults(found)
+    if fault == "big-endian":
+        assert broken(found) == {"in base64"}
+
+
+@pytest.mark.parametrize(("fault", "sentence"), [
+    ("index from 1", r"/v1/embeddings: numbers 1 vectors \[1\], where clients look for 0, 1, …"),
+    ("numbers as text", r"holds no list of vectors as of api=openai"),
+])  # fmt: skip
+def test_an_answer_that_a_client_would_misread_is_refused(fault, sentence, findings):
+    with pytest.raises(InputError, match=sentence):
+        findings(fault)
 
 
 @pytest.mark.slow
@@ -189,7 +223,7 @@ def test_markers_as_text_have_a_prompt_between_them_and_no_token_that_the_server
     contract = Contract("mean", MarkersConfig("brackets", 20, 20), prompts={"query": "find: "})
     trunk = random_trunk("opt", len(tokenizer), max_position_embeddings=64)
     sent: list[str] = []
-    client = SimpleNamespace(embed=lambda texts, role, delta: sent.extend(texts))
+    client = SimpleNamespace(embed=lambda texts, role, delta, base64: sent.extend(texts))
     config = VerifyConfig(endpoint="http://a", markers_by="client")
     for role in ("query", "document"):
         _asked(client, ["a"], role, None, config, Encoder(trunk, tokenizer, contract))
