@@ -166,7 +166,10 @@ def is_published_with_roles(path: str, stated: Stated, tokenizer) -> str | None:
     and replaced them by the brackets' ids.
     """
     config = stated.transformer / CONFIG
-    names = [Path(path).name, str(read_json(config).get("_name_or_path", ""))] if config.is_file() else [path]
+    folder = Path(path)
+    names = [(folder.parent.parent if folder.parent.name == "snapshots" else folder).name]  # in the hub's cache
+    if config.is_file():
+        names.append(str(read_json(config).get("_name_or_path", "")))
     if named := next((name for name in names if "specb" in name.lower()), None):
         return f"the name {named}"
     vocabulary = tokenizer.get_vocab()

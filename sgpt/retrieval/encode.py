@@ -143,9 +143,14 @@ def _read_description(folder: Path) -> dict[str, Any]:
             raise InputError(f"{file}: key {key!r} is {description.get(key)!r:.60}; encode the texts again")
     if description["size"].keys() != {one.name for one in fields(SizeConfig)}:
         raise InputError(f"{file}: key 'size' is {description['size']!r:.60}; encode the texts again")
-    for name in description["files"]:
-        if not (folder / str(name)).is_file():
-            raise InputError(f"{folder / str(name)}: the file is missing; copy the whole folder, or encode it again")
+    sizes = description.get("bytes", {})  # which older outputs do not state
+    for name in map(str, description["files"]):
+        shard = folder / name
+        if not shard.is_file() or sizes.get(name, shard.stat().st_size) != shard.stat().st_size:
+            problem = "is missing" if not shard.is_file() else f"has {shard.stat().st_size:,} of {sizes[name]:,} bytes"
+            raise InputError(
+                f"{shard}: the file {problem}; put the whole folder back, or remove it to encode the texts again"
+            )
     return description
 
 
@@ -169,6 +174,7 @@ def _encode_texts(config: EncodeConfig, job: Job, device: torch.device | str) ->
     if config.dtype == "int8":  # a processor without rounds no activation, and gives other vectors
         inputs["products in int8"] = int(multiplies_int8(encoder.device))
     if not job.start(inputs):
+        _read_description(job.output)  # whole still
         log.info("%s was finished at %s; nothing is encoded", job.output, job.manifest["finished"])
         return job.results
     layout = [role, config.normalize, config.format, config.texts_per_shard]
@@ -290,7 +296,8 @@ class _Shards:
         if not (self.folder / DESCRIPTION).is_file():
             if self.config.size.is_fitted:
                 self._fit()
-            description = {**description, "files": [file.name for file in self.files]}
+            sizes = {file.name: file.stat().st_size for file in self.files}
+            description = {**description, "files": list(sizes), "bytes": sizes}
             write_whole(self.folder / DESCRIPTION, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         shutil.rmtree(self.folder / "raw", ignore_errors=True)
 

@@ -1,7 +1,7 @@
 """The HTTP API over a served model: what each path takes and gives, and what it refuses.
 
     POST /v1/embeddings          OpenAI's, with input_type, delta, strength and truncate
-    POST /rerank, /v1/rerank     Cohere's, with `texts` taken for `documents`; with rerank=true
+    POST /rerank, /v1/rerank     Cohere's, or with `texts` text-embeddings-inference's; with rerank=true
     POST /search, GET /          the search page, with a corpus
     GET  /v1/models  /contract  /health  /metrics
 
@@ -199,6 +199,11 @@ class Server:
         scores = await self.batcher.submit("rerank", texts, tokens)
         request.state.note = f"{len(scores)} documents, {sum(tokens)} tokens"
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[: asked.top_n]
+        if asked.texts is not None:
+            rows = [{"index": index, "score": scores[index]} for index in best]
+            if asked.return_text:
+                rows = [row | {"text": asked.documents[row["index"]]} for row in rows]
+            return as_json(rows)
         results = []
         for index in best:
             result: dict[str, Any] = {"index": index, "relevance_score": scores[index]}
@@ -218,7 +223,9 @@ class Server:
                 422, f"model={asked.model} is a delta, and the re-ranker is the base itself; leave model out", "model"
             )
         texts, truncated = self.model.prepare_rerank(asked.query, asked.documents)
-        self._check_truncation(truncated, asked.truncate, "documents")
+        # text-embeddings-inference's answer has no place for what was cut, and its default is to refuse
+        truncate = asked.truncate if asked.texts is None else asked.truncate is True
+        self._check_truncation(truncated, truncate, "documents" if asked.texts is None else "texts")
         return asked, texts, truncated
 
     async def search(self, request: Request) -> Response:

@@ -102,7 +102,7 @@ class ServedModel:
         deltas = [different[row.delta, row.strength] for row in rows]
         embeddings: list[np.ndarray] = [np.empty(0)] * len(rows)
         for numbers, of_pack in self.encoder.embed_rows([row.ids for row in rows], deltas):
-            self._check_finite(of_pack, "send a smaller strength, or serve it in float32")
+            self._check_finite(of_pack, "send a smaller strength")
             for number, embedding in zip(numbers, of_pack.numpy(), strict=True):
                 embeddings[number] = embedding
         return embeddings
@@ -130,7 +130,7 @@ class ServedModel:
         apart = [replace(text, group=number) for number, text in enumerate(texts)]  # they are counted by request
         options = {"tokens_per_pack": reranker.tokens_per_pack, "choices": reranker.answer_ids}
         scores = log_probabilities(reranker.model, apart, **options)
-        self._check_finite(scores, "serve it in float32")
+        self._check_finite(scores, "leave that text out")
         return scores.tolist()
 
     def contracts(self, names: Sequence[str]) -> list[Contract]:
@@ -147,4 +147,5 @@ class ServedModel:
     def _check_finite(self, numbers: Tensor, remedy: str) -> None:
         if not numbers.isfinite().all():
             dtype = self.encoder.trunk.dtype
+            remedy += "" if dtype == torch.float32 else ", or serve it in float32"
             raise InputError(f"{self.name} gives NaN or infinity for a text, as {dtype} overflows; {remedy}")

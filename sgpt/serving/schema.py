@@ -71,12 +71,12 @@ class EmbeddingRequest(_Body):
 
 
 class RerankRequest(_Body):
-    """POST /rerank, as Cohere has it; text-embeddings-inference's `texts` are taken too."""
+    """POST /rerank: as Cohere has it with `documents`, as text-embeddings-inference has it with `texts`."""
 
     query: str
     """What to rank the documents for."""
     documents: list[str]
-    """Texts, or objects whose `text` is one. `texts` is the same field."""
+    """Texts, or objects with a `text` and nothing else."""
     model: str | None = None
     """The served model."""
     top_n: int | None = Field(default=None, ge=1)
@@ -85,6 +85,12 @@ class RerankRequest(_Body):
     """With the documents' texts in the answer."""
     truncate: bool | None = None
     """As of embeddings; a document that is too long is cut at its beginning."""
+    texts: list[str] | None = None
+    """Instead of `documents`: the answer is text-embeddings-inference's, too."""
+    return_text: bool = False
+    """With the texts in that answer."""
+    raw_scores: bool = True
+    """Of that API: scores are log-probabilities either way."""
 
     @model_validator(mode="before")
     @classmethod
@@ -93,12 +99,23 @@ class RerankRequest(_Body):
         if not isinstance(body, dict):
             return body
         body = dict(body)
-        if "texts" in body and "documents" not in body:
-            body["documents"] = body.pop("texts")
+        if isinstance(body.get("texts"), list) and "documents" not in body:
+            body["documents"] = body["texts"]
+        elif "return_text" in body or "raw_scores" in body or "texts" in body:
+            raise ValueError("texts, return_text and raw_scores go together, without documents")
         if isinstance(body.get("documents"), list):
-            of_object = [one.get("text") if isinstance(one, dict) else one for one in body["documents"]]
-            body["documents"] = of_object
+            body["documents"] = [_text_of(number, one) for number, one in enumerate(body["documents"])]
         return body
+
+
+def _text_of(number: int, document: Any) -> Any:
+    """The text of an object, which has nothing else; anything that is none as it is."""
+    if not isinstance(document, dict):
+        return document
+    if document.keys() != {"text"}:
+        stated = ", ".join(map(str, document)) or "nothing"
+        raise ValueError(f"documents.{number} is an object of {stated}, and only text is read; put all of it there")
+    return document["text"]
 
 
 class SearchRequest(_Body):
@@ -128,5 +145,5 @@ def parse(schema: type[Body], body: bytes) -> Body:
     if error["type"] == "missing":
         raise Refusal(422, f"the field {field!r} is missing; send it", field)
     if not field:
-        raise Refusal(422, "the body must be a JSON object", None)
+        raise Refusal(422, message if error["type"] == "value_error" else "the body must be a JSON object", None)
     raise Refusal(422, f"{field}={error['input']!r:.80}: {message[:1].lower()}{message[1:]}", field)

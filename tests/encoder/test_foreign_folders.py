@@ -345,6 +345,7 @@ LONG = "how to sort every path of the folder " * 60
     ("name", "tokens", "said"),
     [
         ("SGPT-125M-weightedmean-msmarco-specb-bitfit", (), "by the name SGPT-125M-weightedmean-msmarco-specb-bitfit"),
+        ("models--M--SGPT-125M-specb-bitfit/snapshots/0a1b", (), "by the name models--M--SGPT-125M-specb-bitfit"),
         ("renamed", ("[SOS]", "{SOS}"), r"by the tokens [SOS] and {SOS} of its vocabulary"),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 import ast
 import gzip
 import json
+import os
 import random
 import re
 import shutil
@@ -130,6 +131,26 @@ def test_a_manifest_that_is_damaged_is_told(content, tiny_base, toy, tmp_path):
         encode_texts(replace(config, resume=True))
 
 
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+def test_an_output_that_is_no_longer_whole_is_not_called_finished(form, tiny_base, toy, tmp_path):
+    config = EncodeConfig(
+        model=str(tiny_base("gpt_neo")), texts=str(toy), output=str(tmp_path / "out"), threads=1, format=form
+    )
+    whole = encode_texts(config)
+    config.resume = True
+    assert encode_texts(config) == whole
+    shard = tmp_path / "out" / f"00000.{form}"
+    size = shard.stat().st_size
+    os.truncate(shard, 200)
+    with pytest.raises(InputError, match=rf"00000\.{form}: the file has 200 of {size:,} bytes; put the whole folder"):
+        encode_texts(config)
+    shard.unlink()
+    with pytest.raises(InputError, match=rf"00000\.{form}: the file is missing; put the whole folder back, or remove"):
+        encode_texts(config)
+    shutil.rmtree(tmp_path / "out")
+    assert encode_texts(config) == whole
+
+
 def test_a_model_whose_weights_changed_is_refused_on_the_same_output(tiny_base, toy, tmp_path):
     config = EncodeConfig(model=str(tmp_path / "model"), texts=str(toy), output=str(tmp_path / "out"), threads=1)
     (tmp_path / "model").symlink_to(tiny_base("gpt_neo"))
@@ -180,13 +201,14 @@ def test_a_damaged_output_is_refused_in_a_sentence(started, encoder, tmp_path):
         (json.dumps({**stated, "format": 2}), r"format 2 is of another version of this framework, and format 1 is"),
         (json.dumps({**stated, "model": None}), r"key 'model' is None; encode the texts again"),
         (json.dumps({**stated, "size": {"reduce": "pca"}}), r"key 'size' is .*; encode the texts again"),
-        (json.dumps({**stated, "files": ["00000.parquet", "x"]}), r"vectors/x: the file is missing; copy the whole"),
+        (json.dumps({**stated, "files": ["00000.parquet", "x"]}), r"vectors/x: the file is missing; put the whole"),
     ]:
         file.write_text(text)
         with pytest.raises(InputError, match=sentence):
             open_encoded(folder, encoder)
     file.write_text(json.dumps(stated))
-    (folder / "00001.parquet").write_bytes((folder / "00001.parquet").read_bytes()[:100])
+    whole = (folder / "00001.parquet").read_bytes()
+    (folder / "00001.parquet").write_bytes(whole[:100] + bytes(len(whole) - 100))  # of the same size
     with pytest.raises(InputError, match=r"00001\.parquet: cannot be read \(.*\); encode the texts again"):
         list(open_encoded(folder, encoder).shards())
 

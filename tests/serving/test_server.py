@@ -270,12 +270,27 @@ def test_half_a_body_is_no_fault_of_the_server(url, caplog):
 def test_documents_are_ranked_as_the_re_ranker_scores_them(url, language_model):
     documents = list(CORPUS.values())
     expected = CrossEncoder.from_pretrained(language_model("gpt2")).score(["a date"] * len(documents), documents)
-    for fields in ({"documents": documents}, {"texts": documents}, {"documents": [{"text": one} for one in documents]}):
+    for fields in ({"documents": documents}, {"documents": [{"text": one} for one in documents]}):
         answer = httpx.post(f"{url}/rerank", json={"query": "a date", **fields, "top_n": 3, "return_documents": True})
         results = answer.json()["results"]
         assert [one["index"] for one in results] == np.argsort(-expected)[:3].tolist()
         np.testing.assert_allclose([one["relevance_score"] for one in results], np.sort(expected)[::-1][:3], rtol=1e-5)
         assert [one["document"]["text"] for one in results] == [documents[one["index"]] for one in results]
+    # text-embeddings-inference's: its own fields and answer
+    answer = httpx.post(f"{url}/rerank", json={"query": "a date", "texts": documents, "raw_scores": False}).json()
+    assert [row["index"] for row in answer] == np.argsort(-expected).tolist()
+    np.testing.assert_allclose([row["score"] for row in answer], np.sort(expected)[::-1], rtol=1e-5)
+    with_text = httpx.post(f"{url}/rerank", json={"query": "a date", "texts": documents, "return_text": True}).json()
+    assert [row["text"] for row in with_text] == [documents[row["index"]] for row in answer]
+    for body, said in (
+        ({"texts": ["a", "b c d " * 200]}, "texts[1] is longer"),
+        ({"documents": [{"text": "a", "title": "b"}]}, "documents.0 is an object of text, title, and only"),
+        ({"documents": [{"txt": "a"}]}, "documents.0 is an object of txt, and only text is read"),
+        ({"documents": ["a"], "return_text": True}, "texts, return_text and raw_scores go together"),
+    ):
+        refused = httpx.post(f"{url}/rerank", json={"query": "a date", **body})
+        assert refused.status_code == 422
+        assert said in refused.json()["error"]["message"]
     cut = httpx.post(f"{url}/rerank", json={"query": "a date", "documents": ["a", "b c d " * 200]})
     assert (cut.json()["truncated"], len(cut.json()["results"])) == ([1], 2)
     by_delta = httpx.post(f"{url}/rerank", json={"query": "a date", "documents": ["a"], "model": "legal"})
