@@ -2,6 +2,7 @@
 
 BitFit (Ben Zaken et al. 2021) trains what is there. Where a block's linear layers have no bias they are given one of
 zeros, which changes nothing until it is trained: the logits are equal bit for bit (tests/decoder/test_added_biases.py).
+It is `tune` that makes norms float32 in a trunk of half precision, which does move the last digits.
 
 On disk the biases are a change over the base that has none (sgpt/encoder/adapter.py). A whole model can hold them where
 transformers has a class for it: `with_biases` finds out which.

@@ -73,10 +73,10 @@ def check_config(folder: Path, path: str) -> None:
     """Refuses a folder whose config.json asks for foreign code, quantised weights or other files."""
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-        raise InputError(
-            f"{folder / ADAPTER}: a PEFT adapter of {base!r} and no whole model; merge it into its base, and save "
-            "that as one folder"
-        )
+        remedy = "merge it into its base, and save that as one folder"
+        if (folder / "sgpt.json").is_file():  # one of ours, over a family of which no class holds what was trained
+            remedy = f"give {base}, or the export of a run with tuning.add_biases=attention, which is a whole model"
+        raise InputError(f"{folder / ADAPTER}: a PEFT adapter of {base!r} and no whole model; {remedy}")
     if not (folder / CONFIG).is_file():
         raise unloadable(path, f"there is no {CONFIG}")
     stated = read_json(folder / CONFIG)

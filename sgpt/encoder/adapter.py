@@ -252,7 +252,8 @@ def _write_delta(trunk: nn.Module, base: Mapping[str, Tensor], folder: Path, bas
     peft_form = None if is_cut(trunk) else _beft_form(trunk, trained, change)  # PEFT opens all blocks of a base
     if peft_form is None:
         save_file(change, folder / CHANGE)
-        note = f"PEFT has no form for this; {CHANGE} is the change by parameter name, for load_adapter"
+        why = "PEFT would open all blocks of the base" if is_cut(trunk) else "PEFT has no form for this"
+        note = f"{why}; {CHANGE} is the change by parameter name, for load_adapter"
     else:
         tensors, targets, saved = peft_form
         save_file(tensors, folder / CHANGE, metadata={"format": "pt"})

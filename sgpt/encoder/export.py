@@ -299,6 +299,11 @@ def _copy_adapter(encoder: Encoder, adapter: Path | None, folder: Path) -> None:
     """InputError where there is none, it is in no form that other readers open, or they would open another base."""
     if adapter is None or not (adapter / PEFT).is_file():
         family, base = type(encoder.trunk).__name__, encoder.contract.base
+        if is_cut(encoder.trunk):
+            raise InputError(
+                f"{family}: its adapter is over the first blocks of {base} (model.layers), and PEFT would open all of "
+                "them; use formats=[onnx]" + (", or a whole model" if has_a_class(encoder.trunk) else "")
+            )
         if has_a_class(encoder.trunk):
             raise InputError(
                 f"formats=[peft]: the adapter of this {family} is in no form of PEFT, which has none for what was "

@@ -292,3 +292,18 @@ def test_an_export_that_is_trained_on_keeps_its_frozen_set(family, settings, tin
             trunk = tune(load_trunk(ModelConfig(exported)), again, exported)
             assert trainable_parameters(trunk).keys() == before.keys()
             assert not added_biases(trunk)
+
+
+def test_more_blocks_of_an_export_learn_where_they_are_asked_for(tiny_base, tmp_path):
+    """Of the biases that the run trained: of attention, in the last block."""
+    shutil.copytree(tiny_base("llama"), tmp_path / "base")
+    _without_its_biases(tmp_path / "base")
+    encoder, before = trained(tmp_path / "base", add_biases="attention", layers="last:1")
+    encoder.contract.origin = Origin(tuning="bitfit", layers="last:1")
+    export(encoder, tmp_path / "export", card="")
+    exported = str(tmp_path / "export")
+    both = tune(load_trunk(ModelConfig(exported)), TuningConfig("bitfit", layers="last:2"), exported)
+    expected = {*before, *(name.replace("layers.1.", "layers.0.") for name in before)}
+    assert trainable_parameters(both).keys() == expected != before.keys()
+    with pytest.raises(InputError, match=r"tuning\.add_biases=mlp: .*export is an export of a run that trained other"):
+        tune(load_trunk(ModelConfig(exported)), TuningConfig("bitfit", add_biases="mlp"), exported)
