@@ -104,7 +104,7 @@ def main(composed: DictConfig) -> None:
     untrained = {name: parameter.detach().clone() for name, parameter in trainable_parameters(encoder.trunk).items()}
     if accelerator.is_main_process:
         start_run(run, plain(config))
-        record_start(run, config, encoder, feed, inputs)
+        record_start(run, config, encoder, feed, inputs, expected.seen)
         record_before(run, encoder, test_sets, bm25=config.evaluation.bm25)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, config, run)

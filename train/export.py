@@ -30,12 +30,18 @@ def main(composed: DictConfig) -> None:
     announce(f"{run.folder}: its best or newest checkpoint is exported to {', '.join(map(str, folders.values()))}")
     trained = typed(TrainConfig, OmegaConf.create(literal(read_config(run.folder))))
     encoder, checkpoint = reopen(run, trained)
+    refused: list[str] = []
     for form, folder in folders.items():
-        if run.finished and not config.output and form == DEFAULT and not config.examples:
-            write_export(run, trained, encoder)  # which the manifest knows
-        else:
-            export_as(run, trained, encoder, form, folder, config.examples)
-        print(f"{checkpoint} exported to {folder}")
+        try:
+            if run.finished and not config.output and form == DEFAULT and not config.examples:
+                write_export(run, trained, encoder)  # which the manifest knows
+            else:
+                export_as(run, trained, encoder, form, folder, config.examples)
+            print(f"{checkpoint} exported to {folder}")
+        except InputError as error:  # the other formats may well be possible
+            refused.append(str(error))
+    if refused:
+        raise InputError("; ".join(refused))
     if config.push_to_hub is None:
         return
     for form, folder in folders.items():

@@ -64,9 +64,14 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, positive_score=FINITE)
-        stated = any(self.columns.values()) or self.labels or self.positive_score is not None
+        stated = {f"columns.{role}": name for role, name in self.columns.items() if name is not None}
+        stated |= {"labels": self.labels} if self.labels else {}
+        stated |= {} if self.positive_score is None else {"positive_score": self.positive_score}
         if stated and not self.pairs:
-            raise InputError("columns, labels and positive_score are of `pairs` alone; name some, or leave them out")
+            keys = ", ".join(f"{key}={value}" for key, value in stated.items())
+            raise InputError(
+                f"{keys} of evaluation or dev: is for its `pairs` alone, and none are named; name some, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

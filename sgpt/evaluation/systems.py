@@ -9,6 +9,7 @@ million passages takes about a minute, encoding them hours.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +32,7 @@ from sgpt.runtime.progress import log_progress
 from sgpt.runtime.values import COUNT, check_choice, check_ranges, check_unused
 from sgpt.text.markers import MarkersConfig
 
+log = logging.getLogger(__name__)
 KEPT_CHARACTERS = 1 << 30  # of all corpora together, about as many bytes of memory
 
 
@@ -181,6 +183,8 @@ def _read(folder: BeirFolder, config: EvaluateConfig) -> tuple[SetWithDev, str]:
     dataset = read_beir_folder(folder)
     if config.runs:
         compare.check_runs(Path(config.runs), dataset)
+    if config.fuse and not config.bm25:
+        log.info("%s: nothing is fused, as bm25=false", dataset.name)
     if not (config.bm25 and config.fuse):
         return SetWithDev(dataset, None), ""
     dev, reason = compare.tuning_set(folder, dataset, config.dev_split)

@@ -17,7 +17,7 @@ from sgpt.decoder.packing import TOKENS_ON_GPU
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation.evaluate import Sets
 from sgpt.preflight.forecast import FirstBatches, Forecast, forecast
-from sgpt.preflight.traps import SampledTexts, trap_warnings
+from sgpt.preflight.traps import SampledTexts, test_sets_in_training, trap_warnings
 from sgpt.runtime.distributed import world
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import clock, log_progress
@@ -35,11 +35,13 @@ MEASURED = 64  # texts of a test set, by whose lengths the time of its evaluatio
 class Preflight:
     """What will happen and what was measured for it.
 
-    table: label -> a line. tokens: of all steps and processes, equal texts of a batch once.
+    table: label -> a line. seen: of the warnings those of test and dev sets whose texts are trained on. tokens: of all
+    steps and processes, equal texts of a batch once.
     """
 
     table: Mapping[str, str]
     warnings: Sequence[str]
+    seen: Sequence[str]
     steps: int
     tokens: float
     first: FirstBatches
@@ -104,8 +106,10 @@ def preflight(
             table["memory"] = _memory(expected)
             table["time"] = _time(encoder, trainer, expected, steps, steps_done, tokens, test_sets, dev_sets)
         told: list[str] = []
+        seen: list[str] = []
         if accelerator.is_main_process:
-            told += trap_warnings(encoder, feed, sampled, {"test": test_sets, "dev": dev_sets})
+            seen += test_sets_in_training(feed, {"test": test_sets, "dev": dev_sets})
+            told += [*trap_warnings(encoder, feed, sampled), *seen]
     if (dev_sets.retrieval or dev_sets.sts) and not trainer.evaluate_every_steps:
         told.append(
             "dev sets are named and never scored, so adapter and export are made from the last step; set "
@@ -124,7 +128,7 @@ def preflight(
             f"training takes {_gigabytes(expected.added_bytes)} more than the process has now, and "
             f"{_gigabytes(expected.free_bytes)} are free; lower trainer.tokens_per_pack or trainer.keep_gigabytes"
         )
-    return Preflight(table, told, steps, tokens, first, expected)
+    return Preflight(table, told, seen, steps, tokens, first, expected)
 
 
 def _refuse(encoder: Encoder, feed: Feed) -> None:

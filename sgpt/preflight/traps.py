@@ -52,8 +52,8 @@ def _text_of(feed: Feed, source: int, number: int, role: Role) -> tuple[str, Fra
     return example.query if role == "query" else example.positive, feed.sources[source].frames[role]
 
 
-def trap_warnings(encoder: Encoder, feed: Feed, sampled: SampledTexts, sets: dict[str, Sets]) -> Iterator[str]:
-    """sets: by what they are for, "test" and "dev"."""
+def trap_warnings(encoder: Encoder, feed: Feed, sampled: SampledTexts) -> Iterator[str]:
+    """Of the texts that are trained on."""
     frames = feed.sources[0].frames
     yield from token_warnings(sampled.texts, sampled.rows, frames, encoder.tokenizer, encoder.trunk.config)
     for source in feed.sources:
@@ -67,10 +67,10 @@ def trap_warnings(encoder: Encoder, feed: Feed, sampled: SampledTexts, sets: dic
                 f"{source.name}: {overlap.count:,} positives equal another one but for case, blanks or forms of "
                 f"letters, {_shown(overlap)}; in one batch they are negatives of each other's queries; make them equal"
             )
-    yield from _test_sets_in_training(feed, sets)
 
 
-def _test_sets_in_training(feed: Feed, sets: dict[str, Sets]) -> Iterator[str]:
+def test_sets_in_training(feed: Feed, sets: dict[str, Sets]) -> Iterator[str]:
+    """Which of them hold texts that are trained on, and how many. sets: by what they are for, "test" and "dev"."""
     if not any(of_purpose.retrieval or of_purpose.sts for of_purpose in sets.values()):
         return
     known = training_hashes(feed.sources)

@@ -76,7 +76,7 @@ def write_report(run: Path) -> Path:
             f"class='lead'>{_headline(results)}</p></header>"
         ),
         _tiles(log, manifest, paths["manifest.json"]),
-        section("Results", _table(results), figures(_score_plots(results))),
+        section("Results", _seen(manifest), _table(results), figures(_score_plots(results))),
         section("Training", _alarms(log), figures(_curve_plots(log))),
         section("Cosine of query and document", figures(_similarity_plots(analysis, paths["analysis.json"]))),
         section("Size of the bias change", _change(analysis, paths["analysis.json"])),
@@ -235,6 +235,12 @@ def _tiles(log: list[dict[str, Any]], manifest: dict[str, Any], path: Path) -> s
 
 def _alarms(log: list[dict[str, Any]]) -> str:
     return "".join(f"<p class='fall'>{escape(str(line['alarm']))}</p>" for line in log if line["alarm"])
+
+
+def _seen(manifest: dict[str, Any]) -> str:
+    """Test and dev sets whose texts were trained on."""
+    said = manifest.get("seen_in_training", [])
+    return "".join(f"<p class='fall'>{escape(str(one))}</p>" for one in said)
 
 
 def _table(results: SetResults) -> str:

@@ -69,6 +69,12 @@ def quoted(value: str, *, verbatim: bool = True) -> str:
     return f"'{escaped}'"
 
 
+def unquoted(value: str) -> str:
+    """What Hydra makes of a value in quotes: see `quoted`."""
+    mark = value[0]
+    return re.sub(rf"(\\+)({mark}|\Z)", lambda end: "\\" * (len(end[1]) // 2) + end[2], value[1:-1])
+
+
 def _as_typed(argument: str, known: Mapping[str, TextKey], verbatim: Sequence[str], sweeping: bool) -> str:
     """One argument for Hydra. known: the script's keys that hold texts. sweeping: commas may separate values to try."""
     key, equals, value = argument.partition("=")
@@ -80,7 +86,11 @@ def _as_typed(argument: str, known: Mapping[str, TextKey], verbatim: Sequence[st
     if f"{name}{ANY}" in known or f"{name.rpartition('.')[0]}{ANY}" in known:
         key = f"++{name}"  # Hydra takes new keys in no other way
     if name in verbatim:
-        return argument if _stands(value, known[name]) else f"{key}=" + quoted(value.replace("\\n", "\n"))
+        if QUOTED.fullmatch(value):
+            value = unquoted(value)
+        elif _stands(value, known[name]):
+            return argument
+        return f"{key}=" + quoted(value.replace("\\n", "\n"))
     return f"{key}={_value(name, value, known, _kind(name, known))}"
 
 

@@ -20,7 +20,7 @@ from sgpt.report.run import METRIC_LABELS
 from sgpt.retrieval.metrics import main_metric
 from sgpt.training.checkpoint import best
 from sgpt.training.config import TrainConfig
-from sgpt.training.run_folder import RunFolder
+from sgpt.training.run_folder import SEEN, RunFolder
 
 log = logging.getLogger(__name__)
 LIBRARIES = {  # of the hub, by the format
@@ -101,7 +101,10 @@ def _front_matter(run: RunFolder, config: TrainConfig, form: str) -> str:
 
     base = run.read("manifest.json", {})["contract"]["base"]
     scores = []
+    seen = {said.partition(": ")[0] for said in run.read("manifest.json", {}).get(SEEN, [])}
     for name, metrics in run.read("results.json", {}).get("after", {}).items():
+        if name in seen:  # no result to be compared with others'
+            continue
         task = "information-retrieval" if "ndcg@10" in metrics else "semantic-similarity"
         for metric, value in metrics.items():
             label = f"cosine_{metric}" if task == "information-retrieval" else metric
@@ -209,6 +212,7 @@ def _results(run: RunFolder) -> str:
             gain = gains.get(name) if metric == main_metric(after)[0] else None
             cells = [_percent(before.get(metric)), _percent(value), _interval(gain), _percent(bm25.get(metric))]
             lines.append(f"| {name} | {METRIC_LABELS.get(metric, metric)} | {' | '.join(cells)} |")
+    lines += [f"\n**Not of new texts alone:** {said}." for said in run.read("manifest.json", {}).get(SEEN, [])]
     return (
         "## Results\n\nTimes 100. In brackets the 95 % interval of the difference: a paired bootstrap over queries.\n\n"
         "| set | metric | base | trained | difference | BM25 |\n|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"

@@ -5,7 +5,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,7 @@ from sgpt.training import checkpoint
 from sgpt.training.card import card
 from sgpt.training.checkpoint import TrainState
 from sgpt.training.config import TrainConfig
-from sgpt.training.run_folder import RunFolder
+from sgpt.training.run_folder import SEEN, RunFolder
 from sgpt.training.tuning import count_parameters, precisions, trainable_parameters, tune
 
 SAMPLE = 512  # pairs in the similarity histogram
@@ -86,8 +86,13 @@ def origin(config: TrainConfig, base: str, inputs: Inputs) -> Origin:
     )
 
 
-def record_start(run: RunFolder, config: TrainConfig, encoder: Encoder, feed: Feed, inputs: Inputs) -> None:
-    """Writes the manifest once, when the run starts; a resumed run has its inputs checked against these."""
+def record_start(
+    run: RunFolder, config: TrainConfig, encoder: Encoder, feed: Feed, inputs: Inputs, seen: Sequence[str] = ()
+) -> None:  # fmt: skip
+    """Writes the manifest once, when the run starts; a resumed run has its inputs checked against these.
+
+    seen: what is said of test and dev sets whose texts are trained on.
+    """
     if run.read("manifest.json", {}):
         return
     trained, total = count_parameters(encoder.trunk)
@@ -104,6 +109,7 @@ def record_start(run: RunFolder, config: TrainConfig, encoder: Encoder, feed: Fe
         parameters={"trained": trained, "total": total},
         contract={"fingerprint": encoder.contract.fingerprint(), **asdict(encoder.contract)},
         precision=precisions(encoder.trunk, config.trainer.precision),
+        **{SEEN: list(seen)},
     )
 
 

@@ -145,7 +145,7 @@ def test_texts_are_kept_to_the_last_blank(tmp_path):
         ),
         (
             {"query": "q", "positive": "p"}, {"num_hard_negatives": 1},
-            r"line 2: 0 hard negatives in column 'negative', .* asks for 1; lower it, or"
+            r"line 2: 0 hard negatives in column 'negative', .* asks for 1; lower it, name the column"
         ),
         (
             {"query": "q", "positive": "p", "negative": ["n"]}, {"num_hard_negatives": 2},

@@ -699,8 +699,8 @@ def test_texts_and_lists_of_texts_become_positives_and_hard_negatives():
         (
             {"query": "q", "positive": "p", "negative": []}, 1,
             "line 1: 0 hard negatives in column 'negative' or 'negative_2', data.num_hard_negatives asks "
-                                                             "for 1; lower it, or name the column by "
-                                                             "data.columns.negative=<column>"),
+            "for 1; lower it, name the column by data.columns.negative=<column>, or skip such rows with "
+            "data.on_error=skip"),
         (
             {"query": "q", "positive": "p", "negative": "n", "negative_2": ""}, 2,
             "line 1: 1 hard negatives in column 'negative' or 'negative_2', data.num"

@@ -3,6 +3,7 @@ alone.
 """
 
 import json
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from sgpt.data.test_sets.beir_sets import (
     find_beir_folders,
     read_beir_folder,
 )
+from sgpt.data.test_sets.own_pairs import read_own_pairs
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation import compare, systems
 from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
@@ -435,9 +437,29 @@ def test_the_shared_files_have_as_many_pairs_as_mteb():
 
 
 def test_keys_of_pairs_are_refused_without_any():
-    for keys in ({"columns": {"query": "x"}}, {"labels": ["duplicate"]}, {"positive_score": 3.0}):
-        with pytest.raises(InputError, match=r"columns, labels and positive_score are of `pairs` alone"):
+    for keys, said in (
+        ({"columns": {"query": "x"}}, r"columns\.query=x of evaluation or dev"),
+        ({"labels": ["duplicate"]}, r"labels=\['duplicate'\] of evaluation or dev"),
+        ({"positive_score": 3.0}, r"positive_score=3\.0 of evaluation or dev"),
+    ):
+        with pytest.raises(InputError, match=said + r": is for its `pairs` alone, and none are named"):
             EvaluationConfig(sts=["scored.csv"], **keys)
+
+
+def test_a_file_without_splits_that_is_taken_for_one_is_said_to_be(tmp_path, caplog):
+    (tmp_path / "mine.csv").write_text("sentence1,sentence2,score\na,b,1\nc,d,0\n")
+    (tmp_path / "pairs.csv").write_text("query,positive\na,b\nc,d\n")
+    (tmp_path / "pairs_dev.csv").write_text("query,positive\na,b\nc,d\n")
+    with caplog.at_level(logging.INFO):
+        for split in ("test", "dev"):
+            read_pairs(tmp_path / "mine.csv", split)
+            read_own_pairs(tmp_path / "pairs.csv", split)
+        read_own_pairs(tmp_path / "pairs_dev.csv", "dev")
+    said = [message for message in caplog.messages if "no column split" in message]
+    assert said == [
+        f"{tmp_path / name}: has no column split, so all of its rows are taken for 'dev'"
+        for name in ("mine.csv", "pairs.csv")
+    ]
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -31,7 +31,9 @@ def run(start, training, tmp_path_factory) -> Path:
     judged = "".join(f"query{n}\tdocument{n}\t1\n" for n in range(12))
     (folder / "toy" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
     data, sets = f"data.path={folder / 'train.jsonl'}", f"evaluation.retrieval=[{folder}/toy]"
-    ended = start("biencoder", *training(folder), data, sets, "optim.learning_rate=0.05")
+    shutil.copyfile(folder / "train.jsonl", folder / "seen.jsonl")
+    seen = f"evaluation.pairs=[{folder}/seen.jsonl]"
+    ended = start("biencoder", *training(folder), data, sets, seen, "optim.learning_rate=0.05")
     assert ended.code == 0, ended.said
     formats = ["transformers", *(["onnx"] if is_here("onnx") and is_here("onnxruntime") else [])]
     ended = start("export", f"run={folder}/runs/run", f"formats=[{','.join(formats)}]", "push_to_hub=me/model")
@@ -128,9 +130,21 @@ def test_the_card_of_a_run_that_is_not_finished_says_so(run, start, tiny_base):
     assert "No test set was named" not in text
 
 
-def test_a_format_that_is_refused_leaves_nothing(run, start):
+def test_results_of_texts_that_were_trained_on_are_called_so(run, card):
+    """On card and report, and not where the hub compares models."""
+    said = "seen: 24 of 24 queries and 24 of 24 documents of this test set are in the training data"
+    assert f"**Not of new texts alone:** {said}" in card
+    assert said in (run / "report.html").read_text()
+    results = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
+    assert {result["dataset"]["name"] for result in results} == {"scored", "toy"}
+
+
+def test_a_format_that_is_refused_leaves_nothing_and_the_others_are_made(run, start):
     """GPT-2's adapter is in no form of PEFT."""
-    refused = start("export", f"run={run}", "formats=[peft]")
+    made = run / "export-transformers" / "model.safetensors"
+    before = made.stat().st_mtime_ns
+    refused = start("export", f"run={run}", "formats=[peft,transformers]")
     assert "in no form of PEFT" in refused.sentence
+    assert made.stat().st_mtime_ns > before
     assert not [*run.glob("*export-peft*"), *run.glob(".export*")]
     assert "no position-weighted mean" in start("export", f"run={run}", "formats=[gguf]").sentence

@@ -11,7 +11,7 @@ from pathlib import Path
 from sgpt.data.feed.example import Example, checked_example
 from sgpt.data.formats.lines import checked_lines, json_rows
 from sgpt.data.formats.row import PlacedRows, attempt, listed, same_split, shown, spells_nothing
-from sgpt.data.formats.rows import kind_of, rows
+from sgpt.data.formats.rows import rows
 from sgpt.runtime.errors import InputError
 from sgpt.text.markers import Role
 
@@ -112,7 +112,7 @@ def read_corpus(path: Path) -> dict[str, str]:
     Titles are optional; a document may be empty, as some are in the old test collections.
     """
     file = path if path.is_file() else _table(path, "corpus")
-    table = rows(file) if kind_of(file) else json_rows(file)  # any other ending is taken for JSON lines
+    table = rows(file) if file.suffix else json_rows(file)
     return {identifier: _document(row) for identifier, row in _by_id(table).items()}
 
 
@@ -124,7 +124,7 @@ def stream_texts(path: Path, role: Role) -> Iterator[tuple[str, str]]:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; check the path")
     file = path if path.is_file() else _table(path, "corpus" if role == "document" else "queries")
-    table = rows(file) if kind_of(file) else json_rows(file)  # any other ending is taken for JSON lines
+    table = rows(file) if file.suffix else json_rows(file)
     for row in _identified(table):
         yield row["_id"], _document(row) if role == "document" else row["text"]
 

@@ -20,6 +20,7 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import may_be_hub_id
 
 log = logging.getLogger(__name__)
+USUAL_SPLITS = ("train", "test")  # of training and of evaluation, where nobody names one
 
 
 def rows(path: Path, split: str = "train", *, subset: str | None = None, streaming: bool = False) -> PlacedRows:
@@ -38,10 +39,14 @@ def rows(path: Path, split: str = "train", *, subset: str | None = None, streami
 
 
 def of_split(all_rows: PlacedRows, split: str, source: str) -> PlacedRows:
-    """The rows without those whose column `split` names another split; a row without that column is kept."""
-    others, kept = Counter(), 0
+    """The rows without those whose column `split` names another split; a row without that column is kept.
+
+    Where no row has it, and the file is not called after its split either, the log says that all are taken for it.
+    """
+    others, kept, named_any = Counter(), 0, False
     for where, row in all_rows:
         named = row.get("split") if isinstance(row, dict) else None
+        named_any |= named is not None
         if isinstance(named, str) and not same_split(named, split):
             others[named] += 1
         else:
@@ -50,8 +55,19 @@ def of_split(all_rows: PlacedRows, split: str, source: str) -> PlacedRows:
     left_out = ", ".join(f"{count:,} of {name!r}" for name, count in others.items())
     if others and not kept:
         raise InputError(f"{source}: no row of the split {split!r}; its column split has {left_out}. Set data.split")
+    if not named_any:
+        say_unsplit(Path(source), split)
     if others:
         log.warning(f"{source}: by the column split, {left_out} left out; {split!r} is the split to read")
+
+
+def say_unsplit(file: Path, split: str) -> None:
+    """Of a file without a column `split` that all of it is taken for a split that somebody named.
+
+    Not where the file is called after it, or where it is the split that is read if nobody names one.
+    """
+    if split not in USUAL_SPLITS and file.is_file() and split not in file.name:
+        log.info("%s: has no column split, so all of its rows are taken for %r", file, split)
 
 
 def _source(path: Path, split: str, subset: str | None, streaming: bool) -> PlacedRows:

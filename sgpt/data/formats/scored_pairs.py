@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sgpt.data.formats.jsonl import read_rows
 from sgpt.data.formats.row import SPLITS, listed, same_split, shown
-from sgpt.data.formats.rows import kind_of, rows
+from sgpt.data.formats.rows import kind_of, rows, say_unsplit
 from sgpt.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
     plain = file.absolute().parent.name if file.name.startswith("pairs.") else file.name.split(".")[0]
     sets: dict[str, PairSet] = {}
     others: Counter[str] = Counter()
+    named_any = False
     for where, row in rows(file) if file.is_file() and kind_of(file) else read_rows(file):
         if isinstance(row, InputError):
             raise row
@@ -45,6 +46,7 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
             raise InputError(
                 f"{where}: split is {shown(named)}, which is no text; write train, dev or test, or leave it out"
             )
+        named_any |= named is not None
         if named is not None and not same_split(named, split):
             others[named] += 1
             continue
@@ -66,6 +68,8 @@ def read_pairs(file: Path, split: str) -> list[PairSet]:
         pairs.first.append(first)
         pairs.second.append(second)
         pairs.scores.append(score)
+    if not named_any:
+        say_unsplit(file, split)
     left_out = listed(f"{count:,} of {name!r:.40}" for name, count in others.items())
     for pairs in sets.values() or [PairSet(plain, [], [], [])]:
         if len(set(pairs.scores)) < 2:

@@ -149,7 +149,8 @@ def _check_enough(count: int, num_hard_negatives: int, source: str, where: str) 
     if count < num_hard_negatives:
         raise InputError(
             f"{where}: {count} hard negatives in column {source}, data.num_hard_negatives asks for "
-            f"{num_hard_negatives}; lower it, or name the column by data.columns.negative=<column>"
+            f"{num_hard_negatives}; lower it, name the column by data.columns.negative=<column>, or skip such rows "
+            "with data.on_error=skip"
         )
 
 
