@@ -15,7 +15,7 @@ from sgpt.runtime.errors import InputError
 
 Settle = Callable[[PretrainedConfig, Any], bool]  # config, value -> whether the config says the same now
 # The shapes of the tensors show them, or they change no text that is short enough.
-SHOWN = {
+SHOWN_BY_SHAPES = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count_kv",
     "attention.value_length", "expert_feed_forward_length", "expert_shared_feed_forward_length", "tensor_data_layout",
     "rope.scaling.type", "rope.scaling.original_context_length", "rope.scaling.finetuned",
@@ -34,7 +34,7 @@ def settle(file: Path, metadata: Mapping[str, Any], config: PretrainedConfig) ->
     prefix = f"{metadata['general.architecture']}."
     for key, value in metadata.items():
         name = key.removeprefix(prefix)
-        if name == key or name in SHOWN or (name in SETTLED and SETTLED[name](config, value)):
+        if name == key or name in SHOWN_BY_SHAPES or (name in SETTLE and SETTLE[name](config, value)):
             continue
         raise InputError(
             f"{file}: {key}={value} is not in the config that transformers makes of a GGUF file "
@@ -95,7 +95,7 @@ def _scaling(config: PretrainedConfig, value: float) -> bool:
     return value in (0, 1) or _rotary(config).get("rope_type", "default") != "default"
 
 
-SETTLED: dict[str, Settle] = {
+SETTLE: dict[str, Settle] = {
     "attention.head_count": _same("num_attention_heads"),
     "attention.key_length": lambda config, value: _head_size(config) == value,
     "attention.layer_norm_rms_epsilon": _same("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),

@@ -25,7 +25,7 @@ from sgpt.text.tokens import TokenLists, content_ids
 log = logging.getLogger(__name__)
 LIMITS = (128, 256, 384, 512)  # in tokens, which servers cut at
 EXACT = 1 - 1e-9  # of a cosine: the same vector in float32, so that no other fault is nearer
-PROMPTS = ("query: ", "passage: ", "search_query: ", "search_document: ")  # E5's and Nomic's, which servers put there
+PUT_BEFORE = ("query: ", "passage: ", "search_query: ", "search_document: ")  # E5's and Nomic's, which servers put there
 NO_KNOWN_FAULT = "no known fault gives these vectors"
 DIAGNOSED = 6  # of the texts that are off, the worst: all of them must be explained
 WITHOUT_MASK = {"bloom"}  # families that compute more than attention from the mask, so it cannot be another one here
@@ -156,7 +156,7 @@ def _other_ids(encoder: Encoder) -> Iterator[tuple[str, Callable[[Sequence[str],
         yield "markers that are tokenised with the text, and merge with it", merged
     for name, part in (("no opening marker", 0), ("the last token left out", 1), ("no closing marker", 2)):
         yield name, lambda texts, role, part=part: without(texts, role, part)
-    for prompt in PROMPTS:
+    for prompt in PUT_BEFORE:
         yield f"a prompt put before the text: {prompt!r}", lambda texts, role, prompt=prompt: encoder.token_ids(
             [prompt + text for text in texts], role
         )

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from sgpt.cli.compose import plain
+from sgpt.decoder.base_folder import WRITTEN_BY
 from sgpt.decoder.trunk import ModelConfig, load_tokenizer, load_trunk
 from sgpt.encoder.contract import Contract
 from sgpt.encoder.encoder import Encoder
@@ -56,9 +57,12 @@ def test_one_that_trained_gains_alone_resumes_without_added_biases(tmp_path):
     assert read_config(tmp_path / "run")["tuning"] == plain(same)["tuning"]
 
 
-def test_a_run_is_not_exported_over_the_folder_that_has_come_since_it_was_started_from_the_hub(tiny_base, tmp_path):
+def test_a_run_is_not_exported_over_the_folder_that_has_come_since_it_was_started_from_the_hub(
+    tiny_base, tmp_path, monkeypatch
+):
     """Where the hub's name stands for a folder here, the later one holds the same weights under another name."""
     hub, here = tmp_path / "hub", tmp_path / "here"
+    monkeypatch.setitem(WRITTEN_BY, str(here), "make it")
     shutil.copytree(tiny_base("gpt_neo"), hub)
     model = ModelConfig(str(here), hub=str(hub))
     config = TrainConfig(model=model, markers=MarkersConfig("brackets", 24, 40))
