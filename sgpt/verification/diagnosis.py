@@ -25,7 +25,7 @@ from sgpt.text.tokens import TokenLists, content_ids
 log = logging.getLogger(__name__)
 LIMITS = (128, 256, 384, 512)  # in tokens, which servers cut at
 EXACT = 1 - 1e-9  # of a cosine: the same vector in float32, so that no other fault is nearer
-PUT_BEFORE = ("query: ", "passage: ", "search_query: ", "search_document: ")  # E5's and Nomic's, which servers put there
+PUT_BEFORE = ("query: ", "passage: ", "search_query: ", "search_document: ")  # prompts of E5 and Nomic
 NO_KNOWN_FAULT = "no known fault gives these vectors"
 DIAGNOSED = 6  # of the texts that are off, the worst: all of them must be explained
 WITHOUT_MASK = {"bloom"}  # families that compute more than attention from the mask, so it cannot be another one here
