@@ -46,6 +46,7 @@ from sgpt.sweeps.process import (
     num_cores,
     stop_all,
     stop_signals_raise,
+    threads_of_run,
     wants_cpu,
 )
 from sgpt.sweeps.table import make_console, spinner, sweep_table
@@ -325,18 +326,6 @@ def lets_set_threads(config: DictConfig) -> bool:
     """Whether it is the configuration of a script with the key trainer.threads, and leaves that null."""
     trainer = OmegaConf.select(config, "trainer")
     return isinstance(trainer, DictConfig) and "threads" in trainer and trainer.threads is None
-
-
-def threads_of_run(folder: Path, stated: int | None) -> int | None:
-    """trainer.threads of the run of this folder: as it was started, where it was, since training refuses another one.
-
-    stated: for a new run. None leaves them to training, which shares the cores that it may use.
-    """
-    from sgpt.training.run_folder import read_config
-
-    if not (folder / "config.yaml").is_file():
-        return stated
-    return read_config(folder).get("trainer", {}).get("threads")
 
 
 def refuse_untrainable(config: DictConfig, job: SweepJob) -> None:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from sgpt.decoder.attention import Layers
 from sgpt.decoder.continuation import forward_with_prefix
+from sgpt.decoder.mixed import alone_with
 from sgpt.decoder.packing import Pack, PrefixCache, packs
 from sgpt.decoder.trunk import takes_packs
 from sgpt.text.tokens import TokenLists
@@ -130,9 +131,10 @@ def log_probabilities(
     indices = {text: index for index, text in enumerate(dict.fromkeys(texts))}
     request = _Request(model, list(indices), tokens_per_pack, tuple(choices))
     sums = torch.zeros(len(indices), dtype=torch.float64)
-    for members, values in _score_all(request, share):
-        sums[members] = values
-        advance(len(members))
+    with alone_with(model.base_model):  # an encoder may put deltas on the same trunk
+        for members, values in _score_all(request, share):
+            sums[members] = values
+            advance(len(members))
     return sums[torch.tensor([indices[text] for text in texts], dtype=torch.long)]
 
 

@@ -12,6 +12,8 @@ Without gradient, and for trunks that take packs.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from threading import Lock, RLock
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,15 @@ from sgpt.decoder.model_files import UNUSED
 from sgpt.decoder.packing import Pack
 from sgpt.runtime.errors import InputError
 
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_OF_LOCKS = Lock()
 BiasValues = Mapping[str, Tensor]  # by name of a parameter of the trunk, or of the module that is spoken of
+
+
+def alone_with(trunk: nn.Module) -> RLock:
+    """A lock: one thread at a time computes with the trunk, whose values are others while a delta is on."""
+    with _OF_LOCKS:
+        return _LOCKS.setdefault(trunk, RLock())
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from sgpt.decoder.added_biases import remove_biases
 from sgpt.decoder.families import embedding_size, position_limit
 from sgpt.decoder.int8 import Outliers, int8_products, multiplies_int8
-from sgpt.decoder.mixed import mixed
+from sgpt.decoder.mixed import alone_with, mixed
 from sgpt.decoder.packing import PADDED_AT_MOST, Pack, fitting_tokens, packs
 from sgpt.decoder.quantised import QUANTISED, find_outliers, held_weights, quantise, quantised_dtype
 from sgpt.decoder.trunk import (
@@ -206,7 +206,7 @@ class Encoder(nn.Module):
         delta: name of a loaded delta, whose model, markers, limits, pooling and normalisation are used; one for all
         texts, or one a text. None is the encoder as it was opened. strength: as in `load_delta`, for all or one a text;
         None takes the one from there. Texts of several deltas share forward passes (sgpt/decoder/mixed.py); over trunks
-        that take no packs each delta has passes of its own.
+        that take no packs each delta has passes of its own. Threads may share an encoder: one computes at a time.
 
         normalize: length 1; None takes the contract's word. out: a tensor to fill and return, a memory map for what
         memory cannot hold; besides it the memory taken does not grow with the texts. A trunk in int8 multiplies in int8
@@ -258,7 +258,7 @@ class Encoder(nn.Module):
         for of_passes in [rows] if takes_packs(self.trunk) else _by_delta(rows, deltas):
             for pack in self.packs(of_passes):
                 of_rows = [deltas[row] for row in pack.rows]
-                with self._products():
+                with alone_with(self.trunk), self._products():
                     embeddings = self._embed_with(pack, of_rows).float()
                 unit = [self._contract(delta).normalize if normalize is None else normalize for delta in of_rows]
                 if any(unit):
@@ -282,19 +282,21 @@ class Encoder(nn.Module):
             raise InputError(
                 f"{name}: this model has layers behind its pooling, over which no delta was trained; open the base"
             )
-        self.deltas.load(self.trunk, self.tokenizer, name, path, strength)
-        try:
-            self.with_delta(name, 1).check(str(self.deltas[name].folder))
-        except InputError:
-            self.unload_delta(name)
-            raise
+        with alone_with(self.trunk):
+            self.deltas.load(self.trunk, self.tokenizer, name, path, strength)
+            try:
+                self.with_delta(name, 1).check(str(self.deltas[name].folder))
+            except InputError:
+                self.unload_delta(name)
+                raise
 
     def unload_delta(self, name: str) -> None:
         """Forgets a delta, and leaves the trunk as if it had not been loaded. InputError where there is none.
 
         Encoders that `with_delta` made of it are refused from then on.
         """
-        self.deltas.unload(self.trunk, name)
+        with alone_with(self.trunk):
+            self.deltas.unload(self.trunk, name)
 
     def with_delta(self, name: str, strength: float | None = None) -> "Encoder":
         """A loaded delta as an encoder of its own over the same trunk, for what takes an encoder: an index, a score.

@@ -85,7 +85,9 @@ def _write_corpus(folder: Path, config: PretrainConfig) -> None:
     random.Random(config.seed).shuffle(documents)
     end = tokenizer.token_to_id(END)
     rows = [np.array([*row, end], dtype=np.uint16) for row in _tokenise(tokenizer, documents)]
-    np.save(folder / "stream.npy", np.concatenate(rows))
+    temporary = folder / ".stream.tmp.npy"  # a kill, or a full disk, leaves none that looks whole
+    np.save(temporary, np.concatenate(rows))
+    temporary.replace(folder / "stream.npy")
 
 
 def _save_rows(rows: Iterator[list[int]], limit: int, ids_file: Path, starts_file: Path) -> None:

@@ -1,5 +1,7 @@
 """The shape of `nano`, its start, its optimizers, and how it is saved."""
 
+import json
+import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -8,11 +10,13 @@ from torch import Tensor, nn
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from sgpt.decoder.attention import prepare as prepare_attention
+from sgpt.decoder.model_files import WEIGHTS
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import ordinary_permissions
+from sgpt.runtime.files import hash_of, ordinary_permissions, write_whole
 from sgpt.runtime.values import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, check_choice, check_ranges
 
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 257, 65_536
+WRITTEN = "written.json"  # in the run's folder: path of the weights that it wrote -> their hashes
 END = "<|endoftext|>"  # between documents, and padding; id 0
 
 
@@ -197,15 +201,34 @@ def build_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.opt
     return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98))]
 
 
+def check_output(config: PretrainConfig) -> None:
+    """InputError where `output` holds a model that this run did not write: it may be the base of others."""
+    weights = Path(config.output, WEIGHTS)
+    if weights.is_file() and hash_of(weights) not in _written(config).get(str(weights.absolute()), []):
+        raise InputError(
+            f"output={config.output}: {weights} is there, and the run of folder={config.folder} did not write it; set "
+            "output=<another folder>, or remove that file"
+        )
+
+
+def _written(config: PretrainConfig) -> dict[str, list[str]]:
+    file = Path(config.folder, WRITTEN)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def save_model(model: GPTNeoForCausalLM, config: PretrainConfig) -> Path:
-    """Writes float16 safetensors and the tokenizer, as every loader expects them; returns their folder."""
+    """Writes float16 safetensors and the tokenizer, as every loader expects them; returns their folder.
+
+    Replaces a model that this run wrote, file by file; InputError for another one.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    output = Path(config.output)
+    check_output(config)
+    output, temporary = Path(config.output), Path(config.folder, ".output.tmp")
     half = build_model(config.nano, config.seed)
     half.load_state_dict(model.state_dict())
     half.config._attn_implementation = None  # a choice of this process, not of the checkpoint
-    half.half().save_pretrained(output)
+    half.half().save_pretrained(temporary)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=f"{config.folder}/tokenizer.json",
         eos_token=END,
@@ -213,6 +236,13 @@ def save_model(model: GPTNeoForCausalLM, config: PretrainConfig) -> Path:
         pad_token=END,
         padding_side="right",
     )
-    tokenizer.save_pretrained(output)
+    tokenizer.save_pretrained(temporary)
+    output.mkdir(parents=True, exist_ok=True)
+    written, place = _written(config), str((output / WEIGHTS).absolute())
+    written[place] = [*written.get(place, []), hash_of(temporary / WEIGHTS)]
+    write_whole(Path(config.folder, WRITTEN), json.dumps(written) + "\n")
+    for file in temporary.iterdir():
+        shutil.move(file, output / file.name)  # the two may lie on different disks
+    temporary.rmdir()
     ordinary_permissions(output)
     return output

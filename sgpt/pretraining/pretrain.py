@@ -91,7 +91,7 @@ def _pretrain(config: PretrainConfig, corpus: Corpus, accelerator: Accelerator) 
     model.to(accelerator.device)
     optimizers = build_optimizers(model, config)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    step, tokens = _resume(folder, model, optimizers)
+    step, tokens = _resume(folder, model, optimizers, rank)
     started, first_step = time.perf_counter(), step
     steps = config.joint_steps + config.language_steps
     with Stop() as stop:
@@ -214,7 +214,16 @@ def _save(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer
     temporary.rename(folder / f"step-{step}.pt")  # a killed save never looks whole
 
 
-def _resume(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[int, int]:
+def _drop_lines_behind(log_file: Path, step: int) -> None:
+    """Of steps that are done again, and a half line that a kill left."""
+    lines = log_file.read_text(encoding="utf-8").splitlines(keepends=True) if log_file.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_whole(log_file, "".join(kept))
+
+
+def _resume(
+    folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], rank: int
+) -> tuple[int, int]:  # fmt: skip
     """Restores the newest checkpoint; steps taken and tokens seen, 0 without one."""
     saved = sorted(folder.glob("step-*.pt"), key=lambda file: int(file.stem.split("-")[1]))
     if not saved:
@@ -224,4 +233,6 @@ def _resume(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimiz
     for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(stored)
     log.info("resumed from %s", saved[-1])
+    if rank == 0:
+        _drop_lines_behind(folder / "metrics.jsonl", state["step"])
     return state["step"], state["tokens"]

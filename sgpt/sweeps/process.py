@@ -38,6 +38,18 @@ def wants_cpu(num_processes: int) -> bool:
     return num_processes > 1 and (hidden or not (shutil.which("nvidia-smi") or shutil.which("rocm-smi")))
 
 
+def threads_of_run(folder: Path, stated: int | None) -> int | None:
+    """trainer.threads of the run of this folder: as it was started, where it was, since training refuses another one.
+
+    stated: for a new run. None leaves them to training, which shares the cores that it may use.
+    """
+    from sgpt.training.run_folder import read_config
+
+    if not (folder / "config.yaml").is_file():
+        return stated
+    return read_config(folder).get("trainer", {}).get("threads")
+
+
 def accelerate_launch(num_processes: int, num_threads: int, arguments: Sequence[str], *, cpu: bool) -> list[str]:
     """The command that starts a script in so many processes of so many threads, up to the script.
 

@@ -33,6 +33,7 @@ from sgpt.sweeps.process import (
     launch_environment,
     num_cores,
     stop_all,
+    threads_of_run,
     wants_cpu,
 )
 from sgpt.sweeps.space import Dimension, check_space, draw, drawn_overrides
@@ -332,8 +333,8 @@ def start_run_of_trial(config: StudyConfig, number: int, overrides: Sequence[str
     if config.num_processes > 1:
         command = accelerate_launch(config.num_processes, max(1, num_cores() // config.num_processes), [], cpu=cpu)
     command += [str(script), *config.overrides, *overrides, f"runs={config.folder}", f"name={number}", "resume=true"]
-    if config.threads:
-        command.append(f"trainer.threads={config.threads}")
+    if threads := threads_of_run(config.folder / str(number), config.threads):
+        command.append(f"trainer.threads={threads}")
     while True:
         try:
             return LoggedProcess(command, launch_environment(cpu=cpu), config.folder / f"{number}.log")
@@ -361,7 +362,7 @@ def watched_score(trial: "Trial", process: LoggedProcess, config: StudyConfig) -
     if exit_code or not reported:
         message = "ended well and was never scored on a dev set"
         if exit_code:
-            message = failure(f"trial {trial.number}", str(process.log_path), exit_code, process.last_lines())
+            message = failure(f"trial {run_number(trial)}", str(process.log_path), exit_code, process.last_lines())
         trial.set_user_attr("error", message)
         trial.set_user_attr("last_lines", process.last_lines())
         raise TrialFailed(message)

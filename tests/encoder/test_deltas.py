@@ -3,6 +3,7 @@
 import shutil
 import textwrap
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -318,6 +319,21 @@ def test_a_delta_over_rounded_weights_is_refused_by_a_trunk_that_has_them_whole(
     encoder.load_delta("a", folder)
     expected = Encoder.from_pretrained(folder, dtype="bfloat16").encode_queries(TEXTS)
     assert np.abs(encoder.encode_queries(TEXTS, delta="a") - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_threads_that_share_a_trunk_get_their_own_models_vectors(tiny_delta, tiny_base):
+    """Values are exchanged in place, so one thread at a time computes."""
+    encoder = base_encoder("gpt_neo", tiny_base)
+    for name, seed in (("a", 1), ("b", 2)):
+        encoder.load_delta(name, tiny_delta("gpt_neo", seed))
+    expected = {name: encoder.encode_queries(TEXTS, delta=name) for name in ("a", "b", None)}
+
+    def right(name: str | None) -> list[bool]:
+        return [np.array_equal(encoder.encode_queries(TEXTS, delta=name), expected[name]) for _ in range(20)]
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(all(of_thread) for of_thread in pool.map(right, expected))
+    assert all(right(name)[0] for name in expected)
 
 
 def test_what_lies_over_a_file_later_is_not_what_was_loaded(tiny_delta, tiny_base, tmp_path):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from sgpt.data.sources import pydocs
 from sgpt.pretraining import open_text
 from sgpt.pretraining.corpus import Corpus, prepare_corpus
 from sgpt.pretraining.lexical import bag_of_tokens, overlapping
-from sgpt.pretraining.model import NanoConfig, PretrainConfig, build_model, save_model, start_from
+from sgpt.pretraining.model import NanoConfig, PretrainConfig, build_model, check_output, save_model, start_from
 from sgpt.pretraining.next_token_loss import next_token_loss, perplexity
 from sgpt.pretraining.pretrain import embed, pretrain
 from sgpt.runtime.errors import InputError
@@ -180,6 +181,50 @@ def test_the_written_model_opens_everywhere_and_has_learned(config):
         torch.testing.assert_close(opened(ids).logits, model(ids).logits, rtol=0.02, atol=0.02)  # fp16 weights
     held_out = np.array(corpus.stream[:2000], dtype=np.int64)
     assert perplexity(model, held_out, 32) < perplexity(build_model(SHAPE, 0), held_out, 32)
+
+
+def test_a_model_of_others_is_not_replaced(config, tmp_path):
+    corpus = prepare_corpus(config)
+    other = replace(config, output=str(tmp_path / "output"))
+    model = build_model(SHAPE, 0)
+    shutil.copytree("data/nano", other.output)
+    for refuses in (check_output, lambda given: save_model(model, given)):
+        with pytest.raises(InputError, match=r"output=.*model\.safetensors is there, and the run of folder=.* did not"):
+            refuses(other)
+    (tmp_path / "output" / "model.safetensors").unlink()
+    save_model(model, other)
+    save_model(model, other)  # its own
+    assert (tmp_path / "output" / "README.md").is_file()
+    assert len(corpus.stream)
+
+
+def test_a_log_has_no_step_twice(config, tmp_path):
+    again = replace(config, folder=str(tmp_path / "again"), log_every_steps=1)
+    corpus = prepare_corpus(again)
+    pretrain(again, corpus, Accelerator())
+    log = tmp_path / "again" / "metrics.jsonl"
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    (tmp_path / "again" / "step-8.pt").unlink()
+    log.write_text(log.read_text() + '{"step"')  # a kill left half a line
+    pretrain(again, corpus, Accelerator())
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == steps == [*range(1, 9)]
+
+
+def test_a_corpus_that_was_half_written_is_written_again(config, tmp_path, monkeypatch):
+    half = replace(config, folder=str(tmp_path / "half"))
+
+    def full(file: Path, array: np.ndarray) -> None:
+        save(file, array)
+        if "stream" in Path(file).name:
+            os.truncate(file, 100)
+            raise OSError(28, "No space left on device")
+
+    save = np.save
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare_corpus(half)
+    monkeypatch.setattr(np, "save", save)
+    assert len(prepare_corpus(half).stream) == len(prepare_corpus(config).stream)
 
 
 def test_missing_text_is_named(config, tmp_path):
