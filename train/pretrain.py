@@ -19,12 +19,12 @@ def main(composed: DictConfig) -> None:
     from sgpt.data.formats.jsonl import read_rows
     from sgpt.decoder.trunk import load_tokenizer
     from sgpt.pretraining.corpus import prepare_corpus
-    from sgpt.pretraining.model import PretrainConfig, build_model, check_output, save_model
+    from sgpt.pretraining.model import PretrainConfig, build_model, refuse_other_model, save_model
     from sgpt.pretraining.next_token_loss import perplexity
     from sgpt.pretraining.pretrain import pretrain
 
     config = typed(PretrainConfig, composed)
-    check_output(config)
+    refuse_other_model(config)
     accelerator = launch.accelerate(precision=config.precision, seed=config.seed)
     with accelerator.main_process_first():
         corpus = prepare_corpus(config)

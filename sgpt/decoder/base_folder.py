@@ -1,5 +1,6 @@
 """Where a base lies: a folder of this machine, a GGUF file, which is converted into one, or the model hub."""
 
+import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -80,12 +81,15 @@ def revision_of(path: str) -> str:
 
 def how_to_have(path: str) -> str:
     """What to do about a folder that is not there, as the end of a sentence."""
-    return f"`{WRITTEN_BY[path.rstrip('/')]}` writes it" if is_written_here(path) else "check the path"
+    command = writer_of(path)
+    return f"`{command}` writes it" if command else "check the path"
 
 
-def is_written_here(path: str) -> bool:
-    """Whether a command of this project writes the folder, there or not."""
-    return path.rstrip("/") in WRITTEN_BY
+def writer_of(path: str) -> str | None:
+    """The command of this project that writes the folder, there or not."""
+    project, place = Path(__file__).parents[2], Path(os.path.abspath(path))
+    written = (folder for folder in WRITTEN_BY if place in (Path(folder).absolute(), project / folder))
+    return WRITTEN_BY.get(next(written, ""))
 
 
 def path_for_others(path: str) -> str:

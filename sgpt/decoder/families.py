@@ -107,8 +107,8 @@ def first_layers(config: PretrainedConfig, layers: int, path: str) -> Pretrained
 
 def looks_both_ways(config: Mapping) -> bool:
     """Whether tokens see what stands behind them, too. config: what config.json says; it may turn a decoder around."""
-    turned = config.get("use_bidirectional_attention") or config.get("is_causal") is False
-    return bool(turned) or not family_of(config["model_type"]).causal
+    turned = config.get("use_bidirectional_attention") in (True, "all")  # "vision" is of images alone
+    return turned or config.get("is_causal") is False or not family_of(config["model_type"]).causal
 
 
 def block_of(path: str) -> int | None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
 from sgpt.runtime.errors import InputError
 
@@ -19,6 +21,7 @@ SHOWN_BY_SHAPES = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count_kv",
     "attention.value_length", "expert_feed_forward_length", "expert_shared_feed_forward_length", "tensor_data_layout",
     "rope.scaling.type", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+    "use_parallel_residual", "pooling_type",  # read from the tensors, and of what stands behind the hidden states
 }  # fmt: skip
 # Families whose classes read these numbers from the config, whatever they are.
 WITH_WINDOW, WITH_PARTIAL_ROTARY = ("mistral", "phi3", "starcoder2"), ("phi3", "stablelm")
@@ -31,10 +34,13 @@ def settle(file: Path, metadata: Mapping[str, Any], config: PretrainedConfig) ->
 
     metadata: by llama.cpp's keys, those of one value.
     """
-    prefix = f"{metadata['general.architecture']}."
+    architecture = metadata["general.architecture"]
+    if architecture in GGUF_CONFIG_ARCHS:  # whose keys transformers reads one by one
+        return
+    passed = SHOWN_BY_SHAPES | {key for key, name in GGUF_CONFIG_MAPPING.get(architecture, {}).items() if name}
     for key, value in metadata.items():
-        name = key.removeprefix(prefix)
-        if name == key or name in SHOWN_BY_SHAPES or (name in SETTLE and SETTLE[name](config, value)):
+        name = key.removeprefix(f"{architecture}.")
+        if name == key or (SETTLE[name](config, value) if name in SETTLE else name in passed):
             continue
         raise InputError(
             f"{file}: {key}={value} is not in the config that transformers makes of a GGUF file "
@@ -60,10 +66,14 @@ def _one_of(*values: Any) -> Settle:
     return lambda config, value: value in values
 
 
-def _rotary(config: PretrainedConfig) -> dict:
-    """The rotary parameters, of the layers that see all where there are several."""
+def _rotary_of(config: PretrainedConfig, layers: str) -> dict:
+    """The rotary parameters, of one kind of layers where there are several."""
     stated = getattr(config, "rope_parameters", None) or {}
-    return stated.get("full_attention", stated)
+    return stated.get(layers, stated)
+
+
+def _rotary(config: PretrainedConfig) -> dict:
+    return _rotary_of(config, "full_attention")
 
 
 def _rotary_base(config: PretrainedConfig, value: float) -> bool:
@@ -99,15 +109,15 @@ SETTLE: dict[str, Settle] = {
     "attention.head_count": _same("num_attention_heads"),
     "attention.key_length": lambda config, value: _head_size(config) == value,
     "attention.layer_norm_rms_epsilon": _same("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
-    "attention.layer_norm_epsilon": _same("layer_norm_eps", "norm_epsilon", "layer_norm_epsilon"),
+    "attention.layer_norm_epsilon": _same("layer_norm_eps", "norm_epsilon", "layer_norm_epsilon", "norm_eps"),
     "attention.sliding_window": _window,
     "attention.causal": _one_of(True),
     "attn_logit_softcapping": _same("attn_logit_softcapping"),
     "final_logit_softcapping": _same("final_logit_softcapping"),
-    "use_parallel_residual": _same("use_parallel_residual"),
     "expert_count": _same("num_experts", "num_local_experts"),
     "expert_used_count": _same("num_experts_per_tok"),
     "rope.freq_base": _rotary_base,
+    "rope.freq_base_swa": lambda config, value: _rotary_of(config, "sliding_attention").get("rope_theta") == value,
     "rope.dimension_count": _rotary_width,
     "rope.scale_linear": _one_of(0, 1),
     "rope.scaling.factor": _scaling,

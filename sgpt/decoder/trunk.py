@@ -21,7 +21,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from sgpt.decoder.agreement import check_agreement
 from sgpt.decoder.attention import NAME, packed, prepare
-from sgpt.decoder.base_folder import how_to_have, is_written_here, local_folder, resolve
+from sgpt.decoder.base_folder import how_to_have, local_folder, resolve, writer_of
 from sgpt.decoder.families import (
     FAMILIES,
     block_of,
@@ -95,7 +95,9 @@ class ModelConfig:
         """The base that is opened, `path` or `hub`, as `path`; the log says which, where it can be either."""
         if self.hub is None:
             return self
-        if not is_written_here(self.path):
+        if writer_of(self.path) is None:
+            if not resolve(self.path).exists():
+                log.info("model.hub=%s is of a preset's own folder, and not asked for %s", self.hub, self.path)
             return replace(self, hub=None)
         if resolve(self.path).exists():
             log.info("%s is there and is used; %s is not loaded from the hub", self.path, self.hub)

@@ -195,7 +195,7 @@ def untuned_values(trunk: nn.Module, folder: Path) -> dict[str, Tensor]:
             if of_base[name].ndim > 1 or of_base[name].shape != value.shape:
                 differs = differs or name
             else:
-                untuned[name] = of_base[name].detach().to(value.device)
+                untuned[name] = of_base[name].detach().to(value)  # in the trunk's dtype, too
     if differs is not None:
         first = f"the first {stated['layers']} blocks of " if stated["layers"] else ""
         raise InputError(

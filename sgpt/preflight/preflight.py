@@ -35,8 +35,8 @@ MEASURED = 64  # texts of a test set, by whose lengths the time of its evaluatio
 class Preflight:
     """What will happen and what was measured for it.
 
-    table: label -> a line. seen: of the warnings those of test and dev sets whose texts are trained on. tokens: of all
-    steps and processes, equal texts of a batch once.
+    table: label -> a line. seen: of the warnings those of test sets whose queries or pairs are trained on. tokens: of
+    all steps and processes, equal texts of a batch once.
     """
 
     table: Mapping[str, str]
@@ -108,8 +108,10 @@ def preflight(
         told: list[str] = []
         seen: list[str] = []
         if accelerator.is_main_process:
-            seen += test_sets_in_training(feed, {"test": test_sets, "dev": dev_sets})
-            told += [*trap_warnings(encoder, feed, sampled), *seen]
+            told += trap_warnings(encoder, feed, sampled)
+            for said, is_seen in test_sets_in_training(feed, {"test": test_sets, "dev": dev_sets}):
+                told.append(said)
+                seen += [said] if is_seen else []
     if (dev_sets.retrieval or dev_sets.sts) and not trainer.evaluate_every_steps:
         told.append(
             "dev sets are named and never scored, so adapter and export are made from the last step; set "

@@ -69,8 +69,11 @@ def trap_warnings(encoder: Encoder, feed: Feed, sampled: SampledTexts) -> Iterat
             )
 
 
-def test_sets_in_training(feed: Feed, sets: dict[str, Sets]) -> Iterator[str]:
-    """Which of them hold texts that are trained on, and how many. sets: by what they are for, "test" and "dev"."""
+def test_sets_in_training(feed: Feed, sets: dict[str, Sets]) -> Iterator[tuple[str, bool]]:
+    """Of each set that holds texts which are trained on, how many; and whether results of a test set are of these.
+
+    sets: by what they are for, "test" and "dev".
+    """
     if not any(of_purpose.retrieval or of_purpose.sts for of_purpose in sets.values()):
         return
     known = training_hashes(feed.sources)
@@ -83,15 +86,21 @@ def test_sets_in_training(feed: Feed, sets: dict[str, Sets]) -> Iterator[str]:
             yield from _known_warning(pairs.name, purpose, {"texts": [*pairs.first, *pairs.second]}, known)
 
 
-def _known_warning(name: str, purpose: str, texts: dict[str, list[str]], known: np.ndarray) -> Iterator[str]:
+def _known_warning(
+    name: str, purpose: str, texts: dict[str, list[str]], known: np.ndarray
+) -> Iterator[tuple[str, bool]]:  # fmt: skip
     """texts: by what they are in the set."""
     overlaps = {kind: known_texts(of_kind, known) for kind, of_kind in texts.items()}
     told = [f"{overlap.count:,} of {len(texts[kind]):,} {kind}" for kind, overlap in overlaps.items() if overlap.count]
     if told:
         first = next(overlap for overlap in overlaps.values() if overlap.count)
+        asked = any(overlap.count for kind, overlap in overlaps.items() if kind != "documents")
+        then = "its results are then not of new texts; take them out of the data"
+        if not asked:
+            then = "where training and test share a corpus that is so, and its results are of new queries"
         yield (
-            f"{name}: {' and '.join(told)} of this {purpose} set are in the training data, {_shown(first)}; its "
-            "results are then not of new texts; take them out of the data"
+            f"{name}: {' and '.join(told)} of this {purpose} set are in the training data, {_shown(first)}; {then}",
+            asked and purpose == "test",
         )
 
 

@@ -16,7 +16,7 @@ from sgpt.runtime.files import hash_of, ordinary_permissions, write_whole
 from sgpt.runtime.values import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, check_choice, check_ranges
 
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 257, 65_536
-WRITTEN = "written.json"  # in the run's folder: path of the weights that it wrote -> their hashes
+WRITTEN_HASHES = "written.json"  # in the run's folder: path of the weights that it wrote -> their hashes
 END = "<|endoftext|>"  # between documents, and padding; id 0
 
 
@@ -201,7 +201,7 @@ def build_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.opt
     return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98))]
 
 
-def check_output(config: PretrainConfig) -> None:
+def refuse_other_model(config: PretrainConfig) -> None:
     """InputError where `output` holds a model that this run did not write: it may be the base of others."""
     weights = Path(config.output, WEIGHTS)
     if weights.is_file() and hash_of(weights) not in _written(config).get(str(weights.absolute()), []):
@@ -212,7 +212,7 @@ def check_output(config: PretrainConfig) -> None:
 
 
 def _written(config: PretrainConfig) -> dict[str, list[str]]:
-    file = Path(config.folder, WRITTEN)
+    file = Path(config.folder, WRITTEN_HASHES)
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
@@ -223,7 +223,7 @@ def save_model(model: GPTNeoForCausalLM, config: PretrainConfig) -> Path:
     """
     from transformers import PreTrainedTokenizerFast
 
-    check_output(config)
+    refuse_other_model(config)
     output, temporary = Path(config.output), Path(config.folder, ".output.tmp")
     half = build_model(config.nano, config.seed)
     half.load_state_dict(model.state_dict())
@@ -240,7 +240,7 @@ def save_model(model: GPTNeoForCausalLM, config: PretrainConfig) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     written, place = _written(config), str((output / WEIGHTS).absolute())
     written[place] = [*written.get(place, []), hash_of(temporary / WEIGHTS)]
-    write_whole(Path(config.folder, WRITTEN), json.dumps(written) + "\n")
+    write_whole(Path(config.folder, WRITTEN_HASHES), json.dumps(written) + "\n")
     for file in temporary.iterdir():
         shutil.move(file, output / file.name)  # the two may lie on different disks
     temporary.rmdir()

@@ -238,7 +238,7 @@ def _alarms(log: list[dict[str, Any]]) -> str:
 
 
 def _seen(manifest: dict[str, Any]) -> str:
-    """Test and dev sets whose texts were trained on."""
+    """Test sets whose queries or pairs were trained on."""
     said = manifest.get("seen_in_training", [])
     return "".join(f"<p class='fall'>{escape(str(one))}</p>" for one in said)
 

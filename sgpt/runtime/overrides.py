@@ -72,7 +72,8 @@ def quoted(value: str, *, verbatim: bool = True) -> str:
 def unquoted(value: str) -> str:
     """What Hydra makes of a value in quotes: see `quoted`."""
     mark = value[0]
-    return re.sub(rf"(\\+)({mark}|\Z)", lambda end: "\\" * (len(end[1]) // 2) + end[2], value[1:-1])
+    text = re.sub(rf"(\\+)({mark}|\Z)", lambda end: "\\" * (len(end[1]) // 2) + end[2], value[1:-1])
+    return text.replace("\\${", "${")
 
 
 def _as_typed(argument: str, known: Mapping[str, TextKey], verbatim: Sequence[str], sweeping: bool) -> str:

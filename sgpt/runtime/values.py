@@ -72,16 +72,15 @@ def check_choice(key: str, value: str, choices: Collection[str]) -> None:
         raise InputError(f"{key}={value!r} is unknown; choose {listed}")
 
 
-def check_unused(config: Any, keys: Collection[str], without: str, group: str = "") -> None:
+def check_unused(config: Any, keys: Collection[str], without: str) -> None:
     """InputError for the first of these fields that is not its default. without: what else it needs to have an effect.
-    group: what stands before the fields in a key.
 
     The value is not named, as it may be a secret.
     """
     for field in fields(config):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if field.name in keys and getattr(config, field.name) != default:
-            raise InputError(f"{group}{field.name} has no effect without {without}")
+            raise InputError(f"{field.name} has no effect without {without}")
 
 
 def check_api_key(api_key: str | None) -> None:

@@ -13,6 +13,7 @@ import asyncio
 import base64
 import hmac
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -200,7 +201,8 @@ class Server:
         request.state.note = f"{len(scores)} documents, {sum(tokens)} tokens"
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[: asked.top_n]
         if asked.texts is not None:
-            rows = [{"index": index, "score": scores[index]} for index in best]
+            shown = scores if asked.raw_scores else [1 / (1 + math.exp(min(-score, 700))) for score in scores]
+            rows = [{"index": index, "score": shown[index]} for index in best]
             if asked.return_text:
                 rows = [row | {"text": asked.documents[row["index"]]} for row in rows]
             return as_json(rows)

@@ -70,6 +70,9 @@ class EmbeddingRequest(_Body):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
+OF_TEI = ("return_text", "raw_scores", "truncation_direction")  # fields of text-embeddings-inference's /rerank alone
+
+
 class RerankRequest(_Body):
     """POST /rerank: as Cohere has it with `documents`, as text-embeddings-inference has it with `texts`."""
 
@@ -87,10 +90,13 @@ class RerankRequest(_Body):
     """As of embeddings; a document that is too long is cut at its beginning."""
     texts: list[str] | None = None
     """Instead of `documents`: the answer is text-embeddings-inference's, too."""
-    return_text: bool = False
+    return_text: bool | None = None
     """With the texts in that answer."""
-    raw_scores: bool = True
-    """Of that API: scores are log-probabilities either way."""
+    raw_scores: bool | None = None
+    """Of that API: true gives log-probabilities; else they are put between 0 and 1 by its rule, 1 / (1 + exp(-score)).
+    """
+    truncation_direction: Literal["left", "Left"] | None = None
+    """Of that API: a text that is too long is cut at its beginning."""
 
     @model_validator(mode="before")
     @classmethod
@@ -99,10 +105,11 @@ class RerankRequest(_Body):
         if not isinstance(body, dict):
             return body
         body = dict(body)
-        if isinstance(body.get("texts"), list) and "documents" not in body:
+        of_tei = [name for name in ("texts", *OF_TEI) if name in body]
+        if isinstance(body.get("texts"), list) and not {"documents", "return_documents"} & body.keys():
             body["documents"] = body["texts"]
-        elif "return_text" in body or "raw_scores" in body or "texts" in body:
-            raise ValueError("texts, return_text and raw_scores go together, without documents")
+        elif of_tei:
+            raise ValueError(f"{', '.join(of_tei)}: with texts, and neither documents nor return_documents")
         if isinstance(body.get("documents"), list):
             body["documents"] = [_text_of(number, one) for number, one in enumerate(body["documents"])]
         return body

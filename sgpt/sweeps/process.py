@@ -43,11 +43,12 @@ def threads_of_run(folder: Path, stated: int | None) -> int | None:
 
     stated: for a new run. None leaves them to training, which shares the cores that it may use.
     """
-    from sgpt.training.run_folder import read_config
+    import yaml
 
-    if not (folder / "config.yaml").is_file():
+    file = folder / "config.yaml"
+    if not file.is_file():
         return stated
-    return read_config(folder).get("trainer", {}).get("threads")
+    return yaml.safe_load(file.read_text(encoding="utf-8")).get("trainer", {}).get("threads")
 
 
 def accelerate_launch(num_processes: int, num_threads: int, arguments: Sequence[str], *, cpu: bool) -> list[str]:

@@ -29,7 +29,7 @@ from torch import nn
 from sgpt.encoder.adapter import TRAINED
 from sgpt.runtime.distributed import barrier, from_main, on_all, world
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.files import hash_of, put_back, remove_folder, replace_folder
+from sgpt.runtime.files import REPLACED, hash_of, put_back, remove_folder, replace_folder
 from sgpt.runtime.provenance import EXACT_PROCESSES
 
 log = logging.getLogger(__name__)
@@ -105,8 +105,7 @@ def best(folder: Path) -> Path | None:
         return None
     with _undamaged(newest / "state.json") as file:
         step = json.loads(file.read_text()).get("best_step", 0)
-    chosen = folder / f"step-{step}"
-    return chosen if chosen.is_dir() else newest
+    return next((checkpoint for checkpoint in whole_checkpoints(folder) if _step(checkpoint) == step), newest)
 
 
 def newest_undamaged(folder: Path) -> Path | None:
@@ -153,8 +152,14 @@ def damage(checkpoint: Path, *names: str) -> str | None:
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """By step, the newest last. Folders that only look like one (a copy called step-4.bak) are none."""
+    """By step, the newest last. Folders that only look like one (a copy called step-4.bak) are none.
+
+    One that was being replaced when its process was killed is there under its other name (`put_back`).
+    """
     checkpoints = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    for path in folder.glob(f".step-*{REPLACED}"):
+        if not (folder / f"step-{_step(path)}").exists():
+            checkpoints.append(path)
     return sorted(checkpoints, key=_step)
 
 
@@ -269,4 +274,5 @@ def restore_random_states(states: dict) -> None:
 
 
 def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+    """Also of one that is being replaced."""
+    return int(folder.name.removeprefix(".").removeprefix("step-").removesuffix(REPLACED))

@@ -8,7 +8,7 @@ from sgpt.decoder.trunk import ModelConfig
 from sgpt.encoder.pooling import PoolingConfig
 from sgpt.evaluation.evaluate import EvaluationConfig
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.values import COUNT, check_choice, check_ranges, check_unused
+from sgpt.runtime.values import COUNT, check_choice, check_ranges
 from sgpt.text.markers import ROLES, MarkersConfig
 from sgpt.training.loss import LossConfig
 from sgpt.training.optim import OptimConfig
@@ -32,8 +32,6 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         if self.tracker not in (None, *TRACKERS):
             raise InputError(f"logging.tracker={self.tracker!r} is unknown; choose {', '.join(TRACKERS)} or null")
-        if self.tracker is None:
-            check_unused(self, ("project", "mode"), without="logging.tracker", group="logging.")
         check_choice("logging.mode", self.mode, ("online", "offline", "disabled"))
         length = len(self.project)
         forbidden = set(self.project) & {*"/\\#?%:"}

@@ -91,7 +91,7 @@ def record_start(
 ) -> None:  # fmt: skip
     """Writes the manifest once, when the run starts; a resumed run has its inputs checked against these.
 
-    seen: what is said of test and dev sets whose texts are trained on.
+    seen: what is said of test sets whose queries or pairs are trained on.
     """
     if run.read("manifest.json", {}):
         return

@@ -20,7 +20,7 @@ from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import lock, unlock, write_whole
 from sgpt.runtime.provenance import Inputs, check_same, differences, recorded_threads
 
-SEEN = "seen_in_training"  # key of manifest.json: what is said of test and dev sets whose texts are trained on
+SEEN = "seen_in_training"  # key of manifest.json: what is said of test sets whose queries or pairs are trained on
 MAY_CHANGE = {  # on resuming: what decides neither weights nor results
     "name", "runs", "resume", "logging", "data.cache",
     "trainer.log_every_steps", "trainer.save_every_steps", "trainer.keep_checkpoints", "trainer.dry_run",

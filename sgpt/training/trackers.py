@@ -4,6 +4,7 @@ They get the numbers of metrics.jsonl under the same names, and in the end the f
 """
 
 import importlib.util
+import logging
 import os
 import re
 import secrets
@@ -14,9 +15,10 @@ from accelerate import Accelerator
 
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.provenance import flat
-from sgpt.training.config import TrainConfig
+from sgpt.training.config import LoggingConfig, TrainConfig
 from sgpt.training.run_folder import RunFolder
 
+log = logging.getLogger(__name__)
 ARTIFACTS = ("config.yaml", "manifest.json", "results.json", "metrics.jsonl", "report.html", "adapter")
 
 
@@ -33,6 +35,8 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, run: RunFolder
     """To be called once the run folder exists: trackers write into it, or next to it. All processes call it."""
     tracker = config.logging.tracker
     if not tracker:
+        if (config.logging.project, config.logging.mode) != (LoggingConfig.project, LoggingConfig.mode):
+            log.warning("logging.project and logging.mode have no effect without logging.tracker")
         return
     name, project, tree = config.name, config.logging.project, flat(asdict(config))
     options: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from sgpt.decoder.added_biases import PLACES, add_biases, place_of
 from sgpt.decoder.base_folder import local_folder
-from sgpt.decoder.families import BLOCK_NUMBER, block_of, is_norm
+from sgpt.decoder.families import block_of, is_norm
 from sgpt.decoder.quantised import num_weights, quantised_dtype
 from sgpt.encoder.contract import FILE as CONTRACT
 from sgpt.encoder.contract import Contract, Origin
@@ -144,22 +144,18 @@ def tune(trunk: nn.Module, config: TuningConfig, base: str = "") -> nn.Module:
     not move by less than 0.004. The norms go with their biases; the encoder computes the rest under autocast.
     """
     before = origin_of(base) if base else Origin()
-    more_blocks = config.layers != "all"  # stated, so maybe others than those of the run
     if config.name in BIASES_ALONE and before.tuning in BIASES_ALONE:
-        _refuse_other_places(trunk, config.add_biases, base)
-        config = config if more_blocks else replace(config, layers=before.layers or "all")
-        more = f"; tuning.layers=last:{_number_of_blocks(trunk)} for all blocks" if config.layers != "all" else ""
+        config = replace(config, layers=before.layers or "all") if config.layers == "all" else config
         log.info(
-            "%s is an export of a run that trained its biases, and the same learn again (tuning.layers=%s%s)",
-            base, config.layers, more,
+            "%s is an export of a run that trained its biases: of these learn the ones in the blocks of "
+            "tuning.layers=%s; others, and more by tuning.add_biases, are to be had over that run's own base",
+            base, config.layers,
         )  # fmt: skip
         trunk.has_trained_biases = True
     tuned = TUNINGS[config.name](trunk, config)
     if getattr(trunk, "has_trained_biases", False):
-        trained = {_of_any_block(name) for name, value in tuned.named_parameters() if value.any()}
         for name, parameter in trainable_parameters(tuned).items():
-            of_the_run = parameter.any() or (more_blocks and _of_any_block(name) in trained)
-            if name.endswith("bias") and not of_the_run:  # its class has them, and the run did not
+            if name.endswith("bias") and not parameter.any():  # its class has them, and the run did not
                 parameter.requires_grad_(False)
     if trunk.dtype.itemsize >= 4:
         return tuned
@@ -172,22 +168,6 @@ def tune(trunk: nn.Module, config: TuningConfig, base: str = "") -> nn.Module:
     if any(parameter.dtype == torch.float16 for parameter in tuned.parameters()):
         _scale_gradients(tuned)
     return tuned
-
-
-def _of_any_block(name: str) -> str:
-    """A parameter's name without the number of its block."""
-    return BLOCK_NUMBER.sub(".*.", name)
-
-
-def _refuse_other_places(trunk: nn.Module, where: str, base: str) -> None:
-    """InputError where `tuning.add_biases` asks for biases that the run of this export did not train."""
-    modules = [(path, module) for path, module in trunk.named_modules() if isinstance(module, nn.Linear)]
-    places = {place_of(path) for path, module in modules if module.bias is not None and module.bias.any()}
-    if where in ("attention", "mlp") and where not in places:
-        raise InputError(
-            f"tuning.add_biases={where}: {base} is an export of a run that trained other biases, of which the same "
-            "learn again and none are added; leave it out, or train over the run's own base"
-        )
 
 
 def origin_of(base: str) -> Origin:

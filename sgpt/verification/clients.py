@@ -59,9 +59,7 @@ def _openai_vectors(answer: Any) -> list:
     numbers = [row["index"] for row in rows]
     if numbers != list(range(len(rows))):
         raise InputError(f"numbers {len(rows)} vectors {numbers!s:.40}, where clients look for 0, 1, …")
-    vectors = [row["embedding"] for row in rows]
-    # as OpenAI's own client reads it: float32, the lowest byte first
-    return [np.frombuffer(b64decode(one), "<f4") if isinstance(one, str) else one for one in vectors]
+    return [row["embedding"] for row in rows]
 
 
 def _tei(question: Question) -> dict[str, Any]:
@@ -128,7 +126,7 @@ class Client:
         if delta is not None:
             body[self.delta_as] = delta
         sent = {key: value for key, value in body.items() if value is not None}
-        vectors = self._vectors(self._answer(sent))
+        vectors = self._vectors(self._answer(sent), base64)
         if vectors.shape != (len(texts), self.size):
             raise InputError(
                 f"{self.url}: gives {vectors.shape[0]} vectors of {vectors.shape[1]} numbers for {len(texts)} texts, "
@@ -187,9 +185,12 @@ class Client:
             )
         return InputError(f"{self.url}: {status} instead of an answer ({said}); see the server's log")
 
-    def _vectors(self, answer: Any) -> np.ndarray:
+    def _vectors(self, answer: Any, base64: bool) -> np.ndarray:
         try:
-            vectors = np.array(self.api.vectors(answer))
+            rows = self.api.vectors(answer)
+            if base64:  # as OpenAI's own client reads it: float32, the lowest byte first; numbers, where there are
+                rows = [np.frombuffer(b64decode(row), "<f4") if isinstance(row, str) else row for row in rows]
+            vectors = np.array(rows)
         except InputError as error:
             raise InputError(f"{self.url}: {error}") from None
         except (KeyError, TypeError, ValueError, IndexError):
@@ -199,7 +200,8 @@ class Client:
                 f"{self.url}: its answer {str(answer)[:60]!r} holds no list of vectors as of api={self.api_name}; "
                 "choose the server's own api"
             )
-        return vectors.astype(np.float32)
+        with np.errstate(over="ignore"):
+            return vectors.astype(np.float32)
 
     def _listed(self, url: str) -> str | None:
         """The first model that the server lists, None where it lists none."""

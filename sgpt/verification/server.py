@@ -28,6 +28,7 @@ from sgpt.verification.diagnosis import NO_KNOWN_FAULT, Trained, explain
 FLOAT32 = 1e-6  # of a cosine to 1, which another order of summation, or a GPU's TF32, does not reach
 ROUNDED = 0.99  # a cosine above which rounding may be all that is wrong
 ROUNDINGS = 3  # times what half precision makes of these weights here is allowed, as other machines round elsewhere
+LENGTH_TOLERANCE = 1e-2  # of a vector's length at most, relative
 IGNORED, PUT_ON = "delta ignored: the vector of {}", "wrong delta: the vector of {}"
 _NO_ANSWER = np.empty(0)  # of a request that failed
 Models = dict[str | None, Encoder]  # by delta, None is the model itself
@@ -235,7 +236,7 @@ class _Lengths:
         """What is wrong with them; normalised: the contract says 1. A cosine that is allowed may move lengths as much.
         """
         lengths, trained = np.linalg.norm(vectors, axis=1), np.linalg.norm(expected, axis=1)
-        tolerance = (2 * (1 - least_cosine)) ** 0.5
+        tolerance = min((2 * (1 - least_cosine)) ** 0.5, LENGTH_TOLERANCE)
         units = np.abs(lengths - 1) <= tolerance
         as_trained = np.abs(lengths - trained) <= tolerance * trained
         odd = f"a vector of length {lengths[~units][0] if not units.all() else 1:.4g}"

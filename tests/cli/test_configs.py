@@ -290,6 +290,7 @@ def test_the_keys_that_are_taken_for_texts_are_those_of_the_dataclasses(name):
     ("serve", "deltas.legal=1e5", "deltas.legal", "1e5"), ("serve", "deltas={a: 1e5}", "deltas.a", "1e5"),
     ("serve", "api_key=${oc.env:PWD}", "api_key", os.environ.get("PWD")), ("serve", "prompt=${a}", "prompt", "${a}"),
     ("serve", "prompt='{document}\\n\"it\\'s\"'", "prompt", '{document}\n"it\'s"'),
+    ("serve", "prompt='in \\${x}: {document}'", "prompt", "in ${x}: {document}"),
     ("serve", 'prompt="{document}\\n"', "prompt", "{document}\n"),
     ("evaluate", "runs=[x]", "runs", "[x]"), ("evaluate", "split=1e5", "split", "1e5"),
     ("evaluate", "markers={name: none, query_max_tokens: 30}", "markers.query_max_tokens", 30),

@@ -90,6 +90,8 @@ def test_markdown_is_read_without_its_signs(tmp_path):
 
 def test_a_comment_in_a_block_of_code_is_no_heading(tmp_path):
     """CommonMark, 4.5: a block goes to a fence of the same sign that is as long, or to the end."""
+    (tmp_path / "inline.md").write_text(f"```pip install it```\n# On the heart\nIt is a muscle, {REST}\n")
+    assert read(tmp_path, path=str(tmp_path / "inline.md"))[0].query == "On the heart"
     (tmp_path / "page.md").write_text(
         f"```sh\n# install it\n~~~\n# and run it\n````\n# On the heart\nIt is a muscle, {REST}\n\n"
         f"~~~\n# beat\n\n# {OTHER}\n",

@@ -1,6 +1,8 @@
 """Biases that a base does not have: nothing changes before training, and every format gives back what was trained."""
 
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -294,16 +296,16 @@ def test_an_export_that_is_trained_on_keeps_its_frozen_set(family, settings, tin
             assert not added_biases(trunk)
 
 
-def test_more_blocks_of_an_export_learn_where_they_are_asked_for(tiny_base, tmp_path):
-    """Of the biases that the run trained: of attention, in the last block."""
+def test_others_than_those_of_the_run_do_not_learn_and_the_log_says_where_they_would(tiny_base, tmp_path, caplog):
+    """A run of before with such keys is reopened by the same rule."""
     shutil.copytree(tiny_base("llama"), tmp_path / "base")
     _without_its_biases(tmp_path / "base")
     encoder, before = trained(tmp_path / "base", add_biases="attention", layers="last:1")
     encoder.contract.origin = Origin(tuning="bitfit", layers="last:1")
     export(encoder, tmp_path / "export", card="")
     exported = str(tmp_path / "export")
-    both = tune(load_trunk(ModelConfig(exported)), TuningConfig("bitfit", layers="last:2"), exported)
-    expected = {*before, *(name.replace("layers.1.", "layers.0.") for name in before)}
-    assert trainable_parameters(both).keys() == expected != before.keys()
-    with pytest.raises(InputError, match=r"tuning\.add_biases=mlp: .*export is an export of a run that trained other"):
-        tune(load_trunk(ModelConfig(exported)), TuningConfig("bitfit", add_biases="mlp"), exported)
+    caplog.set_level(logging.INFO)
+    both = tune(load_trunk(ModelConfig(exported)), TuningConfig("bitfit", "mlp", layers="last:2"), exported)
+    assert trainable_parameters(both).keys() == before.keys()
+    said = r"of these learn the ones in the blocks of tuning\.layers=last:2; others, and more .* that run's own base"
+    assert any(re.search(said, message) for message in caplog.messages)

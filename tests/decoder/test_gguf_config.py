@@ -97,7 +97,7 @@ CARRIED = {
     ),
     "heads of 256, whose root divides the scores": (
         "Gemma3", "gemma3", GEMMA,
-        {"attention.key_length": 256, "attention.sliding_window": 8, "rope.freq_base": 1e6},
+        {"attention.key_length": 256, "attention.sliding_window": 8, "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4},
     ),
     "heads of 128, whose root divides the scores": (
         "Gemma3", "gemma3", {**GEMMA, "head_dim": 128, "query_pre_attn_scalar": 128},
@@ -132,7 +132,9 @@ def test_what_the_config_cannot_say_is_refused_by_its_key(key, value, tmp_path):
         open_model(ModelConfig(str(file)))
 
 
-@pytest.mark.parametrize(("key", "value"), [("rope.scale_linear", 1.0), ("attention.causal", True)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("rope.scale_linear", 1.0), ("attention.causal", True), ("pooling_type", 3)]
+)
 def test_what_says_nothing_else_is_taken(key, value, tmp_path):
     stated = {key: value, "rope.freq_base": 10000.0, "rope.dimension_count": 8}
     open_model(ModelConfig(str(write(tmp_path / "x.gguf", "llama", random("Llama"), stated))))

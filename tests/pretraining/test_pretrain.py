@@ -21,7 +21,7 @@ from sgpt.data.sources import pydocs
 from sgpt.pretraining import open_text
 from sgpt.pretraining.corpus import Corpus, prepare_corpus
 from sgpt.pretraining.lexical import bag_of_tokens, overlapping
-from sgpt.pretraining.model import NanoConfig, PretrainConfig, build_model, check_output, save_model, start_from
+from sgpt.pretraining.model import NanoConfig, PretrainConfig, build_model, refuse_other_model, save_model, start_from
 from sgpt.pretraining.next_token_loss import next_token_loss, perplexity
 from sgpt.pretraining.pretrain import embed, pretrain
 from sgpt.runtime.errors import InputError
@@ -188,7 +188,7 @@ def test_a_model_of_others_is_not_replaced(config, tmp_path):
     other = replace(config, output=str(tmp_path / "output"))
     model = build_model(SHAPE, 0)
     shutil.copytree("data/nano", other.output)
-    for refuses in (check_output, lambda given: save_model(model, given)):
+    for refuses in (refuse_other_model, lambda given: save_model(model, given)):
         with pytest.raises(InputError, match=r"output=.*model\.safetensors is there, and the run of folder=.* did not"):
             refuses(other)
     (tmp_path / "output" / "model.safetensors").unlink()

@@ -277,16 +277,20 @@ def test_documents_are_ranked_as_the_re_ranker_scores_them(url, language_model):
         np.testing.assert_allclose([one["relevance_score"] for one in results], np.sort(expected)[::-1][:3], rtol=1e-5)
         assert [one["document"]["text"] for one in results] == [documents[one["index"]] for one in results]
     # text-embeddings-inference's: its own fields and answer
-    answer = httpx.post(f"{url}/rerank", json={"query": "a date", "texts": documents, "raw_scores": False}).json()
+    answer = httpx.post(f"{url}/rerank", json={"query": "a date", "texts": documents, "raw_scores": True}).json()
     assert [row["index"] for row in answer] == np.argsort(-expected).tolist()
     np.testing.assert_allclose([row["score"] for row in answer], np.sort(expected)[::-1], rtol=1e-5)
     with_text = httpx.post(f"{url}/rerank", json={"query": "a date", "texts": documents, "return_text": True}).json()
+    by_its_rule = 1 / (1 + np.exp(-np.sort(expected)[::-1]))
+    np.testing.assert_allclose([row["score"] for row in with_text], by_its_rule, rtol=1e-4)
     assert [row["text"] for row in with_text] == [documents[row["index"]] for row in answer]
     for body, said in (
         ({"texts": ["a", "b c d " * 200]}, "texts[1] is longer"),
         ({"documents": [{"text": "a", "title": "b"}]}, "documents.0 is an object of text, title, and only"),
         ({"documents": [{"txt": "a"}]}, "documents.0 is an object of txt, and only text is read"),
-        ({"documents": ["a"], "return_text": True}, "texts, return_text and raw_scores go together"),
+        ({"documents": ["a"], "return_text": True}, "return_text: with texts, and neither documents nor return_doc"),
+        ({"texts": ["a"], "return_documents": True}, "texts: with texts, and neither documents nor return_documents"),
+        ({"texts": ["a"], "truncation_direction": "right"}, "truncation_direction='right': input should be 'left'"),
     ):
         refused = httpx.post(f"{url}/rerank", json={"query": "a date", **body})
         assert refused.status_code == 422

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sgpt.runtime.errors import InputError
-from sgpt.training.checkpoint import HASHES, TrainState, latest, load, newest_undamaged, save
+from sgpt.training.checkpoint import HASHES, TrainState, best, latest, load, newest_undamaged, save, steps_done
 from sgpt.training.optim import OptimConfig, build_optimizer, build_schedule
 from tests.starts import PRELOADED
 
@@ -96,6 +96,8 @@ def test_a_checkpoint_that_was_being_replaced_is_not_lost(moment, tmp_path):
     shutil.copytree(tmp_path / "step-4", tmp_path / ".step-4.replaced")
     if moment != "after":
         (tmp_path / "step-4").rename(tmp_path / ".step-4.tmp")
+    assert steps_done(tmp_path) == 4  # for who only looks, too
+    assert load(best(tmp_path), *parts(seed=3)).step == 4
     newest = newest_undamaged(tmp_path)
     assert newest == tmp_path / "step-4"
     resumed = parts(seed=2)

@@ -27,7 +27,7 @@ TEXT_ENDINGS = (".txt", ".md")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n.*?^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 # of Markdown: a heading (ATX), or a block of code between fences, whose comments may look like one
 HEADING_OR_CODE = re.compile(
-    r"^ {0,3}(?P<fence>`{3,}|~{3,})[^\n]*\n.*?(?:^ {0,3}(?P=fence)[`~]*[ \t]*$|\Z)|"
+    r"^ {0,3}(?P<fence>`{3,}(?=[^`\n]*\n)|~{3,})[^\n]*\n.*?(?:^ {0,3}(?P=fence)[`~]*[ \t]*$|\Z)|"
     r"^#{1,6}[ \t]+(?P<heading>[^\n]*?)[ \t#]*$",
     re.DOTALL | re.MULTILINE,
 )
