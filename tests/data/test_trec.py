@@ -65,6 +65,14 @@ def test_what_is_read_is_what_was_written(kind, chosen, tmp_path):
     assert ranking_per_query(QRELS, read_run(file, tmp_path, chosen, "trec")) == ranking_per_query(QRELS, RUN)
 
 
+def test_scores_that_single_precision_does_not_tell_apart_are_read_as_they_were_written(chosen, tmp_path):
+    """trec_eval ranks such documents by their ids, whatever the last digits say."""
+    scores = {"d01": -79.10521619021893, "d02": -79.10521851480007, "d03": -80.0}
+    write_run(tmp_path / "run.trec", {"q0": scores}, "ce")
+    assert [line.split()[2] for line in (tmp_path / "run.trec").read_text().splitlines()] == ["d02", "d01", "d03"]
+    assert read_run(tmp_path / "run.trec", tmp_path, chosen, "trec") == {"q0": scores}
+
+
 def test_a_missing_file_is_named_with_its_key(chosen, tmp_path):
     with pytest.raises(InputError, match=r"first=nowhere: no such file; check the path"):
         read_run(tmp_path.__class__("nowhere"), tmp_path, chosen, "first")

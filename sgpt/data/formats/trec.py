@@ -156,9 +156,9 @@ def _check_scores_tell_ranks_apart(file: Path, ranked_by: Mapping[str, list[tupl
 
 
 def _check_order(rows: list[tuple[int, float, str]]) -> None:
-    """rows: rank, score and line of one query, by rank."""
+    """rows: rank, score and line of one query, by rank. In single precision, as `ranked` puts them in order."""
     for (rank, score, _), (below, more, where) in pairwise(rows):
-        if below > rank and more > score:
+        if below > rank and np.float32(more) > np.float32(score):
             contrary = f"rank {below} scores {more:g}, more than rank {rank} with {score:g}"
             raise InputError(f"{where}: {contrary}; higher must be better, so negate distances")
 
