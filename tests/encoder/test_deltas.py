@@ -294,7 +294,7 @@ def test_in_a_narrower_dtype_a_delta_is_what_it_is_over_a_trunk_of_its_own(dtype
         assert (one[words] * expected[words]).sum(1).min() > 0.99
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trunk_in_half_precision_takes_the_float32_biases_of_norms(family, dtype, tiny_delta, tiny_base):
     rows = ["a" if number % 3 else None for number in range(len(TEXTS))]

@@ -120,7 +120,7 @@ def test_a_mask_skipped_under_load_alone_is_seen_by_requests_at_once_alone(findi
         ("last token", {"last_token pooling instead of weighted_mean"}),
         ("no markers", {"no markers"}),
         ("role", {"wrong role: the text as a document"}),
-        ("prompt", {"a prompt put before the text: 'query: '"}),
+        pytest.param("prompt", {"a prompt put before the text: 'query: '"}, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_wrong_with_every_text_breaks_every_condition_by_one_name(fault, named, findings):
@@ -131,7 +131,8 @@ def test_what_is_wrong_with_every_text_breaks_every_condition_by_one_name(fault,
 
 
 @pytest.mark.parametrize(("fault", "named"), [
-    ("no closing marker", "no closing marker"), ("last token cut", "the last token left out"),
+    ("no closing marker", "no closing marker"),
+    pytest.param("last token cut", "the last token left out", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_token_that_is_left_out_is_named(fault, named, findings):
     """Of hundreds of tokens one does not show; a text of one token becomes the empty one, whose vector is known."""
@@ -169,7 +170,10 @@ def test_answers_that_are_mixed_up_under_load_are_called_so(findings):
 
 @pytest.mark.parametrize(("fault", "said", "conditions"), [
     ("unit lengths in batches", r"a vector of length 1, where lengths were the model's before", "one batch"),
-    ("lengths off by 0.9 %", r"a vector of length [\d.]+, which is neither 1 nor the model's", "one at a time"),
+    pytest.param(
+        "lengths off by 0.9 %", r"a vector of length [\d.]+, which is neither 1 nor the model's", "one at a time",
+        marks=pytest.mark.slow,
+    ),
     ("big-endian", r"no known fault gives these vectors|NaN or infinity", "in base64"),
 ])  # fmt: skip
 def test_what_cosines_or_plain_numbers_do_not_show_is_seen(fault, said, conditions, findings):
