@@ -131,7 +131,7 @@ def ours(reranker: CrossEncoder) -> Scoring:
 def alone(reranker: CrossEncoder) -> Scoring:
     def scoring(pairs: Pairs) -> np.ndarray:
         texts = reranker.scored_texts(*map(list, zip(*pairs, strict=True)))
-        return log_probabilities(reranker.model, texts, tokens_per_pack=reranker.tokens_per_pack, share=False).numpy()
+        return log_probabilities(reranker.model, texts, tokens_per_pack=reranker.pack_size, share=False).numpy()
 
     return scoring
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sgpt.cross_encoder.likelihood import log_probabilities
 from sgpt.data.feed.collate import collate
 from sgpt.data.feed.example import Example
 from sgpt.decoder import varlen
@@ -25,6 +26,7 @@ from sgpt.training.loss import LossConfig
 from sgpt.training.step import contrastive_step
 from sgpt.training.tuning import TuningConfig, trainable_parameters, tune
 from tests.conftest import FAMILIES
+from tests.cross_encoder.test_likelihood import DECODERS, models, reference, texts
 from tests.starts import small_training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -99,6 +101,17 @@ def test_embeddings_are_those_of_the_processor(family, pooling, tiny_encoder):
     encoder = tiny_encoder(family, pooling=pooling)
     expected = encoder.encode_documents([*TEXTS, ""])
     assert np.abs(encoder.to("cuda").encode_documents([*TEXTS, ""]) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_score_of_a_query_is_that_of_the_processor_one_text_at_a_time(family, dtype, bound):
+    plain, ours = models(family, dtype)
+    wide = copy.deepcopy(plain).double()
+    given = texts()
+    expected = torch.tensor([reference(wide, text) for text in given])
+    found = log_probabilities(copy.deepcopy(ours).cuda(), given, tokens_per_pack=1000)
+    assert ((found - expected).abs() / expected.abs().clamp(min=1)).max() < bound
 
 
 def test_a_mixed_batch_is_what_each_model_gives_alone(tiny_encoder, tiny_delta):

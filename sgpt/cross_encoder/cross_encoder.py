@@ -27,13 +27,14 @@ from sgpt.decoder.attention import prepare
 from sgpt.decoder.base_folder import local_folder
 from sgpt.decoder.families import LENGTH_WITHOUT_TABLE, family_of, looks_both_ways, position_limit
 from sgpt.decoder.model_files import CONFIG, check_config, read_json
+from sgpt.decoder.packing import fitting_tokens
 from sgpt.decoder.trunk import ModelConfig, check_family, check_vocabulary, load_tokenizer, open_model
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import progress_bar
 
 log = logging.getLogger(__name__)
 Ids = tuple[int, ...]
-TOKENS_PER_PACK = 4096
+TOKENS_PER_PACK = 4096  # on a CPU
 
 
 @dataclass
@@ -49,7 +50,7 @@ class ScoreConfig:
 class CrossEncoder:
     """A causal language model, its tokenizer and a prompt.
 
-    `model.base_model` is prepared (sgpt/decoder/attention.py).
+    `model.base_model` is prepared (sgpt/decoder/attention.py). tokens_per_pack: None is what suits the device.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class CrossEncoder:
         prompt: PromptConfig | str = "G",
         *,
         scoring: ScoreConfig | None = None,
-        tokens_per_pack: int = TOKENS_PER_PACK,
+        tokens_per_pack: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.tokens_per_pack = model, tokenizer, tokens_per_pack
         self.prompt = build_prompt(PromptConfig(prompt) if isinstance(prompt, str) else prompt)
@@ -85,6 +86,11 @@ class CrossEncoder:
     ) -> "CrossEncoder":
         """A local folder or hub id of a decoder with its language-model head. Raises InputError for an encoder."""
         return cls(load_language_model(ModelConfig(str(path), dtype)), load_tokenizer(str(path)), prompt, **options)
+
+    @property
+    def pack_size(self) -> int:
+        """Tokens of a pack: `tokens_per_pack`, or what suits the device."""
+        return self.tokens_per_pack or fitting_tokens(self.model.base_model, self.model.device, TOKENS_PER_PACK)
 
     def score(self, queries: Sequence[str], documents: Sequence[str], *, progress: bool | None = None) -> np.ndarray:
         """Scores of the pairs (queries[i], documents[i]): float64 [pairs], natural logarithm, higher is better.
@@ -112,7 +118,7 @@ class CrossEncoder:
         """log p(query | prompt with document), float64 [pairs]: what `score` is made of."""
         texts = self.scored_texts(queries, documents)
         with progress_bar(f"scoring {len(texts):,} pairs", len(set(texts)), progress) as advance:
-            options = {"tokens_per_pack": self.tokens_per_pack, "choices": self.answer_ids, "advance": advance}
+            options = {"tokens_per_pack": self.pack_size, "choices": self.answer_ids, "advance": advance}
             sums = log_probabilities(self.model, texts, **options).numpy()
         if not np.isfinite(sums).all():
             pair = int(np.flatnonzero(~np.isfinite(sums))[0])

@@ -15,6 +15,7 @@ Texts are computed in one of three ways, which `_score_all` decides:
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, takewhile
 
 import torch
@@ -34,6 +35,7 @@ POSITIONS_AT_A_TIME = 256  # whose logits exist: 51 MB for GPT-2's vocabulary
 MIN_PREFIX_SHARE = 0.15
 MIN_TOKENS_SAVED = 16  # by a group's prefix: with fewer, a pass of its own costs more (benchmarks/rerank.py)
 BRANCH_TOKENS = 512  # of a group at a time: the mask between its texts is square
+KEYS_OF_A_TOKEN = 16  # copied keys that count as one token: of one layer at a time, where a token has a dozen tensors
 
 
 @dataclass(frozen=True)
@@ -207,24 +209,32 @@ def _from_groups(request: _Request, groups: list[SharedPrefix], prefix: _Prefix)
             behind = {index: len(request.texts[index].read) - group.start for index in group.members}
             for members in _budgeted(group.members, behind.__getitem__, BRANCH_TOKENS):
                 branches.append(_Branch(tuple(members), group.start, (slice(0, prefix.length), span)))
-        for part in _budgeted(branches, lambda branch: sum(map(len, _rows(request, branch))), request.tokens_per_pack):
+        for part in _budgeted(branches, partial(_size, request), request.tokens_per_pack):
             yield _branch_sums(request, part, layers)
 
 
 def _branch_sums(request: _Request, branches: Sequence[_Branch], layers: Layers) -> tuple[list[int], Tensor]:
     """The branches as one pack, a block each, whose texts do not see each other."""
-    members, rows, positions, blocks = [], [], [], []
+    members, rows, positions, blocks, texts = [], [], [], [], []
     for branch in branches:
         of_branch = _rows(request, branch)
         members += branch.members
         rows += of_branch
         positions += [torch.arange(branch.start, branch.start + len(row)) for row in of_branch]
-        blocks.append((1, sum(map(len, of_branch))))
+        texts.append([len(row) for row in of_branch])
+        blocks.append((1, sum(texts[-1])))
     lengths = [len(row) for row in rows]
     pack = Pack(members, tuple(blocks), _joined(rows), torch.cat(positions))
-    text_of_token = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths)).to(request.model.device)
-    cache = PrefixCache(layers, [branch.spans for branch in branches], text_of_token)
+    cache = PrefixCache(layers, [branch.spans for branch in branches], texts)
     return members, _sums(request, pack, cache, members, lengths)
+
+
+def _size(request: _Request, branch: _Branch) -> int:
+    """Of a branch in a pack: its tokens; on a GPU, whose kernel has copies of the keys for each text, those too."""
+    tokens = sum(map(len, _rows(request, branch)))
+    if request.model.device.type != "cuda":
+        return tokens
+    return max(tokens, len(branch.members) * branch.start // KEYS_OF_A_TOKEN)
 
 
 def _rows(request: _Request, branch: _Branch) -> TokenLists:

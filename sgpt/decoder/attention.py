@@ -18,10 +18,12 @@ they read.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from types import MethodType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -46,6 +48,22 @@ FAST_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_
 Layers = list[tuple[Tensor, Tensor]]  # of every layer, keys and values [heads, N, head size]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The keys and values that each text of a pack reads, for one kernel over all texts.
+
+    places: int64 [K], text after text, among the tokens of the prefix with the pack's behind them. ends, ends_of_keys:
+    int32 [texts + 1], 0 and where each text ends, among the pack's tokens and in `places`. longest, longest_of_keys:
+    tokens of the longest.
+    """
+
+    places: Tensor
+    ends: Tensor
+    ends_of_keys: Tensor
+    longest: int
+    longest_of_keys: int
+
+
 class PackContext:
     """The pack that is being computed, and the masks that its layers share."""
 
@@ -60,15 +78,50 @@ class PackContext:
     @cached_property
     def ends(self) -> Tensor:
         """int32 [texts + 1], on the device: 0, and where each text of the pack ends."""
-        lengths = [length for number, length in self.blocks for _ in range(number)]
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return ends.to(self.position_ids.device, non_blocking=True)
+        return self._ends([length for number, length in self.blocks for _ in range(number)])
 
     @cached_property
     def starts(self) -> list[int]:
         """Where each block begins in the pack, in tokens."""
         sizes = [number * length for number, length in self.blocks]
         return [0, *accumulate(sizes)][:-1]
+
+    @cached_property
+    def text_of_token(self) -> Tensor:
+        """[N], of a pack behind a prefix: which text a token belongs to."""
+        lengths = torch.tensor([length for texts in self.texts for length in texts])
+        return torch.arange(len(lengths)).repeat_interleave(lengths).to(self.position_ids.device)
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """The lengths of the texts of each block."""
+        if self.prefix is not None and self.prefix.texts is not None:
+            return self.prefix.texts
+        return [[length] * number for number, length in self.blocks]
+
+    @cached_property
+    def reading(self) -> "Reading":
+        """Of a pack behind a prefix."""
+        prefix = self.prefix
+        assert prefix is not None
+        places, lengths, lengths_of_keys = [], [], []
+        start = len(prefix)  # the pack's tokens are joined to the prefix's
+        for spans, texts in zip(prefix.spans, self.texts, strict=True):
+            before = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+            for length in texts:
+                places += [before, np.arange(start, start + length)]
+                lengths.append(length)
+                lengths_of_keys.append(len(before) + length)
+                start += length
+        return Reading(
+            torch.from_numpy(np.concatenate(places)).to(self.position_ids.device),
+            self._ends(lengths), self._ends(lengths_of_keys), max(lengths), max(lengths_of_keys),
+        )  # fmt: skip
+
+    def _ends(self, lengths: list[int]) -> Tensor:
+        """int32 [texts + 1], on the device: 0, and where each text ends."""
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return ends.to(self.position_ids.device, non_blocking=True)
 
     @property
     def caches(self) -> bool:
@@ -211,10 +264,7 @@ def _by_blocks(
     if context.caches:
         return _with_cache(query, key, value, context, scale, window, slopes)
     if slopes is None and varlen.takes(query, dropout):
-        tokens_first = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        longest = context.blocks[0][1]
-        attended = varlen.attend(*tokens_first, context.ends, longest, scale=scale, window=window, causal=causal)
-        return attended.transpose(0, 1)[None]
+        return _in_one_kernel(query, key, value, context, scale, window, causal)
     return _Blocks.apply(query, key, value, context, scale, dropout, window, slopes, causal)
 
 
@@ -278,6 +328,8 @@ def _with_cache(
     context.layer += 1
     if context.kept is not None:
         context.kept.append((key[0].contiguous(), value[0].contiguous()))
+    if slopes is None and varlen.takes(query, 0.0):
+        return _in_one_kernel(query, key, value, context, scale, window, layer=layer)
     attended = torch.empty_like(query)
     for index, (number, length) in enumerate(context.blocks):
         start = context.starts[index]
@@ -291,15 +343,41 @@ def _with_cache(
     return attended
 
 
+def _in_one_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: PackContext,
+    scale: float | None,
+    window: int | None,
+    causal: bool = True,
+    layer: int = 0,
+) -> Tensor:
+    """As `_by_blocks`, and as `_with_cache` where there is a prefix, whose keys and values are copied for each text."""
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # tokens first
+    if context.prefix is None:
+        longest = context.blocks[0][1]
+        attended = varlen.attend(query, key, value, context.ends, longest, scale=scale, window=window, causal=causal)
+    else:
+        reading, read = context.reading, []
+        for before, own in zip(context.prefix.layers[layer], (key, value), strict=True):
+            read.append(torch.cat([before.transpose(0, 1), own])[reading.places])
+        attended = varlen.attend(
+            query, *read, reading.ends, reading.longest, scale=scale, window=window, causal=True,
+            ends_of_keys=reading.ends_of_keys, longest_of_keys=reading.longest_of_keys,
+        )  # fmt: skip
+    return attended.transpose(0, 1)[None]
+
+
 def _cache_mask(
     context: PackContext, index: int, keys: int, window: int | None, slopes: Tensor | None
 ) -> Tensor | None:
     """As `_block_mask`, [T, keys], for a block: a token sees its prefix and what stands before it in its own text."""
     start, length = context.starts[index], context.blocks[index][1]
-    texts = None if context.prefix is None else context.prefix.rows
+    several = context.prefix is not None and context.prefix.texts is not None
     if keys == length and slopes is None and (window is None or window >= length):
         return None
-    shape = (length, keys) if texts is None else index  # blocks of one shape share a mask where a row is one text
+    shape = index if several else (length, keys)  # blocks of one shape share a mask where a row is one text
     key = (shape, window, slopes is not None)
     if key not in context.masks:
         positions = context.position_ids[start : start + length]
@@ -307,8 +385,8 @@ def _cache_mask(
         allowed = seen[None] <= positions[:, None]
         if window is not None:
             allowed &= positions[:, None] - seen[None] < window
-        if texts is not None:
-            own = texts[start : start + length]
+        if several:
+            own = context.text_of_token[start : start + length]
             allowed[:, keys - length :] &= own[:, None] == own[None]
         if slopes is None:
             context.masks[key] = allowed

@@ -78,13 +78,17 @@ class PrefixCache:
     """A KV cache of M tokens that were computed before, which the texts of a pack follow.
 
     layers: of each layer keys and values [heads, M, head size]. spans: of each block of the pack, the slices of the M
-    tokens that stand before it, together at positions 0, 1, …. rows [N]: where a block of one row holds several texts,
-    which one a token belongs to; tokens of different texts do not see each other.
+    tokens that stand before it, together at positions 0, 1, …. texts: where the one row of a block holds several texts,
+    their lengths, of each block; tokens of different texts do not see each other.
     """
 
     layers: list[tuple[Tensor, Tensor]]
     spans: list[tuple[slice, ...]]
-    rows: Tensor | None = None
+    texts: list[list[int]] | None = None
+
+    def __len__(self) -> int:
+        """M, tokens."""
+        return self.layers[0][0].shape[1]
 
     def of(self, layer: int, block: int) -> tuple[Tensor, Tensor]:
         """Keys and values [heads, tokens, head size] that stand before a block."""
@@ -120,17 +124,17 @@ def packs(rows: TokenLists, tokens_per_pack: int, *, padded: bool = False) -> It
         yield _pack(rows, members)
 
 
-def fitting_tokens(trunk: nn.Module, device: torch.device) -> int:
+def fitting_tokens(trunk: nn.Module, device: torch.device, on_cpu: int = TOKENS_ON_CPU) -> int:
     """Tokens of a pack where nobody has stated them: on a GPU so many that it is busy for longer than its kernels take
     to start, and within SHARE_OF_GPU of its memory.
     """
     if device.type != "cuda":
-        return TOKENS_ON_CPU
+        return on_cpu
     width, half = trunk.config.hidden_size, trunk.get_input_embeddings().weight.dtype.itemsize < 4
     busy = BLOCK_PRODUCTS / (12 * width**2)  # 4 D² of attention's weights and 8 D² of the MLP's
     memory = SHARE_OF_GPU * torch.cuda.get_device_properties(device).total_memory
     fitting = memory / ((HALF_BYTES if half else WIDE_BYTES) * width * trunk.config.num_hidden_layers)
-    return max(TOKENS_ON_CPU, min(TOKENS_ON_GPU, int(busy), int(fitting)))
+    return max(on_cpu, min(TOKENS_ON_GPU, int(busy), int(fitting)))
 
 
 def distinct(rows: TokenLists) -> tuple[TokenLists, list[int]]:

@@ -38,11 +38,14 @@ def attend(
     scale: float | None,
     window: int | None,
     causal: bool,
+    ends_of_keys: Tensor | None = None,
+    longest_of_keys: int | None = None,
 ) -> Tensor:
     """query [N, heads, head size], key and value with as many heads or fewer; as query out.
 
     ends: int32 [texts + 1] on the device, 0 and where each text ends. longest: tokens of the longest. window: the
-    positions that a token sees, the last ones with its own; where not `causal` as many ahead.
+    positions that a token sees, the last ones with its own; where not `causal` as many ahead. ends_of_keys,
+    longest_of_keys: the same of keys and values, where a text has more of them: its queries are its last tokens.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -51,12 +54,15 @@ def attend(
     options = {"scale": scale, "window_size": (left, right)}
     if key.shape[1] < query.shape[1] and "enable_gqa" in signature(varlen_attn).parameters:
         options["enable_gqa"] = True  # torch before 2.12 takes fewer heads without being told
-    return varlen_attn(query, key, value, ends, ends, longest, longest, **options)
+    ends_of_keys = ends if ends_of_keys is None else ends_of_keys
+    return varlen_attn(query, key, value, ends, ends_of_keys, longest, longest_of_keys or longest, **options)
 
 
 @lru_cache
 def _agrees(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether results and gradients are right, with two heads of queries and one of keys, causal, in a window of 3."""
+    """Whether results and gradients are right, with two heads of queries and one of keys, causal, in a window of 3; and
+    the results of the last tokens alone.
+    """
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             worst = _largest_difference(device, dtype, head_size)
@@ -80,7 +86,9 @@ def _agrees(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
 
 
 def _largest_difference(device: torch.device, dtype: torch.dtype, head_size: int) -> float:
-    """Of the result and the three gradients to plain attention in float32, as a share of the largest number of each."""
+    """Of the result, the three gradients and the result of the last tokens alone to plain attention in float32, as a
+    share of the largest number of each.
+    """
     lengths, window = (6, 4, 1), 3
     generator = torch.Generator().manual_seed(0)
     wide = []  # query, key, value and the result's gradient: in float32, and exact in the half type
@@ -98,6 +106,16 @@ def _largest_difference(device: torch.device, dtype: torch.dtype, head_size: int
 
     expected = _with_gradients(plain, inputs, gradient)
     computed = _with_gradients(kernel, [tensor.to(dtype) for tensor in inputs], gradient.to(dtype))
+    lasts = (2, 4, 1)  # of each text, as behind a cache
+    tails = torch.cat([torch.arange(end - last, end) for end, last in zip(accumulate(lengths), lasts, strict=True)])
+    own_ends = torch.tensor([0, *accumulate(lasts)], dtype=torch.int32, device=device)
+    query, key, value = (tensor.to(dtype) for tensor in inputs)
+    behind = attend(
+        query[tails.to(device)], key, value, own_ends, max(lasts), scale=None, window=window, causal=True,
+        ends_of_keys=ends, longest_of_keys=max(lengths),
+    )  # fmt: skip
+    expected.append(expected[0][tails.to(device)])
+    computed.append(behind)
     differences = []
     for right, other in zip(expected, computed, strict=True):
         differences.append((other.float() - right).abs().max() / right.abs().max())

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sgpt.cross_encoder.cross_encoder import TOKENS_PER_PACK, CrossEncoder, ScoreConfig
+from sgpt.cross_encoder.cross_encoder import CrossEncoder, ScoreConfig
 from sgpt.cross_encoder.prompts import PromptConfig, build_prompt
 from sgpt.data.formats.beir import RetrievalSet, fewer_queries, read_retrieval
 from sgpt.data.formats.trec import Run, check_ids, cut, ids_of, read_run, write_run
@@ -85,8 +85,10 @@ class RerankConfig:
     """The score of an empty document is subtracted."""
     posterior: bool = False
     """Scores become log-probabilities of the documents among the candidates of their query."""
-    tokens_per_pack: int = TOKENS_PER_PACK
-    """Tokens computed at a time, per process: the memory that activations take."""
+    tokens_per_pack: int | None = None
+    """Tokens computed at a time, per process: the memory that activations take. null is 4,096 on a CPU, and what suits
+    a GPU.
+    """
     documents_per_block: int = 128
     """Documents, with all queries that they are scored for, in a block: what a killed job loses at most, per process.
     """
@@ -99,7 +101,8 @@ class RerankConfig:
         check_path_of_choice(self, "first", PATH_OF_FIRST)
         check_choice("dtype", self.dtype, DTYPES)
         check_ranges(
-            self, depth=COUNT, limit=COUNT.or_null("for all queries"), tokens_per_pack=COUNT, documents_per_block=COUNT,
+            self, depth=COUNT, limit=COUNT.or_null("for all queries"),
+            tokens_per_pack=COUNT.or_null("for what suits the device"), documents_per_block=COUNT,
             threads=THREADS.or_null("to share the cores"),
         )  # fmt: skip
         if self.posterior and (self.mean or self.answers):

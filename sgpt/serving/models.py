@@ -128,7 +128,7 @@ class ServedModel:
         reranker = self.reranker
         assert reranker is not None
         apart = [replace(text, group=number) for number, text in enumerate(texts)]  # they are counted by request
-        options = {"tokens_per_pack": reranker.tokens_per_pack, "choices": reranker.answer_ids}
+        options = {"tokens_per_pack": reranker.pack_size, "choices": reranker.answer_ids}
         scores = log_probabilities(reranker.model, apart, **options)
         self._check_finite(scores, "leave that text out")
         return scores.tolist()

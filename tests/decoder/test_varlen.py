@@ -10,23 +10,28 @@ import pytest
 import torch
 from torch import Tensor
 
+from sgpt.cross_encoder.likelihood import log_probabilities
 from sgpt.decoder import varlen
-from sgpt.decoder.attention import PackContext, _by_blocks, prepare
+from sgpt.decoder.attention import PackContext, _by_blocks, _in_one_kernel, prepare
 from sgpt.decoder.families import PACKED_FAMILIES
-from sgpt.decoder.packing import packs
+from sgpt.decoder.packing import Pack, PrefixCache, packs
 from sgpt.decoder.trunk import packed_token_embeddings
 from tests.conftest import FAMILIES, random_trunk
+from tests.cross_encoder.test_likelihood import DECODERS, models, texts
 
 ROWS = [[1] * length for length in (1, 40, 7, 23, 7, 2, 23, 5)]
+TO_AGREE = 2  # calls, of whole texts and of their last tokens
 
 
 def one_text(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, left: int, right: int
 ) -> Tensor:
-    """query [T, heads, size]: a loop over heads, with every position that may be seen named by its number."""
-    places = torch.arange(len(query))
-    back = places[:, None] - places[None]
-    seen = torch.ones(len(query), len(query), dtype=torch.bool)
+    """query [T, heads, size], of the last T keys: a loop over heads, with every position that may be seen named by its
+    number.
+    """
+    places = torch.arange(len(key))
+    back = places[len(key) - len(query) :, None] - places[None]
+    seen = torch.ones(back.shape, dtype=torch.bool)
     seen &= (back <= left) if left >= 0 else seen
     seen &= (-back <= right) if right >= 0 else seen
     seen &= (back >= 0) if causal else seen
@@ -47,12 +52,13 @@ class Kernel:
         self.library.impl("_flash_attention_forward", self.forward, "CPU")
         self.library.impl("_flash_attention_backward", self.backward, "CPU")
 
-    def compute(self, query, key, value, ends, ends_of_keys, longest, causal, scale, left, right) -> Tensor:
-        assert ends.dtype == torch.int32
-        assert torch.equal(ends, ends_of_keys)
-        sizes = ends.diff().tolist()
-        assert longest == max(sizes)
-        wide = [tensor.double().split(sizes) for tensor in (query, key, value)]
+    def compute(
+        self, query, key, value, ends, ends_of_keys, longest, longest_of_keys, causal, scale, left, right
+    ) -> Tensor:
+        assert ends.dtype == ends_of_keys.dtype == torch.int32
+        sizes, sizes_of_keys = ends.diff().tolist(), ends_of_keys.diff().tolist()
+        assert (longest, longest_of_keys) == (max(sizes), max(sizes_of_keys))
+        wide = [query.double().split(sizes), *(tensor.double().split(sizes_of_keys) for tensor in (key, value))]
         texts = [
             one_text(*text, causal, scale, -1 if left is None else left, -1 if right is None else right)
             for text in zip(*wide, strict=True)
@@ -65,8 +71,9 @@ class Kernel:
     ):  # fmt: skip
         self.calls += 1
         found = self.compute(
-            query, key, value, ends, ends_of_keys, longest, causal, scale, window_size_left, window_size_right
-        )
+            query, key, value, ends, ends_of_keys, longest, longest_of_keys, causal, scale, window_size_left,
+            window_size_right,
+        )  # fmt: skip
         nothing = torch.empty(0)
         return (
             (found * self.wrong).to(query.dtype),
@@ -100,8 +107,9 @@ class Kernel:
         with torch.inference_mode(False), torch.enable_grad():
             leaves = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
             found = self.compute(
-                *leaves, ends, ends_of_keys, longest, causal, scale, window_size_left, window_size_right
-            )
+                *leaves, ends, ends_of_keys, longest, longest_of_keys, causal, scale, window_size_left,
+                window_size_right,
+            )  # fmt: skip
             return tuple(
                 (part * self.wrong_backward).to(query.dtype)
                 for part in torch.autograd.grad(found, leaves, gradient.double())
@@ -147,6 +155,40 @@ def test_it_is_asked_for_what_the_blocks_compute(kernel, causal, window, heads_o
     assert kernel.calls == 1
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("heads_of_keys", [4, 2])
+@pytest.mark.parametrize("several", [True, False], ids=["several texts a block", "one"])
+def test_behind_a_prefix_it_is_asked_for_what_the_blocks_compute(kernel, several, window, heads_of_keys):
+    """Three texts behind 3 of 20 cached tokens and then 4, one behind the 3 and 6 others."""
+    torch.manual_seed(0)
+    cached = [torch.randn(heads_of_keys, 20, 8, dtype=torch.float64) for _ in range(2)]
+    spans = [(slice(0, 3), slice(9, 13)), (slice(0, 3), slice(14, 20))]
+    blocks, texts = (((1, 9), (1, 2)), [[4, 3, 2], [2]]) if several else (((3, 4), (1, 2)), None)
+    positions = [torch.arange(7, 7 + length) for length in ((4, 3, 2) if several else (4, 4, 4))]
+    positions.append(torch.arange(9, 11))
+    number = sum(map(len, positions))
+    pack = Pack([0, 1, 2, 3], blocks, torch.ones(number, dtype=torch.long), torch.cat(positions))
+    context = PackContext(pack, PrefixCache([tuple(cached)], spans, texts))
+    inputs = [torch.randn(1, heads, number, 8, dtype=torch.float64) for heads in (4, heads_of_keys, heads_of_keys)]
+    in_one = _in_one_kernel(*inputs, context, 0.7, window)
+    blocks = _by_blocks(*inputs, context, scale=0.7, window=window)
+    torch.testing.assert_close(in_one, blocks, rtol=1e-12, atol=1e-12)
+    assert kernel.calls == 1
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_scores_in_half_precision_are_computed_by_it(kernel, family):
+    """Prefix of all texts, prefixes of documents, queries."""
+    ours = models(family, torch.bfloat16)[1]
+    in_one = log_probabilities(ours, texts(), tokens_per_pack=128)
+    asked = kernel.calls
+    varlen.DEVICES.clear()
+    blocks = log_probabilities(ours, texts(), tokens_per_pack=128)
+    assert kernel.calls == asked
+    assert (asked > TO_AGREE) == (family != "bloom")
+    assert in_one.tolist() == pytest.approx(blocks.tolist(), rel=0.02, abs=0.1)
+
+
 @pytest.mark.parametrize("family", sorted(PACKED_FAMILIES))
 def test_a_trunk_in_half_precision_attends_by_it(kernel, family):
     trunk = prepare(random_trunk(family, 64)).to(torch.bfloat16).eval()
@@ -156,7 +198,7 @@ def test_a_trunk_in_half_precision_attends_by_it(kernel, family):
     varlen.DEVICES.clear()
     blocks = packed_token_embeddings(trunk, pack)
     # the first to see that it agrees; ALiBi is a bias on the scores
-    assert asked == (0 if family == "bloom" else 1 + trunk.config.num_hidden_layers)
+    assert asked == (0 if family == "bloom" else TO_AGREE + trunk.config.num_hidden_layers)
     assert kernel.calls == asked
     torch.testing.assert_close(in_one, blocks, rtol=0, atol=0.04 * blocks.abs().max().item())
 
@@ -190,7 +232,7 @@ def test_under_autocast_every_family_attends_by_it(kernel, family):
     (pack,) = packs(ROWS, 1000)
     with torch.autocast("cpu", torch.bfloat16):
         packed_token_embeddings(trunk, pack)
-    assert kernel.calls == 1 + trunk.config.num_hidden_layers
+    assert kernel.calls == TO_AGREE + trunk.config.num_hidden_layers
 
 
 def test_what_it_cannot_do_is_left_to_the_blocks(kernel):
