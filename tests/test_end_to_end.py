@@ -51,6 +51,7 @@ BAD_TRAINING = {
     "limit": (["markers.document_max_tokens=129"], r"markers\.document_max_tokens=129 is more than the 128 positions"),
     "no evaluation set": (["evaluation.retrieval=[nowhere]"], r"nowhere.*no such f"),
     "no pairs": (["evaluation.sts=[nowhere.jsonl]"], r"nowhere\.jsonl: no such file"),
+    "no pairs and no data": (["evaluation.sts=[gone.jsonl]", "data.path=nowhere.jsonl"], r"gone\.jsonl: no such file"),
     "one name for two sets": (["evaluation.retrieval=[toy,./toy]"], r"two evaluation sets are called 'toy'"),
     "no bias": (
         ["model.path=biasless", "tuning.add_biases=none"], r"tuning=bitfit found no bias parameters in LlamaModel"

@@ -63,6 +63,8 @@ def main(composed: DictConfig) -> None:
     model = config.model.resolved()
     tokenizer = load_tokenizer(model.path)
     with accelerator.main_process_first():  # which downloads, reads and tokenises; the others read its cache
+        for sets in (config.evaluation, config.dev):
+            evaluate.check_there(sets, made=[one.path for one in config.data.source_configs() if one.name == "pydocs"])
         feed = build_feed(
             config.data,
             tokenizer,

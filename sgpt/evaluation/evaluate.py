@@ -82,6 +82,18 @@ class Sets:
     sts: list[PairSet]
 
 
+def check_there(config: EvaluationConfig, made: Sequence[str] = ()) -> None:
+    """InputError for a set that is not there, before training data is read for an hour.
+
+    made: folders that are written when the training data is read, and may hold sets.
+    """
+    for file in config.sts:
+        if not Path(file).exists():
+            raise InputError(f"{file}: no such file; check the path")
+    there = [name for name in config.retrieval if not any(Path(name).is_relative_to(folder) for folder in made)]
+    find_beir_folders(there, config.split, Path(BEIR_ROOT))
+
+
 def read_sets(config: EvaluationConfig, key: str = "evaluation") -> Sets:
     """Reads every file now: what is missing or cannot be scored must stop a run before it trains, not after.
 

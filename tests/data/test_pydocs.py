@@ -191,6 +191,19 @@ def test_a_whole_harvest_is_used_again_and_a_killed_one_is_not(installation, tmp
     assert len(rows(pydocs.build(folder) / "train.jsonl")) == 4
 
 
+def test_a_harvest_of_other_packages_in_its_place_is_said(installation, tmp_path, monkeypatch, caplog):
+    """The tests that scores were measured on are other ones then."""
+    folder, version = pydocs.build(tmp_path / "pydocs"), sys.version.split()[0]
+    monkeypatch.setattr(sys, "version", f"{sys.version} of another build")
+    pydocs.build(folder)
+    assert not caplog.text  # the same texts: nobody need know
+    monkeypatch.setattr(sys, "version", "3.99.0")
+    (installation / "zoo.py").write_text(function("one", "The only file there is.", BODY + " Changed."))
+    pydocs.build(folder)
+    assert f"{folder} is harvested anew: it is that of a Python {version} with other" in caplog.text
+    assert "than those of this one, 3.99.0; scores on it are no longer those of before" in caplog.text
+
+
 def test_the_reader_gives_the_harvest_as_examples(installation, tmp_path):
     examples = read_examples(DataConfig("pydocs", str(tmp_path / "pydocs"), num_hard_negatives=1), tmp_path / "cache")
     assert [(example.query, len(example.hard_negatives)) for example in examples][-1] == ("The only file there is.", 1)

@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -29,6 +30,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -36,6 +38,8 @@ from sgpt.data.formats.jsonl import write_rows
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import make_once, write_whole
 from sgpt.runtime.progress import progress_bar
+
+log = logging.getLogger(__name__)
 
 # Whole packages are held out, chosen for breadth: data frames, graphs, terminal, networking, dates, parsing.
 EVALUATION = {
@@ -80,21 +84,29 @@ def build(folder: Path) -> Path:
     manifest.json              counts, versions, content hash
     """
     key = _key()
-    make_once(folder, lambda: _is(folder, key), lambda: _build(folder, key))
+    make_once(folder, lambda: _read_manifest(folder).get("key") == key, lambda: _build(folder, key))
     return folder
 
 
-def _is(folder: Path, key: str) -> bool:
-    manifest = folder / "manifest.json"
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """{} where there is none, or a damaged one: then the harvest is made anew."""
     try:
-        return json.loads(manifest.read_text(encoding="utf-8"))["key"] == key
-    except (OSError, ValueError, LookupError, TypeError):  # none, or damaged: then the harvest is made anew
-        return False
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _build(folder: Path, key: str) -> None:
-    manifest = folder / "manifest.json"
+    manifest, earlier = folder / "manifest.json", _read_manifest(folder)
     documented = harvest(installed_packages())
+    digest = harvest_hash(documented)
+    if earlier and earlier.get("sha256") != digest:
+        log.warning(
+            "%s is harvested anew: it is that of a Python %s with other packages than those of this one, %s; scores on "
+            "it are no longer those of before",
+            folder, earlier.get("python"), sys.version.split()[0],
+        )  # fmt: skip
     splits: dict[str, list[Documented]] = {"train": [], "dev": [], "test": []}
     for one in documented:
         splits[split_of(one.package)].append(one)
@@ -109,7 +121,7 @@ def _build(folder: Path, key: str) -> None:
         "objects": {split: len(one) for split, one in splits.items()},
         "packages": {split: sorted({one.package for one in part}) for split, part in splits.items()},
         "python": sys.version.split()[0],
-        "sha256": harvest_hash(documented),
+        "sha256": digest,
     }, indent=2) + "\n")
 
 
