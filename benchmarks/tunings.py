@@ -24,6 +24,7 @@ BASES = {
         "experiment=pydocs_smollm2", "trainer.queries_per_process=32", "data.document_max_tokens=48",
         "markers.document_max_tokens=96", "evaluation.limit=300", "dev.limit=200",
     ],
+    "smollm2_whole": ["experiment=pydocs_smollm2"],  # minutes on a GPU
 }
 TUNINGS = {
     "bitfit": ("biases", ["tuning=bitfit"]),
@@ -45,6 +46,8 @@ RATES = {
              "lora_8": [1e-3, 3e-3, 1e-2], "full": [1e-4, 3e-4, 1e-3]},
     "smollm2": {"bitfit": [5e-3, 1e-2, 2e-2], "bitfit_norm": [5e-3, 1e-2, 2e-2], "lora_1": [1e-3, 3e-3, 1e-2],
                 "lora_8": [1e-3, 3e-3, 1e-2], "full": [1e-4, 3e-4, 1e-3]},
+    "smollm2_whole": {"bitfit": [5e-3, 1e-2, 2e-2], "bitfit_norm": [2e-3, 5e-3, 1e-2], "lora_1": [3e-3, 1e-2, 3e-2],
+                      "lora_8": [1e-3, 3e-3, 1e-2], "full": [1e-4, 3e-4, 1e-3]},
 }  # fmt: skip
 DEV = "data/raw/pydocs/pydocs_dev"
 

@@ -1,5 +1,5 @@
-"""Attention over all texts of a pack in one kernel, where a GPU has one: FlashAttention for sequences of various
-lengths (Dao 2023).
+"""Attention over all texts of a pack in one kernel, each behind its cached prefix where it has one, where a GPU can:
+FlashAttention for sequences of various lengths (Dao 2023).
 
 torch.nn.attention.varlen calls it: half precision only, no dropout, no bias on the scores. Before its first use on a
 device it has to agree there with plain attention in float32, forwards and backwards. Where it does not, or cannot run,

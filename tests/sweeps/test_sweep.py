@@ -284,6 +284,7 @@ def test_jobs_without_any_score_are_finished_and_the_table_says_why_none_is_the_
     assert (content["main_metric"], content["best"]) == (None, None)
 
 
+@pytest.mark.slow
 def test_threads_of_the_launcher_are_those_of_training_unless_the_job_or_its_run_has_its_own(tmp_path: Path) -> None:
     """A run is refused when it resumes with another trainer.threads than its config.yaml has, null included."""
     project = toy_project(tmp_path)
@@ -358,6 +359,7 @@ def test_a_sweep_ends_with_a_sentence(start) -> None:
     assert re.search(r"Available options .* accelerate .*; pip install .sgpt-framework\[submitit\]", unknown)
 
 
+@pytest.mark.slow
 def test_a_sweep_by_submitit_ends_with_a_sentence(start, tmp_path) -> None:
     """Without Slurm, with one whose controller does not answer, and when a job itself is refused."""
     by_slurm = ["-m", "hydra/launcher=submitit_slurm", "trainer.seed=0,1"]
