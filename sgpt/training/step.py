@@ -125,7 +125,7 @@ class SavedBytes:
         whole = tensor if tensor._base is None else tensor._base
         if storage.data_ptr() not in self.weights and not isinstance(whole, nn.Parameter):
             self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a result itself would hold the operation that keeps it, and both were never freed
 
     @property
     def bytes(self) -> int:

@@ -1,5 +1,7 @@
 """The step: the same gradients whatever is kept, computed again or scored in chunks, those of the loss written out."""
 
+import gc
+
 import pytest
 import torch
 
@@ -142,6 +144,20 @@ def test_a_budget_is_kept_to_and_used(tiny_base):
     assert 0.15 < shares[1] < 0.36
     assert shares[1] <= shares[2] < 0.53
     assert tokens == sum(map(len, distinct([*batch.queries, *batch.documents])[0]))
+
+
+@pytest.mark.parametrize("keep_bytes", [1, 10**9], ids=["a pack that is not kept", "kept"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neo", "bert"])  # whose pooler nothing goes back through
+def test_a_step_leaves_no_tensor_behind(family, keep_bytes, tiny_base):
+    """A graph whose tensors hold it by themselves is freed by nothing, not even by a collection."""
+    encoder = encoder_of(family, tiny_base, "bitfit")
+    batch = batch_of(encoder, 1)
+    alive = []
+    for _ in range(3):
+        contrastive_step(encoder, batch, LossConfig(), keep_bytes=keep_bytes)
+        gc.collect()
+        alive.append(sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()))
+    assert alive[1] == alive[2]
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 4])
