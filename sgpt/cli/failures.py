@@ -30,6 +30,7 @@ WRITING = re.compile(
 )
 UNFINISHED = re.compile(r"\.(.+)\.(?:lock|tmp|old|building)")  # next to what it is to become
 LOST_SECONDS = 2  # from the end of its connections to the end of a process
+ON_THE_SAME_GPU = re.compile(r"Process \d+ has ([\d.]+ [KMG]iB) memory in use\. ?")
 NETWORK = {"requests", "httpx", "httpcore", "urllib3", "urllib", "aiohttp", "socket"}
 OURS = str(Path(__file__).parents[2])
 PRINTING = (
@@ -56,7 +57,7 @@ def describe_failure(error: BaseException, config: Mapping[str, Any]) -> str | N
         if number := _errno(cause):
             return _of_the_system(cause, number, config)
         if _is_memory(cause):
-            return f"not enough memory ({_first_line(cause)}); {_smaller(config)}"
+            return f"not enough memory ({_of_memory(cause)}); {_smaller(config)}"
         if "does not have a deterministic implementation" in str(cause):
             return f"{_first_line(cause).partition(',')[0]}; set trainer.deterministic=false: last bits then differ"
         if isinstance(cause, ValueError) and "integer string conversion" in str(cause):
@@ -231,6 +232,14 @@ def _is_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     )
+
+
+def _of_memory(error: BaseException) -> str:
+    """Of a GPU also what this process has and what others have, of which torch tells one after the other."""
+    text = str(error).partition(" Of the allocated memory")[0]
+    others = ON_THE_SAME_GPU.findall(text)
+    own = _first_line(MemoryError(ON_THE_SAME_GPU.sub("", text)))
+    return own + (f", other processes {', '.join(others)}" if others else "")
 
 
 def _smaller(config: Mapping[str, Any]) -> str:

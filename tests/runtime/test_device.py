@@ -48,6 +48,22 @@ def test_what_cannot_be_deterministic_is_refused_by_the_key_that_allows_it():
     )
 
 
+def test_a_gpu_that_others_filled_is_told_with_what_they_have():
+    """The words are torch's own."""
+    free = (
+        "CUDA out of memory. Tried to allocate 46.00 MiB. GPU 0 has a total capacity of 139.80 GiB of which 23.31 MiB "
+        "is free."
+    )
+    others = "Process 847 has 10.70 GiB memory in use. Process 2113 has 84.90 GiB memory in use."
+    own = "Including non-PyTorch memory, this process has 10.72 GiB memory in use"
+    rest = "Of the allocated memory 10.01 GiB is allocated by PyTorch, and 92.43 MiB is reserved by PyTorch …"
+    error = torch.OutOfMemoryError(f"{free} {others} {own}. {rest}")
+    assert describe_failure(error, {"tokens_per_pack": 8192}) == (
+        f"not enough memory ({free} {own}, other processes 10.70 GiB, 84.90 GiB); lower tokens_per_pack, or take a "
+        "smaller model"
+    )
+
+
 def test_bm25_shows_jax_no_gpu(tmp_path):
     """bm25s imports JAX where it is installed; this one says what it sees."""
     (tmp_path / "jax").mkdir()
