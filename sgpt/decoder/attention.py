@@ -52,16 +52,13 @@ Layers = list[tuple[Tensor, Tensor]]  # of every layer, keys and values [heads, 
 class Reading:
     """The keys and values that each text of a pack reads, for one kernel over all texts.
 
-    places: int64 [K], text after text, among the tokens of the prefix with the pack's behind them. ends, ends_of_keys:
-    int32 [texts + 1], 0 and where each text ends, among the pack's tokens and in `places`. longest, longest_of_keys:
-    tokens of the longest.
+    places: int64 [K], text after text, among the tokens of the prefix with the pack's behind them. ends: int32
+    [texts + 1], on the device: 0, and where each text's end in `places`. longest: of the text with the most.
     """
 
     places: Tensor
     ends: Tensor
-    ends_of_keys: Tensor
     longest: int
-    longest_of_keys: int
 
 
 class PackContext:
@@ -75,10 +72,22 @@ class PackContext:
         self.layer = 0  # attentions are called in the order of the layers
         self.masks: dict[tuple, Tensor] = {}
 
+    @property
+    def texts(self) -> list[list[int]]:
+        """The lengths of the texts of each block."""
+        if self.prefix is not None and self.prefix.texts is not None:
+            return self.prefix.texts
+        return [[length] * number for number, length in self.blocks]
+
     @cached_property
     def ends(self) -> Tensor:
         """int32 [texts + 1], on the device: 0, and where each text of the pack ends."""
-        return self._ends([length for number, length in self.blocks for _ in range(number)])
+        return self._ends([length for texts in self.texts for length in texts])
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(max(texts) for texts in self.texts)
 
     @cached_property
     def starts(self) -> list[int]:
@@ -88,35 +97,25 @@ class PackContext:
 
     @cached_property
     def text_of_token(self) -> Tensor:
-        """[N], of a pack behind a prefix: which text a token belongs to."""
-        lengths = torch.tensor([length for texts in self.texts for length in texts])
-        return torch.arange(len(lengths)).repeat_interleave(lengths).to(self.position_ids.device)
-
-    @property
-    def texts(self) -> list[list[int]]:
-        """The lengths of the texts of each block."""
-        if self.prefix is not None and self.prefix.texts is not None:
-            return self.prefix.texts
-        return [[length] * number for number, length in self.blocks]
+        """int64 [N]: which text a token belongs to."""
+        lengths = self.ends.diff()
+        return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
 
     @cached_property
-    def reading(self) -> "Reading":
-        """Of a pack behind a prefix."""
-        prefix = self.prefix
-        assert prefix is not None
-        places, lengths, lengths_of_keys = [], [], []
-        start = len(prefix)  # the pack's tokens are joined to the prefix's
-        for spans, texts in zip(prefix.spans, self.texts, strict=True):
+    def reading(self) -> Reading | None:
+        """Of a pack behind a prefix; None where texts read themselves alone."""
+        if self.prefix is None:
+            return None
+        places, lengths = [], []
+        start = len(self.prefix)  # the pack's tokens are joined to the prefix's
+        for spans, texts in zip(self.prefix.spans, self.texts, strict=True):
             before = np.concatenate([np.arange(span.start, span.stop) for span in spans])
             for length in texts:
                 places += [before, np.arange(start, start + length)]
-                lengths.append(length)
-                lengths_of_keys.append(len(before) + length)
+                lengths.append(len(before) + length)
                 start += length
-        return Reading(
-            torch.from_numpy(np.concatenate(places)).to(self.position_ids.device),
-            self._ends(lengths), self._ends(lengths_of_keys), max(lengths), max(lengths_of_keys),
-        )  # fmt: skip
+        joined = torch.from_numpy(np.concatenate(places)).to(self.position_ids.device)
+        return Reading(joined, self._ends(lengths), max(lengths))
 
     def _ends(self, lengths: list[int]) -> Tensor:
         """int32 [texts + 1], on the device: 0, and where each text ends."""
@@ -354,19 +353,13 @@ def _in_one_kernel(
     layer: int = 0,
 ) -> Tensor:
     """As `_by_blocks`, and as `_with_cache` where there is a prefix, whose keys and values are copied for each text."""
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # tokens first
-    if context.prefix is None:
-        longest = context.blocks[0][1]
-        attended = varlen.attend(query, key, value, context.ends, longest, scale=scale, window=window, causal=causal)
-    else:
-        reading, read = context.reading, []
-        for before, own in zip(context.prefix.layers[layer], (key, value), strict=True):
-            read.append(torch.cat([before.transpose(0, 1), own])[reading.places])
-        attended = varlen.attend(
-            query, *read, reading.ends, reading.longest, scale=scale, window=window, causal=True,
-            ends_of_keys=reading.ends_of_keys, longest_of_keys=reading.longest_of_keys,
-        )  # fmt: skip
-    return attended.transpose(0, 1)[None]
+    query, *read = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # tokens first
+    options = {"scale": scale, "window": window, "causal": causal}
+    if reading := context.reading:
+        before = context.prefix.layers[layer]
+        read = [torch.cat([old.transpose(0, 1), own])[reading.places] for old, own in zip(before, read, strict=True)]
+        options |= {"ends_of_keys": reading.ends, "longest_of_keys": reading.longest}
+    return varlen.attend(query, *read, context.ends, context.longest, **options).transpose(0, 1)[None]
 
 
 def _cache_mask(
