@@ -24,7 +24,7 @@ NO_TEXT = {
     "data.positive_score", "data.negative_score", "data.weight", "data.query_max_tokens", "data.document_max_tokens",
     "loss.false_negative_margin", "trainer.max_steps", "trainer.keep_gigabytes", "trainer.threads", "threads",
     "score_margin", "score_ratio", "markers", "model.layers", "weights", "dimensions", "least_cosine",
-    "trainer.patience", "trainer.tokens_per_pack",
+    "trainer.patience", "trainer.tokens_per_pack", "tokens_per_pack",
 }  # fmt: skip
 OR_NULL = {"evaluation.split", "dev.split", "trainer.keep_best"}  # their default is a text, and null is allowed as well
 SOURCES = "data.sources"  # a list whose members hold keys of data, in braces
