@@ -90,8 +90,9 @@ def check_there(config: EvaluationConfig, made: Sequence[str] = ()) -> None:
     for file in config.sts:
         if not Path(file).exists():
             raise InputError(f"{file}: no such file; check the path")
-    there = [name for name in config.retrieval if not any(Path(name).is_relative_to(folder) for folder in made)]
-    find_beir_folders(there, config.split, Path(BEIR_ROOT))
+    folders = [Path(folder).absolute() for folder in made]
+    others = [name for name in config.retrieval if not any(map(Path(name).absolute().is_relative_to, folders))]
+    find_beir_folders(others, config.split, Path(BEIR_ROOT))
 
 
 def read_sets(config: EvaluationConfig, key: str = "evaluation") -> Sets:

@@ -31,7 +31,7 @@ from sgpt.data.test_sets.beir_sets import (
 from sgpt.data.test_sets.own_pairs import read_own_pairs
 from sgpt.encoder.encoder import Encoder
 from sgpt.evaluation import compare, systems
-from sgpt.evaluation.evaluate import EvaluationConfig, read_sets
+from sgpt.evaluation.evaluate import EvaluationConfig, check_there, read_sets
 from sgpt.evaluation.systems import EvaluateConfig, find_sets, scored_splits
 from sgpt.evaluation.table import beir_averages, systems_table, with_cqadupstack
 from sgpt.retrieval.bm25 import bm25_run
@@ -409,6 +409,17 @@ def test_what_is_not_there_is_refused_with_what_to_do(beir_root):
 
 
 # --- similarity of pairs by year ---
+
+
+def test_a_set_that_reading_the_data_writes_need_not_be_there_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("pydocs/pydocs_test", str(tmp_path / "pydocs" / "pydocs_test")):
+        for folder in ("pydocs", str(tmp_path / "pydocs")):
+            check_there(EvaluationConfig([given]), made=[folder])
+        with pytest.raises(InputError, match="pydocs_test: no such folder"):
+            check_there(EvaluationConfig([given]))
+    with pytest.raises(InputError, match=r"gone\.tsv: no such file"):
+        check_there(EvaluationConfig(sts=["gone.tsv"]))
 
 
 def test_the_semeval_files_give_a_set_a_year_and_all_sources_of_it_together(tmp_path):
