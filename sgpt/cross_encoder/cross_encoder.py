@@ -28,13 +28,13 @@ from sgpt.decoder.base_folder import local_folder
 from sgpt.decoder.families import LENGTH_WITHOUT_TABLE, family_of, looks_both_ways, position_limit
 from sgpt.decoder.model_files import CONFIG, check_config, read_json
 from sgpt.decoder.packing import fitting_tokens
-from sgpt.decoder.trunk import ModelConfig, check_family, check_vocabulary, load_tokenizer, open_model
+from sgpt.decoder.trunk import ModelConfig, check_family, check_vocabulary, load_tokenizer, open_model, takes_packs
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.progress import progress_bar
 
 log = logging.getLogger(__name__)
 Ids = tuple[int, ...]
-TOKENS_PER_PACK = 4096  # on a CPU
+TOKENS_PER_PACK = 4096  # on a CPU, and where texts are padded
 
 
 @dataclass
@@ -90,7 +90,10 @@ class CrossEncoder:
     @property
     def pack_size(self) -> int:
         """Tokens of a pack: `tokens_per_pack`, or what suits the device."""
-        return self.tokens_per_pack or fitting_tokens(self.model.base_model, self.model.device, TOKENS_PER_PACK)
+        trunk = self.model.base_model
+        if not takes_packs(trunk):  # its padded texts have logits at every position
+            return self.tokens_per_pack or TOKENS_PER_PACK
+        return self.tokens_per_pack or fitting_tokens(trunk, self.model.device, TOKENS_PER_PACK)
 
     def score(self, queries: Sequence[str], documents: Sequence[str], *, progress: bool | None = None) -> np.ndarray:
         """Scores of the pairs (queries[i], documents[i]): float64 [pairs], natural logarithm, higher is better.

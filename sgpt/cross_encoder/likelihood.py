@@ -31,10 +31,10 @@ from sgpt.text.tokens import TokenLists
 
 POSITIONS_AT_A_TIME = 256  # whose logits exist: 51 MB for GPT-2's vocabulary
 # The prefix of all texts is cached where it is this share of all tokens or more. Below, computing it again costs less:
-# with a cache, attention cannot use its causal kernel (benchmarks/rerank.py).
+# with a cache, attention on a CPU cannot use its causal kernel (benchmarks/rerank.py).
 MIN_PREFIX_SHARE = 0.15
 MIN_TOKENS_SAVED = 16  # by a group's prefix: with fewer, a pass of its own costs more (benchmarks/rerank.py)
-BRANCH_TOKENS = 512  # of a group at a time: the mask between its texts is square
+BRANCH_TOKENS = 512  # of a group at a time: the mask between its texts, where they need one, is square
 KEYS_OF_A_TOKEN = 16  # copied keys that count as one token: of one layer at a time, where a token has a dozen tensors
 
 
@@ -206,8 +206,7 @@ def _from_groups(request: _Request, groups: list[SharedPrefix], prefix: _Prefix)
         layers, spans = _keys_and_values(request.model, rows, prefix)
         branches: list[_Branch] = []
         for group, span in zip(some, spans, strict=True):
-            behind = {index: len(request.texts[index].read) - group.start for index in group.members}
-            for members in _budgeted(group.members, behind.__getitem__, BRANCH_TOKENS):
+            for members in _budgeted(group.members, partial(_share, request, group.start), BRANCH_TOKENS):
                 branches.append(_Branch(tuple(members), group.start, (slice(0, prefix.length), span)))
         for part in _budgeted(branches, partial(_size, request), request.tokens_per_pack):
             yield _branch_sums(request, part, layers)
@@ -229,8 +228,20 @@ def _branch_sums(request: _Request, branches: Sequence[_Branch], layers: Layers)
     return members, _sums(request, pack, cache, members, lengths)
 
 
+def _share(request: _Request, start: int, index: int) -> int:
+    """Of a text in BRANCH_TOKENS: its tokens behind the group's prefix, and on a GPU what its copy of that is of a
+    pack.
+    """
+    tokens = len(request.texts[index].read) - start
+    if request.model.device.type != "cuda":
+        return tokens
+    return max(tokens, start * BRANCH_TOKENS // (KEYS_OF_A_TOKEN * request.tokens_per_pack))
+
+
 def _size(request: _Request, branch: _Branch) -> int:
-    """Of a branch in a pack: its tokens; on a GPU, whose kernel has copies of the keys for each text, those too."""
+    """Of a branch in a pack: its tokens; on a GPU, whose kernel in half precision has copies of the keys for each text,
+    those too.
+    """
     tokens = sum(map(len, _rows(request, branch)))
     if request.model.device.type != "cuda":
         return tokens

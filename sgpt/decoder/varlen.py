@@ -61,7 +61,7 @@ def attend(
 @lru_cache
 def _agrees(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     """Whether results and gradients are right, with two heads of queries and one of keys, causal, in a window of 3; and
-    the results of the last tokens alone.
+    the results of the last tokens alone, in the window and without.
     """
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
@@ -110,12 +110,12 @@ def _largest_difference(device: torch.device, dtype: torch.dtype, head_size: int
     tails = torch.cat([torch.arange(end - last, end) for end, last in zip(accumulate(lengths), lasts, strict=True)])
     own_ends = torch.tensor([0, *accumulate(lasts)], dtype=torch.int32, device=device)
     query, key, value = (tensor.to(dtype) for tensor in inputs)
-    behind = attend(
-        query[tails.to(device)], key, value, own_ends, max(lasts), scale=None, window=window, causal=True,
-        ends_of_keys=ends, longest_of_keys=max(lengths),
-    )  # fmt: skip
-    expected.append(expected[0][tails.to(device)])
-    computed.append(behind)
+    for seen in (window, None):
+        expected.append(_plain(*inputs, lengths, seen or max(lengths))[tails.to(device)])
+        computed.append(attend(
+            query[tails.to(device)], key, value, own_ends, max(lasts), scale=None, window=seen, causal=True,
+            ends_of_keys=ends, longest_of_keys=max(lengths),
+        ))  # fmt: skip
     differences = []
     for right, other in zip(expected, computed, strict=True):
         differences.append((other.float() - right).abs().max() / right.abs().max())

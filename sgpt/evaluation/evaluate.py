@@ -83,15 +83,15 @@ class Sets:
 
 
 def check_there(config: EvaluationConfig, made: Sequence[str] = ()) -> None:
-    """InputError for a set that is not there, before training data is read for an hour.
+    """InputError for a set of `retrieval` or `sts` that is not there, before training data is read for an hour.
 
     made: folders that are written when the training data is read, and may hold sets.
     """
     for file in config.sts:
         if not Path(file).exists():
             raise InputError(f"{file}: no such file; check the path")
-    folders = [Path(folder).absolute() for folder in made]
-    others = [name for name in config.retrieval if not any(map(Path(name).absolute().is_relative_to, folders))]
+    folders = [Path(folder).resolve() for folder in made]
+    others = [name for name in config.retrieval if not any(map(Path(name).resolve().is_relative_to, folders))]
     find_beir_folders(others, config.split, Path(BEIR_ROOT))
 
 

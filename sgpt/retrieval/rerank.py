@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,7 @@ def run_rerank(config: RerankConfig, device: torch.device | str = "cpu") -> dict
         raise InputError(f"output={config.output} is a folder; name a new file in it, for example {example}")
     first = config.encoder or config.trec or config.first
     announce(f"{output}: what {first} ranks for the queries of {config.data} is scored by {config.model}, on {device}")
+    config = replace(config)  # whose pack may be stated below
     with Job(config, "results", scratch=(FIRST_STAGE_FILE,)) as job:
         return _run_rerank(config, job, device)
 
@@ -150,6 +151,7 @@ def _run_rerank(config: RerankConfig, job: Job, device: torch.device | str) -> d
         config.model, config.prompt_config, dtype=config.dtype, scoring=scoring, tokens_per_pack=config.tokens_per_pack
     )
     reranker.model.to(device)
+    config.tokens_per_pack = reranker.pack_size  # a resumed job rounds as it did
     refuse_unscorable(reranker, dataset, first)  # before anything is written
     check_ids(job.output, ids_of(first))
     keep = {FIRST_STAGE_FILE: json.dumps(first)} if config.first == "encoder" else {}

@@ -38,6 +38,7 @@ BLOCK_KINDS = {  # the first key of a line in the part files -> what its number 
 }
 # Keys that may differ on resuming; how many threads really compute is compared by check_same.
 _MAY_CHANGE = {"resume", "threads"}
+_AS_STARTED = "tokens_per_pack"  # null takes what the job was started with, whatever suits this device
 
 
 class Resumable(Protocol):
@@ -255,6 +256,8 @@ def _read_manifest(config: Resumable) -> dict:
         return {}  # somebody removed the output
     if manifest and not config.resume:
         raise InputError(f"{output} is unfinished, see {file}; resume with resume=true, or set output=<another path>")
+    if manifest and getattr(config, _AS_STARTED, 0) is None:
+        setattr(config, _AS_STARTED, manifest["config"].get(_AS_STARTED))
     changed = differences(manifest["config"], asdict(config), _MAY_CHANGE) if manifest else []
     if changed:
         raise InputError(

@@ -20,7 +20,7 @@ from tests.conftest import FAMILIES, random_trunk
 from tests.cross_encoder.test_likelihood import DECODERS, models, texts
 
 ROWS = [[1] * length for length in (1, 40, 7, 23, 7, 2, 23, 5)]
-TO_AGREE = 2  # calls, of whole texts and of their last tokens
+TO_AGREE = 3  # calls, of whole texts, and of their last tokens in a window and without
 
 
 def one_text(

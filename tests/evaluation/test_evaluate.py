@@ -413,7 +413,7 @@ def test_what_is_not_there_is_refused_with_what_to_do(beir_root):
 
 def test_a_set_that_reading_the_data_writes_need_not_be_there_before(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for given in ("pydocs/pydocs_test", str(tmp_path / "pydocs" / "pydocs_test")):
+    for given in ("pydocs/pydocs_test", "x/../pydocs/pydocs_test", str(tmp_path / "pydocs" / "pydocs_test")):
         for folder in ("pydocs", str(tmp_path / "pydocs")):
             check_there(EvaluationConfig([given]), made=[folder])
         with pytest.raises(InputError, match="pydocs_test: no such folder"):

@@ -143,6 +143,24 @@ def test_a_job_is_not_resumed_with_other_threads_weights_or_texts(toy, language_
         run_rerank(replace(config, resume=True))
 
 
+def test_a_job_keeps_its_packs_and_one_of_before_is_resumed_with_those_it_has(toy, language_model, tmp_path):
+    config = RerankConfig(str(toy), "train", str(language_model("gpt2")), output=str(tmp_path / "o.trec"), depth=3)
+    run_rerank(config)
+    assert config.tokens_per_pack is None
+    manifest, whole = tmp_path / "o.trec.manifest.json", (tmp_path / "o.trec").read_bytes()
+    stated = json.loads(manifest.read_text())
+    assert stated["config"]["tokens_per_pack"] == 4096  # a processor's, and once the default
+    run_rerank(replace(config, resume=True))  # it is finished
+    stated["config"]["tokens_per_pack"] = 64
+    manifest.write_text(json.dumps({key: value for key, value in stated.items() if key != "finished"}))
+    (tmp_path / "o.trec").unlink()
+    with pytest.raises(InputError, match=r"another configuration: tokens_per_pack: 64 -> 4096\."):
+        run_rerank(replace(config, resume=True, tokens_per_pack=4096))
+    run_rerank(replace(config, resume=True))
+    assert json.loads(manifest.read_text())["config"]["tokens_per_pack"] == 64
+    assert len((tmp_path / "o.trec").read_text().splitlines()) == len(whole.splitlines())
+
+
 def test_an_output_has_one_writer(toy, language_model, tmp_path):
     config = RerankConfig(str(toy), "train", str(language_model("gpt2")), output=str(tmp_path / "o.trec"), depth=3)
     with sole_writer(tmp_path / "o.trec"), pytest.raises(

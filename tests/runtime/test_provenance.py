@@ -83,7 +83,6 @@ def started(project) -> dict[str, Ended]:
     return start_all("biencoder", project, starts)
 
 
-@pytest.mark.slow
 @pytest.mark.bitwise
 def test_a_run_resumed_on_fewer_cores_takes_as_many_threads_again_and_ends_with_the_same_bits(started, project):
     assert (started["whole"].codes, started["killed"].codes) == ([0], [-9]), started["whole"].err

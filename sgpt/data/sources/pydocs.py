@@ -103,8 +103,8 @@ def _build(folder: Path, key: str) -> None:
     digest = harvest_hash(documented)
     if earlier and earlier.get("sha256") != digest:
         log.warning(
-            "%s is harvested anew: it is that of a Python %s with other packages than those of this one, %s; scores on "
-            "it are no longer those of before",
+            "%s is harvested anew: it is that of a Python %s with other packages than those of this one, %s, or of "
+            "another version of sgpt; scores on it are no longer those of before",
             folder, earlier.get("python"), sys.version.split()[0],
         )  # fmt: skip
     splits: dict[str, list[Documented]] = {"train": [], "dev": [], "test": []}
