@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from sgpt.data.formats.beir import Qrels, RetrievalSet, read_judged
+from sgpt.data.formats.beir import Qrels, RetrievalSet, read_judged, read_retrieval
 from sgpt.data.formats.row import same_split
 from sgpt.data.formats.trec import Run, check_ids, write_run
 from sgpt.data.test_sets.beir_sets import BeirFolder, splits
@@ -21,6 +21,7 @@ from sgpt.retrieval.bm25 import bm25_index, bm25_run
 from sgpt.retrieval.dense import DEPTH, embed_corpus, retrieve
 from sgpt.retrieval.fusion import interpolated, reciprocal_rank_fusion, reordered
 from sgpt.retrieval.metrics import SHALLOW, difference, perfect_rerank, ranking, ranking_per_query
+from sgpt.runtime.errors import InputError
 
 WEIGHTS = [step / 20 for step in range(21)]
 RerankRun = Callable[[RetrievalSet, Run, int], Run]  # scores of the best `depth` documents of each query
@@ -71,6 +72,8 @@ def run_systems(
         run, seconds = _timed(lambda: reciprocal_rank_fusion(both, kept))
         systems["reciprocal_rank"] = SystemRun(run, seconds_of_both + seconds)
         if dev:
+            if dev.corpus is not dataset.corpus:  # of a folder of its own
+                index, documents = bm25_index(list(dev.corpus.values())), embed_corpus(encoder, dev)
             weight = best_weight(dev.qrels, bm25_run(dev, kept, index), retrieve(encoder, dev, kept, documents), kept)
             run, seconds = _timed(lambda: interpolated(*both, weight, kept))
             systems["interpolated"] = SystemRun(run, seconds_of_both + seconds, weight=weight)
@@ -89,20 +92,31 @@ def best_weight(qrels: Qrels, first: Run, second: Run, depth: int) -> float:
     return max(WEIGHTS, key=lambda weight: (round(scores[weight], 9), -abs(weight - 0.5)))
 
 
-def tuning_set(beir_folder: BeirFolder, dataset: RetrievalSet, split: str) -> tuple[RetrievalSet | None, str]:
-    """The queries of another split of the same folder; None and the reason when there is none."""
+def tuning_set(
+    beir_folder: BeirFolder, dataset: RetrievalSet, split: str, dev_folder: str | None = None
+) -> tuple[RetrievalSet | None, str]:
+    """The queries of another split, of the same folder or of `dev_folder`; None and the reason when there is none.
+
+    InputError where `dev_folder` is no folder.
+    """
+    folder = Path(dev_folder) if dev_folder else beir_folder.folder
+    if not folder.is_dir():
+        raise InputError(f"dev_folder={dev_folder}: no such folder; check the path")
     left_out = f"{dataset.name}: {SYSTEMS['interpolated']} is left out, for its weight is tuned"
-    if same_split(split, beir_folder.split):
+    itself = folder.resolve() == beir_folder.folder.resolve()
+    if itself and same_split(split, beir_folder.split):
         return None, f"{left_out} on split {split!r}, which is what is scored; set dev_split=<another>"
-    known = splits(beir_folder.folder)
+    known = splits(folder)
     if not any(same_split(split, other) for other in known):
-        others = [other for other in known if other != beir_folder.split]
-        remedy = f"set dev_split={' or dev_split='.join(others)}" if others else "no other split is there to tune it on"
-        return None, f"{left_out} on split {split!r}, and {beir_folder.folder} has: {', '.join(known)}; {remedy}"
-    queries, qrels = read_judged(beir_folder.folder, split)
+        others = [other for other in known if not itself or other != beir_folder.split]
+        remedy = "no other split is there; set dev_folder=<a BEIR folder of other queries>"
+        if others:
+            remedy = f"set dev_split={' or dev_split='.join(others)}"
+        return None, f"{left_out} on split {split!r}, and {folder} has: {', '.join(known)}; {remedy}"
+    queries, qrels = read_judged(folder, split)
     if not any(score > 0 for judged in qrels.values() for score in judged.values()):
         return None, f"{left_out} on split {split!r}, where no judgement is above 0; set dev_split=<another>"
-    return replace(dataset, queries=queries, qrels=qrels), ""
+    return replace(dataset, queries=queries, qrels=qrels) if itself else read_retrieval(folder, split), ""
 
 
 def system_metrics(dataset: RetrievalSet, systems: Mapping[str, SystemRun], depth: int = DEPTH) -> Systems:

@@ -54,6 +54,8 @@ class EvaluateConfig:
     """null is each set's own, which is test but for BEIR's msmarco."""
     dev_split: str = "dev"
     """The split on which the weight of the fusion by scores is tuned, never the one that is scored."""
+    dev_folder: str | None = None
+    """A BEIR folder of other queries and documents, with that split; null is the folder of each set."""
     beir_root: str = BEIR_ROOT
     """The folder of BEIR's sets by name."""
     bm25: bool = True
@@ -81,7 +83,7 @@ class EvaluateConfig:
         check_choice("dtype", self.dtype, DTYPES)
         check_ranges(self, depth=COUNT)
         if not self.retrieval:
-            check_unused(self, ("runs", "dev_split", "bm25", "fuse"), without="retrieval sets")
+            check_unused(self, ("runs", "dev_split", "dev_folder", "bm25", "fuse"), without="retrieval sets")
         if not self.rerank:
             check_unused(self, ("prompt",), without="rerank=<decoder>")
         if self.rerank and not self.retrieval:
@@ -107,7 +109,7 @@ class RequestedSets:
 
 @dataclass(frozen=True)
 class SetWithDev:
-    """A retrieval set, and the queries of another split that tune the fusion by scores; None leaves that fusion out."""
+    """A retrieval set, and the queries that tune the fusion by scores; None leaves that fusion out."""
 
     dataset: RetrievalSet
     dev: RetrievalSet | None
@@ -171,6 +173,8 @@ def read_retrieval_sets(
         if reason:
             say(reason)
         characters = sum(map(len, tuned.dataset.corpus.values()))
+        if tuned.dev and tuned.dev.corpus is not tuned.dataset.corpus:
+            characters += sum(map(len, tuned.dev.corpus.values()))
         if characters_kept + characters <= KEPT_CHARACTERS or len(folders) == 1:
             kept[folder.name] = tuned
             characters_kept += characters
@@ -187,7 +191,7 @@ def _read(folder: BeirFolder, config: EvaluateConfig) -> tuple[SetWithDev, str]:
         log.info("%s: nothing is fused, as bm25=false", dataset.name)
     if not (config.bm25 and config.fuse):
         return SetWithDev(dataset, None), ""
-    dev, reason = compare.tuning_set(folder, dataset, config.dev_split)
+    dev, reason = compare.tuning_set(folder, dataset, config.dev_split, config.dev_folder)
     return SetWithDev(dataset, dev), reason
 
 

@@ -141,6 +141,37 @@ def test_the_weight_is_the_best_on_dev_and_knows_nothing_of_test(compared):
     assert set(dev.queries).isdisjoint(chosen.queries)
 
 
+def test_a_folder_of_its_own_tunes_the_weight_over_its_own_documents(compared, tmp_path):
+    encoder, chosen, *_ = compared
+    texts = {f"e-{name}": f"{verb} the {noun}, and nothing else" for name, verb, noun in PAIRS[::3]}
+    queries = {f"p-{name}": f"{verb} {noun}s" for name, verb, noun in PAIRS[::3]}
+    judged = {f"p-{name}": {f"e-{name}": 1} for name, *_ in PAIRS[::3]}
+    folder = beir(tmp_path / "other", texts, queries, {"dev": judged})
+    place = BeirFolder("toy", tmp_path / "toy", "dev", None)  # which has one split, of the same name
+    dev, reason = compare.tuning_set(place, chosen, "dev", str(folder))
+    assert reason == ""
+    run = compare.run_systems(encoder, chosen, dev)["interpolated"]
+    left, right = bm25_run(dev), retrieve(encoder, dev)
+    scores = {step / 20: ranking(judged, interpolated(left, right, step / 20, 100))["ndcg@10"] for step in range(21)}
+    assert scores[run.weight] == pytest.approx(max(scores.values()))
+    assert run.run == interpolated(bm25_run(chosen), retrieve(encoder, chosen), run.weight, 100)
+
+
+def test_a_folder_to_tune_on_is_there_and_not_the_one_that_is_scored(toy, compared, tmp_path):
+    _, chosen, *_ = compared
+    for split, reason in (
+        ("test", "on split 'test', which is what is scored"), ("train", "dev, test; set dev_split=dev$"),
+    ):  # fmt: skip
+        place = f"{toy}/../{toy.name}"
+        dev, said = compare.tuning_set(BeirFolder("toy", toy, "test", None), chosen, split, place)
+        assert dev is None
+        assert re.search(reason, said), said
+    other = BeirFolder("toy", tmp_path, "test", None)
+    assert compare.tuning_set(other, chosen, "train", str(toy))[1].endswith("set dev_split=dev or dev_split=test")
+    with pytest.raises(InputError, match=r"^dev_folder=.*none: no such folder"):
+        compare.tuning_set(other, chosen, "dev", str(tmp_path / "none"))
+
+
 def test_of_equal_weights_the_one_nearest_to_one_half_is_taken():
     run = {"q": {"a": 2.0, "b": 1.0}}
     assert compare.best_weight({"q": {"a": 1}}, run, run, 10) == 0.5
@@ -150,7 +181,7 @@ def test_without_a_split_to_tune_on_the_fusion_by_scores_is_left_out_and_the_rea
     encoder, chosen, *_ = compared
     alone = beir(tmp_path / "alone", {"d": "a text"}, {"q": "a text"}, {"test": {"q": {"d": 1}}})
     assert compare.tuning_set(BeirFolder("alone", alone, "test", None), chosen, "dev")[1].endswith(
-        "alone has: test; no other split is there to tune it on"
+        "alone has: test; no other split is there; set dev_folder=<a BEIR folder of other queries>"
     )
     for split, reason in (
         ("train", r"on split 'train', and .*toy has: dev, test; set dev_split=dev$"),
@@ -478,6 +509,7 @@ def test_a_file_without_splits_that_is_taken_for_one_is_said_to_be(tmp_path, cap
     ({"rerank": "gpt"}, r"rerank=gpt has nothing to rank again; set retrieval="),
     ({"sts": ["x"], "runs": "trec"}, r"^runs has no effect without retrieval sets"),
     ({"sts": ["x"], "dev_split": "train"}, r"^dev_split has no effect without retrieval sets"),
+    ({"sts": ["x"], "dev_folder": "y"}, r"^dev_folder has no effect without retrieval sets"),
     ({"retrieval": ["x"], "prompt": "A"}, r"^prompt has no effect without rerank=<decoder>"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(options, message):
@@ -588,6 +620,10 @@ def test_a_broken_corpus_is_refused_before_any_set_is_scored_and_large_ones_are_
         texts = [tuned.dataset.corpus["d"] for _, tuned in systems.read_retrieval_sets(folders, config, reasons.append)]
         assert texts == ["text of one", "text of two"]
     assert len(reasons) == 4  # one a set, each time before anything is scored: there is no split to tune on
+    beir(tmp_path / "dev", {"e": "text of dev"}, {"q": "another text"}, {"dev": {"q": {"e": 1}}})
+    beside = replace(config, dev_folder=str(tmp_path / "dev"))
+    of_dev = [tuned.dev.corpus for _, tuned in systems.read_retrieval_sets(folders, beside, reasons.append)]
+    assert (of_dev, len(reasons)) == ([{"e": "text of dev"}] * 2, 4)
     with (tmp_path / "two" / "corpus.jsonl").open("a") as corpus:
         corpus.write('{"_id": "a b", "text": ""}\n')
     with pytest.raises(InputError, match=r"out/two\.model\.trec: id 'a b' is empty or holds a blank, and a TREC run"):
