@@ -48,7 +48,7 @@ from sgpt.encoder.model_folder import find_model
 from sgpt.encoder.pooling import POOLINGS
 from sgpt.encoder.probes import Encode, check_probe_embeddings, check_probe_ids
 from sgpt.runtime.errors import InputError
-from sgpt.runtime.progress import progress_bar
+from sgpt.runtime.progress import Advance, progress_bar
 from sgpt.runtime.provenance import content_hash, tokenizer_hash, weights_hash
 from sgpt.runtime.values import check_choice
 from sgpt.text.markers import ROLES, Frame, MarkersConfig, Role, frames
@@ -199,7 +199,8 @@ class Encoder(nn.Module):
     def encode(
         self, texts: Sequence[str], role: Role, *,
         delta: DeltaNames = None, strength: Strengths = None,
-        normalize: bool | None = None, as_tensor: bool = False, out: Tensor | None = None, progress: bool | None = None,
+        normalize: bool | None = None, as_tensor: bool = False, out: Tensor | None = None,
+        progress: bool | Advance | None = None,
     ) -> np.ndarray | Tensor:  # fmt: skip
         """Embeddings [texts, D] in float32, on the CPU, in the order given.
 
@@ -211,8 +212,9 @@ class Encoder(nn.Module):
         normalize: length 1; None takes the contract's word. out: a tensor to fill and return, a memory map for what
         memory cannot hold; besides it the memory taken does not grow with the texts. A trunk in int8 multiplies in int8
         (sgpt/decoder/int8.py). progress: a bar; None shows one when the work is longer than a few seconds and the
-        output is a terminal. A text without any token (empty, without markers) gives zeros. Raises InputError for
-        anything but a list of strings, and for embeddings that are not finite.
+        output is a terminal; a function is told how many more texts are done. A text without any token (empty, without
+        markers) gives zeros. Raises InputError for anything but a list of strings, and for embeddings that are not
+        finite.
         """
         if isinstance(texts, str):
             raise InputError(f"encode takes a list of texts, got one string {texts!r:.60}; put it in a list")

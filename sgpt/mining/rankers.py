@@ -17,6 +17,7 @@ from sgpt.retrieval.dense import search
 from sgpt.runtime.embed import EmbeddingsFile, embed_blocks
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.jobs import Blocks
+from sgpt.runtime.progress import Advance
 from sgpt.runtime.provenance import file_hash
 
 EMBEDDINGS = ".embeddings.npy"
@@ -123,8 +124,8 @@ class Model:
 
         file = EmbeddingsFile(blocks.shared_file("documents", EMBEDDINGS, create))
 
-        def embed(rows: slice) -> np.ndarray:
-            return self.encoder.encode_documents(texts[rows], normalize=True, progress=False)
+        def embed(rows: slice, advance: Advance) -> np.ndarray:
+            return self.encoder.encode_documents(texts[rows], normalize=True, progress=advance)
 
         def save(block: int, rows: slice, embeddings: np.ndarray) -> None:
             file.write(rows, embeddings)

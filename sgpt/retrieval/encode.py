@@ -44,7 +44,7 @@ from sgpt.runtime.embed import embed_blocks
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import replace_folder, write_whole
 from sgpt.runtime.jobs import Job
-from sgpt.runtime.progress import announce
+from sgpt.runtime.progress import Advance, announce
 from sgpt.runtime.provenance import content_hash
 from sgpt.runtime.values import COUNT, THREADS, check_choice, check_ranges
 from sgpt.text.markers import ROLES, Role
@@ -231,11 +231,11 @@ def _embed(config: EncodeConfig, role: Role, encoder: Encoder, job: Job, shards:
     started = time.monotonic()
     ids: list[str] = []
 
-    def embed(rows: slice) -> np.ndarray:
+    def embed(rows: slice, advance: Advance) -> np.ndarray:
         ids_and_texts = stream.read(rows)
         ids[:] = [identifier for identifier, _ in ids_and_texts]
         texts = [text for _, text in ids_and_texts]
-        return encoder.encode(texts, role, normalize=config.normalize, progress=False)
+        return encoder.encode(texts, role, normalize=config.normalize, progress=advance)
 
     def save(shard: int, rows: slice, embeddings: np.ndarray) -> None:
         shards.write(shard, ids, embeddings)

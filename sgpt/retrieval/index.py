@@ -47,6 +47,7 @@ from sgpt.retrieval.stored import (
 from sgpt.runtime.embed import EmbeddingsFile, embed_blocks
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import hash_of, hash_of_numbers, make_once, replace_folder
+from sgpt.runtime.progress import Advance
 from sgpt.runtime.provenance import changed_environment, differences, environment
 from sgpt.runtime.values import COUNT, check_choice, check_ranges
 
@@ -136,8 +137,8 @@ def _encode(encoder: Encoder, texts: list[str], folder: Path, wanted: dict[str, 
     description = read_description(building)
     size = description["documents_per_block"]
 
-    def embed(rows: slice) -> np.ndarray:
-        return encoder.encode_documents(texts[rows], normalize=True, progress=False)
+    def embed(rows: slice, advance: Advance) -> np.ndarray:
+        return encoder.encode_documents(texts[rows], normalize=True, progress=advance)
 
     def save(block: int, rows: slice, embeddings: np.ndarray) -> None:
         file.write(rows, embeddings)

@@ -18,10 +18,12 @@ import numpy as np
 
 from sgpt.runtime.distributed import barrier
 from sgpt.runtime.files import reserve
-from sgpt.runtime.jobs import own_share
+from sgpt.runtime.jobs import own_blocks
+from sgpt.runtime.progress import Advance, progress_bar
 from sgpt.runtime.provenance import threads
 
-EmbedRows = Callable[[slice], np.ndarray]  # rows of the texts -> [rows, D], float32, of length 1
+# rows of the texts, and what is told how many more are embedded -> [rows, D], float32, of length 1
+EmbedRows = Callable[[slice, Advance], np.ndarray]
 SaveBlock = Callable[[int, slice, np.ndarray], None]  # number of the block, its rows, their embeddings [rows, D]
 
 
@@ -34,9 +36,11 @@ def embed_blocks(
     size: texts in a block. first_threads: the threads of the first start, None where they are set already. alone: this
     process does all blocks and waits for nobody, for work that only one process has the lock of.
     """
-    with threads(first_threads):
-        for block, rows in own_share(missing, size, title, alone=alone):
-            save(block, rows, embed(rows))
+    own = own_blocks(missing, alone=alone)
+    with threads(first_threads), progress_bar(title, len(own)) as advance:
+        for block in own:
+            rows = slice(block * size, (block + 1) * size)
+            save(block, rows, embed(rows, lambda texts: advance(texts / size)))
     if not alone:
         barrier()  # everybody has written its blocks, now all may be read
 

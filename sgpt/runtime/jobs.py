@@ -193,12 +193,17 @@ class Blocks:
 
 def own_share(missing: Sequence[int], size: int, title: str, *, alone: bool = False) -> Iterator[tuple[int, slice]]:
     """This process's share of blocks of `size` items, each with its items, under a progress bar. alone: all of them."""
-    rank, processes = (0, 1) if alone else world()
-    own = missing[rank::processes]
+    own = own_blocks(missing, alone=alone)
     with progress_bar(title, len(own)) as advance:
         for block in own:
             yield block, slice(block * size, (block + 1) * size)
             advance(1)
+
+
+def own_blocks(missing: Sequence[int], *, alone: bool = False) -> Sequence[int]:
+    """This process's share of them. alone: all."""
+    rank, processes = (0, 1) if alone else world()
+    return missing[rank::processes]
 
 
 @contextmanager

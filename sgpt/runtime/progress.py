@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 PATIENCE_SECONDS = 2.0
 FIRST_LINE_SECONDS = 10.0  # of a script that has written nothing yet: it still imports, opens a model or reads
 LINE_EVERY_SECONDS = 30.0
+Advance = Callable[[float], object]  # is told how much more is done
 log = logging.getLogger(__name__)
 
 
@@ -127,8 +128,13 @@ def _write_lines() -> None:
 
 
 @contextmanager
-def progress_bar(title: str, total: float, wanted: bool | None = None) -> Iterator[Callable[[float], None]]:
-    """Yields advance(amount). wanted: True shows a bar, False nothing, None a bar or lines when the work is long."""
+def progress_bar(title: str, total: float, wanted: bool | Advance | None = None) -> Iterator[Advance]:
+    """Yields advance(amount). wanted: True shows a bar, False nothing, None a bar or lines when the work is long; a
+    function is what is yielded: the bar is that of the work this is a part of.
+    """
+    if callable(wanted):
+        yield wanted
+        return
     is_main, is_terminal = os.environ.get("RANK", "0") == "0", sys.stderr.isatty()
     if wanted or (wanted is None and is_main and is_terminal):
         with _bar(title, total, at_once=bool(wanted)) as advance:
@@ -141,7 +147,7 @@ def progress_bar(title: str, total: float, wanted: bool | None = None) -> Iterat
 
 
 @contextmanager
-def _bar(title: str, total: float, *, at_once: bool) -> Iterator[Callable[[float], None]]:
+def _bar(title: str, total: float, *, at_once: bool) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

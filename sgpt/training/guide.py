@@ -6,7 +6,6 @@ data cache (sgpt/data/feed/embeddings.py); a second start reads it, and a step c
 
 import logging
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from sgpt.encoder.model_folder import find_model
 from sgpt.runtime.distributed import barrier, world
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import make_once
+from sgpt.runtime.progress import Advance
 from sgpt.runtime.provenance import computing_versions
 from sgpt.text.markers import ROLES, Role
 from sgpt.training.loss import LossConfig
@@ -94,7 +94,10 @@ def _save(file: Path, walked: np.ndarray) -> None:
 def _embedded(source: Source, side: Role, encoder: Encoder, key: str) -> Embeddings:
     """The embeddings of one side of a source. A symmetric source's documents are queries to the model, too."""
     role: Role = "query" if source.symmetric else side
-    embed = partial(encoder.encode, role=role, normalize=True, progress=False)
+
+    def embed(texts: list[str], advance: Advance) -> np.ndarray:
+        return encoder.encode(texts, role=role, normalize=True, progress=advance)
+
     return embeddings(source.examples, side, embed, key_of(key, side, role))
 
 

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from sgpt.runtime import progress
+from sgpt.runtime.embed import embed_blocks
 
 
 @pytest.fixture
@@ -57,6 +59,18 @@ def test_work_inside_of_work_is_one_line(quick):
         advance(2)
         time.sleep(0.3)
     assert quick.messages == ["evaluating on toy, 0:00 so far; encoding 4 texts: 50%, about 0:00 left"]
+
+
+def test_a_large_block_reports_while_it_is_made(quick):
+    def embed(rows: slice, advance: progress.Advance) -> np.ndarray:
+        advance(2)
+        if rows.start:
+            time.sleep(0.3)
+        advance(2)
+        return np.zeros((4, 1), dtype=np.float32)
+
+    embed_blocks(embed, lambda block, rows, embeddings: None, [0, 1], 4, "encoding 8 documents", alone=True)
+    assert quick.messages == ["encoding 8 documents: 75%, about 0:00 left"]
 
 
 def test_short_blocks_of_one_job_do_not_fill_the_log(quick):

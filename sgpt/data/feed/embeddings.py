@@ -20,10 +20,11 @@ from sgpt.runtime.distributed import from_main
 from sgpt.runtime.embed import embed_blocks
 from sgpt.runtime.errors import InputError
 from sgpt.runtime.files import make_once, write_whole
+from sgpt.runtime.progress import Advance, progress_bar
 from sgpt.text.markers import Role
 
 TEXTS_AT_A_TIME = 4096
-Embed = Callable[[list[str]], np.ndarray]  # texts -> [texts, D], float32, of length 1
+Embed = Callable[[list[str], Advance], np.ndarray]  # as EmbedRows, of texts
 
 
 class Embeddings:
@@ -64,12 +65,15 @@ def embeddings(examples: Examples, side: Role, embed: Embed, key: str) -> Embedd
     """
     numbers = text_numbers(examples, side)
 
-    def embed_rows(rows: slice) -> np.ndarray:
-        return embed([examples.texts[int(text)] for text in numbers[rows]])
+    def embed_rows(rows: slice, advance: Advance) -> np.ndarray:
+        return embed([examples.texts[int(text)] for text in numbers[rows]], advance)
 
     starts = range(0, len(numbers), TEXTS_AT_A_TIME)
+    title = f"embedding {len(numbers):,} texts, {side} side"
     if examples.folder is None:
-        return Embeddings(numbers, [embed_rows(slice(start, start + TEXTS_AT_A_TIME)) for start in starts], key)
+        with progress_bar(title, len(numbers)) as advance:
+            blocks = [embed_rows(slice(start, start + TEXTS_AT_A_TIME), advance) for start in starts]
+        return Embeddings(numbers, blocks, key)
     folder = examples.folder / f"embeddings-{key}"
     files = [folder / f"{block}.npy" for block in range(len(starts))]
 
@@ -79,7 +83,6 @@ def embeddings(examples: Examples, side: Role, embed: Embed, key: str) -> Embedd
         temporary.replace(files[block])
 
     missing, first_threads = from_main(lambda: _start(folder, files))
-    title = f"embedding {len(numbers):,} texts, {side} side"
     embed_blocks(embed_rows, save, missing, TEXTS_AT_A_TIME, title, first_threads=first_threads)
     return Embeddings(numbers, [np.load(file, mmap_mode="r") for file in files], f"{key}, {first_threads} threads")
 
