@@ -21,7 +21,6 @@ from sgpt.retrieval.bm25 import bm25_index, bm25_run
 from sgpt.retrieval.dense import DEPTH, embed_corpus, retrieve
 from sgpt.retrieval.fusion import interpolated, reciprocal_rank_fusion, reordered
 from sgpt.retrieval.metrics import SHALLOW, difference, perfect_rerank, ranking, ranking_per_query
-from sgpt.runtime.errors import InputError
 
 WEIGHTS = [step / 20 for step in range(21)]
 RerankRun = Callable[[RetrievalSet, Run, int], Run]  # scores of the best `depth` documents of each query
@@ -95,13 +94,8 @@ def best_weight(qrels: Qrels, first: Run, second: Run, depth: int) -> float:
 def tuning_set(
     beir_folder: BeirFolder, dataset: RetrievalSet, split: str, dev_folder: str | None = None
 ) -> tuple[RetrievalSet | None, str]:
-    """The queries of another split, of the same folder or of `dev_folder`; None and the reason when there is none.
-
-    InputError where `dev_folder` is no folder.
-    """
+    """The queries of another split, of the same folder or of `dev_folder`; None and the reason when there is none."""
     folder = Path(dev_folder) if dev_folder else beir_folder.folder
-    if not folder.is_dir():
-        raise InputError(f"dev_folder={dev_folder}: no such folder; check the path")
     left_out = f"{dataset.name}: {SYSTEMS['interpolated']} is left out, for its weight is tuned"
     itself = folder.resolve() == beir_folder.folder.resolve()
     if itself and same_split(split, beir_folder.split):

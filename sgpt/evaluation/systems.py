@@ -122,6 +122,8 @@ def check_request(config: EvaluateConfig) -> None:
             "set model=<folder or hub id> and retrieval=[<BEIR folder or name>,…], sts=[<pairs file>,…] or "
             "useb=<folder data-eval>"
         )
+    if config.dev_folder and not Path(config.dev_folder).is_dir():
+        raise InputError(f"dev_folder={config.dev_folder}: no such folder; check the path")
     for key, file in (("output", config.output), ("systems_output", config.systems_output)):
         if file and Path(file).is_dir():
             raise InputError(f"{key}={file} is a folder; name a file in it, for example {Path(file) / 'scores.json'}")

@@ -168,8 +168,8 @@ def test_a_folder_to_tune_on_is_there_and_not_the_one_that_is_scored(toy, compar
         assert re.search(reason, said), said
     other = BeirFolder("toy", tmp_path, "test", None)
     assert compare.tuning_set(other, chosen, "train", str(toy))[1].endswith("set dev_split=dev or dev_split=test")
-    with pytest.raises(InputError, match=r"^dev_folder=.*none: no such folder"):
-        compare.tuning_set(other, chosen, "dev", str(tmp_path / "none"))
+    with pytest.raises(InputError, match=r"^dev_folder=none: no such folder; check the path$"):
+        systems.check_request(EvaluateConfig(model="base", retrieval=["toy"], dev_folder="none"))
 
 
 def test_of_equal_weights_the_one_nearest_to_one_half_is_taken():
