@@ -137,7 +137,7 @@ class Measured:
     values: dict[str, float]
     """By "packed" (or padded by the encoder), "left", "right": embeddings' worst relative difference, in float64."""
     gradients: dict[str, float]
-    """The same of the gradient of every trained tensor and of the loss."""
+    """The same of the gradient of every trained tensor."""
     loaded: float
     """Largest difference of an embedding after the adapter was saved and opened."""
     by_peft: float | None
@@ -253,7 +253,7 @@ def _parity(encoder: Encoder, plain: nn.Module, rows: TokenLists) -> tuple[dict[
             for (name, tensor), part in zip(tensors.items(), gradients, strict=True)
         }
         shapes = {name: value.shape for name, value in trainable_parameters(trunk).items()}
-        return {name: value.reshape(shapes[name]) for name, value in filled.items()} | {"loss": loss.detach()}
+        return {name: value.reshape(shapes[name]) for name, value in filled.items()}
 
     values, gradients = {}, {}
     with Float64():
