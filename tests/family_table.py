@@ -137,7 +137,7 @@ class Measured:
     values: dict[str, float]
     """By "packed" (or padded by the encoder), "left", "right": embeddings' worst relative difference, in float64."""
     gradients: dict[str, float]
-    """The same of the gradient of every trained tensor."""
+    """The same of the gradient of every trained tensor and of the loss."""
     loaded: float
     """Largest difference of an embedding after the adapter was saved and opened."""
     by_peft: float | None
@@ -246,14 +246,14 @@ def _parity(encoder: Encoder, plain: nn.Module, rows: TokenLists) -> tuple[dict[
     direction = torch.randn(len(rows), encoder.embedding_size, generator=torch.Generator().manual_seed(2)).double()
 
     def gradient(embeddings: Tensor, tensors: dict[str, Tensor]) -> Gradient:
-        loss = (embeddings * direction).sum() / embeddings.detach().norm()
+        loss = (embeddings - direction).square().sum()  # of squares, which cannot cancel to nothing
         gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)  # BERT's pooler is not reached
         filled = {
             name: torch.zeros_like(tensor) if part is None else part
             for (name, tensor), part in zip(tensors.items(), gradients, strict=True)
         }
         shapes = {name: value.shape for name, value in trainable_parameters(trunk).items()}
-        return {name: value.reshape(shapes[name]) for name, value in filled.items()}
+        return {name: value.reshape(shapes[name]) for name, value in filled.items()} | {"loss": loss.detach()}
 
     values, gradients = {}, {}
     with Float64():
